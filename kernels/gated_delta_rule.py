@@ -1,0 +1,146 @@
+"""Gated delta rule: a linear attention whose state is corrected, not only added to, by every token.
+
+Per head, with qn = q / |q| * K^-0.5 and kn = k / |k| (|x| = sqrt(sum(x^2) + 1e-6)), state S [K, V] in fp32:
+
+    S = exp(g) S;   delta = beta (v - S^T kn);   S = S + kn delta^T;   o = S^T qn
+
+q, k [T, H, K]; v, o [T, H, V]; beta [T, H] in (0, 1); g [T, H] fp32, natural-log decay (<= 0).
+The chunk form computes `chunk_size` tokens at once. With G_i the sum of g up to token i of the chunk:
+
+    A_ij = beta_i (kn_i . kn_j) exp(G_i - G_j)   (j < i);      [u | w] = (I + A)^-1 [beta v | beta exp(G) kn]
+    v_new = u - w S;    o = exp(G) qn S + tril((qn kn^T) exp(G_i - G_j)) v_new
+    S = exp(G_last) S + sum_i exp(G_last - G_i) kn_i v_new_i^T
+
+Source: Gated Delta Networks, arXiv 2412.06464, section 3 (the WY form of arXiv 2406.06484 with decay).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jet_export.kernels.common import acc_dtype, gather_state, scatter_state, zero_padding
+
+L2_EPS = 1e-6
+CHUNK_SIZE = 64
+
+
+def l2norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def gated_delta_rule_ref(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    v: Tensor,  # [B, T, H, V]
+    beta: Tensor,  # [B, T, H]
+    g: Tensor,  # [B, T, H]
+    initial_state: Tensor | None = None,  # [B, H, K, V]
+) -> tuple[Tensor, Tensor]:  # o [B, T, H, V], final_state [B, H, K, V]
+    """The specification: token by token, in fp32 (fp64 for fp64 inputs). Both results have that dtype."""
+    B, T, H, K = q.shape
+    acc = acc_dtype(q.dtype)
+    q, k, v, beta, decay = l2norm(q.to(acc)) * K**-0.5, l2norm(k.to(acc)), v.to(acc), beta.to(acc), g.to(acc).exp()
+    S = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(acc)
+    o = []
+    for t in range(T):
+        S = S * decay[:, t, :, None, None]
+        delta = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t]))
+        S = S + k[:, t, :, :, None] * delta[:, :, None, :]
+        o.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+    return torch.stack(o, 1), S
+
+
+def chunk_gated_delta_rule_ref(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    v: Tensor,  # [B, T, H, V]
+    beta: Tensor,  # [B, T, H]
+    g: Tensor,  # [B, T, H]
+    initial_state: Tensor | None = None,  # [B, H, K, V]
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor]:  # o [B, T, H, V], final_state [B, H, K, V]
+    """The chunk form in plain torch, differentiable; dtypes as `gated_delta_rule_ref`."""
+    B, T, H, K = q.shape
+    V, C = v.shape[-1], min(chunk_size, T)
+    acc = acc_dtype(q.dtype)
+
+    def chunks(x: Tensor) -> Tensor:
+        """[B, T, H, ...] -> [B, H, T/C, C, ...]; the tail is zeros, which beta = 0 and g = 0 make inert."""
+        x = F.pad(x.to(acc), [0, 0] * (x.dim() - 2) + [0, -T % C])
+        return x.unflatten(1, (-1, C)).movedim(3, 1)
+
+    q, k, v, beta, G = chunks(q), chunks(k), chunks(v), chunks(beta), chunks(g).cumsum(-1)
+    q, k = l2norm(q) * K**-0.5, l2norm(k)
+    below = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    # exp(G_i - G_j) only where i >= j: exp(-G_j) alone overflows
+    decay = (G[..., :, None] - G[..., None, :]).masked_fill(~below, float("-inf")).exp()
+    A = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
+    rhs = beta[..., None] * torch.cat([v, G.exp()[..., None] * k], -1)
+    u, w = torch.linalg.solve_triangular(A, rhs, upper=False, unitriangular=True).split([V, K], -1)
+    attn = (q @ k.mT) * decay
+    q_in = q * G.exp()[..., None]
+    k_out = k * (G[..., -1:] - G).exp()[..., None]
+    keep = G[..., -1].exp()
+
+    S = q.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(acc)
+    o = []
+    for c in range(q.shape[2]):
+        v_new = u[:, :, c] - w[:, :, c] @ S
+        o.append(q_in[:, :, c] @ S + attn[:, :, c] @ v_new)
+        S = keep[:, :, c, None, None] * S + k_out[:, :, c].mT @ v_new
+    return torch.stack(o, 2).movedim(1, 3).flatten(1, 2)[:, :T], S
+
+
+def packed_gated_delta_rule_ref(
+    q: Tensor,  # [T, H, K]
+    k: Tensor,  # [T, H, K]
+    v: Tensor,  # [T, H, V]
+    beta: Tensor,  # [T, H]
+    g: Tensor,  # [T, H]
+    recurrent_state: Tensor,  # [S, H, K, V], updated in place
+    cu_seqlens: Tensor,  # [N+1]
+    slots: Tensor,  # [N]
+    context_lens: Tensor,  # [N]
+    decode: bool,
+) -> Tensor:  # [T, H, V] in fp32 (fp64)
+    """Packed sequences: one batched step for decode, the chunk form sequence by sequence for prefill."""
+    initial = gather_state(recurrent_state, slots, context_lens, acc_dtype(q.dtype))
+    if decode:
+        o, final = gated_delta_rule_ref(*(x[:, None] for x in (q, k, v, beta, g)), initial)
+        o = o[:, 0]
+    else:
+        outs, finals = [], []
+        bounds = cu_seqlens.tolist()
+        for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            inputs = (x[None, start:end] for x in (q, k, v, beta, g))
+            o_n, final_n = chunk_gated_delta_rule_ref(*inputs, initial[n : n + 1])
+            outs.append(o_n[0])
+            finals.append(final_n)
+        o, final = torch.cat(outs), torch.cat(finals)
+    scatter_state(recurrent_state, slots, final)
+    return zero_padding(o, cu_seqlens, slots)
+
+
+@torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args={"recurrent_state"})
+def gated_delta_rule_cpu(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
+    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, decode: bool,
+) -> Tensor:  # fmt: skip
+    o = packed_gated_delta_rule_ref(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode)
+    return o.to(v.dtype).contiguous()
+
+
+@gated_delta_rule_cpu.register_fake
+def _(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode):
+    return v.new_empty(v.shape)
+
+
+@torch.library.triton_op("jet::gated_delta_rule", mutates_args={"recurrent_state"})
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
+    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, decode: bool,
+) -> Tensor:  # fmt: skip
+    """o [T, H, V] in v's dtype; recurrent_state is updated in place. See the module's equations."""
+    return torch.ops.jet.gated_delta_rule_cpu(
+        q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
+    )

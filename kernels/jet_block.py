@@ -1,0 +1,85 @@
+"""JetBlock between its projections, as one op: activations, dynamic convolution, gated delta rule, gated norm.
+
+    [q | k | u | gate | ...] = qkuz,  [b | a] = ba                                (raw projections of x)
+    q = silu(q), k = silu(k);   v = silu(dynamic_conv(u, kappa))                  (dynamic_conv.py)
+    beta = sigmoid(b), rounded to the model dtype;  g = -exp(A_log) softplus(a + dt_bias), fp32
+    o = gated_delta_rule(q, k, v, beta, g)                                        (gated_delta_rule.py)
+    out = gated_rms_norm(o, w_o, gate)                                            (gated_rms_norm.py)
+
+D = H * V. Everything inside is fp32 apart from the operands of matrix products; one rounding at the end.
+Source: Jet-Nemotron, arXiv 2508.15884, section 3.3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jet_export.kernels.common import acc_dtype
+from jet_export.kernels.dynamic_conv import dynamic_conv_ref
+from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
+from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref
+
+
+def jet_block_ref(
+    qkuz: Tensor,  # [T, >= 2HK + 2D]: q | k | u | gate | columns that are ignored
+    ba: Tensor,  # [T, 2H]: b | a
+    kappa: Tensor,  # [T, D*W]
+    A_log: Tensor,  # [H]
+    dt_bias: Tensor,  # [H]
+    w_o: Tensor,  # [V]
+    conv_state: Tensor,  # [S, W-1, D], updated in place
+    recurrent_state: Tensor,  # [S, H, K, V], updated in place
+    cu_seqlens: Tensor,  # [N+1]
+    slots: Tensor,  # [N]
+    context_lens: Tensor,  # [N]
+    num_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    norm_eps: float,
+    decode: bool,
+) -> Tensor:  # [T, D]
+    """The specification: the three references composed, in fp32 (fp64 for fp64 inputs)."""
+    T, H, K, V = qkuz.shape[0], num_heads, head_k_dim, head_v_dim
+    D = H * V
+    acc = acc_dtype(qkuz.dtype)
+    q, k, u, gate = qkuz[:, : 2 * H * K + 2 * D].split([H * K, H * K, D, D], -1)
+    b, a = ba.to(acc).split(H, -1)
+    beta = torch.sigmoid(b).to(qkuz.dtype)
+    g = -A_log.to(acc).exp() * F.softplus(a + dt_bias.to(acc))
+    v = dynamic_conv_ref(u, kappa, conv_state, cu_seqlens, slots, context_lens)
+    q, k = (F.silu(x.to(acc)).view(T, H, K) for x in (q, k))
+    o = packed_gated_delta_rule_ref(
+        q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
+    )
+    return gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), norm_eps).reshape(T, D)
+
+
+@torch.library.custom_op("jet::jet_block_cpu", mutates_args={"conv_state", "recurrent_state"})
+def jet_block_cpu(
+    qkuz: Tensor, ba: Tensor, kappa: Tensor, A_log: Tensor, dt_bias: Tensor, w_o: Tensor,
+    conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
+    num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float, decode: bool,
+) -> Tensor:  # fmt: skip
+    return jet_block_ref(
+        qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
+        num_heads, head_k_dim, head_v_dim, norm_eps, decode,
+    )  # fmt: skip
+
+
+@jet_block_cpu.register_fake
+def _(qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
+      num_heads, head_k_dim, head_v_dim, norm_eps, decode):  # fmt: skip
+    return qkuz.new_empty(qkuz.shape[0], num_heads * head_v_dim)
+
+
+@torch.library.triton_op("jet::jet_block", mutates_args={"conv_state", "recurrent_state"})
+def jet_block(
+    qkuz: Tensor, ba: Tensor, kappa: Tensor, A_log: Tensor, dt_bias: Tensor, w_o: Tensor,
+    conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
+    num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float, decode: bool,
+) -> Tensor:  # fmt: skip
+    """[T, D] in qkuz's dtype; both states are updated in place. Arguments as `jet_block_ref`."""
+    return torch.ops.jet.jet_block_cpu(
+        qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
+        num_heads, head_k_dim, head_v_dim, norm_eps, decode,
+    )  # fmt: skip
