@@ -1,0 +1,1 @@
+"""jet-export: engines for Jet-Nemotron hybrid linear-attention models."""

@@ -1,0 +1,1 @@
+"""Running a bundle: engines, state pools, sampling, generation."""

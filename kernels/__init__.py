@@ -1,0 +1,1 @@
+"""Triton kernels and the jet:: ops over them; one op, one reference, one kernel a file."""

@@ -1,0 +1,1 @@
+"""The Jet-Nemotron model: config, weights, packed forward."""

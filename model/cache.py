@@ -1,0 +1,156 @@
+"""States carried between calls: their shapes, their pools, and the batch API's cache over them.
+
+Each layer has its own pools (never views of a stacked one), rows picked by slot (JetBlocks) or page (attention):
+    jet   conv_state [S, conv_size-1, D] model dtype, recurrent_state [S, H, K, V] fp32 or bf16
+    attn  kv_cache [pages, 2, Hkv, PAGE, head_dim], pages named by block_table [N, M]
+    swa   the same over window_block_table, a ring: position p lies in page (p // PAGE) % M
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jet_export.errors import JetExportError
+from jet_export.model.config import JetNemotronConfig
+
+PAGE = 128  # tokens a KV page
+
+
+class PackedBatch(NamedTuple):
+    """Which tokens belong to which sequence, and where its states are. N sequences, T packed tokens."""
+
+    cu_seqlens: Tensor  # [N + 1] int32
+    slots: Tensor  # [N] int32; < 0: a padding row
+    context_lens: Tensor  # [N] int32, tokens already held
+    block_table: Tensor  # [N, M] int32
+    window_block_table: Tensor  # [N, R] int32
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One pool: `rows` says what its first dimension counts ("slots", "pages" or "window_pages")."""
+
+    name: str
+    layer: int
+    rows: str
+    shape: tuple[int, ...]  # of one row
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        n = self.dtype.itemsize
+        for d in self.shape:
+            n *= d
+        return n
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def state_specs(
+    config: JetNemotronConfig,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
+) -> list[StateSpec]:
+    """Every layer's pools, in the order in which graphs take them."""
+    c, specs = config, []
+    kv_shape = (2, c.num_key_value_heads, PAGE, c.head_dim)
+    for i, kind in enumerate(c.layer_types):
+        if kind == "jet":
+            conv, state = (c.conv_size - 1, c.jet_value_dim), (c.jet_num_heads, c.head_k_dim, c.head_v_dim)
+            specs.append(StateSpec(f"layers.{i}.conv_state", i, "slots", conv, dtype))
+            specs.append(StateSpec(f"layers.{i}.recurrent_state", i, "slots", state, state_dtype))
+        else:
+            rows = "pages" if kind == "attn" else "window_pages"
+            specs.append(StateSpec(f"layers.{i}.kv_cache", i, rows, kv_shape, kv_dtype or dtype))
+    return specs
+
+
+def pages_per_sequence(config: JetNemotronConfig, max_seq_len: int, prefill_chunk: int) -> tuple[int, int]:
+    """(pages of a full-attention layer, pages of a sliding-window ring) that one sequence needs."""
+    pages = cdiv(max_seq_len, PAGE)
+    ring = cdiv(config.window_size + min(prefill_chunk, max_seq_len), PAGE) + 1
+    return pages, min(pages, ring)
+
+
+def allocate_states(specs: list[StateSpec], rows: dict[str, int], device: torch.device) -> list[Tensor]:
+    """Zeroed pools; `rows` gives the number of slots, pages and window_pages."""
+    return [torch.zeros(rows[s.rows], *s.shape, dtype=s.dtype, device=device) for s in specs]
+
+
+def states_per_layer(config: JetNemotronConfig, states: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    per_layer, it = [], iter(states)
+    for kind in config.layer_types:
+        per_layer.append((next(it), next(it)) if kind == "jet" else (next(it),))
+    return per_layer
+
+
+class Cache:
+    """States of a fixed batch. `context_lens` [B] int32 is on the device; `length`, the longest row, on the host."""
+
+    def __init__(
+        self,
+        states: list[Tensor],
+        block_table: Tensor,
+        window_block_table: Tensor,
+        max_seq_len: int,
+        prefill_chunk: int,
+    ) -> None:
+        self.states = states
+        self.block_table = block_table
+        self.window_block_table = window_block_table
+        self.max_seq_len = max_seq_len
+        self.prefill_chunk = prefill_chunk
+        self.batch_size = block_table.shape[0]
+        self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=block_table.device)
+        self.context_lens = torch.zeros(self.batch_size, dtype=torch.int32, device=block_table.device)
+        self.length = 0
+
+    @classmethod
+    def allocate(
+        cls,
+        config: JetNemotronConfig,
+        batch_size: int,
+        max_seq_len: int,
+        prefill_chunk: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        device: torch.device,
+    ) -> Cache:
+        pages, ring = pages_per_sequence(config, max_seq_len, prefill_chunk)
+        rows = {"slots": batch_size, "pages": batch_size * pages, "window_pages": batch_size * ring}
+        states = allocate_states(state_specs(config, dtype, kv_dtype, state_dtype), rows, device)
+        table = torch.arange(batch_size * pages, dtype=torch.int32, device=device).reshape(batch_size, pages)
+        window = torch.arange(batch_size * ring, dtype=torch.int32, device=device).reshape(batch_size, ring)
+        return cls(states, table, window, max_seq_len, prefill_chunk)
+
+    def check_room(self, batch_size: int, tokens: int) -> None:
+        if batch_size != self.batch_size:
+            raise JetExportError(f"cache: made for batch size {self.batch_size}, called with {batch_size}.")
+        if tokens > self.prefill_chunk:
+            raise JetExportError(f"cache: {tokens} tokens in one call, prefill_chunk is {self.prefill_chunk}.")
+        if self.length + tokens > self.max_seq_len:
+            raise JetExportError(
+                f"cache: {self.length} tokens held and {tokens} more exceed max_seq_len {self.max_seq_len}.",
+                "Allocate it with new_cache(batch_size, a larger max_seq_len).",
+            )
+        self.length += tokens
+
+    def batch(self, tokens: int, mask: Tensor | None) -> PackedBatch:
+        """The packed view of [B, tokens] ids; `mask` [B, tokens] leaves padding out."""
+        if mask is None:
+            ends = torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.slots.device) * tokens
+        else:
+            ends = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        # context_lens is cloned: ops read it while the cache's own is advanced in place afterwards.
+        return PackedBatch(ends, self.slots, self.context_lens.clone(), self.block_table, self.window_block_table)
+
+    def advance(self, batch: PackedBatch) -> None:
+        self.context_lens.add_(batch.cu_seqlens.diff())

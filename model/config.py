@@ -1,0 +1,250 @@
+"""JetNemotronConfig: the published config.json, read, checked and written; and the presets' sizes.
+
+Source: NVlabs/Jet-Nemotron `configuration_jet_nemotron.py` and the config.json of jet-ai/Jet-Nemotron-2B and -4B
+(arXiv 2508.15884, table of architectures).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jet_export.errors import JetExportError
+
+LAYER_TYPES = ("jet", "attn", "swa")
+MAX_HEAD_K_DIM, MAX_HEAD_V_DIM, MAX_HEAD_DIM = 256, 576, 128
+
+
+@dataclass(frozen=True)
+class JetNemotronConfig:
+    """Sizes of a Jet-Nemotron model.
+
+    `layer_types` names each layer's mixer: `jet` (JetBlock), `attn` (full attention) or `swa` (sliding window).
+    `jet_num_heads`, `head_k_dim` (K) and `head_v_dim` (V) describe the JetBlocks, `num_attention_heads`,
+    `num_key_value_heads` and `head_dim` the attention layers. `raw` keeps the fields of the config.json that were
+    read and are not used here, so that writing returns them.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    layer_types: tuple[str, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    jet_num_heads: int
+    head_k_dim: int
+    expand_v: float
+    conv_size: int = 4
+    dconv_generator_reduction: int = 8
+    jet_norm_eps: float = 1e-5
+    window_size: int = 0  # of the swa layers; 0 where there are none
+    vocab_size: int = 151936
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    bos_token_id: int = 151643
+    eos_token_id: int = 151643
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def head_v_dim(self) -> int:
+        return int(self.head_k_dim * self.expand_v)
+
+    @property
+    def jet_value_dim(self) -> int:
+        """D = H * V, the width of a JetBlock's values."""
+        return self.jet_num_heads * self.head_v_dim
+
+    @property
+    def generator_dim(self) -> int:
+        """R, the hidden width of the dynamic convolution's kernel generator."""
+        return self.jet_value_dim // self.dconv_generator_reduction
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> JetNemotronConfig:
+        """Read the published layout. Raises JetExportError naming the field that is missing or wrong."""
+        if values.get("model_type") != "jet_nemotron":
+            raise JetExportError(
+                f"{where}: model_type is {values.get('model_type')!r}, not 'jet_nemotron'.",
+                "jet-export builds Jet-Nemotron checkpoints only.",
+            )
+        layers = tuple(values.get("layer_types") or ())
+        mixers = values.get("efficient_attention_config") or {}
+        jet, swa = mixers.get("jet") or {}, mixers.get("swa") or {}
+        if "jet" in layers and not jet:
+            raise JetExportError(f"{where}: efficient_attention_config.jet is missing, which the jet layers need.")
+        if "swa" in layers and not swa.get("window_size"):
+            raise JetExportError(f"{where}: efficient_attention_config.swa.window_size is missing.")
+        try:
+            heads = int(values["num_attention_heads"])
+            return cls(
+                hidden_size=int(values["hidden_size"]),
+                intermediate_size=int(values["intermediate_size"]),
+                layer_types=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=int(values.get("num_key_value_heads") or heads),
+                head_dim=int(values.get("head_dim") or int(values["hidden_size"]) // heads),
+                jet_num_heads=int(jet.get("num_heads", 1)),
+                head_k_dim=int(jet.get("head_dim", 32)),
+                expand_v=float(jet.get("expand_v", 2.0)),
+                conv_size=int(jet.get("conv_size", 4)),
+                dconv_generator_reduction=int(jet.get("dconv_generator_reduction", 8)),
+                jet_norm_eps=float(jet.get("norm_eps", 1e-5)),
+                window_size=int(swa.get("window_size", 0)),
+                vocab_size=int(values["vocab_size"]),
+                max_position_embeddings=int(values["max_position_embeddings"]),
+                rope_theta=_rope_theta(values, where),
+                rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+                tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+                bos_token_id=_token_id(values.get("bos_token_id"), 0),
+                eos_token_id=_token_id(values.get("eos_token_id"), 0),
+                raw=dict(values),
+            )
+        except KeyError as e:
+            raise JetExportError(f"{where}: field {e.args[0]!r} is missing.") from None
+        except (TypeError, ValueError) as e:
+            raise JetExportError(f"{where}: a field has a wrong type: {e}.") from None
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> JetNemotronConfig:
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise JetExportError(f"{path}: no such file.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise JetExportError(f"{path}: not valid JSON: {e}.") from None
+        if not isinstance(values, dict):
+            raise JetExportError(f"{path}: not a JSON object.")
+        return cls.from_dict(values, where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published layout: what `from_dict`, and the published code, read."""
+        jet_raw = (self.raw.get("efficient_attention_config") or {}).get("jet") or {}
+        mixers: dict[str, Any] = {
+            "jet": {
+                "mode": "chunk",
+                "dconv_implementation": "triton",
+                **jet_raw,
+                "conv_size": self.conv_size,
+                "dconv_generator_reduction": self.dconv_generator_reduction,
+                "expand_v": self.expand_v,
+                "head_dim": self.head_k_dim,
+                "num_heads": self.jet_num_heads,
+                "norm_eps": jet_raw.get("norm_eps", f"{self.jet_norm_eps:g}".replace("e-05", "e-5")),
+            }
+        }
+        if self.window_size:
+            mixers["swa"] = {"window_size": self.window_size}
+        published = {
+            "architectures": ["JetNemotronForCausalLM"],
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "rope_scaling": None,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "use_mrope": False,
+            "max_window_layers": self.num_hidden_layers,
+        }
+        return {
+            **published,
+            **self.raw,
+            "model_type": "jet_nemotron",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "layer_types": list(self.layer_types),
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "efficient_attention_config": mixers,
+        }
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _token_id(value: Any, default: int) -> int:
+    """config.json may hold one id, a list of ids (the first counts) or null."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return default if value is None else int(value)
+
+
+def _rope_theta(values: dict[str, Any], where: str) -> float:
+    if values.get("rope_scaling"):
+        raise JetExportError(f"{where}: rope_scaling {values['rope_scaling']!r} is not supported (published: null).")
+    nested = values.get("rope_parameters") or {}
+    return float(values.get("rope_theta") or nested.get("rope_theta") or 1e4)
+
+
+def check_config(c: JetNemotronConfig) -> None:
+    """Refuse sizes that the kernels do not compute. Raises JetExportError naming the field and what fits."""
+    if not c.layer_types:
+        raise JetExportError("config: layer_types is empty.")
+    for i, kind in enumerate(c.layer_types):
+        if kind not in LAYER_TYPES:
+            raise JetExportError(f"config: layer_types[{i}] is {kind!r}.", f"Known: {', '.join(LAYER_TYPES)}.")
+    sizes = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    for name in (*sizes, "jet_num_heads", "head_k_dim", "head_v_dim", "dconv_generator_reduction"):
+        if getattr(c, name) <= 0:
+            raise JetExportError(f"config: {name} is {getattr(c, name)}, not positive.")
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise JetExportError(
+            f"config: num_attention_heads {c.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {c.num_key_value_heads}."
+        )
+    if not 2 <= c.conv_size <= 8:
+        raise JetExportError(f"config: conv_size {c.conv_size} is not between 2 and 8.")
+    for name, value, limit in (
+        ("head_dim of the attention layers", c.head_dim, MAX_HEAD_DIM),
+        ("head_k_dim of the jet layers", c.head_k_dim, MAX_HEAD_K_DIM),
+        ("head_v_dim of the jet layers", c.head_v_dim, MAX_HEAD_V_DIM),
+    ):
+        if value % 16 or value > limit:
+            raise JetExportError(f"config: {name} is {value}.", f"The kernels take multiples of 16 up to {limit}.")
+
+
+_QWEN = {"vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+
+
+def _layout(layers: int, attn: tuple[int, ...], swa: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple("attn" if i in attn else "swa" if i in swa else "jet" for i in range(layers))
+
+
+def jet_2b() -> JetNemotronConfig:
+    """jet-ai/Jet-Nemotron-2B."""
+    return JetNemotronConfig(
+        hidden_size=1536, intermediate_size=8960, layer_types=_layout(28, (14, 19), (20, 21)),
+        num_attention_heads=12, num_key_value_heads=2, head_dim=128,
+        jet_num_heads=12, head_k_dim=96, expand_v=2.6666666667, window_size=1152,
+        max_position_embeddings=131072, **_QWEN,
+    )  # fmt: skip
+
+
+def jet_4b() -> JetNemotronConfig:
+    """jet-ai/Jet-Nemotron-4B."""
+    return JetNemotronConfig(
+        hidden_size=2048, intermediate_size=11008, layer_types=_layout(36, (17, 20, 32), (5, 16, 19, 21, 22, 25, 27)),
+        num_attention_heads=16, num_key_value_heads=2, head_dim=128,
+        jet_num_heads=16, head_k_dim=128, expand_v=2.0, window_size=2048,
+        max_position_embeddings=32768, **_QWEN,
+    )  # fmt: skip

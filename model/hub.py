@@ -1,0 +1,78 @@
+"""What `--model` names: a preset, a directory or a Hugging Face hub id; and where its files are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from jet_export.errors import JetExportError
+from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
+
+JET_TINY_DIR = Path(str(files("jet_export"))) / "data" / "jet-tiny"
+HUB_ID = {"jet-2b": "jet-ai/Jet-Nemotron-2B", "jet-4b": "jet-ai/Jet-Nemotron-4B"}
+PRESETS: dict[str, Callable[[], JetNemotronConfig]] = {
+    "jet-tiny": lambda: JetNemotronConfig.from_json_file(JET_TINY_DIR / "config.json"),
+    "jet-2b": jet_2b,
+    "jet-4b": jet_4b,
+}
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
+
+
+def is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+
+
+def local_directory(name: str) -> Path | None:
+    """The directory that `name` names without a download: jet-tiny's, or an existing path."""
+    if name == "jet-tiny":
+        return JET_TINY_DIR
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None
+
+
+def load_config(name: str) -> JetNemotronConfig:
+    """The architecture alone: a preset, a directory with config.json, or a config.json file. Downloads nothing."""
+    if name in PRESETS:
+        return PRESETS[name]()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return JetNemotronConfig.from_json_file(path / "config.json")
+    if path.suffix == ".json" and path.exists():
+        return JetNemotronConfig.from_json_file(path)
+    for preset, hub_id in HUB_ID.items():
+        if name == hub_id:
+            return PRESETS[preset]()
+    raise unknown_model(name)
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """The directory with the weights of `name`, downloaded from the hub where it is not local.
+
+    Raises JetExportError for an unknown name and where the hub cannot be reached.
+    """
+    found = local_directory(name)
+    if found is not None:
+        return found
+    hub_id = HUB_ID.get(name, name)
+    if not is_hub_id(hub_id):
+        raise unknown_model(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=CHECKPOINT_FILES))
+    except RepositoryNotFoundError:
+        raise JetExportError(f"--model {name}: the hub has no repository {hub_id}, or it needs a login.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise JetExportError(
+            f"--model {name}: {hub_id} could not be downloaded ({type(e).__name__}).",
+            "Without network access, copy the checkpoint here and pass --checkpoint DIR, or use --random-weights.",
+        ) from None
+
+
+def unknown_model(name: str) -> JetExportError:
+    return JetExportError(
+        f"--model {name}: no such preset, directory or hub id.",
+        f"Presets: {', '.join(PRESETS)}. Or a directory with config.json and *.safetensors, or OWNER/NAME on the hub.",
+    )

@@ -1,0 +1,295 @@
+"""Jet-Nemotron: JetBlocks, attention and sliding-window layers over packed tokens, one definition for every engine.
+
+    h += Mix(RMS(h));  h += down(silu(gate(x)) * up(x)), x = RMS(h);  logits = RMS(h) @ embed^T
+
+A batch is packed: x is [T, hidden] for N sequences delimited by `cu_seqlens`; the mixers' cores are the ops of
+`jet_export.kernels`, which carry the states in place. Projections that read the same x are one matrix:
+[q|k|v|gate|w1] and [b|a] of a JetBlock, [q|k|v] of attention, [gate|up] of the MLP.
+Source: arXiv 2508.15884 and NVlabs/Jet-Nemotron (`modeling_jet_nemotron.py`, `jet_block.py`, `dynamic_conv.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jet_export.kernels import attention as _attention  # noqa: F401  registers jet::attention
+from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
+from jet_export.model.cache import Cache, PackedBatch, states_per_layer
+from jet_export.model.config import JetNemotronConfig
+
+
+class RMSNorm(nn.Module):
+    """(w * x / sqrt(mean(x^2) + eps)) in fp32, one cast at the end (Qwen2 casts before the weight; this does not)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (self.weight.float() * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps))).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: JetNemotronConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class JetBlock(nn.Module):
+    """Gated delta rule with a dynamic convolution on the values; the core is `jet::jet_block`."""
+
+    def __init__(self, c: JetNemotronConfig) -> None:
+        super().__init__()
+        H, K, V, D, R = c.jet_num_heads, c.head_k_dim, c.head_v_dim, c.jet_value_dim, c.generator_dim
+        self.num_heads, self.head_k_dim, self.head_v_dim, self.generator_dim = H, K, V, R
+        self.norm_eps = c.jet_norm_eps
+        self.in_proj = nn.Linear(c.hidden_size, 2 * H * K + 2 * D + R, bias=False)  # [q | k | v | gate | w1]
+        self.ba_proj = nn.Linear(c.hidden_size, 2 * H, bias=False)  # [b | a]
+        self.w2 = nn.Linear(R, D * c.conv_size, bias=True)
+        self.A_log = nn.Parameter(torch.zeros(H))  # fp32 in every model dtype, as dt_bias
+        self.dt_bias = nn.Parameter(torch.zeros(H))
+        self.o_norm = nn.Parameter(torch.ones(V))
+        self.o_proj = nn.Linear(D, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool) -> Tensor:
+        qkuz = self.in_proj(x)  # [T, 2HK + 2D + R]
+        kappa = self.w2(F.silu(qkuz[:, -self.generator_dim :]))  # [T, D * W]
+        conv_state, recurrent_state = state
+        o = torch.ops.jet.jet_block(
+            qkuz, self.ba_proj(x), kappa, self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
+            batch.cu_seqlens, batch.slots, batch.context_lens,
+            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, decode,
+        )  # fmt: skip
+        return self.o_proj(o)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, causal (window 0) or sliding-window; the core is `jet::attention`."""
+
+    def __init__(self, c: JetNemotronConfig, window: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim, self.window = (
+            c.num_attention_heads, c.num_key_value_heads, c.head_dim, window,
+        )  # fmt: skip
+        self.k_scale = self.v_scale = 1.0  # of an FP8 KV cache
+        self.qkv_proj = nn.Linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool
+    ) -> Tensor:
+        (kv_cache,) = state
+        o = torch.ops.jet.attention(
+            self.qkv_proj(x), cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
+            batch.cu_seqlens, batch.slots, batch.context_lens,
+            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale, decode,
+        )  # fmt: skip
+        return self.o_proj(o)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: JetNemotronConfig, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        window = c.window_size if kind == "swa" else 0
+        self.self_attn: nn.Module = JetBlock(c) if kind == "jet" else Attention(c, window)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(
+        self, h: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool
+    ) -> Tensor:
+        x = self.input_layernorm(h)
+        if self.kind == "jet":
+            h = h + self.self_attn(x, batch, state, decode)
+        else:
+            h = h + self.self_attn(x, cos_sin, batch, state, decode)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class PackedOutput(NamedTuple):
+    logits: Tensor  # [M, vocab]
+    hidden_states: list[Tensor]  # each layer's output [T, hidden]; empty unless asked for
+
+
+class JetNemotronForCausalLM(nn.Module):
+    """The model: `from_pretrained` loads it, `forward` is the batch API, engines are built from `forward_packed`."""
+
+    cos_sin: Tensor
+
+    def __init__(self, config: JetNemotronConfig, max_positions: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.max_positions = max_positions or config.max_position_embeddings
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, kind) for kind in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("cos_sin", torch.empty(self.max_positions, config.head_dim), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        max_positions: int | None = None,
+    ) -> JetNemotronForCausalLM:
+        """Load a preset (`"jet-tiny"`), a Hugging Face directory or a hub id, tensor by tensor onto `device`.
+
+        Needs no more host memory than the model itself (on a CPU) and one tensor. Raises JetExportError naming the
+        file or tensor that is missing, truncated or of the wrong shape.
+        """
+        from jet_export.model.hub import resolve_checkpoint
+        from jet_export.model.weights import load_checkpoint
+
+        return load_checkpoint(resolve_checkpoint(str(source)), dtype, torch.device(device), max_positions)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and safetensors under the published names, for `from_pretrained` and the published code."""
+        from jet_export.model.weights import save_checkpoint
+
+        save_checkpoint(self, Path(path))
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_seq_len: int,
+        prefill_chunk: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> Cache:
+        """States of `batch_size` empty sequences of up to `max_seq_len` tokens, at most `prefill_chunk` (default: any
+        number) of them a call: sliding-window layers keep only their window and one chunk."""
+        return Cache.allocate(
+            self.config, batch_size, max_seq_len, prefill_chunk or max_seq_len,
+            self.dtype, kv_dtype or self.dtype, state_dtype, self.device,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [B, T] int
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,  # [B, T], 0 for left padding
+    ) -> Tensor:
+        """Logits [B, T, vocab], continuing from `cache` and updating it: prefill, chunked prefill and decode alike.
+
+        With `attention_mask`, padded positions (on the left) are left out: they touch no state and their logits are 0.
+        Raises JetExportError where the tokens do not fit the cache (not checked inside torch.compile).
+        """
+        B, T = input_ids.shape
+        if cache is None:
+            cache = self.new_cache(B, T)
+        if not torch.compiler.is_compiling():
+            cache.check_room(B, T)
+        mask = None if attention_mask is None else attention_mask.bool()
+        batch = cache.batch(T, mask)
+        tokens = input_ids.reshape(-1) if mask is None else input_ids[mask]
+        logits = self.forward_packed(tokens, batch, cache.states, None, decode=T == 1 and mask is None).logits
+        cache.advance(batch)
+        if mask is None:
+            return logits.reshape(B, T, -1)
+        padded = logits.new_zeros(B, T, logits.shape[-1])
+        padded[mask] = logits
+        return padded
+
+    def forward_packed(
+        self,
+        input_ids: Tensor,  # [T] int
+        batch: PackedBatch,
+        states: list[Tensor],  # flat, in the order of cache.state_specs; updated in place
+        logit_indices: Tensor | None,  # [M] int32 rows of the packed tokens to return logits for; None: all
+        decode: bool,
+        hidden_states: bool = False,
+    ) -> PackedOutput:
+        """One step over packed tokens. `decode` promises one token a sequence (T == N)."""
+        h = self.embed_tokens(input_ids)
+        kept = []
+        for layer, state in zip(self.layers, states_per_layer(self.config, states), strict=True):
+            h = layer(h, self.cos_sin, batch, state, decode)
+            if hidden_states:
+                kept.append(h)
+        if logit_indices is not None:
+            h = h.index_select(0, logit_indices)
+        return PackedOutput(self.lm_head(self.norm(h)), kept)
+
+
+def rope_table(config: JetNemotronConfig, positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """cos | sin of position * theta^(-2i / head_dim), in fp32 and then cast to the model dtype: [positions, head_dim]."""
+    i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    inv_freq = 1.0 / (config.rope_theta ** (i / config.head_dim))
+    angle = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * inv_freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+
+
+KEEP_FP32 = ("A_log", "dt_bias")
+
+
+def empty_model(
+    config: JetNemotronConfig, dtype: torch.dtype, device: torch.device, max_positions: int | None = None
+) -> JetNemotronForCausalLM:
+    """A model whose parameters are allocated on `device` and not yet filled; its RoPE table is."""
+    with torch.device("meta"):
+        model = JetNemotronForCausalLM(config, max_positions)
+    model.requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32 if name.endswith(KEEP_FP32) else dtype)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.cos_sin = rope_table(config, model.max_positions, dtype, device)
+    return model.eval()
+
+
+@torch.no_grad()
+def random_model(
+    config: JetNemotronConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    max_positions: int | None = None,
+) -> JetNemotronForCausalLM:
+    """Random weights, by the published initialisation: N(0, 0.02) matrices, A = exp(A_log) ~ U(0, 16),
+    softplus(dt_bias) log-uniform in [0.001, 0.1], static convolution (w2.bias) ~ U(-W^-0.5, W^-0.5), norms 1."""
+    device = torch.device(device)
+    model = empty_model(config, dtype, device, max_positions)
+    rng = torch.Generator(device=device).manual_seed(seed)
+    std = float(config.raw.get("initializer_range", 0.02))
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):
+            p.copy_(torch.empty_like(p).uniform_(1e-4, 16, generator=rng).log())
+        elif name.endswith("dt_bias"):
+            dt = torch.empty_like(p).uniform_(-6.907755, -2.302585, generator=rng).exp().clamp_(min=1e-4)
+            p.copy_(dt + torch.log(-torch.expm1(-dt)))
+        elif name.endswith("w2.bias"):
+            p.uniform_(-(config.conv_size**-0.5), config.conv_size**-0.5, generator=rng)
+        elif "norm" in name:
+            p.fill_(1.0)
+        elif name.endswith("bias"):
+            p.zero_()
+        else:
+            p.normal_(0.0, std, generator=rng)
+    return model

@@ -1,0 +1,198 @@
+"""Published checkpoints: which rows of which fused parameter each tensor fills, loading and saving them.
+
+`checkpoint_layout` is the one description of the mapping; loading and saving both walk it, so they are inverse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jet_export.errors import JetExportError
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
+
+SHARD_BYTES = 4 * 2**30
+
+
+class Slice(NamedTuple):
+    """Rows [start, start + shape[0]) of parameter `param`."""
+
+    param: str
+    start: int
+    shape: tuple[int, ...]
+
+
+def checkpoint_layout(c: JetNemotronConfig) -> dict[str, Slice]:
+    """Published tensor name -> the rows of our parameter that it is."""
+    out: dict[str, Slice] = {}
+
+    def fused(param: str, parts: list[tuple[str, int]], *tail: int) -> None:
+        start = 0
+        for name, rows in parts:
+            out[name] = Slice(param, start, (rows, *tail))
+            start += rows
+
+    d = c.hidden_size
+    fused("embed_tokens.weight", [("model.embed_tokens.weight", c.vocab_size)], d)
+    fused("norm.weight", [("model.norm.weight", d)])
+    if not c.tie_word_embeddings:
+        fused("lm_head.weight", [("lm_head.weight", c.vocab_size)], d)
+    for i, kind in enumerate(c.layer_types):
+        ours, pub = f"layers.{i}", f"model.layers.{i}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            fused(f"{ours}.{norm}.weight", [(f"{pub}.{norm}.weight", d)])
+        f, mlp = c.intermediate_size, f"{pub}.mlp"
+        fused(f"{ours}.mlp.gate_up_proj.weight", [(f"{mlp}.gate_proj.weight", f), (f"{mlp}.up_proj.weight", f)], d)
+        fused(f"{ours}.mlp.down_proj.weight", [(f"{mlp}.down_proj.weight", d)], f)
+        attn, theirs = f"{ours}.self_attn", f"{pub}.self_attn"
+        if kind == "jet":
+            H, HK, D, R = c.jet_num_heads, c.jet_num_heads * c.head_k_dim, c.jet_value_dim, c.generator_dim
+            gen = f"{theirs}.dynamic_conv1d.kernel_generator"
+            names = [f"{theirs}.{p}_proj.weight" for p in "qkvg"] + [f"{gen}.w1.weight"]
+            fused(f"{attn}.in_proj.weight", list(zip(names, (HK, HK, D, D, R), strict=True)), d)
+            fused(f"{attn}.ba_proj.weight", [(f"{theirs}.b_proj.weight", H), (f"{theirs}.a_proj.weight", H)], d)
+            fused(f"{attn}.w2.weight", [(f"{gen}.w2.weight", D * c.conv_size)], R)
+            fused(f"{attn}.w2.bias", [(f"{gen}.w2.bias", D * c.conv_size)])
+            fused(f"{attn}.A_log", [(f"{theirs}.A_log", H)])
+            fused(f"{attn}.dt_bias", [(f"{theirs}.dt_bias", H)])
+            fused(f"{attn}.o_norm", [(f"{theirs}.o_norm.weight", c.head_v_dim)])
+            fused(f"{attn}.o_proj.weight", [(f"{theirs}.o_proj.weight", d)], D)
+        else:
+            q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+            for what, tail in (("weight", (d,)), ("bias", ())):
+                parts = [(f"{theirs}.{p}_proj.{what}", rows) for p, rows in (("q", q), ("k", kv), ("v", kv))]
+                fused(f"{attn}.qkv_proj.{what}", parts, *tail)
+            fused(f"{attn}.o_proj.weight", [(f"{theirs}.o_proj.weight", d)], q)
+    return out
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """A Hugging Face directory: config.json and the safetensors file that holds each tensor."""
+
+    directory: Path
+    config: JetNemotronConfig
+    file_of: dict[str, Path]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> CheckpointFiles:
+        """Read config.json and the index. Raises JetExportError if the directory is not a checkpoint."""
+        directory = Path(directory)
+        config = JetNemotronConfig.from_json_file(directory / "config.json")
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                file_of = {name: directory / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise JetExportError(f"{index}: not a safetensors index.", "Download the file again.") from None
+        else:
+            files = sorted(directory.glob("*.safetensors"))
+            if not files:
+                raise JetExportError(f"{directory}: no *.safetensors file.", "Only safetensors checkpoints are read.")
+            file_of = {name: file for file in files for name in _tensor_names(file)}
+        for file in sorted(set(file_of.values())):
+            _tensor_names(file)
+        return cls(directory, config, file_of)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.stat().st_size for f in set(self.file_of.values()))
+
+
+def _tensor_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as f:
+            return list(f.keys())
+    except FileNotFoundError:
+        raise JetExportError(f"{file}: no such file, though the index names it.", "Download it again.") from None
+    except (SafetensorError, OSError) as e:
+        raise JetExportError(f"{file}: damaged or truncated ({e}).", "Download the file again.") from None
+
+
+def _tensors(files: CheckpointFiles, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors one at a time, file by file: no more than one is in memory."""
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(files.file_of[name], []).append(name)
+    with ExitStack() as stack:
+        for path, wanted in by_file.items():
+            f = stack.enter_context(safe_open(path, "pt"))
+            present = set(f.keys())
+            for name in wanted:
+                if name not in present:
+                    raise JetExportError(f"{path}: tensor {name} is missing, though the index names it here.")
+                yield name, f.get_tensor(name)
+            stack.pop_all().close()
+
+
+@torch.no_grad()
+def load_checkpoint(
+    directory: str | Path, dtype: torch.dtype, device: torch.device, max_positions: int | None = None
+) -> JetNemotronForCausalLM:
+    """Fill a model on `device`. Raises JetExportError naming a tensor that is missing or of the wrong shape."""
+    files = CheckpointFiles.open(directory)
+    layout = checkpoint_layout(files.config)
+    missing = [name for name in layout if name not in files.file_of]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise JetExportError(
+            f"{files.directory}: tensor {missing[0]}{more} missing from the checkpoint.",
+            "It does not match config.json (layer_types, tie_word_embeddings), or a shard was not downloaded.",
+        )
+    model = empty_model(files.config, dtype, device, max_positions)
+    params = dict(model.named_parameters())
+    for name, tensor in _tensors(files, list(layout)):
+        param, start, shape = layout[name]
+        if tuple(tensor.shape) != shape:
+            raise JetExportError(
+                f"{files.file_of[name]}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}.",
+                "Use the config.json that belongs to these weights.",
+            )
+        params[param][start : start + shape[0]].copy_(tensor)
+    return model
+
+
+def save_checkpoint(model: JetNemotronForCausalLM, directory: Path) -> None:
+    """The published layout: fused parameters split again, shards of at most 4 GiB, config.json."""
+    params: dict[str, Tensor] = dict(model.named_parameters())
+    layout = checkpoint_layout(model.config)
+    quantised = sorted({s.param for s in layout.values()} - params.keys())
+    if quantised:
+        raise JetExportError(
+            f"save_pretrained: {quantised[0].removesuffix('.weight')} is FP8, which the published layout cannot hold.",
+            "Save the model before quantising it.",
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (param, _, shape) in layout.items():
+        nbytes = torch.Size(shape).numel() * params[param].element_size()
+        if size and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    file_of = {}
+    for i, names in enumerate(shards):
+        one = len(shards) == 1
+        file = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        rows = {n: (params[layout[n].param], layout[n].start, layout[n].shape[0]) for n in names}
+        tensors = {n: p[a : a + r].detach().cpu().clone() for n, (p, a, r) in rows.items()}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = sum(torch.Size(s.shape).numel() * params[s.param].element_size() for s in layout.values())
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    model.config.save(directory / "config.json")
