@@ -1,0 +1,51 @@
+"""Which engine kind to build: what is installed, what runs on the device, and what was seen running there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jet_export.errors import JetExportError
+
+# Engine kind -> where it has run, and the committed result that shows it. `auto` picks nothing else.
+SEEN_RUNNING: dict[str, dict[str, str]] = {
+    "inductor": {
+        "x86_64": "tests/parity/test_parity.py",
+    },
+}
+KNOWN = ("inductor",)
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    name: str
+    reason: str
+
+
+def choose_backend(requested: str, arch: str) -> BackendChoice:
+    """`auto` or a name -> the engine kind for `arch` ("sm_90", "x86_64"), and why."""
+    if requested == "auto":
+        for name in KNOWN:
+            if arch in SEEN_RUNNING[name]:
+                return BackendChoice(name, f"auto: runs on {arch} (shown by {SEEN_RUNNING[name][arch]})")
+        raise JetExportError(
+            f"--backend auto: no engine kind has a committed result on {arch}.",
+            f"Choose one by name and verify it: --backend {KNOWN[0]}, then jet-export verify.",
+        )
+    if requested not in KNOWN:
+        raise JetExportError(f"--backend {requested}: not known.", f"Known: auto, {', '.join(KNOWN)}.")
+    return BackendChoice(requested, "asked for by name")
+
+
+def target_device(requested: str) -> torch.device:
+    """`auto`: the GPU where there is one. Raises JetExportError for cuda without a GPU."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if requested not in ("cpu", "cuda"):
+        raise JetExportError(f"--device {requested}: not known.", "Known: auto, cpu, cuda.")
+    if requested == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this torch is a CPU build" if built is None else "torch sees no GPU (driver missing, or none visible)"
+        raise JetExportError(f"--device cuda: {why}.", "Build on a machine with the GPU, or pass --device cpu.")
+    return torch.device(requested)

@@ -1,0 +1,410 @@
+"""`jet-export build`: checkpoint -> (FP8) -> two exported graphs -> AOTInductor packages -> bundle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from jet_export import __version__
+from jet_export.backends import BackendChoice, choose_backend, target_device
+from jet_export.bundle import (
+    TOKENIZER,
+    WEIGHTS,
+    Limits,
+    Manifest,
+    describe_files,
+    dtype_name,
+    host_target,
+    sha256_file,
+    torch_dtype,
+)
+from jet_export.errors import JetExportError
+from jet_export.memory import Memory, engine_memory, weight_bytes
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.hub import HUB_ID, PRESETS, is_hub_id, load_config, local_directory, resolve_checkpoint
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.runtime.runner import max_prefill_tokens
+
+DEFAULT_MAX_SEQ_LEN = 4096
+DEFAULT_PREFILL_CHUNK = 2048
+CALIBRATION = Path(__file__).parent / "data" / "calibration.txt"
+TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the user asked for; the command line's options, one to one."""
+
+    model: str
+    checkpoint: Path | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    fp8: bool = False
+    fp8_lm_head: bool = False
+    keep: tuple[str, ...] = ()
+    calibration: Path | None = None
+    kv_cache_dtype: str = "auto"  # the model dtype
+    state_dtype: str = "float32"
+    max_batch_size: int = 8
+    max_seq_len: int | None = None
+    prefill_chunk: int | None = None
+    random_weights: bool = False
+    seed: int = 0
+    output: Path | None = None
+    force: bool = False
+
+
+@dataclass
+class BuildPlan:
+    """Everything decided before any work: printed first, and all that `--dry-run` does."""
+
+    options: BuildOptions
+    config: JetNemotronConfig
+    backend: BackendChoice
+    target: dict[str, Any]
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    state_dtype: torch.dtype
+    limits: Limits
+    source: str  # where the weights come from, in words
+    directory: Path | None  # the checkpoint's, where it is local
+    output: Path
+    memory: Memory
+    download_bytes: int
+    disk_bytes: int
+    build_memory: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+def make_plan(options: BuildOptions) -> BuildPlan:
+    """Check every option and decide the rest. Raises JetExportError; writes and downloads nothing."""
+    device = target_device(options.device)
+    target = host_target(device)
+    backend = choose_backend(options.backend, target["arch"])
+    dtype, kv_dtype, state_dtype = _dtypes(options)
+    directory = options.checkpoint or local_directory(options.model)
+    if options.checkpoint is not None and not options.checkpoint.is_dir():
+        raise JetExportError(f"--checkpoint {options.checkpoint}: no such directory.")
+    if options.checkpoint is not None and not (options.checkpoint / "config.json").is_file():
+        raise JetExportError(f"--checkpoint {options.checkpoint}: no config.json there.")
+    config = _config(options, directory)
+    limits, warnings = _limits(options, config)
+    if options.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise JetExportError(f"--fp8: {target['arch']} has no FP8 arithmetic.", "FP8 needs SM 8.9 or newer.")
+    weights = weight_bytes(config, dtype, options.fp8, options.fp8_lm_head)
+    full = weight_bytes(config, dtype, False)
+    memory = engine_memory(config, limits, dtype, kv_dtype, state_dtype, weights)
+    if options.random_weights:
+        source = f"random weights, seed {options.seed}"
+    else:
+        source = str(directory) if directory else f"hub {HUB_ID.get(options.model, options.model)}"
+    if not options.random_weights and directory is None and not is_hub_id(HUB_ID.get(options.model, options.model)):
+        load_config(options.model)  # says what is known
+    return BuildPlan(
+        options, config, backend, target, dtype, kv_dtype, state_dtype, limits, source, directory,
+        output=options.output or default_output(options),
+        memory=memory,
+        download_bytes=0 if directory or options.random_weights else full,
+        disk_bytes=weights + 20_000_000,
+        build_memory=2 * full + 1_500_000_000,
+        seconds=expected_seconds(config, full),
+        warnings=warnings,
+    )  # fmt: skip
+
+
+def expected_seconds(config: JetNemotronConfig, nbytes: int) -> float:
+    """Two Inductor compilations, which grow with the number of layers, and a few passes over the weights."""
+    return 25 + 2.5 * config.num_hidden_layers + nbytes / 2e8
+
+
+def default_output(options: BuildOptions) -> Path:
+    """bundles/<model>-<precision>-<backend>."""
+    name = Path(options.model).name.removesuffix(".json") or "model"
+    precision = "fp8" if options.fp8 else {"bfloat16": "bf16", "float32": "fp32"}[options.dtype]
+    backend = "inductor" if options.backend == "auto" else options.backend
+    return Path("bundles") / f"{name}-{precision}-{backend}"
+
+
+def _dtypes(options: BuildOptions) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    for flag, value, known in (
+        ("--dtype", options.dtype, ("bfloat16", "float32")),
+        ("--kv-cache-dtype", options.kv_cache_dtype, ("auto", "bfloat16", "float32", "fp8")),
+        ("--state-dtype", options.state_dtype, ("float32", "bfloat16")),
+    ):
+        if value not in known:
+            raise JetExportError(f"{flag} {value}: not known.", f"Known: {', '.join(known)}.")
+    if options.fp8 and options.dtype != "bfloat16":
+        raise JetExportError("--fp8 works on a bfloat16 model.", "Leave --dtype out.")
+    kv = options.dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    if kv not in ("fp8", options.dtype):
+        raise JetExportError(f"--kv-cache-dtype {kv}: the cache holds the model dtype ({options.dtype}) or fp8.")
+    return torch_dtype(options.dtype), torch_dtype(kv), torch_dtype(options.state_dtype)
+
+
+def _config(options: BuildOptions, directory: Path | None) -> JetNemotronConfig:
+    if directory is not None and not (options.random_weights and options.model in PRESETS):
+        return JetNemotronConfig.from_json_file(directory / "config.json")
+    try:
+        return load_config(options.model)
+    except JetExportError:
+        hub_id = HUB_ID.get(options.model, options.model)
+        if not is_hub_id(hub_id) or options.random_weights:
+            raise
+        return JetNemotronConfig.from_json_file(resolve_checkpoint(hub_id) / "config.json")
+
+
+def _limits(options: BuildOptions, config: JetNemotronConfig) -> tuple[Limits, list[str]]:
+    trained = config.max_position_embeddings
+    seq = options.max_seq_len or min(trained, DEFAULT_MAX_SEQ_LEN)
+    chunk = min(options.prefill_chunk or DEFAULT_PREFILL_CHUNK, seq)
+    for flag, value in (
+        ("--max-batch-size", options.max_batch_size),
+        ("--max-seq-len", seq),
+        ("--prefill-chunk", chunk),
+    ):
+        if value < 1:
+            raise JetExportError(f"{flag} {value}: must be at least 1.")
+    warnings = []
+    if seq > trained:
+        warnings.append(f"max_seq_len {seq} exceeds the {trained} positions that the model was trained for.")
+    return Limits(options.max_batch_size, seq, chunk), warnings
+
+
+class Progress:
+    """Stages with their seconds; `print` is given whole lines."""
+
+    def __init__(self, emit: Callable[[str], None]) -> None:
+        self.emit = emit
+        self.start = time.monotonic()
+
+    @contextmanager
+    def stage(self, name: str):
+        start = time.monotonic()
+        self.emit(f"  {name} ...")
+        yield
+        self.emit(f"  {name}: {time.monotonic() - start:.1f} s")
+
+
+def build_inputs(plan: BuildPlan) -> dict[str, Any]:
+    """All that the bundle depends on, for "up to date"."""
+    o = plan.options
+    inputs: dict[str, Any] = {
+        "model": o.model if o.random_weights else plan.source,
+        "config": plan.config.to_dict(),
+        "weights": f"random, seed {o.seed}" if o.random_weights else _checkpoint_digest(plan.directory),
+        "dtype": o.dtype,
+        "fp8": o.fp8,
+        "kv_cache_dtype": dtype_name(plan.kv_dtype),
+        "state_dtype": dtype_name(plan.state_dtype),
+        "limits": asdict(plan.limits),
+        "backend": plan.backend.name,
+        "target": plan.target,
+        "versions": versions(),
+    }
+    if o.fp8 or plan.kv_dtype == torch.float8_e4m3fn:
+        inputs["calibration"] = sha256_file(o.calibration or CALIBRATION)
+        inputs["keep"] = sorted(o.keep)
+        inputs["fp8_lm_head"] = o.fp8_lm_head
+    return inputs
+
+
+def versions() -> dict[str, str]:
+    import triton
+
+    return {"jet_export": __version__, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def _checkpoint_digest(directory: Path | None) -> dict[str, str]:
+    if directory is None:
+        return {}
+    return {p.name: sha256_file(p) for p in sorted(directory.glob("*.safetensors"))}
+
+
+def up_to_date(plan: BuildPlan, inputs: dict[str, Any]) -> bool:
+    """True where the output is this very build. Raises JetExportError naming what differs, unless --force."""
+    if not plan.output.exists() or plan.options.force:
+        return False
+    if not plan.output.is_dir() or (any(plan.output.iterdir()) and not (plan.output / "manifest.json").exists()):
+        raise JetExportError(f"--output {plan.output}: exists and is not a bundle.", "Choose another place.")
+    if not any(plan.output.iterdir()):
+        return False
+    built = Manifest.load(plan.output).build.get("inputs", {})
+    differing = sorted(k for k in built.keys() | inputs.keys() if built.get(k) != inputs.get(k))
+    if not differing:
+        return True
+    changes = "; ".join(f"{k} was {_short(built.get(k))}, now {_short(inputs.get(k))}" for k in differing[:3])
+    raise JetExportError(
+        f"{plan.output}: holds a bundle built from other inputs ({changes}).",
+        "Pass --force to replace it, or --output DIR to build beside it.",
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] = print) -> Path:
+    """Build the bundle. Everything happens in a temporary directory beside the output, which is renamed at the end."""
+    if plan.download_bytes:
+        resolved = resolve_checkpoint(plan.options.model)
+        plan.directory, plan.config = resolved, JetNemotronConfig.from_json_file(resolved / "config.json")
+    inputs = build_inputs(plan)
+    if up_to_date(plan, inputs):
+        emit(f"{plan.output} is up to date.")
+        return plan.output
+    check_compiler()
+    start = time.monotonic()
+    plan.output.parent.mkdir(parents=True, exist_ok=True)
+    tmp = plan.output.parent / f".{plan.output.name}.{os.getpid()}.tmp"
+    tmp.mkdir()
+    try:
+        manifest = _fill(plan, tmp, Progress(emit))
+        manifest.files = describe_files(tmp)
+        manifest.build = {
+            "command": command,
+            "inputs": inputs,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        manifest.save(tmp)
+        _replace(tmp, plan.output)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return plan.output
+
+
+def _replace(tmp: Path, output: Path) -> None:
+    """Put the finished bundle in place; the old one survives until the new one is there."""
+    old = output.parent / f".{output.name}.{os.getpid()}.old"
+    if output.exists():
+        output.rename(old)
+    try:
+        tmp.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
+    device = torch.device(plan.target["device"])
+    if plan.options.random_weights:
+        return random_model(plan.config, plan.dtype, device, plan.options.seed, plan.limits.max_seq_len)
+    assert plan.directory is not None
+    return JetNemotronForCausalLM.from_pretrained(plan.directory, plan.dtype, device, plan.limits.max_seq_len)
+
+
+def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
+    from jet_export.export import MODES, compile_package, export_graph
+
+    with progress.stage("load weights"):
+        model = load_model(plan)
+        licence = _copy_side_files(plan, tmp)
+    quantization = _quantize(plan, model, tmp, progress)
+    tokens = max_prefill_tokens(plan.limits.max_batch_size, plan.limits.prefill_chunk)
+    for mode in MODES:
+        with progress.stage(f"compile {mode}"):
+            program = export_graph(model, mode, plan.kv_dtype, plan.state_dtype, tokens, plan.limits.max_batch_size)
+            compile_package(program, tmp / f"{mode}.pt2")
+    with progress.stage("write weights"):
+        tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
+        save_file({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
+    with progress.stage("check that the packages load"):
+        check_loads(tmp)
+    return Manifest(
+        model={"name": plan.options.model, "source": plan.source, "licence": licence, "config": plan.config.to_dict()},
+        backend={"name": plan.backend.name, "reason": plan.backend.reason, **versions()},
+        target=plan.target,
+        dtype=dtype_name(plan.dtype),
+        kv_cache_dtype=dtype_name(plan.kv_dtype),
+        state_dtype=dtype_name(plan.state_dtype),
+        limits=plan.limits,
+        quantization=quantization,
+        warnings=plan.warnings,
+    )
+
+
+def _tied(model: JetNemotronForCausalLM) -> bool:
+    return getattr(model.lm_head, "weight", None) is model.embed_tokens.weight
+
+
+def _quantize(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> dict[str, Any] | None:
+    kv_fp8 = plan.kv_dtype == torch.float8_e4m3fn
+    if not (plan.options.fp8 or kv_fp8):
+        return None
+    from jet_export import quantize
+    from jet_export.runtime.tokenizer import Tokenizer
+
+    o = plan.options
+    text = quantize.read_calibration(o.calibration or CALIBRATION)
+    tokenizer = Tokenizer(tmp / TOKENIZER) if (tmp / TOKENIZER).exists() else None
+    batches = quantize.calibration_tokens(tokenizer, text, plan.config.vocab_size)
+    report = quantize.QuantizationReport()
+    if o.fp8:
+        with progress.stage("calibrate and quantise to FP8 (nvidia-modelopt)"):
+            report = quantize.quantize_fp8(model, batches, o.keep, o.fp8_lm_head)
+            quantize.check_all_fp8(model, report, o.keep)
+    if kv_fp8:
+        with progress.stage("calibrate the FP8 KV cache"):
+            quantize.calibrate_kv_scales(model, batches, report)
+    return report.to_dict()
+
+
+def _copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
+    """Tokenizer and licence of the checkpoint."""
+    directory = plan.directory
+    if directory is None or (plan.options.random_weights and plan.options.model != "jet-tiny"):
+        return None
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, tmp / name)
+    licences = sorted(p for p in directory.iterdir() if p.name.upper().startswith(("LICENSE", "NOTICE")))
+    for p in licences:
+        shutil.copyfile(p, tmp / p.name)
+    return licences[0].read_text(errors="replace").strip().splitlines()[0].strip() if licences else None
+
+
+def check_compiler() -> None:
+    """Inductor needs a C++ compiler, on a GPU too. Raises JetExportError where there is none."""
+    cxx = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(cxx) is None:
+        raise JetExportError(
+            f"no C++ compiler: {cxx} is not on the PATH, and Inductor compiles with it.",
+            "Install g++ (Debian, Ubuntu: apt-get install g++), or name another in CXX.",
+        )
+
+
+LOAD_PROBE = (
+    "import sys, torch, jet_export.model.jet_nemotron\nfor p in sys.argv[1:]: torch._inductor.aoti_load_package(p)"
+)
+
+
+def check_loads(directory: Path) -> None:
+    """Load the packages in another process: code of a compiler with a newer libstdc++ can kill the one that loads it."""
+    packages = sorted(str(p) for p in directory.glob("*.pt2"))
+    done = subprocess.run([sys.executable, "-c", LOAD_PROBE, *packages], capture_output=True, text=True, timeout=600)
+    if done.returncode == 0:
+        return
+    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    raise JetExportError(
+        f"the compiled packages do not load ({how}{': ' + last if last else ''}).",
+        f"The C++ compiler ({os.environ.get('CXX', 'g++')}) does not fit this Python's libstdc++. Name the system's: "
+        "export CC=/usr/bin/gcc CXX=/usr/bin/g++, and build again.",
+    )

@@ -1,0 +1,140 @@
+"""The `jet-export` command: each subcommand parses its options and calls one function."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jet_export.errors import JetExportError
+
+app = typer.Typer(
+    name="jet-export",
+    help="Build, verify and run inference engines for Jet-Nemotron models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option(help="jet-tiny, jet-2b, jet-4b, a checkpoint directory, config.json or a hub id.")]
+Bundle = Annotated[Path, typer.Argument(help="A directory made by `jet-export build`.", show_default=False)]
+
+
+@app.command(epilog="Example: jet-export build --model jet-4b --fp8")
+def build(
+    model: Model = "jet-tiny",
+    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 projections, calibrated by nvidia-modelopt.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Directory with the weights of --model.")] = None,
+    backend: Annotated[str, typer.Option(help="auto or inductor.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Model dtype: bfloat16 or float32.")] = "bfloat16",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Leave layers in the model dtype, e.g. model.layers.7")
+    ] = None,
+    fp8_lm_head: Annotated[bool, typer.Option("--fp8-lm-head", help="FP8 output projection too.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate FP8 on.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto (the model dtype) or fp8.")] = "auto",
+    state_dtype: Annotated[str, typer.Option(help="Recurrent state: float32 or bfloat16.")] = "float32",
+    max_batch_size: Annotated[int, typer.Option(help="Sequences the engine holds.")] = 8,
+    max_seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; default 4096 or the model's.")] = None,
+    prefill_chunk: Annotated[int | None, typer.Option(help="Most tokens of a sequence a prefill call.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: bundles/<model>-<precision>-<backend>.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="The architecture, no checkpoint.")] = False,
+    seed: Annotated[int, typer.Option(help="Of --random-weights.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle built from other inputs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Build an engine bundle from a checkpoint."""
+    from jet_export.build import BuildOptions, make_plan, run_build
+    from jet_export.report import print_plan
+
+    options = BuildOptions(
+        model, checkpoint, backend, device, dtype, fp8, fp8_lm_head, tuple(keep or ()), calibration, kv_cache_dtype,
+        state_dtype, max_batch_size, max_seq_len, prefill_chunk, random_weights, seed, output, force,
+    )  # fmt: skip
+    plan = make_plan(options)
+    print_plan(plan)
+    if not dry_run:
+        out = run_build(plan, ["jet-export", *(shlex.quote(a) for a in sys.argv[1:])], typer.echo)
+        typer.echo(f"Next: jet-export verify {out}   jet-export generate {out} --prompt TEXT")
+
+
+@app.command(epilog='Example: jet-export generate bundles/jet-tiny-fp8-inductor --prompt "def "')
+def generate(
+    bundle: Bundle,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; - reads standard input.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="UTF-8 file, a prompt a line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to make.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 keeps every token.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+) -> None:
+    """Generate text with a bundle."""
+    from jet_export.generate import read_prompts, stream
+
+    stream(bundle, read_prompts(prompt, prompts), max_new_tokens, temperature, top_k, top_p, seed, ignore_eos)
+
+
+@app.command(epilog="Example: jet-export verify bundles/jet-tiny-fp8-inductor --json verify.json")
+def verify(
+    bundle: Bundle,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out UTF-8 text for bits per byte and KL.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+) -> None:
+    """Compare a bundle's engine with the PyTorch model, state by state; exit status 1 where it fails."""
+    from jet_export.report import print_verification
+    from jet_export.verify import verify_bundle
+
+    result = verify_bundle(bundle, text, seed, typer.echo)
+    print_verification(result)
+    if json_file:
+        json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: jet-export inspect --model jet-4b --batch 64 --context 65536")
+def inspect(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle, or leave out and pass --model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Before building: a preset, directory or config.json.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="With --model: FP8 projections.")] = False,
+    kv_cache_dtype: Annotated[str, typer.Option(help="With --model: auto or fp8.")] = "auto",
+    state_dtype: Annotated[str, typer.Option(help="With --model: float32 or bfloat16.")] = "float32",
+    prefill_chunk: Annotated[int, typer.Option(help="With --model: tokens a prefill call.")] = 2048,
+) -> None:
+    """Layers, precisions, sizes, and the memory that a batch and a context length take."""
+    from jet_export.report import inspect_bundle, inspect_model
+
+    if (bundle is None) == (model is None):
+        raise JetExportError("inspect: give a bundle or --model, one of the two.")
+    if bundle is not None:
+        inspect_bundle(bundle, batch, context)
+    else:
+        assert model is not None
+        inspect_model(model, batch or 1, context, fp8, kv_cache_dtype, state_dtype, prefill_chunk)
+
+
+def main() -> None:
+    """Console entry point. Bad input: one message on standard error, exit status 2."""
+    try:
+        app()
+    except JetExportError as e:
+        typer.echo(f"error: {e}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

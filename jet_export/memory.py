@@ -1,0 +1,94 @@
+"""How many bytes a model, its states and its steps take: counted from the architecture, before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jet_export.bundle import Limits
+from jet_export.model.cache import pages_per_sequence, state_specs
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.weights import checkpoint_layout
+from jet_export.runtime.runner import max_prefill_tokens
+
+FP8_PROJECTIONS = ("in_proj", "w2", "o_proj", "qkv_proj", "gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, of which the engine needs all at once."""
+
+    weights: int
+    recurrent_states: int
+    conv_states: int
+    kv_full: int  # full-attention layers
+    kv_window: int  # sliding-window layers
+    workspace: int  # activations of the largest prefill step, estimated
+    rope_table: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.__dict__.values())
+
+
+def parameter_count(c: JetNemotronConfig) -> int:
+    return sum(torch.Size(s.shape).numel() for s in checkpoint_layout(c).values())
+
+
+def weight_bytes(c: JetNemotronConfig, dtype: torch.dtype, fp8: bool, lm_head_fp8: bool = False) -> int:
+    """Weights on the device: FP8 projections 1 byte, the rest in the model dtype, A_log and dt_bias in fp32."""
+    total = 0
+    for s in checkpoint_layout(c).values():
+        size = dtype.itemsize
+        if fp8 and s.param.endswith(".weight") and s.param.split(".")[-2] in FP8_PROJECTIONS:
+            size = 1
+        elif s.param.endswith(("A_log", "dt_bias")):
+            size = 4
+        total += torch.Size(s.shape).numel() * size
+    return total + (c.vocab_size * c.hidden_size if lm_head_fp8 else 0)
+
+
+def engine_memory(
+    c: JetNemotronConfig,
+    limits: Limits,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    weights: int,
+) -> Memory:
+    """Everything resident while the engine runs at `limits`."""
+    n = limits.max_batch_size
+    pages, ring = pages_per_sequence(c, limits.max_seq_len, limits.prefill_chunk)
+    rows = {"slots": n, "pages": n * pages, "window_pages": n * ring}
+    size = {"conv_state": 0, "recurrent_state": 0, "pages": 0, "window_pages": 0}
+    for s in state_specs(c, dtype, kv_dtype, state_dtype):
+        kind = s.rows if s.rows != "slots" else s.name.rsplit(".", 1)[1]
+        size[kind] += rows[s.rows] * s.row_bytes
+    tokens = min(max_prefill_tokens(n, limits.prefill_chunk), n * limits.max_seq_len)
+    return Memory(
+        weights=weights,
+        recurrent_states=size["recurrent_state"],
+        conv_states=size["conv_state"],
+        kv_full=size["pages"],
+        kv_window=size["window_pages"],
+        workspace=tokens * workspace_per_token(c, dtype),
+        rope_table=limits.max_seq_len * c.head_dim * dtype.itemsize,
+    )
+
+
+def workspace_per_token(c: JetNemotronConfig, dtype: torch.dtype) -> int:
+    """Activations alive at once in the widest part of a layer: residual, and the MLP's or the JetBlock's."""
+    residual = 3 * c.hidden_size
+    mlp = 3 * c.intermediate_size
+    D, HK = c.jet_value_dim, c.jet_num_heads * c.head_k_dim
+    jet = 2 * HK + 2 * D + c.generator_dim + c.conv_size * D + 2 * HK + 4 * D
+    return (residual + max(mlp, jet)) * dtype.itemsize
+
+
+def human(n: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(n) < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}" if n < 100 else f"{n:.0f} {unit}"
+        n /= 1000
+    raise AssertionError

@@ -1,0 +1,134 @@
+"""Engines: one interface over the compiled packages and over the eager model that they are compared with.
+
+An engine is stateless: every call takes the pools (in the order of `specs`) and updates them in place.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from jet_export.bundle import WEIGHTS, Limits, Manifest, check_bundle, torch_dtype
+from jet_export.errors import JetExportError
+from jet_export.model.cache import PackedBatch, StateSpec, state_specs
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
+
+
+class Engine(ABC):
+    """Runs one step over packed tokens. `config`, `limits` and `specs` say what it takes."""
+
+    config: JetNemotronConfig
+    limits: Limits
+    specs: list[StateSpec]
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
+        """input_ids [T] int64, logit_indices [M] int32 (rows of the packed tokens) -> logits [M, vocab]."""
+
+    @abstractmethod
+    def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        """One token a sequence: input_ids [N] int64 -> logits [N, vocab]."""
+
+
+class EagerEngine(Engine):
+    """The PyTorch model behind the engine interface."""
+
+    def __init__(
+        self, model: JetNemotronForCausalLM, limits: Limits, kv_dtype: torch.dtype, state_dtype: torch.dtype
+    ) -> None:
+        self.model, self.config, self.limits = model, model.config, limits
+        self.dtype, self.device = model.dtype, model.device
+        self.specs = state_specs(model.config, model.dtype, kv_dtype, state_dtype)
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
+        return self.model.forward_packed(input_ids, batch, states, logit_indices, decode=False).logits
+
+    @torch.inference_mode()
+    def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        return self.model.forward_packed(input_ids, batch, states, None, decode=True).logits
+
+
+class InductorEngine(Engine):
+    """Two AOTInductor packages over one copy of the weights."""
+
+    def __init__(self, directory: Path, manifest: Manifest, weights: dict[str, Tensor]) -> None:
+        self.config, self.limits, self.device = manifest.config, manifest.limits, manifest.device
+        self.dtype = torch_dtype(manifest.dtype)
+        self.specs = manifest_specs(manifest)
+        self.weights = weights  # kept alive: the packages hold pointers into it
+        self.graphs = {mode: self._load(directory / f"{mode}.pt2") for mode in ("prefill", "decode")}
+
+    def _load(self, path: Path):
+        # Without run_single_threaded the package synchronises the stream, which a CUDA graph cannot capture.
+        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        names = {fqn: fqn.removeprefix("model.") for fqn in package.get_constant_fqns()}
+        missing = sorted(set(names.values()) - self.weights.keys())
+        if missing:
+            raise JetExportError(f"{path}: weight {missing[0]} is not in {WEIGHTS}.", "Build the bundle again.")
+        constants = {fqn: self.weights[name] for fqn, name in names.items()}
+        package.load_constants(constants, check_full_update=True, user_managed=True)
+        return package
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
+        return self.graphs["prefill"](input_ids, *batch, logit_indices, states)
+
+    @torch.inference_mode()
+    def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        return self.graphs["decode"](input_ids, *batch, None, states)
+
+
+def manifest_specs(m: Manifest) -> list[StateSpec]:
+    return state_specs(m.config, torch_dtype(m.dtype), torch_dtype(m.kv_cache_dtype), torch_dtype(m.state_dtype))
+
+
+def load_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """weights.safetensors on the engine's device, tied parameters under both names."""
+    weights = load_file(directory / WEIGHTS, device=str(manifest.device))
+    if "lm_head.weight" not in weights:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    return weights
+
+
+def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Manifest]:
+    """Load a bundle's engine. Raises JetExportError if the bundle is damaged or of another machine."""
+    directory = Path(directory)
+    manifest = Manifest.load(directory)
+    if check:
+        check_bundle(directory, manifest)
+    backend = manifest.backend["name"]
+    if backend != "inductor":
+        raise JetExportError(f"{directory}: backend {backend!r} is not known to this jet-export.")
+    return InductorEngine(directory, manifest, load_weights(directory, manifest)), manifest
+
+
+def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Tensor] | None = None) -> EagerEngine:
+    """The eager model that holds a bundle's own weights, FP8 layers included. `weights`: share a loaded copy."""
+    weights = weights if weights is not None else load_weights(Path(directory), manifest)
+    model = empty_model(
+        manifest.config, torch_dtype(manifest.dtype), torch.device("meta"), manifest_positions(manifest)
+    )
+    if manifest.quantization:
+        from jet_export.quantize import QuantizationReport, apply_report
+
+        apply_report(model, QuantizationReport.from_dict(manifest.quantization))
+    wanted = set(model.state_dict()) | {"cos_sin"}
+    missing = sorted(wanted - weights.keys())
+    if missing:
+        raise JetExportError(f"{directory}: weight {missing[0]} is missing.", "Build the bundle again.")
+    model.load_state_dict({k: v for k, v in weights.items() if k != "cos_sin" and k in wanted}, assign=True)
+    model.cos_sin = weights["cos_sin"]
+    model.requires_grad_(False)
+    return EagerEngine(model, manifest.limits, torch_dtype(manifest.kv_cache_dtype), torch_dtype(manifest.state_dtype))
+
+
+def manifest_positions(manifest: Manifest) -> int:
+    return manifest.limits.max_seq_len

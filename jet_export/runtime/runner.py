@@ -1,0 +1,132 @@
+"""The pools and tables of an engine, and steps over them by slot; decode replays a CUDA graph a batch bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
+from jet_export.runtime.engine import Engine
+
+MAX_PREFILL_TOKENS = 32768  # tokens of all sequences in one prefill call
+
+
+def max_prefill_tokens(max_batch_size: int, prefill_chunk: int) -> int:
+    """The most packed tokens a prefill graph sees: whole chunks of several sequences, up to MAX_PREFILL_TOKENS."""
+    return max(prefill_chunk, min(max_batch_size * prefill_chunk, MAX_PREFILL_TOKENS))
+
+
+@dataclass
+class DecodeGraph:
+    """A captured decode step of one batch bucket. `batch.context_lens` advances inside the graph."""
+
+    graph: torch.cuda.CUDAGraph
+    input_ids: Tensor
+    batch: PackedBatch
+    step: Tensor  # [bucket] int32: 1 for a row in use, 0 for padding
+    logits: Tensor
+    slots: list[int] | None = None  # of the rows, where the buffers already hold the next step
+
+
+class Runner:
+    """`limits.max_batch_size` slots, each with its own pages. `context_lens[slot]` is the tokens a slot holds."""
+
+    def __init__(self, engine: Engine, cuda_graphs: bool = True) -> None:
+        self.engine, self.limits, self.device = engine, engine.limits, engine.device
+        n = self.limits.max_batch_size
+        pages, ring = pages_per_sequence(engine.config, self.limits.max_seq_len, self.limits.prefill_chunk)
+        rows = {"slots": n, "pages": n * pages, "window_pages": n * ring}
+        self.states = allocate_states(engine.specs, rows, self.device)
+        self.block_table = torch.arange(n * pages, dtype=torch.int32, device=self.device).reshape(n, pages)
+        self.window_block_table = torch.arange(n * ring, dtype=torch.int32, device=self.device).reshape(n, ring)
+        self.context_lens = [0] * n
+        self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
+        self.graphs: dict[int, DecodeGraph] = {}
+        self.graph_pool: tuple[int, int] | None = None
+
+    def reset(self, slot: int) -> None:
+        """Forget a slot's sequence. Its states need no clearing: context_lens 0 starts from zero."""
+        self.context_lens[slot] = 0
+
+    def batch(self, slots: list[int], lens: list[int]) -> PackedBatch:
+        ends = [0]
+        for n in lens:
+            ends.append(ends[-1] + n)
+        rows = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        held = [self.context_lens[s] for s in slots]
+        return PackedBatch(
+            self._i32(ends), rows.int(), self._i32(held), self.block_table[rows], self.window_block_table[rows]
+        )
+
+    def prefill(self, slots: list[int], tokens: list[list[int]], all_logits: bool = False) -> Tensor:
+        """Feed each slot its next tokens, at most `prefill_chunk` each; logits of each row's last token, or of all."""
+        batch = self.batch(slots, [len(t) for t in tokens])
+        ids = torch.tensor([t for row in tokens for t in row], dtype=torch.int64, device=self.device)
+        last = batch.cu_seqlens[1:] - 1
+        rows = torch.arange(len(ids), dtype=torch.int32, device=self.device) if all_logits else last
+        logits = self.engine.prefill(ids, batch, rows, self.states)
+        self._advance(slots, [len(t) for t in tokens])
+        return logits
+
+    def decode(self, slots: list[int], tokens: Tensor) -> Tensor:
+        """One more token for each slot: tokens [n] int64 on the device -> logits [n, vocab]."""
+        if self.cuda_graphs:
+            logits = self._replay(slots, tokens)
+        else:
+            logits = self.engine.decode(tokens, self.batch(slots, [1] * len(slots)), self.states)
+        self._advance(slots, [1] * len(slots))
+        return logits
+
+    def _advance(self, slots: list[int], lens: list[int]) -> None:
+        for slot, n in zip(slots, lens, strict=True):
+            self.context_lens[slot] += n
+        for g in self.graphs.values():  # buffers hold the next step only for the graph that made this one
+            if g.slots != slots or lens[0] != 1:
+                g.slots = None
+
+    def _i32(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def _bucket(self, n: int) -> int:
+        return min(1 << (n - 1).bit_length(), max(self.limits.max_batch_size, n))
+
+    def _replay(self, slots: list[int], tokens: Tensor) -> Tensor:
+        n = len(slots)
+        bucket = self._bucket(n)
+        g = self.graphs.get(bucket) or self._capture(bucket)
+        if g.slots != slots:
+            fresh = self.batch(slots, [1] * n)
+            for static, now in zip(g.batch[1:], fresh[1:], strict=True):  # cu_seqlens never changes
+                static[:n].copy_(now)
+            g.batch.slots[n:].fill_(-1)
+            g.step.zero_()
+            g.step[:n].fill_(1)
+            g.slots = list(slots)
+        g.input_ids[:n].copy_(tokens)
+        g.graph.replay()
+        return g.logits[:n]
+
+    def _capture(self, bucket: int) -> DecodeGraph:
+        ids = torch.zeros(bucket, dtype=torch.int64, device=self.device)
+        batch = PackedBatch(
+            torch.arange(bucket + 1, dtype=torch.int32, device=self.device),
+            torch.full((bucket,), -1, dtype=torch.int32, device=self.device),
+            torch.zeros(bucket, dtype=torch.int32, device=self.device),
+            torch.zeros(bucket, self.block_table.shape[1], dtype=torch.int32, device=self.device),
+            torch.zeros(bucket, self.window_block_table.shape[1], dtype=torch.int32, device=self.device),
+        )
+        step = torch.zeros(bucket, dtype=torch.int32, device=self.device)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream), torch.inference_mode():
+            self.engine.decode(ids, batch, self.states)  # all rows are padding: touches no state
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self.graph_pool):
+            logits = self.engine.decode(ids, batch, self.states)
+            batch.context_lens.add_(step)
+        self.graph_pool = self.graph_pool or graph.pool()
+        self.graphs[bucket] = DecodeGraph(graph, ids, batch, step, logits)
+        return self.graphs[bucket]
