@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jet_export.kernels.attention_decode import attention_decode_triton
+from jet_export.kernels.attention_prefill import attention_prefill_triton
+
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 QUERY_BLOCK = 512  # the reference attends this many tokens of a sequence at a time
 
@@ -188,4 +191,6 @@ def attention(
     )  # fmt: skip
     if qkv.device.type == "cpu":
         return torch.ops.jet.attention_cpu(*args)
-    raise NotImplementedError("jet::attention has no GPU kernel in this build")
+    if decode:
+        return attention_decode_triton(*args[:4], *args[5:-1])
+    return attention_prefill_triton(*args[:-1])

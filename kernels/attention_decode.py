@@ -1,0 +1,184 @@
+"""One new token a sequence over the paged cache, split over the keys: the decode form of jet::attention.
+
+The keys before the new token, from the window's edge on, are cut into tiles of BN, and those evenly into at most S
+splits. Program (split, key/value head, sequence) reads its tiles once for all G = Hq / Hkv query heads and writes
+
+    o_s = sum_j exp2(s2 * q.k_j - m_s) v_j / l_s,    lse_s = m_s + log2(l_s)        s2 = scale * log2(e)
+
+The first split also ropes the new key, appends it and its value to the cache, and starts its sum from them: nobody else
+reads that position, so the append needs no kernel of its own. A second kernel adds the splits that have work:
+
+    o = sum_s exp2(lse_s - max lse) o_s / sum_s exp2(lse_s - max lse)
+
+S depends on sizes alone (batch, heads, SMs, width of the block table); the division of a context among the splits is
+done on the device. Source: Flash-Decoding (Dao et al., 2023). The reference is `attention.attention_ref`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jet_export.kernels.attention_prefill import LOG2E, attend_tiles, dot_operand
+from jet_export.kernels.common import dot_precision, wrap
+from jet_export.kernels.rope_append import check_layout, load_rope, quantize
+
+
+class DecodeConfig(NamedTuple):
+    BN: int  # keys of a tile, at most a page
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int  # aimed at by the number of splits
+
+
+def decode_config(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> DecodeConfig:
+    """Tile sizes from dims alone."""
+    if dtype == torch.float32:
+        return DecodeConfig(min(page, 16), 4, 3, 4)
+    return DecodeConfig(min(page, 64), 4, 3, 4)
+
+
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of the device the op is traced for; an H100's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 132
+
+
+def num_splits(N, num_kv_heads: int, keys, sms: int, programs_per_sm: int):
+    """Splits of a sequence of at most `keys` keys: enough to fill the GPU, 256 keys each at least; ints or symbols."""
+    return torch.sym_max(1, torch.sym_min(sms * programs_per_sm // (N * num_kv_heads), keys // 256))
+
+
+@triton.jit
+def tiles_of(p, S, WINDOW: tl.constexpr, BN: tl.constexpr):
+    """First key, first tile, end tile and tiles a split for the keys before position p."""
+    key_lo = 0
+    if WINDOW > 0:
+        key_lo = tl.maximum(p - WINDOW + 1, 0)
+    tile_lo = key_lo // BN
+    tile_hi = tl.cdiv(p, BN)
+    return key_lo, tile_lo, tile_hi, tl.maximum(tl.cdiv(tile_hi - tile_lo, S), 1)
+
+
+@triton.jit(do_not_specialize=["S", "M", "P", "stride_table"])
+def attention_decode_kernel(
+    qkv, cos_sin, kv_cache, block_table, slots, context_lens, o_s, lse_s,
+    S, M, P, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
+    HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = HQ // HKV
+    i_s, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p = tl.load(context_lens + i_n)
+    key_lo, tile_lo, tile_hi, per_split = tiles_of(p, S, WINDOW, BN)
+    tile = tile_lo + i_s * per_split
+    if (tl.load(slots + i_n) < 0) | ((i_s > 0) & (tile >= tile_hi)):
+        return
+
+    o_g, o_d = tl.arange(0, BM), tl.arange(0, BD)
+    m_g = o_g < G
+    p_row = qkv + i_n * stride_t
+    p_cos_sin = cos_sin + tl.minimum(p, P - 1).to(tl.int64) * DH
+    b_q = load_rope(p_row + (i_h * G + o_g) * DH, p_cos_sin + o_g * 0, m_g, DH, BD)  # [BM, BD]
+    b_q, b_s2 = dot_operand(b_q, s2, kv_cache.dtype.element_ty == tl.float8e4nv)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_m = tl.full([BM], -1e30, tl.float32)
+    p_k = kv_cache + i_h * stride_h
+    p_table = block_table + i_n * stride_table
+
+    if i_s == 0:  # the new token
+        o_1 = tl.arange(0, 1)
+        m_d = (o_d < DH)[None, :]
+        dtype = kv_cache.dtype.element_ty
+        b_k = quantize(load_rope(p_row + (HQ + i_h) * DH + o_1, p_cos_sin + o_1, o_1 == 0, DH, BD), k_scale, dtype)
+        b_v = tl.load(p_row + (HQ + HKV + i_h) * DH + o_1[:, None] + o_d[None, :], mask=m_d, other=0.0)
+        b_v = quantize(b_v, v_scale, dtype)  # [1, BD]
+        i_page = tl.load(p_table + (p // PAGE) % M).to(tl.int64)
+        p_new = p_k + i_page * stride_page + (p % PAGE) * DH + o_1[:, None] + o_d[None, :]
+        tl.store(p_new, b_k, mask=m_d)
+        tl.store(p_new + stride_kv, b_v, mask=m_d)
+        b_m = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1) * b_s2
+        b_l += 1.0
+        b_acc += b_v.to(tl.float32)
+
+    b_acc, b_l, b_m = attend_tiles(
+        b_acc, b_l, b_m, b_q, b_s2, p + o_g * 0, p_k, p_table, tile * BN, tl.minimum((tile + per_split) * BN, p),
+        key_lo, p, M, stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
+    )  # fmt: skip
+    i_row = (i_n * HQ + i_h * G + o_g) * S + i_s
+    p_o = o_s + i_row[:, None] * DH + o_d[None, :]
+    tl.store(p_o, b_acc / b_l[:, None], mask=m_g[:, None] & (o_d < DH)[None, :])
+    tl.store(lse_s + i_row, b_m + tl.log2(b_l), mask=m_g)
+
+
+@triton.jit(do_not_specialize=["S"])
+def attention_combine_kernel(
+    o_s, lse_s, slots, context_lens, o, S, v_scale,
+    HQ: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    i_h, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _, tile_lo, tile_hi, per_split = tiles_of(tl.load(context_lens + i_n), S, WINDOW, BN)
+    used = tl.maximum(tl.cdiv(tile_hi - tile_lo, per_split), 1)
+    if tl.load(slots + i_n) < 0:
+        used = 0
+    i_row = i_n * HQ + i_h
+    o_d, o_i = tl.arange(0, BD), tl.arange(0, BS)
+    b_acc = tl.zeros([BD], tl.float32)
+    b_l = 0.0
+    b_m = -1e30
+    for i in range(0, used, BS):
+        m_i = i + o_i < used
+        b_lse = tl.load(lse_s + i_row * S + i + o_i, mask=m_i, other=float("-inf"))
+        p_o = o_s + (i_row * S + i + o_i)[:, None] * DH + o_d[None, :]
+        b_o = tl.load(p_o, mask=m_i[:, None] & (o_d < DH)[None, :], other=0.0)
+        b_m_new = tl.maximum(b_m, tl.max(b_lse, 0))
+        b_w = tl.exp2(b_lse - b_m_new)
+        b_a = tl.exp2(b_m - b_m_new)
+        b_l = b_l * b_a + tl.sum(b_w, 0)
+        b_acc = b_acc * b_a + tl.sum(b_w[:, None] * b_o, 0)
+        b_m = b_m_new
+    b_o = b_acc * (v_scale / tl.where(used > 0, b_l, 1.0))
+    tl.store(o + i_row * DH + o_d, b_o.to(o.dtype.element_ty), mask=o_d < DH)
+
+
+def attention_decode_triton(
+    qkv: Tensor,  # [N, (Hq + 2 Hkv) * Dh]
+    cos_sin: Tensor,  # [P, Dh]
+    kv_cache: Tensor,  # [pages, 2, Hkv, page, Dh]; updated in place
+    block_table: Tensor,  # [N, M] int32
+    slots: Tensor,  # [N] int32
+    context_lens: Tensor,  # [N] int32
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    k_scale: float,
+    v_scale: float,
+    config: DecodeConfig | None = None,
+) -> Tensor:  # [N, Hq * Dh]
+    """Append and attend, one token a sequence."""
+    qkv = check_layout(qkv, kv_cache, head_dim)
+    fp8, page = kv_cache.dtype == torch.float8_e4m3fn, kv_cache.shape[3]
+    BN, num_warps, num_stages, per_sm = config or decode_config(head_dim, qkv.dtype, kv_cache.dtype, page)
+    N, M = block_table.shape
+    keys = torch.sym_min(M * page, window) if window else M * page
+    S = num_splits(N, num_kv_heads, keys, num_sms(qkv.device), per_sm)
+    o_s = qkv.new_empty((N, num_heads, S, head_dim), dtype=torch.float32)
+    lse_s = qkv.new_empty((N, num_heads, S), dtype=torch.float32)
+    o = qkv.new_empty(N, num_heads * head_dim)
+    BD = triton.next_power_of_2(head_dim)
+    wrap(attention_decode_kernel)[(S, num_kv_heads, N)](
+        qkv, cos_sin, kv_cache, block_table, slots, context_lens, o_s, lse_s,
+        S, M, cos_sin.shape[0], head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), k_scale, v_scale,
+        qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
+        HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=BD, PAGE=page, WINDOW=window,
+        BM=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BN=BN,
+        PREC=dot_precision(qkv.dtype), num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    wrap(attention_combine_kernel)[(num_heads, N)](
+        o_s, lse_s, slots, context_lens, o, S, v_scale if fp8 else 1.0,
+        HQ=num_heads, DH=head_dim, BD=BD, WINDOW=window, BN=BN, BS=32, num_warps=4,
+    )  # fmt: skip
+    return o

@@ -1,0 +1,200 @@
+"""Flash attention of ragged sequences over the paged cache, after `rope_append`: the prefill form of jet::attention.
+
+A program owns BM rows of one key/value head of one sequence; row r is query head r % G of token r // G (G = Hq / Hkv),
+so that a key or value tile serves all the query heads that read it. Over tiles of BN keys, with s2 = scale * log2(e):
+
+    m' = max(m, s2 * max_j q.k_j);  p_j = exp2(s2 * q.k_j - m');  a = exp2(m - m')
+    l = a * l + sum_j p_j;  acc = a * acc + p @ v;  o = acc / l
+
+fp32 accumulators and statistics; bf16 or fp16 operands of the products, or IEEE fp32 for an fp32 model. Tiles left of
+every row's window are skipped; only the tiles at the window's edge and on the diagonal are masked, and only there is
+memory that nobody wrote masked out of the loads.
+
+Source: FlashAttention-2, arXiv 2307.08691. The reference is `attention.attention_ref`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jet_export.kernels.common import dot_precision, num_chunks, wrap
+from jet_export.kernels.rope_append import check_layout, find_sequence, load_rope, rope_append_triton
+
+LOG2E = 1.4426950408889634
+
+
+class PrefillConfig(NamedTuple):
+    BM: int  # rows (token x query head) of a program
+    BN: int  # keys of a tile, at most a page
+    num_warps: int
+    num_stages: int
+
+
+def prefill_config(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> PrefillConfig:
+    """Tile sizes from dims alone."""
+    if dtype == torch.float32:
+        return PrefillConfig(32, min(page, 32), 8, 1)
+    if head_dim > 128:
+        return PrefillConfig(64, min(page, 64), 4, 2)
+    return PrefillConfig(128, min(page, 64), 8, 3)
+
+
+@triton.jit
+def load_tile(p_tile, m_row, MASKED: tl.constexpr, DH: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """[BN, BD] consecutive rows of a page; 0 beyond DH and, when MASKED, outside m_row."""
+    o_d = tl.arange(0, BD)
+    p = p_tile + tl.arange(0, BN)[:, None] * DH + o_d[None, :]
+    if MASKED:
+        return tl.load(p, mask=m_row[:, None] & (o_d < DH)[None, :], other=0.0)
+    if BD != DH:
+        return tl.load(p, mask=(o_d < DH)[None, :], other=0.0)
+    return tl.load(p)
+
+
+@triton.jit
+def dot_operand(b_q, s2, FP8: tl.constexpr):
+    """The queries as the products take them, and the factor [BM] of their scores.
+
+    FP8 converts to fp16 in one instruction, to bf16 in three: bf16 queries become fp16, scaled by a power of two.
+    """
+    b_s2 = tl.zeros([b_q.shape[0]], tl.float32) + s2
+    if FP8 and b_q.dtype == tl.bfloat16:
+        b_x = b_q.to(tl.float32)
+        b_e = tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(b_x), 1), 1e-30)))
+        b_q = (b_x * tl.exp2(-b_e)[:, None]).to(tl.float16)
+        b_s2 *= tl.exp2(b_e)
+    return b_q, b_s2
+
+
+@triton.jit
+def attend_tiles(
+    b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, lo, hi, key_lo, key_hi, M, stride_page, stride_kv,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, DH: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """One pass of the online softmax over the keys [lo, hi), lo a multiple of BN; b_p [BM] are the rows' positions."""
+    o_n = tl.arange(0, BN)
+    i_next = tl.load(p_table + (lo // PAGE) % M, mask=lo < hi, other=0)
+    for j in tl.range(lo, hi, BN):
+        p_tile = p_k + i_next.to(tl.int64) * stride_page + (j % PAGE) * DH
+        # One tile ahead: the pipeliner would spend its stages on a load that feeds an address.
+        i_next = tl.load(p_table + ((j + BN) // PAGE) % M, mask=j + BN < hi, other=0)
+        m_key = (j + o_n >= key_lo) & (j + o_n < key_hi)
+        b_k = load_tile(p_tile, m_key, MASKED, DH, BN, BD).to(b_q.dtype)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)  # [BM, BN]
+        if MASKED:
+            m_s = m_key[None, :] & ((j + o_n)[None, :] <= b_p[:, None])
+            if WINDOW > 0:
+                m_s = m_s & ((j + o_n)[None, :] > b_p[:, None] - WINDOW)
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * b_s2)
+        b_e = tl.exp2(b_s * b_s2[:, None] - b_m_new[:, None])
+        b_a = tl.exp2(b_m - b_m_new)
+        b_l = b_l * b_a + tl.sum(b_e, 1)
+        b_v = load_tile(p_tile + stride_kv, m_key, MASKED, DH, BN, BD).to(b_q.dtype)
+        b_acc = tl.dot(b_e.to(b_q.dtype), b_v, b_acc * b_a[:, None], input_precision=PREC)
+        b_m = b_m_new
+    return b_acc, b_l, b_m
+
+
+@triton.jit(do_not_specialize=["N", "M", "P", "stride_table"])
+def attention_prefill_kernel(
+    qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o,
+    N, M, P, s2, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
+    HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = HQ // HKV
+    i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a sequence first
+    i_h = tl.program_id(1)
+    i_n = find_sequence(cu_seqlens, i_block, N, G, BM)
+    start = tl.load(cu_seqlens + i_n)
+    length = tl.load(cu_seqlens + i_n + 1) - start
+    first = (i_block - (start * G // BM + i_n)) * BM
+    if first >= length * G:
+        return
+
+    o_r = first + tl.arange(0, BM)
+    o_t, o_g = o_r // G, o_r % G
+    m_r = o_t < length
+    o_d = tl.arange(0, BD)
+    p_o = o + (start + o_t).to(tl.int64) * (HQ * DH) + (i_h * G + o_g) * DH
+    m_o = m_r[:, None] & (o_d < DH)[None, :]
+    if tl.load(slots + i_n) < 0:
+        tl.store(p_o[:, None] + o_d[None, :], tl.zeros([BM, BD], o.dtype.element_ty), mask=m_o)
+        return
+
+    context = tl.load(context_lens + i_n)
+    b_p = context + tl.minimum(o_t, length - 1)  # [BM]
+    p_q = qkv + (start + o_t).to(tl.int64) * stride_t + (i_h * G + o_g) * DH
+    b_q = load_rope(p_q, cos_sin + tl.minimum(b_p, P - 1).to(tl.int64) * DH, m_r, DH, BD)  # [BM, BD]
+    b_q, b_s2 = dot_operand(b_q, s2, kv_cache.dtype.element_ty == tl.float8e4nv)
+    p_k = kv_cache + i_h * stride_h
+    p_table = block_table + i_n.to(tl.int64) * stride_table
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_m = tl.full([BM], -1e30, tl.float32)  # finite: a row may see no key of its first tile
+
+    p_min = context + first // G
+    p_max = context + tl.minimum((first + BM - 1) // G, length - 1)
+    key_lo = 0
+    mid_lo = 0  # [mid_lo, mid_hi): every row sees every key
+    mid_hi = (p_min + 1) // BN * BN
+    if WINDOW > 0:
+        key_lo = tl.maximum(p_min - WINDOW + 1, 0)
+        mid_lo = tl.minimum(tl.cdiv(tl.maximum(p_max - WINDOW + 1, 0), BN), tl.cdiv(p_max + 1, BN)) * BN
+        mid_hi = tl.maximum(mid_hi, mid_lo)
+        b_acc, b_l, b_m = attend_tiles(
+            b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, key_lo // BN * BN, mid_lo, key_lo, p_max + 1, M,
+            stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
+        )  # fmt: skip
+    b_acc, b_l, b_m = attend_tiles(
+        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, mid_lo, mid_hi, key_lo, p_max + 1, M,
+        stride_page, stride_kv, False, WINDOW, PAGE, DH, BN, BD, PREC,
+    )  # fmt: skip
+    b_acc, b_l, b_m = attend_tiles(
+        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, mid_hi, p_max + 1, key_lo, p_max + 1, M,
+        stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
+    )  # fmt: skip
+    b_o = b_acc * (v_scale / b_l)[:, None]
+    tl.store(p_o[:, None] + o_d[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
+
+
+def attention_prefill_triton(
+    qkv: Tensor,  # [T, (Hq + 2 Hkv) * Dh]
+    cos_sin: Tensor,  # [P, Dh]
+    kv_cache: Tensor,  # [pages, 2, Hkv, page, Dh]; updated in place
+    block_table: Tensor,  # [N, M] int32
+    cu_seqlens: Tensor,  # [N + 1] int32
+    slots: Tensor,  # [N] int32
+    context_lens: Tensor,  # [N] int32
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    k_scale: float,
+    v_scale: float,
+    config: PrefillConfig | None = None,
+) -> Tensor:  # [T, Hq * Dh]
+    """Append, then attend; right for any split of the tokens, T == N included."""
+    qkv = check_layout(qkv, kv_cache, head_dim)
+    rope_append_triton(
+        qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
+        num_heads, num_kv_heads, head_dim, k_scale, v_scale,
+    )  # fmt: skip
+    fp8, page = kv_cache.dtype == torch.float8_e4m3fn, kv_cache.shape[3]
+    BM, BN, num_warps, num_stages = config or prefill_config(head_dim, qkv.dtype, kv_cache.dtype, page)
+    T, (N, M) = qkv.shape[0], block_table.shape
+    o = qkv.new_empty(T, num_heads * head_dim)
+    wrap(attention_prefill_kernel)[(num_chunks(T * (num_heads // num_kv_heads), N, BM), num_kv_heads)](
+        qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o,
+        N, M, cos_sin.shape[0], head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), v_scale if fp8 else 1.0,
+        qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
+        HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=triton.next_power_of_2(head_dim), PAGE=page, WINDOW=window,
+        BM=BM, BN=BN, PREC=dot_precision(qkv.dtype),
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return o
