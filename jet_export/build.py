@@ -390,13 +390,15 @@ def check_compiler() -> None:
         )
 
 
-LOAD_PROBE = (
-    "import sys, torch, jet_export.model.jet_nemotron\nfor p in sys.argv[1:]: torch._inductor.aoti_load_package(p)"
-)
+LOAD_PROBE = """
+import sys, torch, jet_export.model.jet_nemotron
+for package in sys.argv[1:]:
+    torch._inductor.aoti_load_package(package)
+"""
 
 
 def check_loads(directory: Path) -> None:
-    """Load the packages in another process: code of a compiler with a newer libstdc++ can kill the one that loads it."""
+    """Load the packages in another process: code of an unfitting compiler can kill the one that loads it."""
     packages = sorted(str(p) for p in directory.glob("*.pt2"))
     done = subprocess.run([sys.executable, "-c", LOAD_PROBE, *packages], capture_output=True, text=True, timeout=600)
     if done.returncode == 0:

@@ -43,7 +43,7 @@ def print_plan(plan: BuildPlan) -> None:
         ("device", f"{plan.target['device']} {arch}"),
         ("limits", f"{plan.limits.max_batch_size} sequences x {plan.limits.max_seq_len} tokens, "
                    f"prefill in chunks of {plan.limits.prefill_chunk}"),
-        ("memory", f"{human(m.total)} running, of which {human(m.weights)} weights; about {human(plan.build_memory)} to build"),
+        ("memory", f"{human(m.total)} running; about {human(plan.build_memory)} to build"),
         ("disk", human(plan.disk_bytes) + (f", download {human(plan.download_bytes)}" if plan.download_bytes else "")),
         ("time", f"about {plan.seconds:.0f} s, most of it compiling"),
         ("output", str(plan.output)),

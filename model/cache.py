@@ -85,7 +85,8 @@ def allocate_states(specs: list[StateSpec], rows: dict[str, int], device: torch.
 
 
 def states_per_layer(config: JetNemotronConfig, states: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    per_layer, it = [], iter(states)
+    per_layer: list[tuple[Tensor, ...]] = []
+    it = iter(states)
     for kind in config.layer_types:
         per_layer.append((next(it), next(it)) if kind == "jet" else (next(it),))
     return per_layer

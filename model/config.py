@@ -223,28 +223,25 @@ def check_config(c: JetNemotronConfig) -> None:
             raise JetExportError(f"config: {name} is {value}.", f"The kernels take multiples of 16 up to {limit}.")
 
 
-_QWEN = {"vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
-
-
 def _layout(layers: int, attn: tuple[int, ...], swa: tuple[int, ...]) -> tuple[str, ...]:
     return tuple("attn" if i in attn else "swa" if i in swa else "jet" for i in range(layers))
 
 
 def jet_2b() -> JetNemotronConfig:
-    """jet-ai/Jet-Nemotron-2B."""
+    """jet-ai/Jet-Nemotron-2B; vocabulary, RoPE and tokens are the class's defaults."""
     return JetNemotronConfig(
         hidden_size=1536, intermediate_size=8960, layer_types=_layout(28, (14, 19), (20, 21)),
         num_attention_heads=12, num_key_value_heads=2, head_dim=128,
         jet_num_heads=12, head_k_dim=96, expand_v=2.6666666667, window_size=1152,
-        max_position_embeddings=131072, **_QWEN,
+        max_position_embeddings=131072,
     )  # fmt: skip
 
 
 def jet_4b() -> JetNemotronConfig:
-    """jet-ai/Jet-Nemotron-4B."""
+    """jet-ai/Jet-Nemotron-4B; vocabulary, RoPE and tokens are the class's defaults."""
     return JetNemotronConfig(
         hidden_size=2048, intermediate_size=11008, layer_types=_layout(36, (17, 20, 32), (5, 16, 19, 21, 22, 25, 27)),
         num_attention_heads=16, num_key_value_heads=2, head_dim=128,
         jet_num_heads=16, head_k_dim=128, expand_v=2.0, window_size=2048,
-        max_position_embeddings=32768, **_QWEN,
+        max_position_embeddings=32768,
     )  # fmt: skip

@@ -238,7 +238,7 @@ class JetNemotronForCausalLM(nn.Module):
 
 
 def rope_table(config: JetNemotronConfig, positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cos | sin of position * theta^(-2i / head_dim), in fp32 and then cast to the model dtype: [positions, head_dim]."""
+    """[positions, head_dim]: cos | sin of position * theta^(-2i / head_dim), in fp32, then cast to the model dtype."""
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     inv_freq = 1.0 / (config.rope_theta ** (i / config.head_dim))
     angle = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * inv_freq

@@ -55,9 +55,8 @@ class LLM:
         Greedy by default; `temperature` > 0 samples with `seed`. `on_token(i, token)` sees each token as it is made.
         Raises JetExportError for an empty prompt, ids outside the vocabulary, and a prompt that leaves no room.
         """
-        rows = [
-            self._encode(p, i, max_new_tokens) for i, p in enumerate([prompts] if isinstance(prompts, str) else prompts)
-        ]
+        listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
+        rows = [self._encode(p, i, max_new_tokens) for i, p in enumerate(listed)]
         sampler = Sampler(Sampling(temperature, top_k, top_p, seed), self.engine.device)
         out: list[Completion] = []
         n = self.engine.limits.max_batch_size

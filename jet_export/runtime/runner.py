@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Runner:
         self.context_lens = [0] * n
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
         self.graphs: dict[int, DecodeGraph] = {}
-        self.graph_pool: tuple[int, int] | None = None
+        self.graph_pool: Any = None  # memory that the buckets' graphs share
 
     def reset(self, slot: int) -> None:
         """Forget a slot's sequence. Its states need no clearing: context_lens 0 starts from zero."""

@@ -1,0 +1,163 @@
+"""Checkpoints: fused parameters are filled and split exactly; damaged checkpoints are refused by name."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import DATA, MINI_NAMES, Golden, load_golden
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from jet_export.errors import JetExportError
+from jet_export.model import weights
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.model.weights import checkpoint_layout
+
+
+@pytest.fixture
+def golden() -> Golden:
+    return load_golden(DATA / MINI_NAMES[1])
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    out = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as f:
+            out.update({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
+    return out
+
+
+@pytest.mark.parametrize("name", MINI_NAMES)
+def test_save_returns_every_published_tensor(name: str, tmp_path) -> None:
+    golden = load_golden(DATA / name)
+    golden.model(tmp_path / "in").save_pretrained(tmp_path / "out")
+    saved = tensors_of(tmp_path / "out")
+    assert saved.keys() == golden.weights.keys()
+    for key, tensor in golden.weights.items():
+        assert torch.equal(saved[key].float(), tensor.float()), key
+    assert json.loads((tmp_path / "out/config.json").read_text()) == golden.config
+
+
+def test_layout_covers_every_row_of_every_parameter_once(golden: Golden) -> None:
+    config = JetNemotronConfig.from_dict(golden.config)
+    rows: dict[str, list[tuple[int, int]]] = {}
+    for s in checkpoint_layout(config).values():
+        rows.setdefault(s.param, []).append((s.start, s.start + s.shape[0]))
+    params = dict(random_model(config, torch.float32).named_parameters())
+    assert rows.keys() == params.keys()
+    for name, spans in rows.items():
+        spans.sort()
+        assert [a for a, _ in spans] == [0, *[b for _, b in spans[:-1]]], name
+        assert spans[-1][1] == params[name].shape[0], name
+
+
+def test_shards_and_one_file_load_alike(golden: Golden, tmp_path, monkeypatch) -> None:
+    model = golden.model(tmp_path / "one")
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    model.save_pretrained(tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    again = JetNemotronForCausalLM.from_pretrained(tmp_path / "many", golden.dtype)
+    ids = golden.input_ids
+    assert torch.equal(model(ids), again(ids))
+
+
+def test_untied_lm_head(golden: Golden, tmp_path) -> None:
+    golden.config["tie_word_embeddings"] = False
+    golden.weights["lm_head.weight"] = 2 * golden.weights["model.embed_tokens.weight"]
+    untied = golden.model(tmp_path / "untied")
+    tied = load_golden(DATA / MINI_NAMES[1]).model(tmp_path / "tied")
+    assert torch.allclose(untied(golden.input_ids), 2 * tied(golden.input_ids), rtol=1e-5)
+    untied.save_pretrained(tmp_path / "out")
+    assert "lm_head.weight" in tensors_of(tmp_path / "out")
+
+
+def test_missing_tensor_is_named(golden: Golden, tmp_path) -> None:
+    del golden.weights["model.layers.2.self_attn.A_log"]
+    with pytest.raises(JetExportError, match=r"model.layers.2.self_attn.A_log missing"):
+        golden.model(tmp_path)
+
+
+def test_wrong_shape_is_named(golden: Golden, tmp_path) -> None:
+    golden.weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(7, 64)
+    with pytest.raises(JetExportError, match=r"up_proj.weight has shape \[7, 64\], config.json asks for \[128, 64\]"):
+        golden.model(tmp_path)
+
+
+def test_truncated_file_is_named(golden: Golden, tmp_path) -> None:
+    golden.save_checkpoint(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(JetExportError, match=r"model.safetensors: damaged or truncated"):
+        JetNemotronForCausalLM.from_pretrained(tmp_path)
+
+
+def test_missing_shard_is_named(golden: Golden, tmp_path, monkeypatch) -> None:
+    model = golden.model(tmp_path / "one")
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    model.save_pretrained(tmp_path / "many")
+    (tmp_path / "many/model-00002-of-00003.safetensors").unlink(missing_ok=True)
+    gone = sorted((tmp_path / "many").glob("*.safetensors"))[-1]
+    gone.unlink()
+    with pytest.raises(JetExportError, match=r"no such file, though the index names it"):
+        JetNemotronForCausalLM.from_pretrained(tmp_path / "many")
+
+
+def test_directory_without_weights(golden: Golden, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(golden.config))
+    with pytest.raises(JetExportError, match=r"no \*.safetensors file"):
+        JetNemotronForCausalLM.from_pretrained(tmp_path)
+
+
+LOAD = """
+import re, sys, threading, time, torch
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+
+def anonymous():  # bytes of private memory; pages of the mapped file are not in it
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+def sample():
+    while not stop.is_set():
+        peaks.append(anonymous())
+        time.sleep(0.002)
+
+before, peaks, stop = anonymous(), [], threading.Event()
+thread = threading.Thread(target=sample)
+thread.start()
+model = JetNemotronForCausalLM.from_pretrained(sys.argv[1], torch.float32)
+stop.set()
+thread.join()
+print(max([*peaks, anonymous()]) - before)
+"""
+
+
+def test_loading_needs_the_model_and_little_more(golden: Golden, tmp_path) -> None:
+    """A 300 MB model of many tensors: private memory grows by its size and less than 60 MB more."""
+    values = {**golden.config, "hidden_size": 512, "intermediate_size": 4096, "vocab_size": 512}
+    values["layer_types"] = ["jet", "attn"] * 6
+    model = random_model(JetNemotronConfig.from_dict(values), torch.float32)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert size > 300e6
+    model.save_pretrained(tmp_path)
+    del model
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert size <= int(done.stdout) + 10e6
+    assert int(done.stdout) < size + 60e6
+
+
+def test_saving_needs_a_published_layout(golden: Golden, tmp_path) -> None:
+    model = golden.model(tmp_path / "in")
+    model.layers[0].self_attn.w2 = torch.nn.Identity()
+    with pytest.raises(JetExportError, match=r"layers.0.self_attn.w2.bias is FP8"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_extra_tensors_are_ignored(golden: Golden, tmp_path) -> None:
+    reference = golden.model(tmp_path / "a")(golden.input_ids)
+    golden.weights["model.rotary_emb.inv_freq"] = torch.zeros(3)
+    save_file(golden.weights, tmp_path / "extra.safetensors")
+    assert torch.equal(golden.model(tmp_path / "b")(golden.input_ids), reference)
