@@ -111,7 +111,9 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if options.random_weights:
         source = f"random weights, seed {options.seed}"
     else:
-        source = str(directory) if directory else f"hub {HUB_ID.get(options.model, options.model)}"
+        source = f"hub {HUB_ID.get(options.model, options.model)}" if directory is None else str(directory)
+        if options.model == "jet-tiny" and options.checkpoint is None:
+            source = "jet-tiny, in the package"
     if not options.random_weights and directory is None and not is_hub_id(HUB_ID.get(options.model, options.model)):
         load_config(options.model)  # says what is known
     return BuildPlan(
@@ -352,17 +354,19 @@ def _quantize(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progres
     from jet_export.runtime.tokenizer import Tokenizer
 
     o = plan.options
-    text = quantize.read_calibration(o.calibration or CALIBRATION)
+    text = quantize.read_calibration_text(o.calibration or CALIBRATION)
     tokenizer = Tokenizer(tmp / TOKENIZER) if (tmp / TOKENIZER).exists() else None
-    batches = quantize.calibration_tokens(tokenizer, text, plan.config.vocab_size)
+    length = min(512, plan.limits.max_seq_len)
+    batches = quantize.calibration_tokens(tokenizer, text, plan.config.vocab_size, length)
     report = quantize.QuantizationReport()
     if o.fp8:
         with progress.stage("calibrate and quantise to FP8 (nvidia-modelopt)"):
             report = quantize.quantize_fp8(model, batches, o.keep, o.fp8_lm_head)
-            quantize.check_all_fp8(model, report, o.keep)
+        for line in report.summary():
+            progress.emit(f"    {line}")
     if kv_fp8:
         with progress.stage("calibrate the FP8 KV cache"):
-            quantize.calibrate_kv_scales(model, batches, report)
+            report.kv_scales = quantize.calibrate_kv_scales(model, batches)
     return report.to_dict()
 
 

@@ -8,6 +8,8 @@ place. Weights are left out of the packages: both graphs are given one copy when
 
 from __future__ import annotations
 
+import logging
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,22 @@ def dynamic_shapes(model: JetNemotronForCausalLM, max_tokens: int, max_batch: in
     return {0: t}, {0: n + 1}, {0: n}, {0: n}, table, window, indices, pools
 
 
+@contextmanager
+def quiet_inductor():
+    """Leave torch's own warnings about its internals out of the build's output; errors stay."""
+    loggers = [logging.getLogger(n) for n in ("torch._inductor", "torch._dynamo", "torch._export", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def export_graph(
     model: JetNemotronForCausalLM,
     mode: str,
@@ -94,23 +112,8 @@ def export_graph(
     args = example_inputs(model, kv_dtype, state_dtype, mode)
     shapes = dynamic_shapes(model, max_tokens, max_batch, mode)
     graph = EngineGraph(model, decode=mode == "decode").eval()
-    with torch.no_grad():
+    with torch.no_grad(), quiet_inductor():
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
-
-
-@contextmanager
-def quiet_inductor():
-    import logging
-
-    loggers = [logging.getLogger(n) for n in ("torch._inductor", "torch._dynamo", "torch._export", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def compile_package(program: ExportedProgram, path: Path) -> None:

@@ -8,9 +8,11 @@ Names are those of published checkpoints, with our fused projections: `model.lay
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +53,15 @@ class QuantizationReport:
         values["kept"] = [list(k) for k in self.kept]
         values["kv_scales"] = {name: list(s) for name, s in self.kv_scales.items()}
         return values
+
+    def summary(self) -> list[str]:
+        """What became FP8, and what did not and why; layers that differ in their number only share a line."""
+        kinds = Counter(_any_layer(name) for name in self.fp8)
+        lines = [f"fp8: {', '.join(f'{name} ({n})' if n > 1 else name for name, n in kinds.items())}"]
+        for reason, names in groupby(sorted(self.kept, key=lambda k: k[1]), key=lambda k: k[1]):
+            kept = dict.fromkeys(_any_layer(name) for name, _ in names)
+            lines.append(f"not fp8: {', '.join(kept)}: {reason}")
+        return lines
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantizationReport:
