@@ -6,8 +6,15 @@ already held (0: start from zero state, whatever the pool holds). Every sequence
 means decode.
 """
 
+import os
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,3 +45,59 @@ def zero_padding(x: Tensor, cu_seqlens: Tensor, slots: Tensor) -> Tensor:
     """x [T, ...] with the tokens of padding rows set to zero."""
     live = (slots >= 0)[sequence_of_token(cu_seqlens, x.shape[0])]
     return torch.where(live.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
+
+
+def wrap(kernel: Any) -> Any:
+    """A kernel as a triton_op body launches it; the interpreter's functions cannot be traced, nor need to be."""
+    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [T, ...] such that a row is contiguous; the stride between rows may be any."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 inputs get IEEE products; for 16-bit inputs only fp32 intermediates are affected."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def num_chunks(num_tokens: int, num_sequences: int, chunk_size: int) -> int:
+    """The host's bound on the chunks of ragged sequences: sequence n owns ids from cu_seqlens[n] // BT + n on."""
+    return num_tokens // chunk_size + num_sequences
+
+
+@triton.jit
+def find_chunk(cu_seqlens, i_chunk, N, BT: tl.constexpr):
+    """Sequence that owns a chunk id, first and end token of the sequence, first token of the chunk.
+
+    The chunk may lie past the sequence's end: then it is nobody's and its program leaves."""
+    lo = tl.full([], 0, tl.int32)
+    hi = tl.full([], -1, tl.int32) + N
+    while lo < hi:  # the largest n with cu_seqlens[n] // BT + n <= i_chunk
+        mid = (lo + hi + 1) // 2
+        below = tl.load(cu_seqlens + mid) // BT + mid <= i_chunk
+        lo = tl.where(below, mid, lo)
+        hi = tl.where(below, hi, mid - 1)
+    bos = tl.load(cu_seqlens + lo)
+    eos = tl.load(cu_seqlens + lo + 1)
+    return lo, bos, eos, bos + (i_chunk - bos // BT - lo) * BT
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), linear above 20 as torch has it."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    # log1p: the factor e / (u - 1) undoes the rounding of 1 + e
+    return tl.where(x > 20.0, x, tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0))))

@@ -9,9 +9,22 @@ Source: Jet-Nemotron, arXiv 2508.15884, section 3.3 (JetBlock).
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, gather_state, scatter_state, sequence_of_token, zero_padding
+from jet_export.kernels.common import (
+    acc_dtype,
+    find_chunk,
+    gather_state,
+    num_chunks,
+    rows,
+    scatter_state,
+    sequence_of_token,
+    silu,
+    wrap,
+    zero_padding,
+)
 
 
 def dynamic_conv_ref(
@@ -50,6 +63,118 @@ def dynamic_conv_ref(
     return v
 
 
+@triton.jit
+def conv_input(
+    p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, back: tl.constexpr, D: tl.constexpr, W: tl.constexpr
+):
+    """Raw u, `back` tokens before each token of a tile, [BT, BD] fp32; what lies before the call is in conv_state."""
+    o_p = i_position + o_t - back
+    m = (m_t & (o_p >= 0))[:, None] & m_d[None, :]
+    b_u = tl.load(p_u + (o_t - back)[:, None] * stride_u + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    if i_position < back:
+        m = (m_t & (o_p < 0) & held)[:, None] & m_d[None, :]
+        b_u += tl.load(p_state + (W - 1 + o_p)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    return b_u
+
+
+@triton.jit
+def conv_tile(
+    p_u, stride_u, p_kappa, stride_kappa, p_state, o_t, m_t, i_d, n_d, i_position, held,
+    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """v = silu(y) for channels i_d + [0, BD) of n_d, [BT, BD] fp32. Pointers stand at the tile's first token and the
+    head's first channel; i_position is that token's position in the call; held: conv_state counts."""
+    BT: tl.constexpr = o_t.shape[0]
+    o_d = i_d + tl.arange(0, BD)
+    m_d = o_d < n_d
+    if W == 4:  # one contiguous load of all taps, taken apart in registers
+        o_dw = i_d * W + tl.arange(0, BD * W)
+        m_dw = m_t[:, None] & (o_dw < n_d * W)[None, :]
+        b_kappa = tl.load(p_kappa + o_t[:, None] * stride_kappa + o_dw[None, :], mask=m_dw, other=0.0).to(tl.float32)
+        b_even, b_odd = tl.split(tl.reshape(b_kappa, [BT, BD, 2, 2]))
+        b_k0, b_k2 = tl.split(b_even)
+        b_k1, b_k3 = tl.split(b_odd)
+        b_y = b_k3 * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, 0, D, W)
+        b_y += b_k2 * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, 1, D, W)
+        b_y += b_k1 * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, 2, D, W)
+        b_y += b_k0 * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, 3, D, W)
+    else:
+        b_y = tl.zeros([BT, BD], tl.float32)
+        m = m_t[:, None] & m_d[None, :]
+        for w in tl.static_range(W):
+            p_tap = p_kappa + o_t[:, None] * stride_kappa + o_d[None, :] * W + w
+            b_tap = tl.load(p_tap, mask=m, other=0.0).to(tl.float32)
+            b_y += b_tap * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, W - 1 - w, D, W)
+    return silu(b_y)
+
+
+@triton.jit
+def shift_conv_state(p_state, p_end, stride_u, n_tokens, o_d, m_d, held, D: tl.constexpr, W: tl.constexpr):
+    """Makes conv_state the last W-1 raw u of old state followed by n_tokens new ones; p_end: one past the last token.
+    Oldest row first: a row is read before it is written. Whoever convolves must have read the old state."""
+    for j in tl.static_range(W - 1):
+        is_new = n_tokens >= W - 1 - j
+        b_new = tl.load(p_end - (W - 1 - j) * stride_u + o_d, mask=m_d & is_new, other=0.0)
+        b_old = tl.load(p_state + (j + n_tokens) * D + o_d, mask=m_d & held & (n_tokens < W - 1 - j), other=0.0)
+        tl.store(p_state + j * D + o_d, tl.where(is_new, b_new, b_old.to(b_new.dtype)), mask=m_d)
+
+
+@triton.jit(do_not_specialize=["N"])
+def dynamic_conv_kernel(
+    u, kappa, v, conv_state, cu_seqlens, slots, context_lens, N, stride_u, stride_kappa,
+    D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel tiles, chunks)."""
+    i_d = tl.program_id(0) * BD
+    i_n, bos, eos, i_t = find_chunk(cu_seqlens, tl.program_id(1), N, BT)
+    if i_t >= eos:
+        return
+    slot = tl.load(slots + i_n).to(tl.int64)
+    held = (tl.load(context_lens + i_n) > 0) & (slot >= 0)
+    row = i_t.to(tl.int64)
+    o_t = tl.arange(0, BT)
+    m_t = i_t + o_t < eos
+    b_v = conv_tile(
+        u + row * stride_u, stride_u, kappa + row * stride_kappa, stride_kappa, conv_state + slot * (W - 1) * D,
+        o_t, m_t & (slot >= 0), i_d, D, i_t - bos, held, D, W, BD,
+    )  # fmt: skip
+    o_d = i_d + tl.arange(0, BD)
+    m = m_t[:, None] & (o_d < D)[None, :]
+    tl.store(v + row * D + o_t[:, None] * D + o_d[None, :], b_v.to(v.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def conv_state_kernel(
+    u, conv_state, cu_seqlens, slots, context_lens, stride_u, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr
+):
+    """Grid (channel tiles, N): the new conv_state, once nobody reads the old one."""
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    i_n = tl.program_id(1)
+    slot = tl.load(slots + i_n).to(tl.int64)
+    if slot < 0:
+        return
+    bos, eos = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
+    held = tl.load(context_lens + i_n) > 0
+    p_end = u + eos.to(tl.int64) * stride_u
+    shift_conv_state(conv_state + slot * (W - 1) * D, p_end, stride_u, eos - bos, o_d, o_d < D, held, D, W)
+
+
+def dynamic_conv_triton(
+    u: Tensor, kappa: Tensor, conv_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor
+) -> Tensor:
+    """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous."""
+    T, D = u.shape
+    N, W = slots.shape[0], conv_state.shape[1] + 1
+    BT, BD = 32, 64
+    v = u.new_empty(T, D)
+    tail = (cu_seqlens, slots, context_lens)
+    wrap(dynamic_conv_kernel)[(triton.cdiv(D, BD), num_chunks(T, N, BT))](
+        u, kappa, v, conv_state, *tail, N, u.stride(0), kappa.stride(0), D=D, W=W, BT=BT, BD=BD
+    )
+    wrap(conv_state_kernel)[(triton.cdiv(D, 256), N)](u, conv_state, *tail, u.stride(0), D=D, W=W, BD=256)
+    return v
+
+
 @torch.library.custom_op("jet::dynamic_conv_cpu", mutates_args={"conv_state"})
 def dynamic_conv_cpu(
     u: Tensor, kappa: Tensor, conv_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor
@@ -67,4 +192,7 @@ def dynamic_conv(
     u: Tensor, kappa: Tensor, conv_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor
 ) -> Tensor:
     """v [T, D] = silu(dynamic convolution of u); conv_state is updated in place. See the module's equations."""
-    return torch.ops.jet.dynamic_conv_cpu(u, kappa, conv_state, cu_seqlens, slots, context_lens)
+    if u.device.type == "cpu":
+        return torch.ops.jet.dynamic_conv_cpu(u, kappa, conv_state, cu_seqlens, slots, context_lens)
+    u, kappa = rows(u), rows(kappa)
+    return dynamic_conv_triton(u, kappa, conv_state, cu_seqlens, slots, context_lens)

@@ -11,14 +11,19 @@ The chunk form computes `chunk_size` tokens at once. With G_i the sum of g up to
     v_new = u - w S;    o = exp(G) qn S + tril((qn kn^T) exp(G_i - G_j)) v_new
     S = exp(G_last) S + sum_i exp(G_last - G_i) kn_i v_new_i^T
 
+The kernels are in gated_delta_rule_chunk.py (prefill) and gated_delta_rule_decode.py.
 Source: Gated Delta Networks, arXiv 2412.06464, section 3 (the WY form of arXiv 2406.06484 with decay).
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, gather_state, scatter_state, zero_padding
+from jet_export.kernels.common import acc_dtype, gather_state, rows, scatter_state, zero_padding
+from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
+from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
 
 L2_EPS = 1e-6
 CHUNK_SIZE = 64
@@ -111,7 +116,7 @@ def packed_gated_delta_rule_ref(
     else:
         outs, finals = [], []
         bounds = cu_seqlens.tolist()
-        for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for n, (start, end) in enumerate(itertools.pairwise(bounds)):
             inputs = (x[None, start:end] for x in (q, k, v, beta, g))
             o_n, final_n = chunk_gated_delta_rule_ref(*inputs, initial[n : n + 1])
             outs.append(o_n[0])
@@ -119,6 +124,20 @@ def packed_gated_delta_rule_ref(
         o, final = torch.cat(outs), torch.cat(finals)
     scatter_state(recurrent_state, slots, final)
     return zero_padding(o, cu_seqlens, slots)
+
+
+def gated_delta_rule_triton(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
+    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, decode: bool,
+) -> Tensor:  # fmt: skip
+    """Launches the kernels; arguments as `packed_gated_delta_rule_ref`."""
+    q, k, v, beta, g = (rows(x) for x in (q, k, v, beta, g))
+    head_dims = (q.shape[1], q.shape[2], v.shape[2])
+    if decode:
+        return decode_delta_rule_triton(q, k, v, beta, g, recurrent_state, slots, context_lens, head_dims)
+    return chunk_delta_rule_triton(
+        q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims
+    )
 
 
 @torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args={"recurrent_state"})
@@ -141,6 +160,8 @@ def gated_delta_rule(
     cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, decode: bool,
 ) -> Tensor:  # fmt: skip
     """o [T, H, V] in v's dtype; recurrent_state is updated in place. See the module's equations."""
-    return torch.ops.jet.gated_delta_rule_cpu(
-        q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
-    )
+    if q.device.type == "cpu":
+        return torch.ops.jet.gated_delta_rule_cpu(
+            q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
+        )
+    return gated_delta_rule_triton(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode)

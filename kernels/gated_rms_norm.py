@@ -5,9 +5,11 @@ Source: Gated DeltaNet, arXiv 2412.06464, figure 1; used unchanged by Jet-Nemotr
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype
+from jet_export.kernels.common import acc_dtype, rows, silu, wrap
 
 
 def gated_rms_norm_ref(
@@ -23,6 +25,46 @@ def gated_rms_norm_ref(
     return (normed * torch.nn.functional.silu(gate.to(acc))).to(gate.dtype)
 
 
+@triton.jit
+def gated_norm_tile(b_o, b_w, b_gate, eps, V: tl.constexpr):
+    """fp32 tiles b_o, b_gate [R, BV], b_w [1, BV]; columns past V must be zero in b_o.
+    A zero stays zero whatever its gate holds: the rows of padding have o = 0 and a gate that may be anything."""
+    b_rstd = tl.rsqrt(tl.sum(b_o * b_o, 1) / V + eps)
+    return tl.where(b_o == 0.0, 0.0, b_o * b_rstd[:, None] * b_w * silu(b_gate))
+
+
+@triton.jit(do_not_specialize=["T"])
+def gated_rms_norm_kernel(
+    o, w_o, gate, out, T, stride_o, stride_gate, eps,
+    OFF_Z: tl.constexpr, H: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Grid (H, blocks of BR tokens)."""
+    i_h = tl.program_id(0)
+    o_t = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
+    o_v = tl.arange(0, BV)
+    m_v = o_v < V
+    m = (o_t < T)[:, None] & m_v[None, :]
+    o_c = (i_h * V + o_v)[None, :]
+    b_o = tl.load(o + o_t[:, None] * stride_o + o_c, mask=m, other=0.0).to(tl.float32)
+    b_gate = tl.load(gate + o_t[:, None] * stride_gate + OFF_Z + o_c, mask=m, other=0.0).to(tl.float32)
+    b_w = tl.load(w_o + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
+    b_out = gated_norm_tile(b_o, b_w, b_gate, eps, V)
+    tl.store(out + o_t[:, None] * H * V + o_c, b_out.to(out.dtype.element_ty), mask=m)
+
+
+def gated_rms_norm_triton(o: Tensor, w_o: Tensor, gate: Tensor, eps: float, off_gate: int = 0) -> Tensor:
+    """Launches the kernel. Rows of o [T, H, V] and gate are contiguous, any stride between them; off_gate: gate's
+    first column in its rows."""
+    T, H, V = o.shape
+    BR = 16
+    out = gate.new_empty(T, H, V)
+    wrap(gated_rms_norm_kernel)[(H, triton.cdiv(T, BR))](
+        o, w_o, gate, out, T, o.stride(0), gate.stride(0), eps,
+        OFF_Z=off_gate, H=H, V=V, BR=BR, BV=triton.next_power_of_2(V),
+    )  # fmt: skip
+    return out
+
+
 @torch.library.custom_op("jet::gated_rms_norm_cpu", mutates_args=())
 def gated_rms_norm_cpu(o: Tensor, w_o: Tensor, gate: Tensor, eps: float) -> Tensor:
     return gated_rms_norm_ref(o, w_o, gate, eps).contiguous()
@@ -36,4 +78,6 @@ def _(o, w_o, gate, eps):
 @torch.library.triton_op("jet::gated_rms_norm", mutates_args=())
 def gated_rms_norm(o: Tensor, w_o: Tensor, gate: Tensor, eps: float) -> Tensor:
     """[T, H, V] in gate's dtype. See the module's equation."""
-    return torch.ops.jet.gated_rms_norm_cpu(o, w_o, gate, eps)
+    if o.device.type == "cpu":
+        return torch.ops.jet.gated_rms_norm_cpu(o, w_o, gate, eps)
+    return gated_rms_norm_triton(rows(o), w_o, rows(gate), eps)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype
+from jet_export.kernels.common import acc_dtype, rows, zero_padding
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref
 from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
-from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref
+from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
+from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
+from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 
 
 def jet_block_ref(
@@ -51,7 +53,33 @@ def jet_block_ref(
     o = packed_gated_delta_rule_ref(
         q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
     )
-    return gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), norm_eps).reshape(T, D)
+    out = gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), norm_eps)
+    return zero_padding(out, cu_seqlens, slots).reshape(T, D)  # a padding row's gate may be anything
+
+
+def jet_block_triton(
+    qkuz: Tensor, ba: Tensor, kappa: Tensor, A_log: Tensor, dt_bias: Tensor, w_o: Tensor,
+    conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
+    num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float, decode: bool,
+) -> Tensor:  # fmt: skip
+    """Launches the kernels: one for decode, three for prefill. Arguments as `jet_block_ref`."""
+    H, K, V = num_heads, head_k_dim, head_v_dim
+    qkuz, ba, kappa = rows(qkuz), rows(ba), rows(kappa)
+    off_u = 2 * H * K
+    off_z = off_u + H * V
+    projections, fused = (qkuz, qkuz, qkuz, ba, ba), {"conv": (kappa, conv_state), "raw_gates": (A_log, dt_bias)}
+    if decode:
+        out = decode_delta_rule_triton(
+            *projections, recurrent_state, slots, context_lens, (H, K, V),
+            offsets=(0, H * K, off_u, H, off_z), norm=(w_o, qkuz, norm_eps), **fused,
+        )  # fmt: skip
+    else:
+        o = chunk_delta_rule_triton(
+            *projections, recurrent_state, cu_seqlens, slots, context_lens, (H, K, V),
+            offsets=(0, H * K, off_u, H), **fused,
+        )  # fmt: skip
+        out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_gate=off_z)
+    return out.view(qkuz.shape[0], H * V)
 
 
 @torch.library.custom_op("jet::jet_block_cpu", mutates_args={"conv_state", "recurrent_state"})
@@ -79,7 +107,12 @@ def jet_block(
     num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float, decode: bool,
 ) -> Tensor:  # fmt: skip
     """[T, D] in qkuz's dtype; both states are updated in place. Arguments as `jet_block_ref`."""
-    return torch.ops.jet.jet_block_cpu(
+    if qkuz.device.type == "cpu":
+        return torch.ops.jet.jet_block_cpu(
+            qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
+            num_heads, head_k_dim, head_v_dim, norm_eps, decode,
+        )  # fmt: skip
+    return jet_block_triton(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
         num_heads, head_k_dim, head_v_dim, norm_eps, decode,
     )  # fmt: skip

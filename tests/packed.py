@@ -1,6 +1,8 @@
 """Random packed inputs for the kernel tests, and the error they are judged by."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -91,3 +93,16 @@ class Packed:
             x = x.to(dtype)
         copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device or x.device)
         return copy.copy_(x)
+
+
+@contextmanager
+def nan_filled():
+    """Tensor.new_empty gives NaN: what a kernel leaves unwritten shows."""
+    new_empty = Tensor.new_empty
+
+    def filled(self: Tensor, *shape, **kwargs) -> Tensor:
+        x = new_empty(self, *shape, **kwargs)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    with patch.object(Tensor, "new_empty", filled):
+        yield

@@ -1,0 +1,173 @@
+import pytest
+import torch
+from aot import compile_report
+from packed import Packed, nan_filled, rel
+from rounded_chunk import rounded_chunk
+
+from jet_export.kernels.dynamic_conv import dynamic_conv_ref
+from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref
+from jet_export.kernels.jet_block import jet_block_ref, jet_block_triton
+
+STATES = (6, 7)  # conv_state and recurrent_state among the arguments
+
+
+def check(got: torch.Tensor, got_args: tuple, p: Packed, decode: bool) -> None:
+    """Output and states no further from the fp64 reference than the fp32 reference is, plus 1e-5."""
+    exact, ref = p.block_args(decode, torch.float64), p.block_args(decode)
+    want, out_ref = jet_block_ref(*exact), jet_block_ref(*ref)
+    assert rel(got, want) <= rel(out_ref, want) + 1e-5
+    for i in STATES:
+        assert rel(got_args[i], exact[i]) <= rel(ref[i], exact[i]) + 1e-5
+
+
+@pytest.mark.parametrize("K, V, W", [(32, 64, 4), (96, 40, 3), (128, 32, 4)])
+def test_prefill_is_reference(device, K, V, W):
+    p = Packed([1, 2, 3, 65], H=2, K=K, V=V, W=W, extra=8, context=[5, 1, 0, 5], rows=[3, 0, -1, 5], device=device)
+    args = p.block_args(False)
+    with nan_filled():
+        out = jet_block_triton(*args)
+    check(out, args, p, False)
+
+
+@pytest.mark.parametrize("K, V, W", [(32, 64, 4), (96, 80, 3)])
+def test_decode_is_reference_and_prefill(device, K, V, W):
+    p = Packed([1] * 4, K=K, V=V, W=W, extra=8, context=[5, 1, 0, 5], rows=[3, 0, -1, 5], device=device)
+    for decode in (True, False):
+        args = p.block_args(decode)
+        with nan_filled():
+            out = jet_block_triton(*args)
+        check(out, args, p, decode)
+
+
+@pytest.mark.parametrize("split", [[1, 2, 3, 30], [33, 3]])
+@pytest.mark.parametrize("block", [jet_block_ref, jet_block_triton], ids=["ref", "kernel"])
+def test_split_with_carried_states_is_whole(device, block, split):
+    p = Packed([36], context=[0], H=1, device=device)
+    qkuz, ba, kappa, *weights, conv, state, cu, slots, context, H, K, V, eps, _ = p.block_args(False)
+    whole_conv, whole_state = conv.clone(), state.clone()
+    whole = block(qkuz, ba, kappa, *weights, whole_conv, whole_state, cu, slots, context, H, K, V, eps, False)
+    parts, start = [], 0
+    for n in split:
+        bounds, held = torch.tensor([[0, n], [start, 0]], dtype=torch.int32, device=device)
+        inputs = (x[start : start + n] for x in (qkuz, ba, kappa))
+        parts.append(block(*inputs, *weights, conv, state, bounds, slots, held[:1], H, K, V, eps, n == 1))
+        start += n
+    assert rel(torch.cat(parts), whole) < 1e-5
+    assert torch.equal(conv, whole_conv) and rel(state, whole_state) < 1e-5
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize("block", [jet_block_ref, jet_block_triton], ids=["ref", "kernel"])
+def test_padding_rows_are_inert_and_empty_context_is_zero_state(device, block, decode):
+    p = Packed([1, 1, 1] if decode else [2, 20, 3], context=[5, 0, 5], rows=[-1, 2, 0], H=1, device=device)
+    args = p.block_args(decode)
+    end = int(p.cu_seqlens[1])
+    for x in args[:3]:
+        x[:end] = torch.nan
+    for i in STATES:
+        args[i][2], args[i][1], args[i][3] = torch.nan, 7.0, 8.0
+    out = block(*args)
+    assert torch.equal(out[:end], torch.zeros_like(out[:end])) and out.isfinite().all()
+    for i in STATES:
+        assert args[i].isfinite().all() and (args[i][1] == 7).all() and (args[i][3] == 8).all()
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+def test_a_row_does_not_see_the_others(device, decode):
+    p = Packed([1, 1, 1] if decode else [4, 20, 3], H=1, device=device)
+    first, second = p.block_args(decode), p.block_args(decode)
+    s, e = int(p.cu_seqlens[1]), int(p.cu_seqlens[2])
+    for x in second[:3]:
+        x[:s], x[e:] = torch.randn_like(x[:s]), torch.randn_like(x[e:])
+    one, two = jet_block_triton(*first), jet_block_triton(*second)
+    slot = int(p.slots[1])
+    assert torch.equal(one[s:e], two[s:e]) and not torch.equal(one[:s], two[:s])
+    assert all(torch.equal(first[i][slot], second[i][slot]) for i in STATES)
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+def test_opcheck_with_strided_rows(decode):
+    p = Packed([1, 1] if decode else [2, 5], extra=8)
+    torch.library.opcheck(torch.ops.jet.jet_block, p.block_args(decode))
+
+
+def test_compiles_without_a_graph_break():
+    p = Packed([2, 5], extra=8)
+    eager, compiled = p.block_args(False), p.block_args(False)
+    want = torch.ops.jet.jet_block(*eager)
+    got = torch.compile(lambda *args: torch.ops.jet.jet_block(*args) * 1, fullgraph=True)(*compiled)
+    assert torch.equal(got, want) and all(torch.equal(eager[i], compiled[i]) for i in STATES)
+
+
+@pytest.mark.parametrize("models", [
+    ["2b-bfloat16-float32", "4b-bfloat16-float32"],
+    pytest.param(["4b-bfloat16-bfloat16", "2x256x288-bfloat16-float32", "2x128x576-bfloat16-float32",
+                  "4b-float32-float32"], marks=pytest.mark.slow),
+], ids=["published", "others"])  # fmt: skip
+def test_kernels_fit_sm_90(models):
+    """Compiled ahead of time: Hopper's shared memory suffices, and no global scratch, which no plugin would supply."""
+    report = compile_report([f"{model}-{mode}" for model in models for mode in ("prefill", "decode")])
+    assert len(report) == len(models) * (3 + 1)
+    for kernel in report:
+        assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == 0, kernel
+
+
+# On a GPU
+
+
+def rounded_block(p: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """The block in torch, rounded where the prefill kernels round: v, what rounded_chunk rounds, o, the result."""
+    qkuz, ba, kappa, A_log, dt_bias, w_o, conv, state, cu, slots, context, H, K, V, eps, _ = p.block_args(False)
+    dtype, T = qkuz.dtype, qkuz.shape[0]
+    q, k, u, gate = qkuz[:, : 2 * H * (K + V)].split([H * K, H * K, H * V, H * V], -1)
+    v = dynamic_conv_ref(u, kappa, conv, cu, slots, context).to(dtype).view(T, H, V)
+    q, k = (torch.nn.functional.silu(x.float()).view(T, H, K) for x in (q, k))
+    b, a = ba.float().split(H, -1)
+    beta, g = b.sigmoid().to(dtype), -A_log.exp() * torch.nn.functional.softplus(a + dt_bias)
+    o = torch.zeros_like(v)
+    for n, slot in enumerate(slots.tolist()):
+        s = slice(int(cu[n]), int(cu[n + 1]))
+        start = state[slot] * (context[n] > 0)
+        o_n, state[slot] = rounded_chunk(*(x[s] for x in (q, k, v, beta, g)), start, dtype)
+        o[s] = o_n.to(dtype)
+    return gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), eps).reshape(T, H * V), state
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("H, K, V", [(12, 96, 256), (16, 128, 256), (2, 32, 64)])
+def test_16_bit_error_is_that_of_the_rounded_form(H, K, V, dtype):
+    p = Packed([1, 64, 333], H=H, K=K, V=V, context=[5, 0, 5], dtype=dtype, extra=8, device="cuda")
+    exact, args = p.block_args(False, torch.float64), p.block_args(False)
+    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args)
+    rounded, rounded_state = rounded_block(p)
+    rows = p.slots.long()
+    assert rel(out, want) <= 1.1 * rel(rounded, want)
+    assert rel(args[7][rows], exact[7][rows]) <= 1.1 * rel(rounded_state[rows], exact[7][rows])
+    assert torch.equal(args[6].double(), exact[6])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H, K, V", [(12, 96, 256), (16, 128, 256), (4, 128, 576), (2, 32, 64)])
+def test_bf16_decode_rounds_once(H, K, V, state_dtype):
+    p = Packed([1] * 9, H=H, K=K, V=V, dtype=torch.bfloat16, state_dtype=state_dtype, extra=8, device="cuda")
+    exact, args = p.block_args(True, torch.float64), p.block_args(True)
+    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args)
+    beta_rounding = 2**-9  # sigmoid(b) is rounded to the model dtype by definition; fp64's reference does not
+    assert rel(out, want) <= rel(want.bfloat16(), want) + beta_rounding
+    assert rel(args[7], exact[7]) <= rel(exact[7].to(state_dtype), exact[7]) + beta_rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+def test_replays_in_a_cuda_graph(decode):
+    p = Packed([1] * 5 if decode else [70, 1, 130], H=4, K=96, V=256, dtype=torch.bfloat16, device="cuda")
+    eager, captured = p.block_args(decode), p.block_args(decode)
+    want = torch.ops.jet.jet_block(*eager)
+    torch.ops.jet.jet_block(*p.block_args(decode))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.jet.jet_block(*captured)
+    graph.replay()
+    assert torch.equal(out, want) and all(torch.equal(eager[i], captured[i]) for i in STATES)
