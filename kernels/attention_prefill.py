@@ -36,9 +36,9 @@ class PrefillConfig(NamedTuple):
 def prefill_config(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> PrefillConfig:
     """Tile sizes from dims alone."""
     if dtype == torch.float32:
-        return PrefillConfig(32, min(page, 32), 8, 1)
+        return PrefillConfig(32, min(page, 32 if head_dim <= 128 else 16), 8, 1)
     if head_dim > 128:
-        return PrefillConfig(64, min(page, 64), 4, 2)
+        return PrefillConfig(64, min(page, 64), 8, 2)
     return PrefillConfig(128, min(page, 64), 8, 3)
 
 

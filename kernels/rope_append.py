@@ -52,9 +52,9 @@ def load_rope(p_x, p_cos_sin, m_row, DH: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def quantize(b_x, scale, dtype: tl.constexpr):
-    """b_x as the cache stores it."""
+    """b_x as the cache stores it; the division is IEEE, so that FP8 codes are those of torch."""
     if dtype == tl.float8e4nv:
-        b_x = tl.minimum(tl.maximum(b_x.to(tl.float32) / scale, -FP8_MAX), FP8_MAX)
+        b_x = tl.minimum(tl.maximum(tl.div_rn(b_x.to(tl.float32), scale), -FP8_MAX), FP8_MAX)
     return b_x.to(dtype)
 
 

@@ -1,0 +1,204 @@
+"""The kernels of jet::attention: kernel = reference, and the laws of a cache. Interpreted where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from packed import nan_filled
+from paged import FP8, Case, in_steps, interpreter_fp8, make_case, pick, poison, rel, same_bits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RAGGED = ([5, 1, 40, 3], [0, 5, 21, 63])
+DECODE = ([1, 1, 1], [0, 16, 75])
+
+
+@pytest.fixture(autouse=True)
+def exact_fp8_and_no_lucky_memory(monkeypatch):
+    if DEVICE == "cpu":
+        interpreter_fp8(monkeypatch)
+    with nan_filled():
+        yield
+
+
+def assert_kernel_is_reference(c: Case, form: str) -> None:
+    expected, expected_cache = c.run("ref")
+    o, cache = c.run(form, DEVICE)
+    assert rel(o, expected) < 2e-6
+    if cache.dtype == FP8:
+        # A multiply-add contracted on the GPU may move a key across a rounding boundary.
+        different = (cache.view(torch.uint8) != expected_cache.view(torch.uint8)).float().mean()
+        assert different <= (1e-3 if DEVICE == "cuda" else 0)
+    else:
+        assert torch.allclose(cache, expected_cache, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("window", [0, 1, 20])
+@pytest.mark.parametrize("form, lens, context", [("prefill", *RAGGED), ("prefill", *DECODE), ("decode", *DECODE)])
+def test_kernel_is_reference(form, lens, context, window):
+    assert_kernel_is_reference(poison(make_case(lens, context, window=window)), form)
+
+
+@pytest.mark.parametrize("form", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": (1, 1)},
+        {"heads": (6, 1)},
+        {"heads": (16, 2)},
+        {"head_dim": 48},
+        {"head_dim": 128, "page": 32},
+        {"head_dim": 256},
+        {"cache_dtype": FP8, "k_scale": 0.02, "v_scale": 0.5},
+        {"cache_dtype": FP8, "k_scale": 1e-3, "v_scale": 1e-3, "window": 20},
+    ],
+    ids=str,
+)
+def test_kernel_is_reference_in_any_size(form, options):
+    lens, context = ([1, 1], [3, 35]) if form == "decode" else ([2, 17], [30, 3])
+    assert_kernel_is_reference(poison(make_case(lens, context, **options)), form)
+
+
+@pytest.mark.parametrize("form", ["ref", "prefill"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 7}, {"cache_dtype": FP8, "k_scale": 0.02, "v_scale": 0.02}], ids=str
+)
+def test_chunks_are_the_whole(form, options):
+    """Also in FP8: the whole prompt reads its keys back from the cache, as its parts do."""
+    c = make_case([26, 26], [0, 9], **options)
+    whole, _ = c.run(form, DEVICE)
+    for steps in ([1, 2, 3, 20], [16, 10], [25, 1]):
+        assert rel(in_steps(c, steps, form, DEVICE), whole) < 2e-6
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_decode_continues_prefill(window):
+    c = make_case([6, 6], [14, 30], window=window)
+    whole, _ = c.run("ref")
+    assert rel(in_steps(c, [1] * 6, "decode", DEVICE), whole) < 2e-6
+
+
+@pytest.mark.parametrize("form", ["ref", "prefill"])
+def test_packed_is_one_by_one(form):
+    c = make_case(*RAGGED, window=20)
+    o, _ = c.run(form, DEVICE)
+    alone = [pick(c, [n]).run(form, DEVICE)[0] for n in range(len(c.slots))]
+    assert rel(o, torch.cat(alone)) < 2e-6
+
+
+@pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
+def test_a_ring_is_an_unbounded_table(form):
+    """A row of cdiv(window + chunk, page) + 1 pages holds all that a window needs, however long the sequence."""
+    window, chunk, page = 20, 10, 16
+    table = make_case([80], [0], window=window, page=page)
+    ring = replace(table, block_table=table.block_table[:, : -(-(window + chunk) // page) + 1].contiguous())
+    steps = [chunk] * 6 + [1] * 20 if form == "decode" else [chunk] * 8
+    assert rel(in_steps(ring, steps, form, DEVICE), table.run("ref")[0]) < 2e-6
+
+
+@pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
+def test_page_order_is_irrelevant(form):
+    c = make_case(*DECODE)
+    order = torch.randperm(c.kv_cache.shape[0], generator=torch.Generator().manual_seed(1))
+    moved = replace(c, kv_cache=c.kv_cache[order], block_table=order.argsort()[c.block_table.long()].int())
+    assert torch.equal(c.run(form, DEVICE)[0], moved.run(form, DEVICE)[0])
+
+
+@pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
+def test_padding_rows_are_inert(form):
+    """Nothing read (their pages are NaN), nothing written, zeros out, and the other rows do not notice."""
+    c = make_case(*(DECODE if form == "decode" else RAGGED))
+    live = [0, *range(2, len(c.slots))]
+    c.slots[1] = -1
+    c = poison(c)
+    o, cache = c.run(form, DEVICE)
+    padding = slice(*c.cu_seqlens[1:3].tolist())
+    assert o[padding].eq(0).all()
+    expected, expected_cache = pick(c, live).run(form, DEVICE)
+    assert torch.equal(torch.cat((o[: padding.start], o[padding.stop :])), expected)
+    assert same_bits(cache, expected_cache)
+
+
+@pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
+def test_positions_beyond_the_table_stay_in_their_pages(form):
+    c = make_case([1, 1] if form == "decode" else [9, 2], [60, 3], page=16, M=2)
+    _, cache = c.run(form, DEVICE)
+    others = [i for i in range(len(cache)) if i not in c.block_table]
+    assert same_bits(cache[others], c.kv_cache[others])
+
+
+@pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_window_off_by_one_is_seen(form, off):
+    """These tests can fail: one key more or less moves the output a thousand times their tolerance."""
+    c = make_case(*(DECODE if form == "decode" else RAGGED), window=8)
+    o, _ = replace(c, window=8 + off).run(form, DEVICE)
+    assert rel(o, c.run("ref")[0]) > 2e-3
+
+
+@pytest.mark.parametrize("form", ["prefill", "decode"])
+def test_bad_layouts_are_refused(form):
+    c = make_case([1], [3])
+    with pytest.raises(ValueError, match="pages of 24 tokens: a power of two"):
+        replace(c, kv_cache=torch.zeros(4, 2, 2, 24, 32)).run(form)
+    with pytest.raises(ValueError, match="head_dim 32 \\(cache: 64\\)"):
+        replace(c, kv_cache=torch.zeros(4, 2, 2, 16, 64)).run(form)
+    with pytest.raises(ValueError, match="contiguous within a page"):
+        replace(c, kv_cache=torch.zeros(4, 2, 2, 32, 16).transpose(3, 4)).run(form)
+
+
+@pytest.mark.parametrize("case", ["bfloat16", "float8_e4m3fn", "float32"])
+def test_kernels_fit_sm_90(case):
+    """Compiled ahead of time for head_dim 128 and 256: shared memory fits, no global scratch, few spills."""
+    script = Path(__file__).parents[1] / "aot_attention.py"
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, script, case], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(result.stdout)
+    assert len(report) == 8  # append, prefill, decode, combine of two sizes
+    for kernel in report:
+        assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == 0 and kernel["stack"] <= 128, kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("form", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    "dtype, cache_dtype",
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, FP8), (torch.float16, None)],
+    ids=str,
+)
+def test_on_the_gpu(dtype, cache_dtype, form, window):
+    """The configurations in use. 16 bits: p and o are rounded once each; the cache has torch's bits."""
+    lens, context = ([1] * 4, [0, 1500, 64, 383]) if form == "decode" else ([300, 1, 37, 129], [0, 700, 64, 383])
+    options = {"heads": (12, 2), "head_dim": 128, "page": 128, "k_scale": 0.03, "v_scale": 0.03}
+    c = poison(make_case(lens, context, dtype=dtype, cache_dtype=cache_dtype, window=window, **options))
+    expected, expected_cache = c.run("ref")
+    o, cache = c.run(form, "cuda", small=False)
+    assert rel(o, expected) < (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+    if dtype != torch.float32:
+        assert same_bits(cache, expected_cache)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lens, context", [([300, 1, 37], [0, 5, 300]), ([1, 1, 1], [0, 16, 470])])
+def test_compiled_and_captured(lens, context):
+    """torch.compile traces the launches with symbolic sizes, and a CUDA graph replays them on new contents."""
+    c = make_case(lens, context, heads=(12, 2), head_dim=128, page=128, dtype=torch.bfloat16, window=200)
+    eager, compiled, captured = (c.op_args("cuda") for _ in range(3))
+    o = torch.ops.jet.attention(*eager)
+    f = torch.compile(lambda *a: torch.ops.jet.attention(*a), fullgraph=True, dynamic=True)
+    assert torch.equal(o, f(*compiled)) and same_bits(eager[2], compiled[2])
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o_graph = torch.ops.jet.attention(*captured)
+    for x in (eager, captured):
+        x[0].mul_(0.5)
+        x[6].add_(1)
+    graph.replay()
+    assert torch.equal(torch.ops.jet.attention(*eager), o_graph) and same_bits(eager[2], captured[2])
