@@ -4,9 +4,9 @@
     y    = (q(x) @ weight^T) * input_scale * weight_scale + bias
 
 Products are summed in fp32, scaled and biased there, and cast once to x.dtype. A scale is amax / 448, 448 being E4M3's
-largest number: values beyond the calibrated amax saturate (a bare cast would make them NaN). On a GPU this is one
-`torch._scaled_mm`; on a CPU the same arithmetic, the FP8 codes widened to fp32. Which one is decided by the device of
-x when the layer is traced.
+largest number: values beyond the calibrated amax saturate (before torch 2.12, a bare cast makes them NaN). On a GPU
+this is one `torch._scaled_mm`; on a CPU the same arithmetic, the FP8 codes widened to fp32. Which one is decided by the
+device of x when the layer is traced.
 
 Source: the static per-tensor FP8 scheme of nvidia-modelopt's FP8_DEFAULT_CFG; E4M3: arXiv 2209.05433.
 """

@@ -165,6 +165,7 @@ def test_traces_for_cuda_to_one_scaled_mm(dtype: torch.dtype) -> None:
     targets = [str(n.target) for n in graph.nodes if n.op == "call_function"]
     assert targets.count("aten._scaled_mm.default") == 1
     assert "aten.mm.default" not in targets
+    assert "aten.clamp.default" in targets  # torch 2.12 saturates in the cast itself, older ones do not
     out = next(n for n in graph.nodes if n.op == "output").args[0].meta["val"]
     assert out.shape == (5, 48) and out.dtype == dtype and out.device.type == "cuda"
 
