@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -171,8 +172,8 @@ def _config(options: BuildOptions, directory: Path | None) -> JetNemotronConfig:
 
 def _limits(options: BuildOptions, config: JetNemotronConfig) -> tuple[Limits, list[str]]:
     trained = config.max_position_embeddings
-    seq = options.max_seq_len or min(trained, DEFAULT_MAX_SEQ_LEN)
-    chunk = min(options.prefill_chunk or DEFAULT_PREFILL_CHUNK, seq)
+    seq = min(trained, DEFAULT_MAX_SEQ_LEN) if options.max_seq_len is None else options.max_seq_len
+    chunk = min(DEFAULT_PREFILL_CHUNK if options.prefill_chunk is None else options.prefill_chunk, seq)
     for flag, value in (
         ("--max-batch-size", options.max_batch_size),
         ("--max-seq-len", seq),
@@ -407,10 +408,12 @@ def check_loads(directory: Path) -> None:
     done = subprocess.run([sys.executable, "-c", LOAD_PROBE, *packages], capture_output=True, text=True, timeout=600)
     if done.returncode == 0:
         return
-    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode < 0:
+        how = f"the process that loads them dies of {signal.Signals(-done.returncode).name}"
+    else:
+        how = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     raise JetExportError(
-        f"the compiled packages do not load ({how}{': ' + last if last else ''}).",
+        f"the compiled packages do not load: {how}.",
         f"The C++ compiler ({os.environ.get('CXX', 'g++')}) does not fit this Python's libstdc++. Name the system's: "
         "export CC=/usr/bin/gcc CXX=/usr/bin/g++, and build again.",
     )

@@ -33,9 +33,7 @@ def build(
     backend: Annotated[str, typer.Option(help="auto or inductor.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Model dtype: bfloat16 or float32.")] = "bfloat16",
-    keep: Annotated[
-        list[str] | None, typer.Option(help="Leave layers in the model dtype, e.g. model.layers.7")
-    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Leave layers in the model dtype, e.g. model.layers.7")] = None,
     fp8_lm_head: Annotated[bool, typer.Option("--fp8-lm-head", help="FP8 output projection too.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate FP8 on.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (the model dtype) or fp8.")] = "auto",

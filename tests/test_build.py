@@ -1,0 +1,193 @@
+"""The build's flow, with the compiler replaced by one that writes a few bytes: up to date, --force, no half bundles.
+
+What the real compiler makes is tested in tests/parity.
+"""
+
+import json
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from eager_bundle import write_mini_config
+from golden import DATA, MINI_NAMES, load_golden
+
+from jet_export import backends, build
+from jet_export import export as export_module
+from jet_export.build import BuildOptions, make_plan, run_build
+from jet_export.bundle import Manifest, check_bundle
+from jet_export.errors import JetExportError
+from jet_export.memory import engine_memory, weight_bytes
+from jet_export.runtime.engine import load_weights
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Builds without compiling; returns the names of the packages that were "compiled"."""
+    made = []
+
+    def compile_package(program, path: Path) -> None:
+        made.append(path.name)
+        path.write_bytes(b"package")
+
+    monkeypatch.setattr(export_module, "compile_package", compile_package)
+    monkeypatch.setattr(build, "check_loads", lambda directory: None)
+    return made
+
+
+def options(tmp_path: Path, **changes) -> BuildOptions:
+    model = str(write_mini_config(tmp_path)) if "model" not in changes else changes.pop("model")
+    values = {"device": "cpu", "random_weights": True, "max_seq_len": 256, "output": tmp_path / "out" / "bundle"}
+    return BuildOptions(model, **{**values, **changes})
+
+
+def make(o: BuildOptions) -> list[str]:
+    lines: list[str] = []
+    run_build(make_plan(o), ["jet-export", "build"], lines.append)
+    return lines
+
+
+def test_second_build_is_up_to_date(quick, tmp_path) -> None:
+    make(options(tmp_path))
+    assert quick == ["prefill.pt2", "decode.pt2"]
+    manifest = (tmp_path / "out/bundle/manifest.json").read_bytes()
+    assert make(options(tmp_path)) == [f"{tmp_path / 'out/bundle'} is up to date."]
+    assert quick == ["prefill.pt2", "decode.pt2"]
+    assert (tmp_path / "out/bundle/manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "weights was random, seed 0, now random, seed 1"),
+        ({"max_batch_size": 3}, "limits was"),
+        ({"state_dtype": "bfloat16"}, "state_dtype was float32, now bfloat16"),
+        ({"dtype": "float32"}, "dtype was bfloat16, now float32"),
+    ],
+)
+def test_other_inputs_are_named_and_need_force(quick, tmp_path, change: dict, named: str) -> None:
+    make(options(tmp_path))
+    before = (tmp_path / "out/bundle/manifest.json").read_bytes()
+    with pytest.raises(JetExportError, match=named):
+        make(options(tmp_path, **change))
+    assert (tmp_path / "out/bundle/manifest.json").read_bytes() == before
+    make(options(tmp_path, **change, force=True))
+    assert len(quick) == 4
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["bundle"]
+
+
+def test_failure_leaves_nothing_and_keeps_the_old_bundle(quick, tmp_path, monkeypatch) -> None:
+    make(options(tmp_path))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out/bundle").iterdir()}
+
+    def broken(program, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "compile_package", broken)
+    with pytest.raises(KeyboardInterrupt):
+        make(options(tmp_path, seed=1, force=True))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["bundle"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out/bundle").iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        make(options(tmp_path, output=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_output_that_is_no_bundle_is_left_alone(quick, tmp_path) -> None:
+    (tmp_path / "out/bundle").mkdir(parents=True)
+    (tmp_path / "out/bundle/thesis.txt").write_text("mine")
+    with pytest.raises(JetExportError, match="exists and is not a bundle"):
+        make(options(tmp_path))
+    assert (tmp_path / "out/bundle/thesis.txt").read_text() == "mine"
+
+
+def test_manifest_and_weights(quick, tmp_path) -> None:
+    make(options(tmp_path, max_batch_size=3, prefill_chunk=64))
+    directory = tmp_path / "out/bundle"
+    m = Manifest.load(directory)
+    check_bundle(directory, m)
+    assert (m.limits.max_batch_size, m.limits.max_seq_len, m.limits.prefill_chunk) == (3, 256, 64)
+    assert m.config.to_dict() == m.model["config"]
+    weights = load_weights(directory, m)
+    assert weights["cos_sin"].shape == (256, m.config.head_dim)
+    assert weights["lm_head.weight"] is weights["embed_tokens.weight"]
+    assert weights["layers.0.self_attn.A_log"].dtype == torch.float32
+    stored = sum(t.nbytes for k, t in weights.items() if k not in ("cos_sin", "lm_head.weight"))
+    assert stored == weight_bytes(m.config, torch.bfloat16, fp8=False)
+
+
+def test_checkpoint_build_copies_tokenizer_and_licence(quick, tmp_path) -> None:
+    checkpoint = load_golden(DATA / MINI_NAMES[0]).save_checkpoint(tmp_path / "ckpt")
+    (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "LICENSE").write_text("The Licence, version 1\nmore\n")
+    make(options(tmp_path, model=str(checkpoint), random_weights=False))
+    directory = tmp_path / "out/bundle"
+    assert (directory / "tokenizer.json").read_text() == "{}"
+    assert (directory / "LICENSE").exists()
+    assert Manifest.load(directory).model["licence"] == "The Licence, version 1"
+
+
+def test_more_positions_than_trained_is_a_warning_in_the_manifest(quick, tmp_path) -> None:
+    plan = make_plan(options(tmp_path, max_seq_len=8192))
+    assert "8192 exceeds the 4096 positions" in plan.warnings[0]
+    make(options(tmp_path, max_seq_len=8192))
+    assert Manifest.load(tmp_path / "out/bundle").warnings == plan.warnings
+
+
+def test_auto_never_picks_a_backend_unseen_on_the_architecture() -> None:
+    assert backends.choose_backend("auto", "x86_64").name == "inductor"
+    with pytest.raises(JetExportError, match="no engine kind has a committed result on sm_75"):
+        backends.choose_backend("auto", "sm_75")
+    assert backends.choose_backend("inductor", "sm_75").reason == "asked for by name"
+
+
+def test_every_seen_backend_names_a_committed_file() -> None:
+    root = Path(__file__).parents[1]
+    for kinds in backends.SEEN_RUNNING.values():
+        for arch, path in kinds.items():
+            assert (root / path).is_file(), path
+            if arch.startswith("sm_"):
+                assert json.loads((root / path).read_text())["environment"]["arch"] == arch
+
+
+def test_memory_of_the_published_models() -> None:
+    """The states that the paper's sizes give: 28 MB a sequence for jet-2b in fp32, KV of two layers at 64K."""
+    from jet_export.bundle import Limits
+    from jet_export.model.config import jet_2b
+
+    c = jet_2b()
+    m = engine_memory(c, Limits(128, 65536, 2048), torch.bfloat16, torch.bfloat16, torch.float32, 0)
+    assert m.recurrent_states == 128 * 24 * 12 * 96 * 256 * 4
+    assert m.kv_full == 128 * 2 * 65536 * 2 * 2 * 128 * 2
+    assert m.kv_window == 128 * 2 * (25 + 1) * 128 * 2 * 2 * 128 * 2
+
+
+def test_no_compiler(quick, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(JetExportError, match="no C\\+\\+ compiler: no-such-compiler is not on the PATH"):
+        make(options(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_compiler_whose_packages_crash_on_load(tmp_path) -> None:
+    """A library whose constructor aborts, in place of the compiled one, stands for an unfitting libstdc++."""
+    cxx = shutil.which("g++")
+    if cxx is None:
+        pytest.skip("no g++")
+    (tmp_path / "crash.c").write_text("#include <stdlib.h>\n__attribute__((constructor)) void f(void) { abort(); }\n")
+    subprocess.run([cxx, "-x", "c", "-fPIC", "-shared", "crash.c", "-o", "crash.so"], cwd=tmp_path, check=True)
+    good = tmp_path / "good"
+    good.mkdir()
+    export_module.compile_package(torch.export.export(torch.nn.ReLU(), (torch.randn(3, 2),)), good / "a.pt2")
+    build.check_loads(good)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    with zipfile.ZipFile(good / "a.pt2") as source, zipfile.ZipFile(bad / "a.pt2", "w") as target:
+        for item in source.infolist():
+            crash = item.filename.endswith(".so")
+            target.writestr(item, (tmp_path / "crash.so").read_bytes() if crash else source.read(item))
+    with pytest.raises(JetExportError, match=r"do not load: .* dies of SIGABRT(.|\n)*export CC=/usr/bin/gcc"):
+        build.check_loads(bad)
