@@ -162,7 +162,16 @@ def _positive(batch: int, context: int) -> None:
         raise JetExportError(f"inspect: batch {batch} and context {context} must be at least 1.")
 
 
+SHOWN_FAILURES = 12
+
+
 def print_verification(v: Verification) -> None:
     out = console()
+    out.width = max(out.width, 112)
     out.print(v.table())
-    out.print("PASSED" if v.passed else "FAILED: " + "; ".join(v.failures()), markup=False)
+    failures = v.failures()
+    for line in failures[:SHOWN_FAILURES]:
+        out.print(line, markup=False)
+    if len(failures) > SHOWN_FAILURES:
+        out.print(f"and {len(failures) - SHOWN_FAILURES} more (--json FILE writes them all)", markup=False)
+    out.print("PASSED" if v.passed else "FAILED", markup=False)

@@ -1,0 +1,363 @@
+"""Two engines on the same packed steps: what they are fed, what is compared, and the bounds.
+
+A trial runs one engine on its own pools. Three trials take every step: the engine under test E, the eager model e that
+holds the same weights, and the reference f, which is e with its roundings removed (`reference_engine`). For logits and
+for every layer's states, each separately,
+
+    |E - e|  <=  |E - f| + |e - f|  <=  FACTOR |e - f| + u |e|,      FACTOR = 2
+
+since E and e are two roundings of the one function f, and E is asked to be no less exact than e. u is the unit roundoff
+of the model dtype: what both compute exactly may still be stored one rounding apart. KL divergence goes with the square
+of the logits' distance, hence FACTOR^2.
+
+Pools have more rows than the sequences use, in random order and filled with noise: an empty sequence must start from
+zero whatever its rows hold. Window rings are as short as the calls allow, so that they wrap.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jet_export.bundle import Limits
+from jet_export.errors import JetExportError
+from jet_export.model.cache import PAGE, PackedBatch, StateSpec, pages_per_sequence
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.runtime.engine import EagerEngine, Engine
+
+FACTOR = 2.0
+SEQUENCES = 3  # with one padding row, the four rows that every graph takes
+DECODE_STEPS = 6
+SPARE = 16  # tokens that the steps after the prompts take
+LOGIT_ROWS = 64  # rows of logits compared in one call
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Call:
+    """One engine call. A sequence's next tokens are those of its prompt."""
+
+    rows: tuple[int, ...]  # the sequence of each packed row; -1: padding
+    lens: tuple[int, ...]
+    decode: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    calls: tuple[Call, ...]
+    forced: bool = False  # every trial starts from the eager model's states: errors do not pile up over tokens
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Stages on one set of pools, each continuing from the one before."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def longest_call(self) -> int:
+        return max(n for s in self.stages for c in s.calls for n in c.lens)
+
+    @property
+    def tokens(self) -> int:
+        """The most that one sequence comes to hold."""
+        held = [0] * SEQUENCES
+        for call in (c for s in self.stages for c in s.calls):
+            for row, n in zip(call.rows, call.lens, strict=True):
+                if row >= 0:
+                    held[row] += n
+        return max(held)
+
+
+FORCED_DECODE = Call((1, -1, 0, 2), (1, 1, 1, 1), decode=True)
+FORCED_PREFILL = Call((2, 0, -1, 1), (3, 1, 2, 5))
+
+
+def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
+    """Prompts cross every window's edge, several pages and the end of the ring, as far as the limits allow."""
+    room, chunk = limits.max_seq_len - SPARE, limits.prefill_chunk
+    if room < SPARE:
+        raise JetExportError(
+            f"verify: max_seq_len {limits.max_seq_len} is too short to compare anything.",
+            f"Build with --max-seq-len {2 * SPARE} or more.",
+        )
+    past_window = config.window_size + PAGE + 9
+    split = chunk_sizes(min(room, config.window_size + 4 * PAGE + 41), chunk)
+    a, b, c = (min(chunk, room // 2, n) for n in (past_window, 65, 5))
+    ragged = (Call((2, -1, 0), (c, 7, a)), Call((0, 1, -1, 2), (b, 2, 1, a)), Call((1, 0), (b, 1)))
+    decode = tuple(Call(rows, (1,) * 4, True) for rows in ((0, 2, -1, 1), (2, 1, 0, -1)) * (DECODE_STEPS // 2))
+    return [
+        Scenario((Stage("prefill", (Call((0,), (min(chunk, room, config.window_size + 2 * PAGE + 37),)),)),)),
+        Scenario((Stage("chunked prefill", tuple(Call((0,), (n,)) for n in split)),)),
+        Scenario((
+            Stage("ragged batch", ragged),
+            Stage("decode", decode),
+            Stage("one decode step", (FORCED_DECODE,), forced=True),
+            Stage("one prefill step", (FORCED_PREFILL,), forced=True),
+        )),
+    ]  # fmt: skip
+
+
+def chunk_sizes(tokens: int, chunk: int) -> list[int]:
+    """An uneven split: tails of the convolution (1, 2, 3), a page and one more, a chunk kernel's block and one less."""
+    sizes: list[int] = []
+    while tokens > 0:
+        for n in (1, 2, 3, 63, PAGE + 1, 1, 64, 17, 2, PAGE, 100):
+            sizes.append(min(n, chunk, tokens))
+            tokens -= sizes[-1]
+            if tokens == 0:
+                break
+    return sizes
+
+
+class Layout:
+    """Which pool rows belong to which sequence. `rows` counts each pool's; two of them are nobody's."""
+
+    def __init__(self, config: JetNemotronConfig, tokens: int, longest_call: int, seed: int, device: torch.device):
+        rng = torch.Generator().manual_seed(seed)
+        pages, ring = pages_per_sequence(config, tokens, longest_call)
+        self.config, self.seed, self.device = config, seed, device
+        self.rows = {"slots": SEQUENCES + 2, "pages": SEQUENCES * pages + 2, "window_pages": SEQUENCES * ring + 2}
+        order = {name: torch.randperm(n, generator=rng) for name, n in self.rows.items()}
+        self.slots = order["slots"][:SEQUENCES]
+        self.tables = {n: order[n][:-2].reshape(SEQUENCES, -1) for n in ("pages", "window_pages")}
+        self.unused = {"slots": order["slots"][SEQUENCES:], **{n: order[n][-2:] for n in self.tables}}
+
+    def noise(self, spec: StateSpec) -> Tensor:
+        """The initial content of a pool, on the CPU."""
+        rng = torch.Generator().manual_seed(self.seed + spec.layer)
+        return torch.randn(self.rows[spec.rows], *spec.shape, generator=rng).to(spec.dtype)
+
+    def batch(self, call: Call, held: list[int]) -> PackedBatch:
+        live = [max(r, 0) for r in call.rows]
+        slots = [int(self.slots[r]) if r >= 0 else -1 for r in call.rows]
+        ends = [0, *torch.tensor(call.lens).cumsum(0).tolist()]
+        context = [held[r] if r >= 0 else 0 for r in call.rows]
+        tables = [self.tables[n][live].tolist() for n in ("pages", "window_pages")]
+        return PackedBatch(*(torch.tensor(x, dtype=torch.int32, device=self.device)
+                             for x in (ends, slots, context, *tables)))  # fmt: skip
+
+    def positions(self, spec: StateSpec, sequence: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """(page, offset) of positions [first, end) of a sequence that are still in the pool."""
+        table = self.tables[spec.rows][sequence]
+        p = torch.arange(max(first, end - len(table) * PAGE), end)
+        return table[(p // PAGE) % len(table)].to(self.device), (p % PAGE).to(self.device)
+
+
+def raw(pool: Tensor) -> Tensor:
+    """Indexing is not implemented for FP8: its bytes."""
+    return pool.view(torch.uint8) if pool.dtype == FP8 else pool
+
+
+class Trial:
+    """An engine with its own pools on a layout. `held[n]`: the tokens that sequence n holds."""
+
+    def __init__(self, engine: Engine, layout: Layout, prompts: list[list[int]]) -> None:
+        self.engine, self.layout, self.prompts = engine, layout, prompts
+        self.states = [layout.noise(s).to(layout.device) for s in engine.specs]
+        self.held = [0] * SEQUENCES
+
+    def load(self, states: list[Tensor], held: list[int]) -> None:
+        for mine, theirs in zip(self.states, states, strict=True):
+            mine.copy_(theirs)
+        self.held = list(held)
+
+    def step(self, call: Call) -> Tensor:
+        """Logits [rows, vocab] in fp32: every row's last token, and others spread over the call."""
+        batch = self.layout.batch(call, self.held)
+        ids, live = [], []
+        for row, n in zip(call.rows, call.lens, strict=True):
+            live += [len(ids) + i for i in range(n)] if row >= 0 else []
+            start = self.held[row] if row >= 0 else 0
+            ids += self.prompts[row][start : start + n]
+        tokens = torch.tensor(ids, dtype=torch.int64, device=self.layout.device)
+        if call.decode:
+            logits = self.engine.decode(tokens, batch, self.states)[torch.tensor(live, device=self.layout.device)]
+        else:
+            last = [e - 1 for e, r in zip(batch.cu_seqlens[1:].tolist(), call.rows, strict=True) if r >= 0]
+            spread = live[:: -(-len(live) // LOGIT_ROWS)]
+            indices = torch.tensor(sorted({*last, *spread}), dtype=torch.int32, device=self.layout.device)
+            logits = self.engine.prefill(tokens, batch, indices, self.states)
+        for row, n in zip(call.rows, call.lens, strict=True):
+            if row >= 0:
+                self.held[row] += n
+        return logits.float()
+
+    def snapshot(self, since: list[int] | None = None) -> dict[str, Tensor]:
+        """Each layer's states, [rows, features] fp32: conv_state a row per tap, recurrent_state a row per head, k and v
+        a row per head and position held (`since`: only later positions). FP8 caches as their codes' values."""
+        out: dict[str, Tensor] = {}
+        for spec, pool in zip(self.engine.specs, self.states, strict=True):
+            if spec.rows == "slots":
+                rows = pool[self.layout.slots.to(pool.device)]
+                out[spec.name] = rows.float().flatten(0, 1).flatten(1)
+                continue
+            parts = []
+            for n, end in enumerate(self.held):
+                page, offset = self.layout.positions(spec, n, since[n] if since else 0, end)
+                parts.append(raw(pool)[page, :, :, offset].view(pool.dtype).float())  # [L, 2, Hkv, Dh]
+            kv = torch.cat(parts)
+            name = spec.name.removesuffix("kv_cache")
+            out[f"{name}k"], out[f"{name}v"] = kv[:, 0].flatten(0, 1), kv[:, 1].flatten(0, 1)
+        return out
+
+    def overwritten(self) -> list[str]:
+        """Pools of which a row that belongs to no sequence has changed."""
+        out = []
+        for spec, pool in zip(self.engine.specs, self.states, strict=True):
+            rows = self.layout.unused[spec.rows]
+            if not torch.equal(raw(pool).cpu()[rows], raw(self.layout.noise(spec))[rows]):
+                out.append(spec.name)
+        return out
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity of one stage. Errors are norms relative to the eager model's."""
+
+    stage: str
+    what: str  # "logits" or a state, e.g. "layers.3.recurrent_state"
+    max_abs: float
+    relative: float  # |E - e| / |e|
+    relative_bound: float
+    worst_row: float  # the same of a row (a token, a head, a tap), in units of a typical row or its own norm
+    worst_row_bound: float
+    cosine: float | None = None  # the rest: of logits only
+    kl: float | None = None  # mean KL(e || E), nats
+    kl_bound: float | None = None
+    top1: float | None = None
+
+    def failures(self) -> list[str]:
+        pairs = [("relative error", self.relative, self.relative_bound),
+                 ("error of the worst row", self.worst_row, self.worst_row_bound)]  # fmt: skip
+        if self.kl is not None and self.kl_bound is not None:
+            pairs.append(("KL divergence", self.kl, self.kl_bound))
+        return [f"{self.stage}: {self.what}: {name} {value:.3g}, bound {bound:.3g}"
+                for name, value, bound in pairs if not value <= bound]  # fmt: skip
+
+    @property
+    def ratio(self) -> float:
+        """The largest share of a bound that is used up; beyond 1 is a failure."""
+        ratios = [self.relative / self.relative_bound, self.worst_row / self.worst_row_bound]
+        if self.kl is not None and self.kl_bound is not None:
+            ratios.append(self.kl / self.kl_bound)
+        return max(ratios) if all(r == r for r in ratios) else float("nan")
+
+
+def distances(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """(max abs, relative, worst row) of a - b for [rows, features]."""
+    norms, errors = b.norm(dim=1), (a - b).norm(dim=1)
+    typical = norms.square().mean().sqrt().clamp(min=1e-30)
+    worst = (errors / norms.maximum(typical)).max()
+    return (a - b).abs().max().item(), (errors.norm() / norms.norm().clamp(min=1e-30)).item(), worst.item()
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) of each row, nats."""
+    p, q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def measure(stage: str, what: str, E: Tensor, e: Tensor, f: Tensor, u: float, u_row: float) -> Measure:
+    """Compare E with e, bounded by e - f. u, u_row: unit roundoffs of the computed and the stored dtype."""
+    max_abs, relative, worst = distances(E, e)
+    _, relative_noise, worst_noise = distances(f, e)
+    bounds = FACTOR * relative_noise + u, FACTOR * worst_noise + u_row
+    if what != "logits":
+        return Measure(stage, what, max_abs, relative, bounds[0], worst, bounds[1])
+    kl_floor = 0.5 * (u * e.square().mean().sqrt().item()) ** 2  # of logits that are off by u, relatively
+    return Measure(
+        stage, what, max_abs, relative, bounds[0], worst, bounds[1],
+        cosine=torch.nn.functional.cosine_similarity(E, e).mean().item(),
+        kl=kl_divergence(e, E).mean().item(),
+        kl_bound=FACTOR**2 * kl_divergence(e, f).mean().item() + kl_floor,
+        top1=(E.argmax(-1) == e.argmax(-1)).float().mean().item(),
+    )  # fmt: skip
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+@torch.no_grad()
+def reference_engine(eager: EagerEngine, seed: int = 0) -> EagerEngine:
+    """The eager model in fp32: the same weights widened; FP8 layers and an FP8 cache keep their codes and scales.
+
+    An fp32 model is measured against itself with every matrix off by u sqrt(n), u = 2^-24 the unit roundoff and n the
+    length of its dot products, in random directions: a dot product summed in any order is the exact one of weights
+    perturbed by so much (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1, with his rule of thumb
+    sqrt(n) for n).
+    """
+    widened: dict[int, object] = {}
+    rng = torch.Generator(device=eager.device).manual_seed(seed)
+    exact = eager.dtype == torch.float32
+
+    def widen(t: Tensor) -> Tensor:
+        if t.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return t
+        if exact and t.dim() == 2 and t.shape[0] != eager.model.max_positions:
+            sign = torch.randint(0, 2, t.shape, generator=rng, device=t.device, dtype=torch.int8)
+            return t + t * (sign.float() * 2 - 1) * (2.0**-24 * t.shape[1] ** 0.5)
+        return t.float()
+
+    for p in eager.model.parameters():
+        widened[id(p)] = nn.Parameter(widen(p), requires_grad=False)
+    for b in eager.model.buffers():
+        widened[id(b)] = widen(b)
+    model: JetNemotronForCausalLM = copy.deepcopy(eager.model, widened)
+    kv = next((s.dtype for s in eager.specs if s.dtype == FP8), torch.float32)
+    return EagerEngine(model, eager.limits, kv, torch.float32)
+
+
+@dataclass
+class StageResult:
+    """What one stage showed. `failures` says where, which quantity, and value beside bound."""
+
+    name: str
+    tokens: int
+    measures: list[Measure]
+    failures: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"stage": self.name, "tokens": self.tokens, "failures": self.failures,
+                "measures": [asdict(m) for m in self.measures]}  # fmt: skip
+
+
+@torch.no_grad()
+def compare(
+    engine: Engine, eager: EagerEngine, reference: EagerEngine, prompts: list[list[int]], seed: int = 0
+) -> Generator[StageResult, None, Trial]:
+    """Run every scenario, a result a stage. Returns the eager model's last trial, for probes to go on from."""
+    u = unit_roundoff(eager.dtype)
+    stored = {s.name.removesuffix("kv_cache"): unit_roundoff(s.dtype) for s in eager.specs}
+    for scenario in scenarios(eager.config, eager.limits):
+        layout = Layout(eager.config, scenario.tokens, scenario.longest_call, seed, eager.device)
+        trials = [Trial(e, layout, prompts) for e in (engine, eager, reference)]
+        for stage in scenario.stages:
+            since = list(trials[1].held) if stage.forced else None
+            if stage.forced:
+                for t in (trials[0], trials[2]):
+                    t.load(trials[1].states, trials[1].held)
+            logits = [torch.cat([t.step(c) for c in stage.calls]) for t in trials]
+            measures = [measure(stage.name, "logits", *logits, u, u)]
+            states = [t.snapshot(since) for t in trials]
+            for name in states[0]:
+                u_row = max(u, stored.get(name, stored.get(name[:-1], 0.0)))
+                measures.append(measure(stage.name, name, *(s[name] for s in states), u, u_row))
+            failures = [f for m in measures for f in m.failures()]
+            failures += [f"{stage.name}: {n}: a row of no sequence was written" for n in trials[0].overwritten()]
+            tokens = sum(n for c in stage.calls for r, n in zip(c.rows, c.lens, strict=True) if r >= 0)
+            yield StageResult(stage.name, tokens, measures, failures)
+    return trials[1]
+
+
+def random_prompts(config: JetNemotronConfig, tokens: int, seed: int) -> list[list[int]]:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (SEQUENCES, tokens), generator=rng).tolist()
