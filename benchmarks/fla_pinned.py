@@ -7,6 +7,7 @@ recurrence, the output kernel, the WY kernels) more than one stays, and FLA's ow
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +35,17 @@ def import_fla(compile_only: bool = False) -> Any:
             self._do_bench = lambda call, quantiles: call() or [0.0, 0.0, 0.0]
 
     autotuner.Autotuner.__init__ = pinned
+    path = sys.path[:]
     try:
+        # transformers, which FLA imports, takes any module called `kernels` (ours: this folder's, the repository's) for
+        # the PyPI package of that name
+        sys.path[:] = [p for p in path if not ((Path(p) / "kernels.py").exists() or (Path(p) / "kernels").is_dir())]
         from fla.ops import gated_delta_rule
     except ImportError as error:
         print(f"FLA is not compared with: {error}")
         return None
+    finally:
+        sys.path[:] = path
     return gated_delta_rule
 
 
