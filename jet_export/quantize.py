@@ -8,11 +8,9 @@ Names are those of published checkpoints, with our fused projections: `model.lay
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -56,11 +54,9 @@ class QuantizationReport:
 
     def summary(self) -> list[str]:
         """What became FP8, and what did not and why; layers that differ in their number only share a line."""
-        kinds = Counter(_any_layer(name) for name in self.fp8)
-        lines = [f"fp8: {', '.join(f'{name} ({n})' if n > 1 else name for name, n in kinds.items())}"]
-        for reason, names in groupby(sorted(self.kept, key=lambda k: k[1]), key=lambda k: k[1]):
-            kept = dict.fromkeys(_any_layer(name) for name, _ in names)
-            lines.append(f"not fp8: {', '.join(kept)}: {reason}")
+        lines = [f"fp8: {', '.join(_grouped(self.fp8))}"] if self.fp8 else []
+        for reason in dict.fromkeys(reason for _, reason in self.kept):
+            lines.append(f"not fp8: {', '.join(_grouped(n for n, r in self.kept if r == reason))}: {reason}")
         return lines
 
     @classmethod
@@ -128,6 +124,14 @@ def check_shapes(model: nn.Module, paths: Sequence[str]) -> None:
             f"{name}: {size} is not a multiple of {ALIGNMENT}, which FP8 needs{more}.",
             "Keep such layers in bf16: " + " ".join(f"--keep '{p}'" if "*" in p else f"--keep {p}" for p in patterns),
         )
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """Names that differ by their layer's number become one, with a count."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_any_layer(name), []).append(name)
+    return [f"{pattern} ({len(same)})" if len(same) > 1 else same[0] for pattern, same in groups.items()]
 
 
 def _any_layer(name: str) -> str:

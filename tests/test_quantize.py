@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp8_models import CALIBRATION, CONFIG, model_of
 from golden import DATA, load_golden, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,29 +20,17 @@ from torch import Tensor, nn
 from jet_export.calibrate import calibrated_copy
 from jet_export.errors import JetExportError
 from jet_export.export import export_graph
-from jet_export.model.cache import states_per_layer
-from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8, Fp8Linear, quantize
-from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model, random_model
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
 from jet_export.quantize import (
     QuantizationReport,
     apply_report,
     calibrate_kv_scales,
-    calibration_tokens,
     check_all_fp8,
     layer_table,
     quantize_fp8,
-    read_calibration_text,
     select,
 )
-
-TEXT = "def scale(x: float) -> float:\n    return max(abs(x), 1e-6) / 448  # E4M3, \u00e9\u4e16\n" * 20
-CONFIG = JetNemotronConfig(
-    hidden_size=64, intermediate_size=96, layer_types=("jet", "attn", "swa", "jet"),
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, jet_num_heads=2, head_k_dim=32, expand_v=2.0,
-    window_size=24, vocab_size=128, max_position_embeddings=1024,
-)  # fmt: skip
-CALIBRATION = calibration_tokens(None, TEXT, CONFIG.vocab_size, seq_len=64, batches=3)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,10 +40,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def model_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> JetNemotronForCausalLM:
-    return random_model(replace(CONFIG, **changes), dtype, max_positions=256)
 
 
 def logits(model: JetNemotronForCausalLM, kv_dtype: torch.dtype | None = None) -> Tensor:
@@ -337,6 +322,17 @@ class TestReport:
         with pytest.raises(JetExportError, match=r"model\.layers\.7\.self_attn is not an attention layer"):
             apply_report(model_of(), QuantizationReport(kv_scales={"model.layers.7.self_attn": (1.0, 1.0)}))
 
+    def test_summary_says_what_and_why(self) -> None:
+        names = ["model.layers.0.mlp.down_proj", "model.layers.12.mlp.down_proj", "model.layers.3.self_attn.o_proj"]
+        kept = [("model.layers.3.mlp.down_proj", "--keep model.layers.3"), ("lm_head", "not asked for")]
+        report = QuantizationReport(fp8={n: {} for n in names}, kept=kept, kv_scales={"model.layers.3": (1.0, 2.0)})
+        assert report.summary() == [
+            "fp8: model.layers.*.mlp.down_proj (2), model.layers.3.self_attn.o_proj",
+            "not fp8: model.layers.3.mlp.down_proj: --keep model.layers.3",
+            "not fp8: lm_head: not asked for",
+        ]
+        assert QuantizationReport(kept=kept[:0]).summary() == []
+
     @pytest.mark.parametrize("damage", [{"fp8": None}, {"kv_scales": {"a": 1}}, {"kept": [["a"]]}])
     def test_damaged(self, damage: dict[str, Any]) -> None:
         with pytest.raises(JetExportError, match="quantization is damaged"):
@@ -372,101 +368,3 @@ def test_exports_with_fp8_weights_only(quantised, mode: str) -> None:
     calls = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     assert calls.count("aten.mm.default") == len(report.fp8)
     assert calls.count("aten.linear.default") == 2 + 1  # two ba_proj and lm_head
-
-
-@pytest.fixture(scope="module")
-def calibrated() -> tuple[JetNemotronForCausalLM, dict[str, tuple[float, float]]]:
-    model = model_of()
-    return model, calibrate_kv_scales(model, CALIBRATION)
-
-
-class TestKvScales:
-    def test_are_the_largest_magnitudes_over_448(self, calibrated) -> None:
-        """Values are seen on qkv_proj's output, keys through a cache of a full-attention layer."""
-        model, scales = calibrated
-        assert list(scales) == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
-        v_amax = {1: 0.0, 2: 0.0}
-        k_norm = {1: 0.0, 2: 0.0}
-        handles = []
-        for i in (1, 2):
-
-            def hook(m: nn.Module, args: Any, out: Tensor, i: int = i) -> None:
-                v_amax[i] = max(v_amax[i], float(out[:, -32:].abs().max()))
-                pairs = out[:, 64:96].float().view(-1, 2, 2, 8)  # [T, Hkv, half, Dh / 2]: rotated in pairs
-                k_norm[i] = max(k_norm[i], float(pairs.norm(dim=2).max()))
-
-            handles.append(model.layers[i].self_attn.qkv_proj.register_forward_hook(hook))
-        for ids in CALIBRATION:
-            model(ids)
-        for h in handles:
-            h.remove()
-        for i in (1, 2):
-            layer = model.layers[i].self_attn
-            assert (layer.k_scale, layer.v_scale) == scales[f"model.layers.{i}.self_attn"]
-            assert layer.v_scale == v_amax[i] / 448
-            assert 2**-0.5 * 0.98 * k_norm[i] / 448 <= layer.k_scale <= 1.02 * k_norm[i] / 448  # a rotation
-
-    def test_cache_error_is_half_a_step(self, calibrated) -> None:
-        """Reading back differs from the bf16 cache by half an E4M3 step (2^-4 relative; 2^-10 scale when subnormal),
-        and nothing of the calibration text is clamped."""
-        model, _ = calibrated
-        ids = CALIBRATION[0]
-        exact, fp8 = model.new_cache(1, 64), model.new_cache(1, 64, kv_dtype=FP8)
-        model(ids, cache=exact)
-        model(ids, cache=fp8)
-        # Only the first attention layer sees the same input under both caches.
-        (a,), (b,) = (states_per_layer(model.config, c.states)[1] for c in (exact, fp8))
-        layer = model.layers[1].self_attn
-        assert b.dtype == FP8 and a.count_nonzero() > 0
-        for part, scale in ((0, layer.k_scale), (1, layer.v_scale)):
-            x, y = a[:, part].double(), b[:, part].double() * scale
-            assert ((x - y).abs() <= torch.maximum(x.abs() * 2**-4, torch.tensor(scale * 2**-10)) * (1 + 1e-6)).all()
-
-    def test_zero_keys(self) -> None:
-        model = model_of()
-        model.layers[2].self_attn.qkv_proj.weight[64:96].zero_()
-        with pytest.raises(JetExportError, match=r"model\.layers\.2\.self_attn: its keys have .* 0 in calibration"):
-            calibrate_kv_scales(model, CALIBRATION)
-
-
-class TestCalibrationText:
-    def test_bytes_without_a_tokenizer(self) -> None:
-        (ids,) = calibration_tokens(None, "a\u00e9", 100)
-        assert ids.tolist() == [[b % 100 for b in "a\u00e9".encode()]] and ids.dtype == torch.int64
-
-    def test_windows_span_the_text(self) -> None:
-        text = "".join(chr(33 + i % 90) for i in range(1000))
-        windows = calibration_tokens(None, text, 256, seq_len=100, batches=4)
-        assert [w.shape for w in windows] == [(1, 100)] * 4
-        assert [w[0].tolist() for w in windows] == [list(text.encode())[s : s + 100] for s in (0, 300, 600, 900)]
-
-    def test_short_text_gives_what_there_is(self) -> None:
-        assert [w.shape for w in calibration_tokens(None, "x" * 150, 256, seq_len=100)] == [(1, 100), (1, 100)]
-        assert [w.shape for w in calibration_tokens(None, "x" * 30, 256, seq_len=100)] == [(1, 30)]
-
-    def test_tokenizer(self) -> None:
-        class Words:
-            def encode(self, text: str) -> list[int]:
-                return [len(w) for w in text.split()]
-
-        (ids,) = calibration_tokens(Words(), "a bb ccc", 10)
-        assert ids.tolist() == [[1, 2, 3]]
-        with pytest.raises(JetExportError, match="the tokenizer gives id 3, the model has 3 tokens"):
-            calibration_tokens(Words(), "a bb ccc", 3)
-        with pytest.raises(JetExportError, match="no tokens"):
-            calibration_tokens(Words(), " ", 10)
-
-    def test_files(self, tmp_path) -> None:
-        path = tmp_path / "text"
-        path.write_text("gr\u00fc\u00df", encoding="utf-8")
-        assert read_calibration_text(path) == "gr\u00fc\u00df"
-        path.write_bytes(b"ab\xff\xfe")
-        with pytest.raises(JetExportError, match=r"text: not UTF-8 \(byte 2 is 0xff\)\.\n--calibration takes"):
-            read_calibration_text(path)
-        path.write_text(" \n")
-        with pytest.raises(JetExportError, match="text: empty"):
-            read_calibration_text(path)
-        with pytest.raises(JetExportError, match="missing: cannot be read"):
-            read_calibration_text(tmp_path / "missing")
-        with pytest.raises(JetExportError, match="cannot be read"):
-            read_calibration_text(tmp_path)

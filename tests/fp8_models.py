@@ -1,0 +1,22 @@
+"""A small random model of every layer kind whose projections all fit FP8, and calibration tokens for it."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from jet_export.calibrate import calibration_tokens
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+
+TEXT = "def scale(x: float) -> float:\n    return max(abs(x), 1e-6) / 448  # E4M3, \u00e9\u4e16\n" * 20
+CONFIG = JetNemotronConfig(
+    hidden_size=64, intermediate_size=96, layer_types=("jet", "attn", "swa", "jet"),
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, jet_num_heads=2, head_k_dim=32, expand_v=2.0,
+    window_size=24, vocab_size=128, max_position_embeddings=1024,
+)  # fmt: skip
+CALIBRATION = calibration_tokens(None, TEXT, CONFIG.vocab_size, seq_len=64, batches=3)
+
+
+def model_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> JetNemotronForCausalLM:
+    return random_model(replace(CONFIG, **changes), dtype, max_positions=256)
