@@ -13,6 +13,7 @@ import json
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from jet_tiny import corpus
 from jet_tiny.tokenizer import save_tokenizer, train_tokenizer
@@ -20,7 +21,7 @@ from jet_tiny.tokenizer import save_tokenizer, train_tokenizer
 DATA = Path(__file__).resolve().parent.parent / "jet_export" / "data"
 HELD_OUT_BYTES, CALIBRATION_BYTES = 96_000, 64_000
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["JetNemotronForCausalLM"],
     "model_type": "jet_nemotron",
     "attention_dropout": 0.0,

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from jet_tiny import evaluate
 from jet_tiny.data import Batches, Data, held_out_probe, load_data
 from jet_tiny.model import JetTiny
@@ -40,6 +41,7 @@ from jet_export.model.config import JetNemotronConfig
 DATA = Path(__file__).resolve().parent.parent / "jet_export" / "data"
 SLICE_BYTES = 8192  # the beginning of heldout.txt that the tests measure again on a CPU
 RECALL_EVAL_ROWS = 256
+RECORDED_OPTIONS = ("batch", "length", "dropout", "seed", "max_seconds", "max_steps", "recall_pool", "compile")
 
 
 def weighted_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -172,7 +174,8 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": args.commit or commit.stdout.strip(),
-        "command": "python examples/train_jet_tiny.py " + " ".join(sys.argv[1:]),
+        "triton": triton.__version__,
+        "options": {name: getattr(args, name) for name in RECORDED_OPTIONS},
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if args.device == "cuda" else None,
     }
 
@@ -194,6 +197,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-files", type=int, help="of each split")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--commit", help="recorded in training.json where git does not tell it")
+    parser.add_argument("--evaluate", type=Path, metavar="WEIGHTS", help="no training: eval.json of these weights")
     parser.add_argument("--smoke", action="store_true", help="a few small steps, to see that all of it runs")
     args = parser.parse_args()
     if args.smoke:
@@ -210,10 +214,11 @@ def main() -> None:
     config = JetNemotronConfig.from_json_file(DATA / "jet-tiny" / "config.json")
     data = load_data(DATA / "jet-tiny", args.corpus, args.max_files)
     print(f"{len(data.train):,} training tokens after {time.perf_counter() - started:.0f} s")
-    model, record = train(config, data, args, started)
-    weights = args.output / "model.safetensors"
-    save_file(model.checkpoint(), weights, metadata={"format": "pt"})
-    (args.output / "training.json").write_text(json.dumps({**environment(args), **record}, indent=1) + "\n")
+    weights = args.evaluate or args.output / "model.safetensors"
+    if not args.evaluate:
+        model, record = train(config, data, args, started)
+        save_file(model.checkpoint(), weights, metadata={"format": "pt"})
+        (args.output / "training.json").write_text(json.dumps({**environment(args), **record}, indent=1) + "\n")
     result = report(config, data, args, weights)
     (args.output / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

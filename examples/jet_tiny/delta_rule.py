@@ -11,10 +11,11 @@ everything but the recurrence over chunks S -> M S + B runs for all chunks at on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 CHUNK = 64
 
@@ -40,7 +41,7 @@ class UnitLowerInverse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, a: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor) -> Tensor:
         size = a.shape[-1]
         i = torch.arange(size, device=a.device)
         x = torch.eye(size, device=a.device, dtype=a.dtype).expand_as(a)
@@ -56,7 +57,7 @@ class UnitLowerInverse(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return -(x.mT @ grad @ x.mT).tril(-1)
 
@@ -65,7 +66,7 @@ class ChunkScan(torch.autograd.Function):
     """S_0 = 0, S_{c+1} = M_c S_c + B_c: m [N, C, K, K], b [N, C, K, V] -> the states each chunk starts from, as b."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, m: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, m: Tensor, b: Tensor) -> Tensor:
         states = [torch.zeros_like(b[:, 0])]
         for c in range(b.shape[1] - 1):
             states.append(torch.baddbmm(b[:, c], m[:, c], states[-1]))
@@ -74,7 +75,7 @@ class ChunkScan(torch.autograd.Function):
         return s
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         m, s = ctx.saved_tensors
         carried = [torch.zeros_like(grad[:, 0])]  # gradient of the state that leaves each chunk, last chunk first
         for c in range(grad.shape[1] - 1, 0, -1):

@@ -108,7 +108,7 @@ def forgetting(model: JetTiny, kind: str, layer_types: tuple[str, ...]) -> Itera
 
         return run
 
-    mixers = [layer.self_attn for layer, t in zip(model.model.layers, layer_types, strict=True) if t == kind]
+    mixers = [m for m, t in zip(model.mixers(), layer_types, strict=True) if t == kind]
     for mixer in mixers:
         mixer.forward = reset(mixer.forward)
     try:

@@ -204,6 +204,10 @@ class JetTiny(nn.Module):
             if isinstance(layer.self_attn, JetBlock):  # the static kernel starts as a plain 4-tap convolution
                 layer.self_attn.dynamic_conv1d.kernel_generator.w2.bias.uniform_(-0.5, 0.5, generator=generator)
 
+    def mixers(self) -> list[nn.Module]:
+        """Each layer's JetBlock or attention."""
+        return [layer.get_submodule("self_attn") for layer in self.model.layers]
+
     def checkpoint(self) -> dict[str, Tensor]:
         """The published tensors: bf16, with A_log and dt_bias in fp32 (both are used in fp32)."""
         return {

@@ -51,7 +51,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         inside = p.ndim == 2 and "embed_tokens" not in name and min(p.shape) >= 16
         (matrices if inside else rest).append(p)
