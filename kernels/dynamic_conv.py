@@ -64,47 +64,60 @@ def dynamic_conv_ref(
 
 
 @triton.jit
-def conv_input(
-    p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, back: tl.constexpr, D: tl.constexpr, W: tl.constexpr
-):
-    """Raw u, `back` tokens before each token of a tile, [BT, BD] fp32; what lies before the call is in conv_state."""
+def load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, back: tl.constexpr):
+    """Raw u, `back` tokens before each token of a tile, [BT, BD] fp32; zero before the call."""
+    m = (m_t & (i_position + o_t >= back))[:, None] & m_d[None, :]
+    return tl.load(p_u + (o_t - back)[:, None] * stride_u + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_held(p_state, o_t, m_t, o_d, m_d, i_position, back: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """The same from conv_state: what lies before the call, zero inside it."""
     o_p = i_position + o_t - back
-    m = (m_t & (o_p >= 0))[:, None] & m_d[None, :]
-    b_u = tl.load(p_u + (o_t - back)[:, None] * stride_u + o_d[None, :], mask=m, other=0.0).to(tl.float32)
-    if i_position < back:
-        m = (m_t & (o_p < 0) & held)[:, None] & m_d[None, :]
-        b_u += tl.load(p_state + (W - 1 + o_p)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
-    return b_u
+    m = (m_t & (o_p < 0))[:, None] & m_d[None, :]
+    return tl.load(p_state + (W - 1 + o_p)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def conv_tile(
     p_u, stride_u, p_kappa, stride_kappa, p_state, o_t, m_t, i_d, n_d, i_position, held,
-    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """v = silu(y) for channels i_d + [0, BD) of n_d, [BT, BD] fp32. Pointers stand at the tile's first token and the
-    head's first channel; i_position is that token's position in the call; held: conv_state counts."""
+    head's first channel; i_position is that token's position in the call; held: conv_state counts.
+    FIRST: the tile is one token, the call's first: nothing but conv_state lies before it."""
     BT: tl.constexpr = o_t.shape[0]
     o_d = i_d + tl.arange(0, BD)
     m_d = o_d < n_d
-    if W == 4:  # one contiguous load of all taps, taken apart in registers
+    m_held = m_t & held
+    if W == 4:  # one contiguous load of all taps, taken apart in registers; every load before the first use
         o_dw = i_d * W + tl.arange(0, BD * W)
         m_dw = m_t[:, None] & (o_dw < n_d * W)[None, :]
-        b_kappa = tl.load(p_kappa + o_t[:, None] * stride_kappa + o_dw[None, :], mask=m_dw, other=0.0).to(tl.float32)
-        b_even, b_odd = tl.split(tl.reshape(b_kappa, [BT, BD, 2, 2]))
+        b_kappa = tl.load(p_kappa + o_t[:, None] * stride_kappa + o_dw[None, :], mask=m_dw, other=0.0)
+        b_u0 = load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, 0)
+        if not FIRST:
+            b_u1 = load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, 1)
+            b_u2 = load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, 2)
+            b_u3 = load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, 3)
+        b_even, b_odd = tl.split(tl.reshape(b_kappa.to(tl.float32), [BT, BD, 2, 2]))
         b_k0, b_k2 = tl.split(b_even)
         b_k1, b_k3 = tl.split(b_odd)
-        b_y = b_k3 * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, 0, D, W)
-        b_y += b_k2 * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, 1, D, W)
-        b_y += b_k1 * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, 2, D, W)
-        b_y += b_k0 * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, 3, D, W)
+        b_y = b_k3 * b_u0
+        if not FIRST:
+            b_y += b_k2 * b_u1 + b_k1 * b_u2 + b_k0 * b_u3
+        if i_position < W - 1:
+            b_y += b_k2 * load_held(p_state, o_t, m_held, o_d, m_d, i_position, 1, D, W)
+            b_y += b_k1 * load_held(p_state, o_t, m_held, o_d, m_d, i_position, 2, D, W)
+            b_y += b_k0 * load_held(p_state, o_t, m_held, o_d, m_d, i_position, 3, D, W)
     else:
         b_y = tl.zeros([BT, BD], tl.float32)
         m = m_t[:, None] & m_d[None, :]
         for w in tl.static_range(W):
             p_tap = p_kappa + o_t[:, None] * stride_kappa + o_d[None, :] * W + w
-            b_tap = tl.load(p_tap, mask=m, other=0.0).to(tl.float32)
-            b_y += b_tap * conv_input(p_u, stride_u, p_state, o_t, m_t, o_d, m_d, i_position, held, W - 1 - w, D, W)
+            b_u = load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, W - 1 - w)
+            if i_position < W - 1:
+                b_u += load_held(p_state, o_t, m_held, o_d, m_d, i_position, W - 1 - w, D, W)
+            b_y += tl.load(p_tap, mask=m, other=0.0).to(tl.float32) * b_u
     return silu(b_y)
 
 
@@ -122,7 +135,7 @@ def shift_conv_state(p_state, p_end, stride_u, n_tokens, o_d, m_d, held, D: tl.c
 @triton.jit(do_not_specialize=["N"])
 def dynamic_conv_kernel(
     u, kappa, v, conv_state, cu_seqlens, slots, context_lens, N, stride_u, stride_kappa,
-    D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, chunks)."""
     i_d = tl.program_id(0) * BD
@@ -135,8 +148,8 @@ def dynamic_conv_kernel(
     o_t = tl.arange(0, BT)
     m_t = i_t + o_t < eos
     b_v = conv_tile(
-        u + row * stride_u, stride_u, kappa + row * stride_kappa, stride_kappa, conv_state + slot * (W - 1) * D,
-        o_t, m_t & (slot >= 0), i_d, D, i_t - bos, held, D, W, BD,
+        u + row * stride_u + OFF_U, stride_u, kappa + row * stride_kappa, stride_kappa,
+        conv_state + slot * (W - 1) * D, o_t, m_t & (slot >= 0), i_d, D, i_t - bos, held, D, W, BD, False,
     )  # fmt: skip
     o_d = i_d + tl.arange(0, BD)
     m = m_t[:, None] & (o_d < D)[None, :]
@@ -145,8 +158,9 @@ def dynamic_conv_kernel(
 
 @triton.jit
 def conv_state_kernel(
-    u, conv_state, cu_seqlens, slots, context_lens, stride_u, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr
-):
+    u, conv_state, cu_seqlens, slots, context_lens, stride_u,
+    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Grid (channel tiles, N): the new conv_state, once nobody reads the old one."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     i_n = tl.program_id(1)
@@ -155,23 +169,24 @@ def conv_state_kernel(
         return
     bos, eos = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
     held = tl.load(context_lens + i_n) > 0
-    p_end = u + eos.to(tl.int64) * stride_u
+    p_end = u + eos.to(tl.int64) * stride_u + OFF_U
     shift_conv_state(conv_state + slot * (W - 1) * D, p_end, stride_u, eos - bos, o_d, o_d < D, held, D, W)
 
 
 def dynamic_conv_triton(
-    u: Tensor, kappa: Tensor, conv_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor
-) -> Tensor:
-    """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous."""
-    T, D = u.shape
-    N, W = slots.shape[0], conv_state.shape[1] + 1
-    BT, BD = 32, 64
+    u: Tensor, kappa: Tensor, conv_state: Tensor,
+    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, off_u: int = 0,
+) -> Tensor:  # fmt: skip
+    """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous; off_u: u's first column
+    in the rows of the given tensor."""
+    T, N, D, W = u.shape[0], slots.shape[0], conv_state.shape[2], conv_state.shape[1] + 1
+    BT, BD = 16, 64
     v = u.new_empty(T, D)
     tail = (cu_seqlens, slots, context_lens)
     wrap(dynamic_conv_kernel)[(triton.cdiv(D, BD), num_chunks(T, N, BT))](
-        u, kappa, v, conv_state, *tail, N, u.stride(0), kappa.stride(0), D=D, W=W, BT=BT, BD=BD
+        u, kappa, v, conv_state, *tail, N, u.stride(0), kappa.stride(0), OFF_U=off_u, D=D, W=W, BT=BT, BD=BD
     )
-    wrap(conv_state_kernel)[(triton.cdiv(D, 256), N)](u, conv_state, *tail, u.stride(0), D=D, W=W, BD=256)
+    wrap(conv_state_kernel)[(triton.cdiv(D, 256), N)](u, conv_state, *tail, u.stride(0), OFF_U=off_u, D=D, W=W, BD=256)
     return v
 
 

@@ -1,13 +1,13 @@
 """Chunked prefill of the gated delta rule: equations in gated_delta_rule.py, BT tokens a chunk, two kernels.
 
-`chunk_prepare_kernel`, parallel over (head, chunk), does everything that needs no state and leaves, token-indexed and
-in the model dtype, what the scan multiplies with: q_in = exp(G) qn, k_out = exp(G_last - G) kn, w, u, and
-attn = tril((qn kn^T) exp(G_i - G_j)); and exp(G_last) a chunk in fp32. With W > 0 its inputs are a JetBlock's raw
-projections: it then applies SiLU to q and k, computes beta and g, and v by the dynamic convolution.
+`chunk_prepare_kernel`, parallel over (head, chunk), does everything that needs neither state nor v. With
+T = (I + A)^-1 diag(beta) it leaves, token-indexed and in the model dtype, what the scan multiplies with:
+q_in = exp(G) qn, k_out = exp(G_last - G) kn, w = -T exp(G) kn, T and attn = tril((qn kn^T) exp(G_i - G_j)); and
+exp(G_last) a chunk in fp32. RAW: its inputs are a JetBlock's projections; it applies SiLU to q and k, makes beta and g.
 
-`chunk_scan_kernel`, parallel over (V tile, head, sequence), walks the chunks with S^T [BV, K] in registers. S is kept
-transposed so that it and v_new^T are left operands of the matrix products, which tensor cores take from registers.
-It overwrites u with o, and with W > 0 brings conv_state up to date, after the first kernel has read it.
+`chunk_scan_kernel`, parallel over (V tile, head, sequence), walks the chunks with S^T [BV, K] in registers:
+v_new = T v + w S; o = q_in S + attn v_new; S = exp(G_last) S + k_out^T v_new. All of it is computed transposed, so that
+S and v_new are left operands of the matrix products, which tensor cores take from registers.
 """
 
 import torch
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import dot_precision, find_chunk, num_chunks, silu, softplus, wrap
-from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state
 
 
 @triton.jit
@@ -48,11 +47,9 @@ def unit_lower_inverse(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_normed(p, stride, o_t, m_t, K: tl.constexpr, BK: tl.constexpr, SILU: tl.constexpr):
-    """x / sqrt(sum(x^2) + 1e-6) of rows [BT, BK], fp32; of silu(x) with SILU."""
-    o_k = tl.arange(0, BK)
-    m = m_t[:, None] & (o_k < K)[None, :]
-    b_x = tl.load(p + o_t[:, None] * stride + o_k[None, :], mask=m, other=0.0).to(tl.float32)
+def l2_normalise(b_x, SILU: tl.constexpr):
+    """x / sqrt(sum(x^2) + 1e-6) of rows [R, BK], fp32; of silu(x) with SILU."""
+    b_x = b_x.to(tl.float32)
     if SILU:
         b_x = silu(b_x)
     return b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) + 1e-6)[:, None]
@@ -71,175 +68,183 @@ def gates(p_b, p_g, stride_b, stride_g, A_log, dt_bias, i_h, o_t, m_t, dtype: tl
 
 @triton.jit(do_not_specialize=["N"])
 def chunk_prepare_kernel(
-    q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, q_in, k_out, w, u, attn, keep,
-    cu_seqlens, slots, context_lens, N, stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa,
-    OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, beta, g, A_log, dt_bias, q_in, k_out, w, solve, attn, keep, cu_seqlens, slots, N,
+    stride_q, stride_k, stride_b, stride_g, OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_G: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, chunks). OFF_*: columns of q, k, v (u), g (a) in their rows."""
+    """Grid (H, chunks). OFF_*: columns of q, k, g (a) in their rows; solve: T."""
     i_h = tl.program_id(0)
     i_c = tl.program_id(1)
-    i_n, bos, eos, i_t = find_chunk(cu_seqlens, i_c, N, BT)
-    if i_t >= eos:
+    i_n, _, eos, i_t = find_chunk(cu_seqlens, i_c, N, BT)
+    if (i_t >= eos) | (tl.load(slots + i_n) < 0):
         return
-    slot = tl.load(slots + i_n).to(tl.int64)
     dtype: tl.constexpr = q_in.dtype.element_ty
     row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = i_t + o_t < eos
-    p_out = u + row * (H * V) + i_h * V
-    if slot < 0:  # a padding row: o is zero, and nothing else of it is looked at
-        for i_v in range(0, V, BV):
-            o_v = i_v + tl.arange(0, BV)
-            p_zero = p_out + o_t[:, None] * (H * V) + o_v[None, :]
-            tl.store(p_zero, tl.zeros([BT, BV], dtype), mask=m_t[:, None] & (o_v < V)[None, :])
-        return
     o_k = tl.arange(0, BK)
     m_k = m_t[:, None] & (o_k < K)[None, :]
-    o_hk = o_t[:, None] * (H * K) + o_k[None, :]
-    out_k = row * (H * K) + i_h * K
-
+    p_k = k + row * stride_k + OFF_K + i_h * K + o_t[:, None] * stride_k + o_k[None, :]
+    p_q = q + row * stride_q + OFF_Q + i_h * K + o_t[:, None] * stride_q + o_k[None, :]
+    b_kn = tl.load(p_k, mask=m_k, other=0.0)
+    b_qn = tl.load(p_q, mask=m_k, other=0.0)
     b_beta, b_g = gates(
         beta + row * stride_b + i_h, g + row * stride_g + OFF_G + i_h, stride_b, stride_g, A_log, dt_bias, i_h,
-        o_t, m_t, dtype, W > 0,
+        o_t, m_t, dtype, RAW,
     )  # fmt: skip
     b_G = tl.cumsum(b_g, 0)
     b_Glast = tl.sum(b_g, 0)
     tl.store(keep + i_c.to(tl.int64) * H + i_h, tl.exp(b_Glast))
 
-    b_kn = load_normed(k + row * stride_k + OFF_K + i_h * K, stride_k, o_t, m_t, K, BK, W > 0)
-    tl.store(k_out + out_k + o_hk, (b_kn * tl.exp(b_Glast - b_G)[:, None]).to(dtype), mask=m_k)
+    o_out = row * (H * K) + i_h * K + o_t[:, None] * (H * K) + o_k[None, :]
+    b_kn = l2_normalise(b_kn, RAW)
+    tl.store(k_out + o_out, (b_kn * tl.exp(b_Glast - b_G)[:, None]).to(dtype), mask=m_k)
     b_k = b_kn.to(dtype)
-    b_qn = load_normed(q + row * stride_q + OFF_Q + i_h * K, stride_q, o_t, m_t, K, BK, W > 0) * (K**-0.5)
-    tl.store(q_in + out_k + o_hk, (b_qn * tl.exp(b_G)[:, None]).to(dtype), mask=m_k)
+    b_qn = l2_normalise(b_qn, RAW) * (K**-0.5)
+    tl.store(q_in + o_out, (b_qn * tl.exp(b_G)[:, None]).to(dtype), mask=m_k)
     b_q = b_qn.to(dtype)
 
     o_i, o_j = o_t[:, None], o_t[None, :]
+    o_tt = row * (H * BT) + i_h * BT + o_i * (H * BT) + o_j
     b_decay = tl.where(o_i >= o_j, tl.exp(b_G[:, None] - b_G[None, :]), 0.0)
     b_attn = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_decay
-    p_attn = attn + row * (H * BT) + i_h * BT + o_t[:, None] * (H * BT) + o_j
-    tl.store(p_attn, b_attn.to(dtype), mask=m_t[:, None])
+    tl.store(attn + o_tt, b_attn.to(dtype), mask=m_t[:, None])
     b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_decay * b_beta[:, None]
-    b_X = unit_lower_inverse(tl.where(o_i > o_j, b_A, 0.0), BT, PRECISION) * b_beta[None, :]
+    b_T = unit_lower_inverse(tl.where(o_i > o_j, b_A, 0.0), BT, PRECISION) * b_beta[None, :]
+    tl.store(solve + o_tt, b_T.to(dtype), mask=m_t[:, None])
+    b_w = tl.dot((b_T * -tl.exp(b_G)[None, :]).to(dtype), b_k, input_precision=PRECISION)
+    tl.store(w + o_out, b_w.to(dtype), mask=m_k)
 
-    b_w = tl.dot((b_X * tl.exp(b_G)[None, :]).to(dtype), b_k, input_precision=PRECISION)
-    tl.store(w + out_k + o_hk, b_w.to(dtype), mask=m_k)
-    b_T = b_X.to(dtype)
-    held = tl.load(context_lens + i_n) > 0
-    for i_v in range(0, V, BV):
-        o_v = i_v + tl.arange(0, BV)
-        m_v = m_t[:, None] & (o_v < V)[None, :]
-        p_v = v + row * stride_v + OFF_V + i_h * V
-        if W > 0:
-            p_kappa = kappa + row * stride_kappa + i_h * V * W
-            p_state = conv_state + slot * ((W - 1) * H * V) + i_h * V
-            b_v = conv_tile(
-                p_v, stride_v, p_kappa, stride_kappa, p_state, o_t, m_t, i_v, V, i_t - bos, held, H * V, W, BV
-            ).to(dtype)
-        else:
-            b_v = tl.load(p_v + o_t[:, None] * stride_v + o_v[None, :], mask=m_v, other=0.0)
-        b_u = tl.dot(b_T, b_v, input_precision=PRECISION)
-        tl.store(p_out + o_t[:, None] * (H * V) + o_v[None, :], b_u.to(dtype), mask=m_v)
+
+@triton.jit
+def load_tile(p, o_r, o_c, stride, n_r, n_c, MASK_R: tl.constexpr, MASK_C: tl.constexpr):
+    """Rows o_r, columns o_c of a tile; what lies past n_r rows, n_c columns is zero."""
+    p += o_r[:, None] * stride + o_c[None, :]
+    if MASK_R and MASK_C:
+        return tl.load(p, mask=(o_r < n_r)[:, None] & (o_c < n_c)[None, :], other=0.0)
+    elif MASK_R:
+        return tl.load(p, mask=(o_r < n_r)[:, None], other=0.0)
+    elif MASK_C:
+        return tl.load(p, mask=(o_c < n_c)[None, :], other=0.0)
+    else:
+        return tl.load(p)
+
+
+@triton.jit
+def scan_chunk(
+    b_S, q_in, k_out, w, solve, attn, p_keep, p_v, stride_v, p_o, row, n_t, n_v,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """S^T [BV, BK] after one chunk of n_t tokens (BT without TAIL), whose o is stored. row: token * H + head."""
+    dtype: tl.constexpr = q_in.dtype.element_ty
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    b_T = load_tile(solve + row * BT, o_t, o_t, H * BT, n_t, BT, TAIL, False)
+    b_v = load_tile(p_v, o_t, o_v, stride_v, n_t, n_v, TAIL, V % BV != 0)
+    b_w = load_tile(w + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
+    b_q = load_tile(q_in + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
+    b_k = load_tile(k_out + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
+    b_a = load_tile(attn + row * BT, o_t, o_t, H * BT, n_t, BT, TAIL, False)
+    b_keep = tl.load(p_keep)
+    b_Sd = b_S.to(dtype)
+    b_vn = tl.dot(tl.trans(b_v), tl.trans(b_T), input_precision=PRECISION)  # [BV, BT]
+    b_vn = tl.dot(b_Sd, tl.trans(b_w), acc=b_vn, input_precision=PRECISION).to(dtype)
+    b_o = tl.dot(b_Sd, tl.trans(b_q), input_precision=PRECISION)
+    b_S = tl.dot(b_vn, b_k, acc=b_S * b_keep, input_precision=PRECISION)
+    b_o = tl.dot(b_vn, tl.trans(b_a), acc=b_o, input_precision=PRECISION)
+    p_o += o_t[None, :] * (H * V) + o_v[:, None]
+    if TAIL or V % BV != 0:
+        tl.store(p_o, b_o.to(dtype), mask=(o_t < n_t)[None, :] & (o_v < n_v)[:, None])
+    else:
+        tl.store(p_o, b_o.to(dtype))
+    return b_S
 
 
 @triton.jit
 def chunk_scan_kernel(
-    q_in, k_out, w, u, attn, keep, recurrent_state, raw_u, conv_state, cu_seqlens, slots, context_lens, stride_u,
-    OFF_U: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, stride_v,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V tiles, H, N); u becomes o."""
+    """Grid (V tiles, H, N). The o of a padding row is zero."""
     i_v = tl.program_id(0) * BV
     i_h = tl.program_id(1)
     i_n = tl.program_id(2)
     slot = tl.load(slots + i_n).to(tl.int64)
-    if slot < 0:
-        return
     bos, eos = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
-    held = tl.load(context_lens + i_n) > 0
-    dtype: tl.constexpr = q_in.dtype.element_ty
-    o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
-    o_v = i_v + tl.arange(0, BV)
-    m_v = o_v < V
+    o_v = tl.arange(0, BV)
+    m_v = i_v + o_v < V
+    p_o = o + i_h * V + i_v
+    if slot < 0:
+        p_o += bos.to(tl.int64) * (H * V)
+        for i_t in range(0, eos - bos):
+            tl.store(p_o + i_t * (H * V) + o_v, tl.zeros([BV], o.dtype.element_ty), mask=m_v)
+        return
+    held = tl.load(context_lens + i_n) > 0
     m_s = m_v[:, None] & (o_k < K)[None, :]
-    p_S = recurrent_state + (slot * H + i_h) * (K * V) + o_k[None, :] * V + o_v[:, None]
+    p_S = recurrent_state + (slot * H + i_h) * (K * V) + o_k[None, :] * V + (i_v + o_v)[:, None]
     b_S = tl.load(p_S, mask=m_s & held, other=0.0).to(tl.float32)  # [BV, BK] = S^T
     p_keep = keep + (bos // BT + i_n).to(tl.int64) * H + i_h
-    o_hk = o_t[:, None] * (H * K) + o_k[None, :]
-    o_hv = o_t[None, :] * (H * V) + o_v[:, None]
-    o_a = o_t[:, None] * (H * BT) + o_t[None, :]
-
-    for i_c in tl.range(0, tl.cdiv(eos - bos, BT), num_stages=STAGES):
-        i_t = bos + i_c * BT
-        row = i_t.to(tl.int64) * H + i_h
-        m_t = i_t + o_t < eos
-        m_k = m_t[:, None] & (o_k < K)[None, :]
-        m_uv = m_t[None, :] & m_v[:, None]
-        b_w = tl.load(w + row * K + o_hk, mask=m_k, other=0.0)  # [BT, BK]
-        b_q = tl.load(q_in + row * K + o_hk, mask=m_k, other=0.0)
-        b_a = tl.load(attn + row * BT + o_a, mask=m_t[:, None], other=0.0)  # [BT, BT]
-        b_k = tl.load(k_out + row * K + o_hk, mask=m_k, other=0.0)
-        b_u = tl.load(u + row * V + o_hv, mask=m_uv, other=0.0)  # [BV, BT]
-        b_keep = tl.load(p_keep + i_c * H)
-        b_Sd = b_S.to(dtype)
-        b_vn = (b_u.to(tl.float32) - tl.dot(b_Sd, tl.trans(b_w), input_precision=PRECISION)).to(dtype)
-        b_o = tl.dot(b_Sd, tl.trans(b_q), input_precision=PRECISION)
-        b_S = tl.dot(b_vn, b_k, acc=b_S * b_keep, input_precision=PRECISION)
-        b_o = tl.dot(b_vn, tl.trans(b_a), acc=b_o, input_precision=PRECISION)
-        tl.store(u + row * V + o_hv, b_o.to(dtype), mask=m_uv)
-    tl.store(p_S, b_S.to(recurrent_state.dtype.element_ty), mask=m_s)
-    if W > 0:
-        D: tl.constexpr = H * V
-        p_end = raw_u + eos.to(tl.int64) * stride_u + OFF_U + i_h * V
-        shift_conv_state(
-            conv_state + slot * ((W - 1) * D) + i_h * V, p_end, stride_u, eos - bos, o_v, m_v, held, D, W
+    p_v = v + i_h * V + i_v
+    full = (eos - bos) // BT
+    for i_c in tl.range(0, full, num_stages=STAGES):
+        i_t = (bos + i_c * BT).to(tl.int64)
+        b_S = scan_chunk(
+            b_S, q_in, k_out, w, solve, attn, p_keep + i_c * H, p_v + i_t * stride_v, stride_v, p_o + i_t * (H * V),
+            i_t * H + i_h, BT, V - i_v, H, K, V, BT, BK, BV, PRECISION, False,
         )  # fmt: skip
+    i_t = (bos + full * BT).to(tl.int64)
+    if i_t < eos:
+        b_S = scan_chunk(
+            b_S, q_in, k_out, w, solve, attn, p_keep + full * H, p_v + i_t * stride_v, stride_v, p_o + i_t * (H * V),
+            i_t * H + i_h, eos - i_t, V - i_v, H, K, V, BT, BK, BV, PRECISION, True,
+        )  # fmt: skip
+    tl.store(p_S, b_S.to(recurrent_state.dtype.element_ty), mask=m_s)
 
 
 def chunk_config(dtype: torch.dtype, head_k_dim: int) -> tuple[dict, dict]:
     """Block sizes and launch options of the two kernels."""
     BK = max(16, triton.next_power_of_2(head_k_dim))
     if dtype == torch.float32:  # IEEE products run outside the tensor cores: small blocks keep them in registers
-        prepare = {"BT": 16, "BK": BK, "BV": 16, "num_warps": 4, "num_stages": 1}
+        prepare = {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 1}
         scan = {"BT": 16, "BK": BK, "BV": 16, "STAGES": 1, "num_warps": 4}
     else:
-        prepare = {"BT": 64, "BK": BK, "BV": 64, "num_warps": 8 if BK > 128 else 4, "num_stages": 1}
-        scan = {"BT": 64, "BK": BK, "BV": 64, "STAGES": 1 if BK > 128 else 3, "num_warps": 8 if BK > 128 else 4}
+        wide = BK > 128
+        prepare = {"BT": 64, "BK": BK, "num_warps": 8 if wide else 4, "num_stages": 1}
+        scan = {"BT": 64, "BK": BK, "BV": 64, "STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
     return prepare, scan
 
 
 def chunk_delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
     cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, head_dims: tuple[int, int, int],
-    offsets: tuple[int, int, int, int] = (0, 0, 0, 0),
-    conv: tuple[Tensor, Tensor] | None = None, raw_gates: tuple[Tensor, Tensor] | None = None,
+    offsets: tuple[int, int, int] = (0, 0, 0), raw_gates: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """o [T, H, V] in q's dtype, padding rows not written; recurrent_state (and conv_state) in place.
+    """o [T, H, V] in q's dtype; recurrent_state is updated in place.
 
-    `head_dims`: H, K, V; `offsets`: first columns of q, k, v, g in the rows of the given tensors. A JetBlock gives
-    conv = (kappa, conv_state) and raw_gates = (A_log, dt_bias): then q, k, v are raw q, k, u and beta, g are b, a."""
+    `head_dims`: H, K, V; `offsets`: first columns of q, k, g in the rows of the given tensors. A JetBlock gives
+    raw_gates = (A_log, dt_bias): then q, k are before their SiLU, and beta, g are the projections b, a."""
     T, N = q.shape[0], slots.shape[0]
     H, K, V = head_dims
     prepare, scan = chunk_config(q.dtype, K)
     BT, precision = prepare["BT"], dot_precision(q.dtype)
-    kappa, conv_state = conv or (q, q)
     A_log, dt_bias = raw_gates or (g, g)
-    W = conv_state.shape[1] + 1 if conv else 0
+    off_q, off_k, off_g = offsets
     chunks = num_chunks(T, N, BT)
     q_in, k_out, w = (q.new_empty(T, H, K) for _ in range(3))
-    u, attn = q.new_empty(T, H, V), q.new_empty(T, H, BT)
+    solve, attn = (q.new_empty(T, H, BT) for _ in range(2))
     keep = q.new_empty(chunks, H, dtype=torch.float32)
-    tail = (cu_seqlens, slots, context_lens)
-    off_q, off_k, off_v, off_g = offsets
+    o = q.new_empty(T, H, V)
     wrap(chunk_prepare_kernel)[(H, chunks)](
-        q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, q_in, k_out, w, u, attn, keep, *tail, N,
-        q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0),
-        OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, H=H, K=K, V=V, W=W, PRECISION=precision, **prepare,
+        q, k, beta, g, A_log, dt_bias, q_in, k_out, w, solve, attn, keep, cu_seqlens, slots, N,
+        q.stride(0), k.stride(0), beta.stride(0), g.stride(0), OFF_Q=off_q, OFF_K=off_k, OFF_G=off_g,
+        H=H, K=K, RAW=raw_gates is not None, PRECISION=precision, **prepare,
     )  # fmt: skip
     wrap(chunk_scan_kernel)[(triton.cdiv(V, scan["BV"]), H, N)](
-        q_in, k_out, w, u, attn, keep, recurrent_state, v, conv_state, *tail, v.stride(0),
-        OFF_U=off_v, H=H, K=K, V=V, W=W, PRECISION=precision, **scan,
+        q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, v.stride(0),
+        H=H, K=K, V=V, PRECISION=precision, **scan,
     )  # fmt: skip
-    return u
+    return o

@@ -1,9 +1,9 @@
 """One decode step of the gated delta rule for N sequences: equations in gated_delta_rule.py, one launch.
 
 A program owns a (head, sequence): it streams S [K, V] through registers in tiles of BV columns, reading and writing
-every element once. Both products with S are taken before the update: o = exp(g) S^T qn + (qn . kn) delta.
-With W > 0 it is a whole JetBlock step: its inputs are the raw projections, and it also does SiLU, the dynamic
-convolution (shifting conv_state), beta and g, and the gated norm over the head.
+every element once, the next tile on its way while one is worked on. Both products with S are taken before the update:
+o = exp(g) S^T qn + (qn . kn) delta. With W > 0 it is a whole JetBlock step: its inputs are the raw projections, and it
+also does SiLU, the dynamic convolution (shifting conv_state), beta and g, and the gated norm over the head.
 """
 
 import triton
@@ -12,8 +12,15 @@ from torch import Tensor
 
 from jet_export.kernels.common import wrap
 from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state
-from jet_export.kernels.gated_delta_rule_chunk import gates, load_normed
+from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise
 from jet_export.kernels.gated_rms_norm import gated_norm_tile
+
+
+@triton.jit
+def load_state(p_S, o_k, i_v, m_k, held, V: tl.constexpr, BV: tl.constexpr):
+    """Columns i_v + [0, BV) of S, in the pool's dtype."""
+    o_v = i_v + tl.arange(0, BV)
+    return tl.load(p_S + o_k * V + o_v[None, :], mask=m_k & held & (o_v < V)[None, :], other=0.0)
 
 
 @triton.jit
@@ -22,7 +29,7 @@ def decode_kernel(
     stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa, stride_gate, eps,
     OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr, OFF_Z: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, N). OFF_*: columns of q, k, v (u), g (a), gate in their rows. NV: a power of two >= the V tiles."""
     i_h = tl.program_id(0)
@@ -32,59 +39,67 @@ def decode_kernel(
     row = i_n.to(tl.int64)
     dtype: tl.constexpr = out.dtype.element_ty
     o_one = tl.arange(0, 1)
-    o_tiles = tl.arange(0, NV)[:, None] * BV + tl.arange(0, BV)[None, :]
-    m_tiles = o_tiles < V
-    p_out = out + row * (H * V) + i_h * V
+    m_one = o_one < 1
+    o_v = tl.arange(0, NV * BV)
+    m_v = o_v < V
+    p_out = out + row * (H * V) + i_h * V + o_v
     if slot < 0:
-        tl.store(p_out + o_tiles, tl.zeros([NV, BV], dtype), mask=m_tiles)
+        tl.store(p_out, tl.zeros([NV * BV], dtype), mask=m_v)
         return
+    # every load is on its way before the first is waited for
+    o_k = tl.arange(0, BK)[:, None]
+    m_k = o_k < K
+    p_S = recurrent_state + (slot * H + i_h) * (K * V)
+    b_next = load_state(p_S, o_k, 0, m_k, held, V, BV)
+    o_row = tl.arange(0, BK)[None, :]
+    b_q = tl.load(q + row * stride_q + OFF_Q + i_h * K + o_row, mask=o_row < K, other=0.0)
+    b_k = tl.load(k + row * stride_k + OFF_K + i_h * K + o_row, mask=o_row < K, other=0.0)
     b_beta, b_g = gates(
-        beta + row * stride_b + i_h, g + row * stride_g + OFF_G + i_h, 0, 0, A_log, dt_bias, i_h, o_one, o_one < 1,
+        beta + row * stride_b + i_h, g + row * stride_g + OFF_G + i_h, 0, 0, A_log, dt_bias, i_h, o_one, m_one,
         dtype, W > 0,
     )  # fmt: skip
-    b_decay = tl.exp(b_g)
-    b_q = load_normed(q + row * stride_q + OFF_Q + i_h * K, 0, o_one, o_one < 1, K, BK, W > 0) * (K**-0.5)
-    b_k = load_normed(k + row * stride_k + OFF_K + i_h * K, 0, o_one, o_one < 1, K, BK, W > 0)
-    b_qk = tl.sum(b_q * b_k, 1)  # [1]
-    b_q, b_k = tl.reshape(b_q, [BK, 1]), tl.reshape(b_k, [BK, 1])
-
-    o_k = tl.arange(0, BK)[:, None]
-    p_S = recurrent_state + (slot * H + i_h) * (K * V) + o_k * V
     p_v = v + row * stride_v + OFF_V + i_h * V
-    p_conv = conv_state + slot * ((W - 1) * H * V) + i_h * V
-    b_o = tl.zeros([NV, BV], tl.float32)
-    for i_tile in tl.range(0, tl.cdiv(V, BV), num_stages=STAGES):
-        i_v = i_tile * BV
-        o_v = i_v + tl.arange(0, BV)
-        m_S = (o_k < K) & (o_v < V)[None, :]
-        b_S = tl.load(p_S + o_v[None, :], mask=m_S & held, other=0.0).to(tl.float32) * b_decay[None, :]
-        if W > 0:
-            p_kappa = kappa + row * stride_kappa + i_h * V * W
-            b_v = conv_tile(p_v, 0, p_kappa, 0, p_conv, o_one, o_one < 1, i_v, V, 0, held, H * V, W, BV)
-        else:
-            b_v = tl.load(p_v + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
-        b_delta = b_beta[:, None] * (b_v - tl.sum(b_S * b_k, 0)[None, :])  # [1, BV]
-        b_ot = tl.sum(b_S * b_q, 0)[None, :] + b_qk[:, None] * b_delta
-        b_o = tl.where(tl.arange(0, NV)[:, None] == i_tile, b_ot, b_o)
-        tl.store(p_S + o_v[None, :], (b_S + b_k * b_delta).to(recurrent_state.dtype.element_ty), mask=m_S)
     if W > 0:
-        o_v = tl.arange(0, NV * BV)
-        m_v = o_v < V
-        b_gate = tl.load(gate + row * stride_gate + OFF_Z + i_h * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_w = tl.load(w_o + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_out = gated_norm_tile(tl.reshape(b_o, [1, NV * BV]), b_w[None, :], b_gate[None, :], eps, V)
-        tl.store(p_out + o_v[None, :], b_out.to(dtype), mask=m_v[None, :])
+        b_gate = tl.load(gate + row * stride_gate + OFF_Z + i_h * V + o_v, mask=m_v, other=0.0)
+        b_w = tl.load(w_o + o_v, mask=m_v, other=0.0)
+        p_kappa = kappa + row * stride_kappa + i_h * V * W
+        p_conv = conv_state + slot * ((W - 1) * H * V) + i_h * V
+        b_v = conv_tile(p_v, 0, p_kappa, 0, p_conv, o_one, m_one, 0, V, 0, held, H * V, W, NV * BV, True)
         tl.debug_barrier()  # every thread has read the old conv_state
         shift_conv_state(p_conv, p_v + stride_v, stride_v, 1, o_v, m_v, held, H * V, W)
     else:
-        tl.store(p_out + o_tiles, b_o.to(dtype), mask=m_tiles)
+        b_v = tl.load(p_v + o_v, mask=m_v, other=0.0).to(tl.float32)
+    b_v = tl.reshape(b_v, [NV, BV])
+    b_q = l2_normalise(b_q, W > 0) * (K**-0.5)
+    b_k = l2_normalise(b_k, W > 0)
+    b_qk = tl.sum(b_q * b_k, 1)[:, None]
+    b_q, b_k = tl.reshape(b_q, [BK, 1]), tl.reshape(b_k, [BK, 1])
+    b_decay, b_beta = tl.exp(b_g)[:, None], b_beta[:, None]
+
+    o_tile = tl.arange(0, NV)[:, None]
+    b_o = tl.zeros([NV, BV], tl.float32)
+    for i_tile in range(0, tl.cdiv(V, BV)):
+        i_v = i_tile * BV
+        b_S = b_next.to(tl.float32) * b_decay
+        b_next = load_state(p_S, o_k, i_v + BV, m_k, held, V, BV)
+        b_vt = tl.sum(tl.where(o_tile == i_tile, b_v, 0.0), 0)[None, :]
+        b_Sk, b_Sq = tl.split(tl.sum(tl.join(b_S * b_k, b_S * b_q), 0))  # one reduction for both
+        b_delta = b_beta * (b_vt - b_Sk[None, :])  # [1, BV]
+        b_o = tl.where(o_tile == i_tile, b_Sq[None, :] + b_qk * b_delta, b_o)
+        o_sv = i_v + tl.arange(0, BV)
+        b_S = (b_S + b_k * b_delta).to(recurrent_state.dtype.element_ty)
+        tl.store(p_S + o_k * V + o_sv[None, :], b_S, mask=m_k & (o_sv < V)[None, :])
+    b_o = tl.reshape(b_o, [1, NV * BV])
+    if W > 0:
+        b_o = gated_norm_tile(b_o, b_w.to(tl.float32)[None, :], b_gate.to(tl.float32)[None, :], eps, V)
+    tl.store(p_out[None, :], b_o.to(dtype), mask=m_v[None, :])
 
 
 def decode_config(state: Tensor, head_k_dim: int, head_v_dim: int) -> dict:
-    """Tiles of 128 bytes a row of S, three in flight."""
-    BV = 128 // state.element_size()
+    """Tiles of 32 columns: a row of one is 128 bytes of an fp32 state, 64 of a bf16 one."""
+    BV = 32
     NV = triton.next_power_of_2(triton.cdiv(head_v_dim, BV))
-    return {"BK": triton.next_power_of_2(head_k_dim), "BV": BV, "NV": NV, "STAGES": 3, "num_warps": 4}
+    return {"BK": triton.next_power_of_2(head_k_dim), "BV": BV, "NV": NV, "num_warps": 4}
 
 
 def decode_delta_rule_triton(
@@ -94,8 +109,11 @@ def decode_delta_rule_triton(
     conv: tuple[Tensor, Tensor] | None = None, raw_gates: tuple[Tensor, Tensor] | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """o (with norm: the gated norm of o) [N, H, V] in q's dtype; states in place. Arguments as
-    `chunk_delta_rule_triton`; norm = (w_o, gate, eps), its gate's first column last in `offsets`."""
+    """o (with norm: the gated norm of o) [N, H, V] in q's dtype; states in place.
+
+    `head_dims`: H, K, V; `offsets`: first columns of q, k, v, g, gate in the rows of the given tensors. A JetBlock
+    gives conv = (kappa, conv_state), raw_gates = (A_log, dt_bias) and norm = (w_o, gate, eps): then q, k are before
+    their SiLU, v is raw u, and beta, g are the projections b, a."""
     H, K, V = head_dims
     kappa, conv_state = conv or (q, q)
     A_log, dt_bias = raw_gates or (g, g)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, rows, zero_padding
-from jet_export.kernels.dynamic_conv import dynamic_conv_ref
+from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
 from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
@@ -62,21 +62,22 @@ def jet_block_triton(
     conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
     num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float, decode: bool,
 ) -> Tensor:  # fmt: skip
-    """Launches the kernels: one for decode, three for prefill. Arguments as `jet_block_ref`."""
+    """Launches the kernels: one for decode, for prefill those of the three ops. Arguments as `jet_block_ref`."""
     H, K, V = num_heads, head_k_dim, head_v_dim
     qkuz, ba, kappa = rows(qkuz), rows(ba), rows(kappa)
     off_u = 2 * H * K
     off_z = off_u + H * V
-    projections, fused = (qkuz, qkuz, qkuz, ba, ba), {"conv": (kappa, conv_state), "raw_gates": (A_log, dt_bias)}
     if decode:
         out = decode_delta_rule_triton(
-            *projections, recurrent_state, slots, context_lens, (H, K, V),
-            offsets=(0, H * K, off_u, H, off_z), norm=(w_o, qkuz, norm_eps), **fused,
+            qkuz, qkuz, qkuz, ba, ba, recurrent_state, slots, context_lens, (H, K, V),
+            offsets=(0, H * K, off_u, H, off_z), conv=(kappa, conv_state), raw_gates=(A_log, dt_bias),
+            norm=(w_o, qkuz, norm_eps),
         )  # fmt: skip
     else:
+        v = dynamic_conv_triton(qkuz, kappa, conv_state, cu_seqlens, slots, context_lens, off_u)
         o = chunk_delta_rule_triton(
-            *projections, recurrent_state, cu_seqlens, slots, context_lens, (H, K, V),
-            offsets=(0, H * K, off_u, H), **fused,
+            qkuz, qkuz, v, ba, ba, recurrent_state, cu_seqlens, slots, context_lens, (H, K, V),
+            offsets=(0, H * K, H), raw_gates=(A_log, dt_bias),
         )  # fmt: skip
         out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_gate=off_z)
     return out.view(qkuz.shape[0], H * V)
