@@ -30,11 +30,13 @@ from jet_export.model.cache import PAGE, PackedBatch, StateSpec, pages_per_seque
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.runtime.engine import EagerEngine, Engine
+from jet_export.runtime.runner import max_prefill_tokens
 
 FACTOR = 2.0
 SEQUENCES = 3  # with one padding row, the four rows that every graph takes
 DECODE_STEPS = 6
 SPARE = 16  # tokens that the steps after the prompts take
+PROBE_TOKENS = 3  # the most of one sequence in `prefill_step`
 LOGIT_ROWS = 64  # rows of logits compared in one call
 FP8 = torch.float8_e4m3fn
 
@@ -67,17 +69,21 @@ class Scenario:
 
     @property
     def tokens(self) -> int:
-        """The most that one sequence comes to hold."""
+        """The most that one sequence comes to hold, with the step that probes repeat at the end."""
         held = [0] * SEQUENCES
         for call in (c for s in self.stages for c in s.calls):
             for row, n in zip(call.rows, call.lens, strict=True):
                 if row >= 0:
                     held[row] += n
-        return max(held)
+        return max(held) + PROBE_TOKENS
 
 
-FORCED_DECODE = Call((1, -1, 0, 2), (1, 1, 1, 1), decode=True)
-FORCED_PREFILL = Call((2, 0, -1, 1), (3, 1, 2, 5))
+def decode_step() -> Call:
+    return Call((1, -1, 0, 2), (1, 1, 1, 1), decode=True)
+
+
+def prefill_step(limits: Limits) -> Call:
+    return Call((2, 0, -1, 1), tuple(min(n, limits.prefill_chunk) for n in (3, 1, 2, 5)))
 
 
 def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
@@ -90,17 +96,18 @@ def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
         )
     past_window = config.window_size + PAGE + 9
     split = chunk_sizes(min(room, config.window_size + 4 * PAGE + 41), chunk)
-    a, b, c = (min(chunk, room // 2, n) for n in (past_window, 65, 5))
-    ragged = (Call((2, -1, 0), (c, 7, a)), Call((0, 1, -1, 2), (b, 2, 1, a)), Call((1, 0), (b, 1)))
+    most = min(chunk, room // 2, max(max_prefill_tokens(limits.max_batch_size, chunk), 32) // 3)
+    a, b, c, d = (min(most, n) for n in (past_window, 65, 5, 2))
+    ragged = (Call((2, -1, 0), (c, b, a)), Call((0, 1, -1, 2), (b, d, 1, a)), Call((1, 0), (b, 1)))
     decode = tuple(Call(rows, (1,) * 4, True) for rows in ((0, 2, -1, 1), (2, 1, 0, -1)) * (DECODE_STEPS // 2))
     return [
         Scenario((Stage("prefill", (Call((0,), (min(chunk, room, config.window_size + 2 * PAGE + 37),)),)),)),
-        Scenario((Stage("chunked prefill", tuple(Call((0,), (n,)) for n in split)),)),
+        Scenario((Stage("chunked prefill", tuple(Call((1,), (n,)) for n in split)),)),
         Scenario((
             Stage("ragged batch", ragged),
             Stage("decode", decode),
-            Stage("one decode step", (FORCED_DECODE,), forced=True),
-            Stage("one prefill step", (FORCED_PREFILL,), forced=True),
+            Stage("one decode step", (decode_step(),), forced=True),
+            Stage("one prefill step", (prefill_step(limits),), forced=True),
         )),
     ]  # fmt: skip
 
@@ -131,9 +138,9 @@ class Layout:
         self.unused = {"slots": order["slots"][SEQUENCES:], **{n: order[n][-2:] for n in self.tables}}
 
     def noise(self, spec: StateSpec) -> Tensor:
-        """The initial content of a pool, on the CPU."""
-        rng = torch.Generator().manual_seed(self.seed + spec.layer)
-        return torch.randn(self.rows[spec.rows], *spec.shape, generator=rng).to(spec.dtype)
+        """The initial content of a pool."""
+        rng = torch.Generator(device=self.device).manual_seed(self.seed + spec.layer)
+        return torch.randn(self.rows[spec.rows], *spec.shape, generator=rng, device=self.device).to(spec.dtype)
 
     def batch(self, call: Call, held: list[int]) -> PackedBatch:
         live = [max(r, 0) for r in call.rows]
@@ -161,8 +168,14 @@ class Trial:
 
     def __init__(self, engine: Engine, layout: Layout, prompts: list[list[int]]) -> None:
         self.engine, self.layout, self.prompts = engine, layout, prompts
-        self.states = [layout.noise(s).to(layout.device) for s in engine.specs]
+        self.states = [layout.noise(s) for s in engine.specs]
+        self.guards = self._unused()
         self.held = [0] * SEQUENCES
+
+    def _unused(self) -> list[Tensor]:
+        """What the rows of no sequence hold."""
+        pools = zip(self.engine.specs, self.states, strict=True)
+        return [raw(pool)[self.layout.unused[s.rows].to(pool.device)] for s, pool in pools]
 
     def load(self, states: list[Tensor], held: list[int]) -> None:
         for mine, theirs in zip(self.states, states, strict=True):
@@ -172,11 +185,11 @@ class Trial:
     def step(self, call: Call) -> Tensor:
         """Logits [rows, vocab] in fp32: every row's last token, and others spread over the call."""
         batch = self.layout.batch(call, self.held)
-        ids, live = [], []
+        ids: list[int] = []
+        live: list[int] = []
         for row, n in zip(call.rows, call.lens, strict=True):
             live += [len(ids) + i for i in range(n)] if row >= 0 else []
-            start = self.held[row] if row >= 0 else 0
-            ids += self.prompts[row][start : start + n]
+            ids += self.prompts[row][self.held[row] : self.held[row] + n] if row >= 0 else [0] * n
         tokens = torch.tensor(ids, dtype=torch.int64, device=self.layout.device)
         if call.decode:
             logits = self.engine.decode(tokens, batch, self.states)[torch.tensor(live, device=self.layout.device)]
@@ -210,12 +223,8 @@ class Trial:
 
     def overwritten(self) -> list[str]:
         """Pools of which a row that belongs to no sequence has changed."""
-        out = []
-        for spec, pool in zip(self.engine.specs, self.states, strict=True):
-            rows = self.layout.unused[spec.rows]
-            if not torch.equal(raw(pool).cpu()[rows], raw(self.layout.noise(spec))[rows]):
-                out.append(spec.name)
-        return out
+        rows = zip(self.engine.specs, self._unused(), self.guards, strict=True)
+        return [s.name for s, now, before in rows if not torch.equal(now, before)]
 
 
 @dataclass(frozen=True)
@@ -265,8 +274,9 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def measure(stage: str, what: str, E: Tensor, e: Tensor, f: Tensor, u: float, u_row: float) -> Measure:
+def measure(stage: str, what: str, results: list[Tensor], u: float, u_row: float) -> Measure:
     """Compare E with e, bounded by e - f. u, u_row: unit roundoffs of the computed and the stored dtype."""
+    E, e, f = results
     max_abs, relative, worst = distances(E, e)
     _, relative_noise, worst_noise = distances(f, e)
     bounds = FACTOR * relative_noise + u, FACTOR * worst_noise + u_row
@@ -316,6 +326,14 @@ def reference_engine(eager: EagerEngine, seed: int = 0) -> EagerEngine:
     return EagerEngine(model, eager.limits, kv, torch.float32)
 
 
+def limited(engine: Engine, sequences: int, tokens: int) -> Engine:
+    """The engine with smaller limits, for runners with small pools."""
+    out = copy.copy(engine)
+    chunk = min(engine.limits.prefill_chunk, tokens)
+    out.limits = Limits(min(engine.limits.max_batch_size, sequences), min(engine.limits.max_seq_len, tokens), chunk)
+    return out
+
+
 @dataclass
 class StageResult:
     """What one stage showed. `failures` says where, which quantity, and value beside bound."""
@@ -346,11 +364,11 @@ def compare(
                 for t in (trials[0], trials[2]):
                     t.load(trials[1].states, trials[1].held)
             logits = [torch.cat([t.step(c) for c in stage.calls]) for t in trials]
-            measures = [measure(stage.name, "logits", *logits, u, u)]
+            measures = [measure(stage.name, "logits", logits, u, u)]
             states = [t.snapshot(since) for t in trials]
             for name in states[0]:
                 u_row = max(u, stored.get(name, stored.get(name[:-1], 0.0)))
-                measures.append(measure(stage.name, name, *(s[name] for s in states), u, u_row))
+                measures.append(measure(stage.name, name, [s[name] for s in states], u, u_row))
             failures = [f for m in measures for f in m.failures()]
             failures += [f"{stage.name}: {n}: a row of no sequence was written" for n in trials[0].overwritten()]
             tokens = sum(n for c in stage.calls for r, n in zip(c.rows, c.lens, strict=True) if r >= 0)

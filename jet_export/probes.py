@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jet_export.model.cache import StateSpec
-from jet_export.parity import FORCED_DECODE, FORCED_PREFILL, SEQUENCES, Call, Trial, raw
+from jet_export.parity import SEQUENCES, Call, Trial, decode_step, prefill_step, raw
 from jet_export.runtime.engine import EagerEngine, Engine
 
 ALTERED = 0  # the sequence whose states are altered
@@ -77,7 +77,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor], layer: int = -1
 def run_probes(engine: Engine, eager: EagerEngine, base: Trial) -> list[Probe]:
     """Probe a decode step and a short prefill from the states of `base`, a trial of the eager model."""
     out: list[Probe] = []
-    for name, call in (("decode", FORCED_DECODE), ("prefill", FORCED_PREFILL)):
+    for name, call in (("decode", decode_step()), ("prefill", prefill_step(eager.limits))):
         ours, theirs = Stepper(engine, base, call), Stepper(eager, base, call)
         plain, expected = ours(), theirs()
         again = ours()

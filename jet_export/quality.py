@@ -24,7 +24,7 @@ from torch import Tensor
 from jet_export.bundle import TOKENIZER, Manifest, sha256_file, torch_dtype
 from jet_export.model.hub import JET_TINY_DIR, local_directory
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
-from jet_export.parity import kl_divergence
+from jet_export.parity import kl_divergence, limited
 from jet_export.runtime.engine import EagerEngine, Engine
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.tokenizer import Tokenizer
@@ -79,12 +79,12 @@ def measure_quality(engine: Engine, manifest: Manifest, directory: Path, text: s
     plain = unquantised_engine(manifest)
     if plain is not None:
         engines["unquantised"] = plain
-    runners = {name: Runner(e, cuda_graphs=False) for name, e in engines.items()}
+    runners = {name: Runner(limited(e, 1, WINDOW), cuda_graphs=False) for name, e in engines.items()}
     tokenizer = Tokenizer(directory / TOKENIZER)
     piece = text.encode()[:SLICE_BYTES].decode(errors="ignore")
     out = held_out(runners, [manifest.config.eos_token_id, *tokenizer.encode(piece)], len(piece.encode()))
     if sha256_file(directory / TOKENIZER) == sha256_file(JET_TINY_DIR / TOKENIZER):
-        out.recall = recall(runners, HfTokenizer.from_file(str(directory / TOKENIZER)), engine.limits.max_seq_len)
+        out.recall = recall(runners, HfTokenizer.from_file(str(directory / TOKENIZER)))
     return out
 
 
@@ -94,6 +94,9 @@ def unquantised_engine(manifest: Manifest) -> EagerEngine | None:
     directory = local_directory(manifest.model["name"]) or (Path(source) if Path(source).is_dir() else None)
     if source.startswith("random weights") or directory is None:
         return None
+    built_from = manifest.build.get("inputs", {}).get("weights", {})
+    if built_from != {p.name: sha256_file(p) for p in directory.glob("*.safetensors")}:
+        return None  # other weights are there by now
     dtype = torch_dtype(manifest.dtype)
     model = JetNemotronForCausalLM.from_pretrained(directory, dtype, manifest.device, manifest.limits.max_seq_len)
     return EagerEngine(model, manifest.limits, dtype, torch.float32)
@@ -122,7 +125,7 @@ def held_out(runners: dict[str, Runner], ids: list[int], size: int) -> Quality:
     out = Quality(len(ids) - 1, size)
     nats = dict.fromkeys(runners, 0.0)
     kl, same = 0.0, 0
-    for tokens, skip in windows(ids, min(WINDOW, first.limits.max_seq_len)):
+    for tokens, skip in windows(ids, first.limits.max_seq_len):
         logits = {name: all_logits(r, tokens[:-1])[skip:] for name, r in runners.items()}
         targets = torch.tensor(tokens[1 + skip :], device=first.device)
         for name, x in logits.items():
@@ -154,12 +157,12 @@ def read_queries(tokenizer: HfTokenizer, text: str) -> tuple[list[int], list[Que
 
 
 @torch.no_grad()
-def recall(runners: dict[str, Runner], tokenizer: HfTokenizer, limit: int) -> dict[str, dict[str, float]]:
+def recall(runners: dict[str, Runner], tokenizer: HfTokenizer) -> dict[str, dict[str, float]]:
     """Teacher-forced argmax on every digit of an answer, which equals greedy decoding being right."""
     right: dict[tuple[int, str], list[bool]] = {}
     for line in RECALL.read_text(encoding="utf-8").splitlines():
         ids, queries = read_queries(tokenizer, json.loads(line)["text"])
-        ids = ids[:limit]
+        ids = ids[: runners["engine"].limits.max_seq_len]
         for name, runner in runners.items():
             best = all_logits(runner, ids).argmax(-1).tolist()
             for q in queries:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from jet_export.bundle import TOKENIZER
 from jet_export.errors import JetExportError
-from jet_export.parity import SEQUENCES, StageResult, compare, random_prompts, reference_engine, scenarios
+from jet_export.parity import SEQUENCES, StageResult, compare, limited, random_prompts, reference_engine, scenarios
 from jet_export.probes import run_probes
 from jet_export.quality import HELD_OUT, Quality, measure_quality
 from jet_export.runtime.engine import EagerEngine, Engine, load_eager, load_engine
@@ -26,6 +26,8 @@ from jet_export.runtime.runner import Runner
 from jet_export.runtime.tokenizer import Tokenizer
 
 GRAPH_STEPS = 4
+PROBES = "reads, to the bit"
+STAGES = ("prefill", "chunked prefill", "ragged batch", "decode", "one decode step", "one prefill step", PROBES)
 
 
 @dataclass
@@ -87,7 +89,7 @@ def verify_engines(
     with torch.no_grad():
         base = yield from compare(engine, eager, reference_engine(eager, seed), prompts, seed)
         probes = run_probes(engine, eager, base)
-    yield StageResult("reads, to the bit", 0, [], [p.failure for p in probes if p.failure])
+    yield StageResult(PROBES, 0, [], [p.failure for p in probes if p.failure])
 
 
 def tokens_needed(engine: Engine) -> int:
@@ -97,7 +99,8 @@ def tokens_needed(engine: Engine) -> int:
 def graph_stage(engine: Engine, prompts: list[list[int]]) -> StageResult:
     """Decode by CUDA graph equals decode without, to the bit."""
     n = min(SEQUENCES, engine.limits.max_batch_size)
-    length = min(64, engine.limits.prefill_chunk, engine.limits.max_seq_len - GRAPH_STEPS - 1)
+    length = min(64, engine.limits.prefill_chunk, engine.limits.max_seq_len - GRAPH_STEPS)
+    engine = limited(engine, n, length + GRAPH_STEPS)
     logits = []
     for cuda_graphs in (True, False):
         runner = Runner(engine, cuda_graphs)
@@ -106,6 +109,7 @@ def graph_stage(engine: Engine, prompts: list[list[int]]) -> StageResult:
             tokens = torch.tensor([p[length + i] for p in prompts[:n]], device=engine.device)
             steps.append(runner.decode(list(range(n)), tokens).clone())
         logits.append(torch.stack(steps))
+        del runner
     name = "decode by CUDA graph"
     same = torch.equal(*logits)
     error = (logits[0].float() - logits[1].float()).abs().max().item()

@@ -120,7 +120,6 @@ FAULTS: dict[str, Callable[[EagerEngine], EagerEngine]] = {
     "two slots swapped": SlotsSwapped,
     "window one too long": window_off(1),
     "window one too short": window_off(-1),
-    "keys scaled": keys_scaled,
     "conv state shifted": ConvStateShifted,
     "RoPE position off by one": rope_off,
 }
@@ -137,3 +136,26 @@ class SplitProducts(nn.Module):
         w, half = self.linear.weight, x.shape[-1] // 2
         y = x[:, :half].float() @ w[:, :half].float().T + x[:, half:].float() @ w[:, half:].float().T
         return (y if self.linear.bias is None else y + self.linear.bias.float()).to(x.dtype)
+
+
+class FusedMLP(nn.Module):
+    """silu(gate) * up rounded once, as a compiler fuses it, not twice."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = mlp.gate_up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).float().chunk(2, dim=-1)
+        return self.down_proj((nn.functional.silu(gate) * up).to(x.dtype))
+
+
+def other_rounding(eager: EagerEngine) -> EagerEngine:
+    """No fault: an engine that rounds differently."""
+    engine = FaultyEngine(eager)
+    for layer in engine.model.layers:
+        layer.mlp = FusedMLP(layer.mlp)
+    for path, module in list(engine.model.named_modules()):
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            engine.model.set_submodule(path, SplitProducts(module))
+    return engine
