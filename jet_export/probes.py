@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from jet_export.model.cache import StateSpec
-from jet_export.parity import SEQUENCES, Call, Trial, decode_step, prefill_step, raw
 from jet_export.runtime.engine import EagerEngine, Engine
+from jet_export.trial import SEQUENCES, Call, Trial, decode_step, prefill_step, raw
 
 ALTERED = 0  # the sequence whose states are altered
 Results = tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]  # before, after; of each sequence by name

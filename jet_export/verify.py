@@ -1,6 +1,6 @@
 """`jet-export verify`: a bundle's engine beside the eager model that holds the same weights, FP8 layers included.
 
-parity.py compares the two step by step within bounds that are measured, probes.py what a step reads to the bit, and
+parity.py compares the two step by step (trial.py) within measured bounds, probes.py what a step reads to the bit, and
 quality.py reports how well the engine does on held-out text.
 """
 
@@ -18,12 +18,13 @@ from rich.table import Table
 
 from jet_export.bundle import TOKENIZER
 from jet_export.errors import JetExportError
-from jet_export.parity import SEQUENCES, StageResult, compare, limited, random_prompts, reference_engine, scenarios
+from jet_export.parity import StageResult, compare, limited, reference_engine
 from jet_export.probes import run_probes
 from jet_export.quality import HELD_OUT, Quality, measure_quality
 from jet_export.runtime.engine import EagerEngine, Engine, load_eager, load_engine
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.tokenizer import Tokenizer
+from jet_export.trial import SEQUENCES, random_prompts, scenarios
 
 GRAPH_STEPS = 4
 PROBES = "reads, to the bit"

@@ -17,9 +17,10 @@ from jet_export.cli import app
 from jet_export.errors import JetExportError
 from jet_export.model.fp8 import FP8, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
-from jet_export.parity import Layout, Trial, chunk_sizes, measure, random_prompts, reference_engine, scenarios
+from jet_export.parity import measure, reference_engine
 from jet_export.quantize import PROJECTIONS, calibrate_kv_scales
 from jet_export.runtime.engine import EagerEngine, load_eager
+from jet_export.trial import Layout, Trial, chunk_sizes, random_prompts, scenarios
 from jet_export.verify import Verification, verify_engines
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=1024, prefill_chunk=512)
