@@ -10,9 +10,7 @@ and divides the key and value bytes that must be read by the time.
 
 import argparse
 import functools
-import json
 import multiprocessing
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jet_export import bench
 from jet_export.kernels.attention import attention_ref, rope_ref
 from jet_export.kernels.attention_decode import DecodeConfig, attention_decode_triton
 from jet_export.kernels.attention_prefill import PrefillConfig, attention_prefill_triton
@@ -33,16 +32,11 @@ PAGE, DH = 128, 128
 DEVICE = "cuda"
 HEADS = {"2b": (12, 2), "4b": (16, 2)}
 PREFILL = [(1, 16384, 0), (16, 2048, 0), (16, 2048, 14336)]  # batch, tokens a sequence, context
-DECODE = [(b, n, 0) for n in (4096, 65536) for b in (1, 32, 64, 128)]  # batch, context, window
-WINDOWS = [(b, 65536, w) for b in (1, 64) for w in (1152, 2048)]
-PREFILL_SWEEP = [
-    (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2),
-    (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3),
-]  # fmt: skip
-DECODE_SWEEP = [
-    (64, 4, 3, 2), (64, 4, 3, 4), (64, 4, 3, 8), (64, 4, 4, 4), (64, 4, 4, 8), (64, 8, 3, 4), (64, 2, 3, 4),
-    (128, 4, 2, 4), (128, 4, 3, 4), (128, 8, 3, 4), (32, 4, 4, 8), (64, 4, 1, 8), (64, 4, 2, 8), (128, 8, 1, 4),
-]  # fmt: skip
+DECODE = [(b, n, 0, False) for n in (4096, 65536) for b in (1, 32, 64, 128)]  # batch, context, window, ragged
+DECODE += [(64, 65536, 0, True)]  # contexts of every length up to this one
+WINDOWS = [(b, 65536, w, False) for b in (1, 64) for w in (1152, 2048)]
+PREFILL_SWEEP = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 3), (128, 128, 8, 3)]
+DECODE_SWEEP = [(128, 4, 2, 2), (128, 4, 2, 8), (128, 4, 3, 4), (64, 4, 3, 4), (64, 4, 4, 8), (64, 2, 3, 4)]
 
 
 @functools.cache
@@ -124,45 +118,6 @@ def check(kind: str, dtype: torch.dtype, cache_dtype: torch.dtype, heads: tuple,
 # ---------------------------------------------------------------------------------------------------- timing
 
 
-def quantiles(times: list[float]) -> tuple[float, float]:
-    times = sorted(times)
-    return statistics.median(times), times[int(0.9 * (len(times) - 1))]
-
-
-def time_interleaved(fns: dict[str, Any], reps: int) -> dict[str, tuple[float, float]]:
-    """{name: (median, p90)} in ms, by CUDA events, the variants taking turns."""
-    for f in fns.values():
-        f(), f()
-    events: dict[str, list] = {name: [] for name in fns}
-    for _ in range(reps):
-        for name, f in fns.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            f()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: quantiles([a.elapsed_time(b) for a, b in pairs]) for name, pairs in events.items()}
-
-
-def graph_of(calls: list) -> Any:
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
-
-
-def copy_speed() -> float:
-    """Bytes read and written a second by a large device copy."""
-    x = torch.randn(2**29, device="cuda")
-    y = torch.empty_like(x)
-    ms, _ = time_interleaved({"copy": lambda: y.copy_(x)}, 10)["copy"]
-    return 2 * x.numel() * 4 / ms * 1e3
-
-
 def flash(args: list, tokens: int, context: int) -> Any:
     """Flash attention of the same numbers as contiguous q, k, v, causal to the end of the context."""
     Hq, Hkv = args[7:9]
@@ -188,7 +143,7 @@ def flash(args: list, tokens: int, context: int) -> Any:
     return run_varlen, lambda o: o.reshape(B * tokens, -1)
 
 
-def bench_prefill(sweep: bool) -> list[dict]:
+def bench_prefill(sweep: bool, runs: set) -> list[dict]:
     rows = []
     for model, heads in HEADS.items():
         for B, T, context in PREFILL:
@@ -203,48 +158,51 @@ def bench_prefill(sweep: bool) -> list[dict]:
             fp8 = [*args[:2], args[2].to(FP8), *args[3:]]
             fns["jet::attention fp8 cache"] = lambda args=fp8: prefill(args)
             for c in PREFILL_SWEEP if sweep and model == "2b" else ():
-                fns[f"bf16 {c}"] = lambda args=args, c=c: prefill(args, config=PrefillConfig(*c))
-                if c[1] >= 64:
-                    fns[f"fp8 {c}"] = lambda args=fp8, c=c: prefill(args, config=PrefillConfig(*c))
-            for name, (ms, p90) in time_interleaved(fns, 5 if sweep else 20).items():
+                for dtype, a in ((BF16, args), (FP8, fp8)):
+                    if (dtype, c) in runs:
+                        fns[f"{NAMES[dtype]} {c}"] = lambda a=a, c=c: prefill(a, config=PrefillConfig(*c))
+            for name, t in bench.compare(fns, repeats=5 if sweep else 20, graph=True).items():
                 rows.append(
-                    {
-                        "model": model,
-                        "batch": B,
-                        "tokens": T,
-                        "context": context,
-                        "variant": name,
-                        "ms": ms,
-                        "p90_ms": p90,
-                    }
-                    | ({} if "window" in name else {"tflops": flops / ms * 1e-9})
+                    {"model": model, "batch": B, "tokens": T, "context": context, "variant": name}
+                    | {"ms": t.median, "p90_ms": t.p90}
+                    | ({} if "window" in name else {"tflops": flops / t.median * 1e-9})
                     | {"difference_from_flash": error}
                 )
             del args, fp8, fns, run, o
     return rows
 
 
-def bench_decode(copy: float, sweep: bool) -> list[dict]:
+def bench_decode(copy: float, sweep: bool, runs: set) -> list[dict]:
     rows = []
     for dtype in (BF16, FP8):
         pool = random_cache(66560, 2, dtype)  # 64K tokens of 128 sequences; 8.7 GB in bf16
         for model, heads in HEADS.items():
-            for B, context, window in DECODE + (WINDOWS if model == "2b" else []):
-                size = B * min(context, window or context) * 2 * heads[1] * DH * pool.element_size()
+            for B, context, window, ragged in DECODE + (WINDOWS if model == "2b" else []):
+                lens = torch.linspace(1, context, B).long()[torch.randperm(B)] if ragged else torch.full((B,), context)
+                size = int(lens.clamp(max=window or context).sum()) * 2 * heads[1] * DH * pool.element_size()
                 calls = max(1, min(20, int(4e8 / size), pool.shape[0] // (B * (context // PAGE + 1))))
                 sets = [make(B, 1, context - 1, heads, cache=pool) for _ in range(calls)]
+                for args in sets:
+                    args[6] = i32(lens - 1)
                 configs = {"jet::attention": None}
                 if sweep and model == "2b" and not window:
-                    configs |= {f"{c}": DecodeConfig(*c) for c in DECODE_SWEEP}
+                    configs |= {f"{c}": DecodeConfig(*c) for c in DECODE_SWEEP if (dtype, c) in runs}
                 fns = {
-                    n: graph_of([lambda s=s, c=c, w=window: decode(s, w, 1.0, c) for s in sets])
-                    for n, c in configs.items()
+                    name: lambda c=c, w=window, sets=sets: [decode(s, w, 1.0, c) for s in sets]
+                    for name, c in configs.items()
                 }
-                for name, (ms, p90) in time_interleaved(fns, 8 if sweep else 20).items():
-                    speed = size / (ms / calls) * 1e3
+                for name, t in bench.compare(fns, 8 if sweep else 20, graph=True, calls=calls).items():
+                    speed = size / t.median * 1e3
                     rows.append(
-                        {"model": model, "cache": NAMES[dtype], "batch": B, "context": context, "window": window}
-                        | {"variant": name, "us": ms / calls * 1e3, "p90_us": p90 / calls * 1e3}
+                        {
+                            "model": model,
+                            "cache": NAMES[dtype],
+                            "batch": B,
+                            "context": context,
+                            "window": window,
+                            "ragged": ragged,
+                        }
+                        | {"variant": name, "us": t.median * 1e3, "p90_us": t.p90 * 1e3}
                         | {"kv_gb_s": speed / 1e9, "of_copy": speed / copy}
                     )
                 del sets, fns
@@ -255,8 +213,8 @@ def bench_decode(copy: float, sweep: bool) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def compile_one(job: tuple) -> None:
-    """Fill Triton's cache for one configuration (see `precompile`)."""
+def compile_one(job: tuple) -> bool:
+    """Fill Triton's cache for one configuration (see `precompile`); whether it runs on this GPU."""
     kind, dtype, cache_dtype, heads, window, config = job
     args = make(2, 1, 1, heads, dtype, cache_dtype=cache_dtype)
     try:
@@ -264,10 +222,12 @@ def compile_one(job: tuple) -> None:
         torch.cuda.synchronize()
     except Exception as error:
         print("does not run:", *job, repr(error)[:200], flush=True)
+        return False
+    return True
 
 
-def precompile(sweep: bool) -> None:
-    """Compile what will run in several processes: one would take minutes of the GPU's time for a sweep."""
+def precompile(sweep: bool) -> set:
+    """Compile what will run in several processes, as one would take minutes; the (cache, configuration) that run."""
     jobs: list[tuple] = [(*c, None) for c in CHECKS]
     for cache in (BF16, FP8):
         jobs += [(kind, BF16, cache, HEADS["2b"], w, None) for kind in ("prefill", "decode") for w in (1152, 2048)]
@@ -275,18 +235,8 @@ def precompile(sweep: bool) -> None:
             jobs += [("prefill", BF16, cache, HEADS["2b"], 0, PrefillConfig(*c)) for c in PREFILL_SWEEP]
             jobs += [("decode", BF16, cache, HEADS["2b"], 0, DecodeConfig(*c)) for c in DECODE_SWEEP]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
-        pool.map(compile_one, jobs, chunksize=1)
-
-
-def environment() -> dict:
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+        ok = pool.map(compile_one, jobs, chunksize=1)
+    return {(job[2], tuple(job[5])) for job, good in zip(jobs, ok, strict=True) if good and job[5]}
 
 
 def main() -> None:
@@ -296,7 +246,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     t = time.time()
-    precompile(options.sweep)
+    runs = precompile(options.sweep)
     print(f"compiled in {time.time() - t:.0f} s", flush=True)
 
     checks = [check(*c) for c in CHECKS]
@@ -305,24 +255,28 @@ def main() -> None:
     if not all(c["ok"] for c in checks):
         sys.exit("wrong results: no speed is measured")
 
-    copy = copy_speed()
+    copy = bench.copy_speed()
     print(f"copy {copy / 1e12:.2f} TB/s, {time.time() - t:.0f} s", flush=True)
-    result = {"environment": environment(), "copy_tb_s": copy / 1e12, "checks": checks}
-    result["prefill"] = bench_prefill(options.sweep)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    result: dict[str, Any] = {"copy_tb_s": copy / 1e12, "checks": checks}
+    result["prefill"] = bench_prefill(options.sweep, runs)
+    bench.write_result(options.output, result)
     for r in result["prefill"]:
         print(
             f"{r['model']} B{r['batch']} T{r['tokens']} +{r['context']:<6} {r['variant']:32} {r['ms']:8.3f} ms"
             f" {r.get('tflops', 0):6.0f} TFLOP/s  vs flash {r['difference_from_flash']:.1e}"
         )
     print(f"{time.time() - t:.0f} s", flush=True)
-    result["decode"] = bench_decode(copy, options.sweep)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    result["decode"] = bench_decode(copy, options.sweep, runs)
+    bench.write_result(options.output, result)
     for r in result["decode"]:
+        keys = "ragged" if r["ragged"] else f"window {r['window']}" if r["window"] else "all"
         print(
-            f"{r['model']} {r['cache']} B{r['batch']:<4} {r['context']:<6} window {r['window']:<5} {r['variant']:18}"
+            f"{r['model']} {r['cache']} B{r['batch']:<4} {r['context']:<6} {keys:11} {r['variant']:18}"
             f" {r['us']:8.1f} us {r['kv_gb_s']:6.0f} GB/s {r['of_copy']:.2f}"
         )
+    for B, context in ((1, 4096), (64, 65536)) if options.sweep else ():
+        args = make(B, 1, context - 1, HEADS["2b"])
+        print(B, context, bench.kernel_times(lambda args=args: decode(args)))
     print(f"{time.time() - t:.0f} s")
 
 

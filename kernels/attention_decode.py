@@ -5,7 +5,7 @@ splits. Program (split, key/value head, sequence) reads its tiles once for all G
 
     o_s = sum_j exp2(s2 * q.k_j - m_s) v_j / l_s,    lse_s = m_s + log2(l_s)        s2 = scale * log2(e)
 
-The first split also ropes the new key, appends it and its value to the cache, and starts its sum from them: nobody else
+The last split also ropes the new key, appends it and its value to the cache, and starts its sum from them: nobody else
 reads that position, so the append needs no kernel of its own. A second kernel adds the splits that have work:
 
     o = sum_s exp2(lse_s - max lse) o_s / sum_s exp2(lse_s - max lse)
@@ -21,23 +21,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.attention_prefill import LOG2E, attend_tiles, dot_operand
-from jet_export.kernels.common import dot_precision, wrap
+from jet_export.kernels.attention_prefill import LOG2E, attend_tiles, dot_operand, load_tile, page_of, softmax_step
+from jet_export.kernels.common import INTERPRET, dot_precision, fp32, wrap
 from jet_export.kernels.rope_append import check_layout, load_rope, quantize
+
+INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
 
 
 class DecodeConfig(NamedTuple):
     BN: int  # keys of a tile, at most a page
     num_warps: int
     num_stages: int
-    programs_per_sm: int  # aimed at by the number of splits
+    programs_per_sm: int  # what the number of splits aims at where batches are large
 
 
 def decode_config(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> DecodeConfig:
     """Tile sizes from dims alone."""
     if dtype == torch.float32:
-        return DecodeConfig(min(page, 16), 4, 3, 4)
-    return DecodeConfig(min(page, 64), 4, 3, 4)
+        return DecodeConfig(min(page, 16), 4, 3, 8)
+    if cache_dtype == torch.float8_e4m3fn:
+        return DecodeConfig(min(page, 64), 4, 4, 8)
+    return DecodeConfig(min(page, 128 if head_dim <= 128 else 64), 4, 2, 8)
 
 
 def num_sms(device: torch.device) -> int:
@@ -46,8 +50,14 @@ def num_sms(device: torch.device) -> int:
 
 
 def num_splits(N, num_kv_heads: int, keys, sms: int, programs_per_sm: int):
-    """Splits of a sequence of at most `keys` keys: enough to fill the GPU, 256 keys each at least; ints or symbols."""
-    return torch.sym_max(1, torch.sym_min(sms * programs_per_sm // (N * num_kv_heads), keys // 256))
+    """Splits of a sequence of at most `keys` keys; N and keys may be symbolic.
+
+    Several programs an SM keep it busy when lengths differ, but beyond 16 splits a row only as many as fill the GPU
+    once: every split has to be started and added up. Each has 128 keys at least.
+    """
+    rows = N * num_kv_heads
+    splits = torch.sym_max(2 * sms // rows, torch.sym_min(programs_per_sm * sms // rows, 16))
+    return torch.sym_max(1, torch.sym_min(splits, keys // 128))
 
 
 @triton.jit
@@ -59,6 +69,55 @@ def tiles_of(p, S, WINDOW: tl.constexpr, BN: tl.constexpr):
     tile_lo = key_lo // BN
     tile_hi = tl.cdiv(p, BN)
     return key_lo, tile_lo, tile_hi, tl.maximum(tl.cdiv(tile_hi - tile_lo, S), 1)
+
+
+@triton.jit
+def unpack(b_x):
+    """Pairs of FP8 numbers, as 16 bits, to two fp16 tensors: the lower bytes and the upper ones.
+
+    Tensor cores want neighbouring keys in a register. Shared memory is transposed on the way there in units of 16 bits;
+    single bytes would be loaded one by one, which halves the speed of decoding.
+    """
+    if INTERPRETED:
+        b_lo = (b_x & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        b_hi = (b_x >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        return b_lo, b_hi
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 x0, x1;
+        .reg .b32 y0, y1;
+        mov.b32 {x0, x1}, $2;
+        cvt.rn.f16x2.e4m3x2 y0, x0;
+        cvt.rn.f16x2.e4m3x2 y1, x1;
+        prmt.b32 $0, y0, y1, 0x5410;
+        prmt.b32 $1, y0, y1, 0x7632;
+        }""",
+        "=r,=r,r", [b_x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_fp8(
+    b_acc, b_l, b_m, b_q, b_s2, p_k, p_table, i_page, lo, hi, key_lo, M, stride_page, stride_kv,
+    PAGE: tl.constexpr, DH: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """`attend_tiles` of an FP8 cache where all rows see the same keys, the values read in pairs (see `unpack`)."""
+    o_n = tl.arange(0, BN)
+    b_lo, b_hi = tl.split(tl.reshape(b_acc, [BM, BD // 2, 2]))
+    for j in tl.range(lo, hi, BN):
+        p_tile = p_k + i_page.to(tl.int64) * stride_page + (j % PAGE) * DH
+        i_page = page_of(p_table, j + BN, hi, M, PAGE)
+        m_key = (j + o_n >= key_lo) & (j + o_n < hi)
+        b_k = load_tile(p_tile, m_key, True, DH, BN, BD).to(b_q.dtype)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)
+        b_s = tl.where(m_key[None, :], b_s, float("-inf"))
+        b_e, b_a, b_l, b_m = softmax_step(b_s, b_s2, b_l, b_m)
+        b_e = b_e.to(b_q.dtype)
+        p_pairs = (p_tile + stride_kv).to(tl.pointer_type(tl.uint16))
+        v_lo, v_hi = unpack(load_tile(p_pairs, m_key, True, DH // 2, BN, BD // 2))
+        b_lo = tl.dot(b_e, v_lo.to(b_q.dtype), b_lo * b_a[:, None], input_precision=PREC)
+        b_hi = tl.dot(b_e, v_hi.to(b_q.dtype), b_hi * b_a[:, None], input_precision=PREC)
+    return tl.reshape(tl.join(b_lo, b_hi), [BM, BD]), b_l, b_m
 
 
 @triton.jit(do_not_specialize=["S", "M", "P", "stride_table"])
@@ -76,6 +135,10 @@ def attention_decode_kernel(
     if (tl.load(slots + i_n) < 0) | ((i_s > 0) & (tile >= tile_hi)):
         return
 
+    lo, hi = tile * BN, tl.minimum((tile + per_split) * BN, p)
+    p_k = kv_cache + i_h * stride_h
+    p_table = block_table + i_n * stride_table
+    i_page = page_of(p_table, lo, hi, M, PAGE)
     o_g, o_d = tl.arange(0, BM), tl.arange(0, BD)
     m_g = o_g < G
     p_row = qkv + i_n * stride_t
@@ -85,28 +148,37 @@ def attention_decode_kernel(
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_m = tl.full([BM], -1e30, tl.float32)
-    p_k = kv_cache + i_h * stride_h
-    p_table = block_table + i_n * stride_table
 
-    if i_s == 0:  # the new token
+    if tile + per_split >= tile_hi:  # the last split, which has the fewest tiles: the new token
         o_1 = tl.arange(0, 1)
         m_d = (o_d < DH)[None, :]
         dtype = kv_cache.dtype.element_ty
         b_k = quantize(load_rope(p_row + (HQ + i_h) * DH + o_1, p_cos_sin + o_1, o_1 == 0, DH, BD), k_scale, dtype)
         b_v = tl.load(p_row + (HQ + HKV + i_h) * DH + o_1[:, None] + o_d[None, :], mask=m_d, other=0.0)
         b_v = quantize(b_v, v_scale, dtype)  # [1, BD]
-        i_page = tl.load(p_table + (p // PAGE) % M).to(tl.int64)
-        p_new = p_k + i_page * stride_page + (p % PAGE) * DH + o_1[:, None] + o_d[None, :]
+        p_new = (
+            p_k
+            + page_of(p_table, p, p + 1, M, PAGE).to(tl.int64) * stride_page
+            + (p % PAGE) * DH
+            + o_1[:, None]
+            + o_d[None, :]
+        )
         tl.store(p_new, b_k, mask=m_d)
         tl.store(p_new + stride_kv, b_v, mask=m_d)
         b_m = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1) * b_s2
         b_l += 1.0
         b_acc += b_v.to(tl.float32)
 
-    b_acc, b_l, b_m = attend_tiles(
-        b_acc, b_l, b_m, b_q, b_s2, p + o_g * 0, p_k, p_table, tile * BN, tl.minimum((tile + per_split) * BN, p),
-        key_lo, p, M, stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
-    )  # fmt: skip
+    if kv_cache.dtype.element_ty == tl.float8e4nv:
+        b_acc, b_l, b_m = attend_fp8(
+            b_acc, b_l, b_m, b_q, b_s2, p_k, p_table, i_page, lo, hi, key_lo, M, stride_page, stride_kv,
+            PAGE, DH, BN, BD, BM, PREC,
+        )  # fmt: skip
+    else:
+        b_acc, b_l, b_m = attend_tiles(
+            b_acc, b_l, b_m, b_q, b_s2, p + o_g * 0, p_k, p_table, i_page, lo, hi, key_lo, p, M, stride_page, stride_kv,
+            True, WINDOW, PAGE, DH, BN, BD, PREC,
+        )  # fmt: skip
     i_row = (i_n * HQ + i_h * G + o_g) * S + i_s
     p_o = o_s + i_row[:, None] * DH + o_d[None, :]
     tl.store(p_o, b_acc / b_l[:, None], mask=m_g[:, None] & (o_d < DH)[None, :])
@@ -118,13 +190,13 @@ def attention_combine_kernel(
     o_s, lse_s, slots, context_lens, o, S, v_scale,
     HQ: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    i_h, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_d, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     _, tile_lo, tile_hi, per_split = tiles_of(tl.load(context_lens + i_n), S, WINDOW, BN)
     used = tl.maximum(tl.cdiv(tile_hi - tile_lo, per_split), 1)
     if tl.load(slots + i_n) < 0:
         used = 0
     i_row = i_n * HQ + i_h
-    o_d, o_i = tl.arange(0, BD), tl.arange(0, BS)
+    o_d, o_i = i_d * BD + tl.arange(0, BD), tl.arange(0, BS)
     b_acc = tl.zeros([BD], tl.float32)
     b_l = 0.0
     b_m = -1e30
@@ -139,7 +211,7 @@ def attention_combine_kernel(
         b_l = b_l * b_a + tl.sum(b_w, 0)
         b_acc = b_acc * b_a + tl.sum(b_w[:, None] * b_o, 0)
         b_m = b_m_new
-    b_o = b_acc * (v_scale / tl.where(used > 0, b_l, 1.0))
+    b_o = b_acc * (fp32(v_scale) / tl.where(used > 0, b_l, 1.0))
     tl.store(o + i_row * DH + o_d, b_o.to(o.dtype.element_ty), mask=o_d < DH)
 
 
@@ -177,8 +249,8 @@ def attention_decode_triton(
         BM=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BN=BN,
         PREC=dot_precision(qkv.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    wrap(attention_combine_kernel)[(num_heads, N)](
+    wrap(attention_combine_kernel)[(triton.cdiv(head_dim, 32), num_heads, N)](
         o_s, lse_s, slots, context_lens, o, S, v_scale if fp8 else 1.0,
-        HQ=num_heads, DH=head_dim, BD=BD, WINDOW=window, BN=BN, BS=32, num_warps=4,
+        HQ=num_heads, DH=head_dim, BD=32, WINDOW=window, BN=BN, BS=64, num_warps=4,
     )  # fmt: skip
     return o

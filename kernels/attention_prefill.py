@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import dot_precision, num_chunks, wrap
+from jet_export.kernels.common import dot_precision, fp32, num_chunks, wrap
 from jet_export.kernels.rope_append import check_layout, find_sequence, load_rope, rope_append_triton
 
 LOG2E = 1.4426950408889634
@@ -39,7 +39,15 @@ def prefill_config(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, 
         return PrefillConfig(32, min(page, 32 if head_dim <= 128 else 16), 8, 1)
     if head_dim > 128:
         return PrefillConfig(64, min(page, 64), 8, 2)
-    return PrefillConfig(128, min(page, 64), 8, 3)
+    if cache_dtype == torch.float8_e4m3fn:
+        return PrefillConfig(128, min(page, 128), 8, 3)
+    return PrefillConfig(64, min(page, 64), 4, 3)
+
+
+@triton.jit
+def page_of(p_table, j, hi, M, PAGE: tl.constexpr):
+    """The page of position j, where j < hi: entries beyond are not looked at."""
+    return tl.load(p_table + (j // PAGE) % M, mask=j < hi, other=0)
 
 
 @triton.jit
@@ -60,7 +68,7 @@ def dot_operand(b_q, s2, FP8: tl.constexpr):
 
     FP8 converts to fp16 in one instruction, to bf16 in three: bf16 queries become fp16, scaled by a power of two.
     """
-    b_s2 = tl.zeros([b_q.shape[0]], tl.float32) + s2
+    b_s2 = tl.zeros([b_q.shape[0]], tl.float32) + fp32(s2)
     if FP8 and b_q.dtype == tl.bfloat16:
         b_x = b_q.to(tl.float32)
         b_e = tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(b_x), 1), 1e-30)))
@@ -70,18 +78,26 @@ def dot_operand(b_q, s2, FP8: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(b_s, b_s2, b_l, b_m):
+    """Weights [BM, BN] of a tile's scores, the factor [BM] of what was summed before, and the new sums and maxima."""
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * b_s2)
+    b_e = tl.exp2(b_s * b_s2[:, None] - b_m_new[:, None])
+    b_a = tl.exp2(b_m - b_m_new)
+    return b_e, b_a, b_l * b_a + tl.sum(b_e, 1), b_m_new
+
+
+@triton.jit
 def attend_tiles(
-    b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, lo, hi, key_lo, key_hi, M, stride_page, stride_kv,
+    b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, lo, hi, key_lo, key_hi, M, stride_page, stride_kv,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, DH: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One pass of the online softmax over the keys [lo, hi), lo a multiple of BN; b_p [BM] are the rows' positions."""
+    """One pass of the online softmax over the keys [lo, hi), lo a tile's first, in page i_page; b_p [BM]: positions."""
     o_n = tl.arange(0, BN)
-    i_next = tl.load(p_table + (lo // PAGE) % M, mask=lo < hi, other=0)
     for j in tl.range(lo, hi, BN):
-        p_tile = p_k + i_next.to(tl.int64) * stride_page + (j % PAGE) * DH
+        p_tile = p_k + i_page.to(tl.int64) * stride_page + (j % PAGE) * DH
         # One tile ahead: the pipeliner would spend its stages on a load that feeds an address.
-        i_next = tl.load(p_table + ((j + BN) // PAGE) % M, mask=j + BN < hi, other=0)
+        i_page = page_of(p_table, j + BN, hi, M, PAGE)
         m_key = (j + o_n >= key_lo) & (j + o_n < key_hi)
         b_k = load_tile(p_tile, m_key, MASKED, DH, BN, BD).to(b_q.dtype)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)  # [BM, BN]
@@ -90,13 +106,9 @@ def attend_tiles(
             if WINDOW > 0:
                 m_s = m_s & ((j + o_n)[None, :] > b_p[:, None] - WINDOW)
             b_s = tl.where(m_s, b_s, float("-inf"))
-        b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * b_s2)
-        b_e = tl.exp2(b_s * b_s2[:, None] - b_m_new[:, None])
-        b_a = tl.exp2(b_m - b_m_new)
-        b_l = b_l * b_a + tl.sum(b_e, 1)
+        b_e, b_a, b_l, b_m = softmax_step(b_s, b_s2, b_l, b_m)
         b_v = load_tile(p_tile + stride_kv, m_key, MASKED, DH, BN, BD).to(b_q.dtype)
         b_acc = tl.dot(b_e.to(b_q.dtype), b_v, b_acc * b_a[:, None], input_precision=PREC)
-        b_m = b_m_new
     return b_acc, b_l, b_m
 
 
@@ -128,38 +140,44 @@ def attention_prefill_kernel(
         return
 
     context = tl.load(context_lens + i_n)
-    b_p = context + tl.minimum(o_t, length - 1)  # [BM]
-    p_q = qkv + (start + o_t).to(tl.int64) * stride_t + (i_h * G + o_g) * DH
-    b_q = load_rope(p_q, cos_sin + tl.minimum(b_p, P - 1).to(tl.int64) * DH, m_r, DH, BD)  # [BM, BD]
-    b_q, b_s2 = dot_operand(b_q, s2, kv_cache.dtype.element_ty == tl.float8e4nv)
-    p_k = kv_cache + i_h * stride_h
-    p_table = block_table + i_n.to(tl.int64) * stride_table
-    b_acc = tl.zeros([BM, BD], tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
-    b_m = tl.full([BM], -1e30, tl.float32)  # finite: a row may see no key of its first tile
-
     p_min = context + first // G
     p_max = context + tl.minimum((first + BM - 1) // G, length - 1)
+    hi = p_max + 1
     key_lo = 0
     mid_lo = 0  # [mid_lo, mid_hi): every row sees every key
     mid_hi = (p_min + 1) // BN * BN
     if WINDOW > 0:
         key_lo = tl.maximum(p_min - WINDOW + 1, 0)
-        mid_lo = tl.minimum(tl.cdiv(tl.maximum(p_max - WINDOW + 1, 0), BN), tl.cdiv(p_max + 1, BN)) * BN
+        mid_lo = tl.minimum(tl.cdiv(tl.maximum(p_max - WINDOW + 1, 0), BN), tl.cdiv(hi, BN)) * BN
         mid_hi = tl.maximum(mid_hi, mid_lo)
+    p_k = kv_cache + i_h * stride_h
+    p_table = block_table + i_n.to(tl.int64) * stride_table
+    lo = key_lo // BN * BN
+
+    b_p = context + tl.minimum(o_t, length - 1)  # [BM]
+    p_q = qkv + (start + o_t).to(tl.int64) * stride_t + (i_h * G + o_g) * DH
+    b_q = load_rope(p_q, cos_sin + tl.minimum(b_p, P - 1).to(tl.int64) * DH, m_r, DH, BD)  # [BM, BD]
+    b_q, b_s2 = dot_operand(b_q, s2, kv_cache.dtype.element_ty == tl.float8e4nv)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_m = tl.full([BM], -1e30, tl.float32)  # finite: a row may see no key of its first tile
+    if WINDOW > 0:
+        i_page = page_of(p_table, lo, mid_lo, M, PAGE)
         b_acc, b_l, b_m = attend_tiles(
-            b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, key_lo // BN * BN, mid_lo, key_lo, p_max + 1, M,
+            b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, lo, mid_lo, key_lo, hi, M,
             stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
         )  # fmt: skip
+    i_page = page_of(p_table, mid_lo, mid_hi, M, PAGE)
     b_acc, b_l, b_m = attend_tiles(
-        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, mid_lo, mid_hi, key_lo, p_max + 1, M,
+        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, mid_lo, mid_hi, key_lo, hi, M,
         stride_page, stride_kv, False, WINDOW, PAGE, DH, BN, BD, PREC,
     )  # fmt: skip
+    i_page = page_of(p_table, mid_hi, hi, M, PAGE)
     b_acc, b_l, b_m = attend_tiles(
-        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, mid_hi, p_max + 1, key_lo, p_max + 1, M,
+        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, mid_hi, hi, key_lo, hi, M,
         stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
     )  # fmt: skip
-    b_o = b_acc * (v_scale / b_l)[:, None]
+    b_o = b_acc * (fp32(v_scale) / b_l)[:, None]
     tl.store(p_o[:, None] + o_d[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
 
 

@@ -90,6 +90,12 @@ def find_chunk(cu_seqlens, i_chunk, N, BT: tl.constexpr):
 
 
 @triton.jit
+def fp32(scalar):
+    """A float argument as Triton's own launcher types it; Inductor passes Python floats as fp64."""
+    return tl.cast(scalar, tl.float32)
+
+
+@triton.jit
 def silu(x):
     return x * tl.sigmoid(x)
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import num_chunks, wrap
+from jet_export.kernels.common import fp32, num_chunks, wrap
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest finite float8_e4m3fn
 
@@ -54,7 +54,7 @@ def load_rope(p_x, p_cos_sin, m_row, DH: tl.constexpr, BD: tl.constexpr):
 def quantize(b_x, scale, dtype: tl.constexpr):
     """b_x as the cache stores it; the division is IEEE, so that FP8 codes are those of torch."""
     if dtype == tl.float8e4nv:
-        b_x = tl.minimum(tl.maximum(tl.div_rn(b_x.to(tl.float32), scale), -FP8_MAX), FP8_MAX)
+        b_x = tl.minimum(tl.maximum(tl.div_rn(b_x.to(tl.float32), fp32(scale)), -FP8_MAX), FP8_MAX)
     return b_x.to(dtype)
 
 

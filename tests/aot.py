@@ -1,7 +1,7 @@
 """Compiles a launcher's kernels to sm_90 on a machine without a GPU, and reads what they use.
 
 Triton's interpreter must be off, and it is chosen at import: run as a script, `python aot.py CASE ...`, this prints one
-JSON list of {"kernel", "shared", "scratch", "registers", "stack"}; compile_report() does that from a test.
+JSON list of {"kernel", "shared", "scratch", "f64", "registers", "stack"}; compile_report() does that from a test.
 """
 
 import json
@@ -65,9 +65,24 @@ class Compiling:
                 "kernel": self.kernel.__name__,
                 "shared": meta.shared,
                 "scratch": meta.global_scratch_size + meta.profile_scratch_size,
+                "f64": f64_arithmetic(self.kernel, signature, constexprs, attrs, kwargs),
                 **resources(compiled.asm["cubin"]),
             }
         )
+
+
+def f64_arithmetic(kernel: Any, signature: dict, constexprs: dict, attrs: dict, options: dict) -> int:
+    """fp64 instructions, conversions aside, of a kernel whose float arguments are fp64, as Inductor passes them."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if "fp32" not in signature.values():
+        return 0
+    wide = {name: "fp64" if kind == "fp32" else kind for name, kind in signature.items()}
+    source = ASTSource(kernel, wide, constexprs, attrs)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    return len(re.findall(r"^\s*(?!cvt|ld|mov|st)\w+[.\w]*\.f64", ptx, re.MULTILINE))
 
 
 def resources(cubin: bytes) -> dict:

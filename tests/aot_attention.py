@@ -1,6 +1,6 @@
 """Compiles the launches of jet::attention to sm_90 on a machine without a GPU, and prints what they use as JSON.
 
-TRITON_INTERPRET=0 python aot_attention.py bfloat16 | float8_e4m3fn (cache of a bfloat16 model) | float32
+python aot_attention.py bfloat16-128-1152 float8_e4m3fn-128-0 ...      with TRITON_INTERPRET=0: cache, head_dim, window
 """
 
 import json
@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
 sys.path.insert(0, str(Path(__file__).parent))
-from aot import resources
+from aot import f64_arithmetic, resources
 from paged import make_case
 
 from jet_export.kernels import attention_decode, attention_prefill, rope_append
@@ -51,22 +51,25 @@ class Compiling:
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         meta = compiled.metadata
         scratch = meta.global_scratch_size + meta.profile_scratch_size
-        used = {"shared": meta.shared, "scratch": scratch, **resources(compiled.asm["cubin"])}
+        f64 = f64_arithmetic(self.kernel, signature, constexprs, attrs, options)
+        used = {"shared": meta.shared, "scratch": scratch, "f64": f64, **resources(compiled.asm["cubin"])}
         self.report.append({"kernel": self.kernel.__name__, "head_dim": constexprs["DH"], **used})
 
 
-def compile_launches(name: str) -> list[dict]:
-    cache_dtype = getattr(torch, name)
-    dtype = torch.bfloat16 if cache_dtype == torch.float8_e4m3fn else cache_dtype
+def compile_launches(cases: list[str]) -> list[dict]:
+    """Each case: CACHE_DTYPE-HEAD_DIM-WINDOW."""
     compiling = Compiling()
     for module in (attention_decode, attention_prefill, rope_append):
         module.wrap = compiling
-    for head_dim, window in ((128, 1152), (256, 0)):
-        c = make_case([1, 1], [0, 9], (12, 2), head_dim, 128, dtype, cache_dtype, window=window)
+    for case in cases:
+        name, head_dim, window = case.split("-")
+        cache_dtype = getattr(torch, name)
+        dtype = torch.bfloat16 if cache_dtype == torch.float8_e4m3fn else cache_dtype
+        c = make_case([1, 1], [0, 9], (12, 2), int(head_dim), 128, dtype, cache_dtype, window=int(window))
         c.run("prefill", small=False)
         c.run("decode", small=False)
     return compiling.report
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_launches(sys.argv[1])))
+    print(json.dumps(compile_launches(sys.argv[1:])))
