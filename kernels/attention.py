@@ -185,12 +185,10 @@ def attention(
     decode: bool,
 ) -> Tensor:  # [T, Hq * Dh]
     """See the module; `decode` promises T == N (one token a sequence) and chooses the kernel when the op is traced."""
-    args = (
-        qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
-        num_heads, num_kv_heads, head_dim, window, k_scale, v_scale, decode,
-    )  # fmt: skip
+    sizes = num_heads, num_kv_heads, head_dim, window, k_scale, v_scale
+    rows = cu_seqlens, slots, context_lens
     if qkv.device.type == "cpu":
-        return torch.ops.jet.attention_cpu(*args)
+        return torch.ops.jet.attention_cpu(qkv, cos_sin, kv_cache, block_table, *rows, *sizes, decode)
     if decode:
-        return attention_decode_triton(*args[:4], *args[5:-1])
-    return attention_prefill_triton(*args[:-1])
+        return attention_decode_triton(qkv, cos_sin, kv_cache, block_table, slots, context_lens, *sizes)
+    return attention_prefill_triton(qkv, cos_sin, kv_cache, block_table, *rows, *sizes)
