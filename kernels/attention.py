@@ -186,9 +186,10 @@ def attention(
 ) -> Tensor:  # [T, Hq * Dh]
     """See the module; `decode` promises T == N (one token a sequence) and chooses the kernel when the op is traced."""
     sizes = num_heads, num_kv_heads, head_dim, window, k_scale, v_scale
-    rows = cu_seqlens, slots, context_lens
     if qkv.device.type == "cpu":
-        return torch.ops.jet.attention_cpu(qkv, cos_sin, kv_cache, block_table, *rows, *sizes, decode)
+        return torch.ops.jet.attention_cpu(
+            qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, *sizes, decode
+        )
     if decode:
         return attention_decode_triton(qkv, cos_sin, kv_cache, block_table, slots, context_lens, *sizes)
-    return attention_prefill_triton(qkv, cos_sin, kv_cache, block_table, *rows, *sizes)
+    return attention_prefill_triton(qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, *sizes)
