@@ -47,7 +47,7 @@ def test_split_with_carried_state_is_whole(device, conv, split):
 
 @pytest.mark.parametrize("conv", [dynamic_conv_ref, dynamic_conv_triton], ids=["ref", "kernel"])
 def test_padding_rows_are_inert_and_empty_context_is_zero_state(device, conv):
-    p = Packed([2, 4, 3], context=[5, 0, 5], rows=[-1, 2, 0], device=device)
+    p = Packed([2, 2, 3], context=[5, 0, 5], rows=[-1, 2, 0], device=device)
     u, kappa, state, *rest = p.conv_args()
     u[:2], kappa[:2] = torch.nan, torch.nan
     state[2], state[1], state[3] = torch.nan, 7.0, 8.0  # row 2 starts afresh: its old content must not count
