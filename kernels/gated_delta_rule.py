@@ -135,9 +135,7 @@ def gated_delta_rule_triton(
     head_dims = (q.shape[1], q.shape[2], v.shape[2])
     if decode:
         return decode_delta_rule_triton(q, k, v, beta, g, recurrent_state, slots, context_lens, head_dims)
-    return chunk_delta_rule_triton(
-        q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims
-    )
+    return chunk_delta_rule_triton(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims)
 
 
 @torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args={"recurrent_state"})

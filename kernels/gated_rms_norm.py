@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, rows, silu, wrap
+from jet_export.kernels.common import acc_dtype, fp32, rows, silu, wrap
 
 
 def gated_rms_norm_ref(
@@ -29,7 +29,7 @@ def gated_rms_norm_ref(
 def gated_norm_tile(b_o, b_w, b_gate, eps, V: tl.constexpr):
     """fp32 tiles b_o, b_gate [R, BV], b_w [1, BV]; columns past V must be zero in b_o.
     A zero stays zero whatever its gate holds: the rows of padding have o = 0 and a gate that may be anything."""
-    b_rstd = tl.rsqrt(tl.sum(b_o * b_o, 1) / V + eps)
+    b_rstd = tl.rsqrt(tl.sum(b_o * b_o, 1) / V + fp32(eps))
     return tl.where(b_o == 0.0, 0.0, b_o * b_rstd[:, None] * b_w * silu(b_gate))
 
 
