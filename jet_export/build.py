@@ -396,9 +396,11 @@ def check_compiler() -> None:
 
 
 LOAD_PROBE = """
-import sys, torch, jet_export.model.jet_nemotron
-for package in sys.argv[1:]:
-    torch._inductor.aoti_load_package(package)
+import sys
+from pathlib import Path
+from jet_export.runtime.engine import Package
+for path in sys.argv[1:]:
+    Package(Path(path))
 """
 
 

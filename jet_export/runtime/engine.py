@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.export.pt2_archive._package import AOTICompiledModel
 
 from jet_export.bundle import WEIGHTS, Limits, Manifest, check_bundle, torch_dtype
 from jet_export.errors import JetExportError
@@ -56,6 +57,31 @@ class EagerEngine(Engine):
         return self.model.forward_packed(input_ids, batch, states, None, decode=True).logits
 
 
+class Package:
+    """One AOTInductor package, called with flat tensors.
+
+    torch's own loader, `aoti_load_package`, compiles and runs test programs to tell what the CPU can do, and parses the
+    package's call signature at every call; here the bundle's manifest has answered the first, and the second is fixed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # run_single_threaded: otherwise a call synchronises the stream, which a CUDA graph cannot capture.
+        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+
+    def load_weights(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Point the package at `weights`, which the caller keeps alive. Raises JetExportError where one is missing."""
+        names = {fqn: fqn.removeprefix("model.") for fqn in self.loader.get_constant_fqns()}
+        missing = sorted(set(names.values()) - weights.keys())
+        if missing:
+            raise JetExportError(f"{path}: weight {missing[0]} is not in {WEIGHTS}.", "Build the bundle again.")
+        constants = {fqn: weights[name] for fqn, name in names.items()}
+        AOTICompiledModel(self.loader).load_constants(constants, check_full_update=True, user_managed=True)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        (output,) = self.loader.boxed_run(list(inputs))
+        return output
+
+
 class InductorEngine(Engine):
     """Two AOTInductor packages over one copy of the weights."""
 
@@ -64,26 +90,19 @@ class InductorEngine(Engine):
         self.dtype = torch_dtype(manifest.dtype)
         self.specs = manifest_specs(manifest)
         self.weights = weights  # kept alive: the packages hold pointers into it
-        self.graphs = {mode: self._load(directory / f"{mode}.pt2") for mode in ("prefill", "decode")}
-
-    def _load(self, path: Path):
-        # Without run_single_threaded the package synchronises the stream, which a CUDA graph cannot capture.
-        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-        names = {fqn: fqn.removeprefix("model.") for fqn in package.get_constant_fqns()}
-        missing = sorted(set(names.values()) - self.weights.keys())
-        if missing:
-            raise JetExportError(f"{path}: weight {missing[0]} is not in {WEIGHTS}.", "Build the bundle again.")
-        constants = {fqn: self.weights[name] for fqn, name in names.items()}
-        package.load_constants(constants, check_full_update=True, user_managed=True)
-        return package
+        self.graphs: dict[str, Package] = {}
+        for mode in ("prefill", "decode"):
+            path = directory / f"{mode}.pt2"
+            self.graphs[mode] = Package(path)
+            self.graphs[mode].load_weights(weights, path)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
-        return self.graphs["prefill"](input_ids, *batch, logit_indices, states)
+        return self.graphs["prefill"](input_ids, *batch, logit_indices, *states)
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
-        return self.graphs["decode"](input_ids, *batch, None, states)
+        return self.graphs["decode"](input_ids, *batch, *states)
 
 
 def manifest_specs(m: Manifest) -> list[StateSpec]:
