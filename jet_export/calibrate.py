@@ -200,10 +200,11 @@ def calibrate_kv_scales(
             progress(step + 1, len(calibration))
     scales = {}
     for i, kv in amax.items():
-        name, module = user_name(f"layers.{i}.self_attn"), model.layers[i].self_attn
-        module.k_scale, module.v_scale = (
-            _check_kv(value, name, what) / FP8_MAX for value, what in zip(kv.tolist(), ("keys", "values"), strict=True)
-        )
+        name = user_name(f"layers.{i}.self_attn")
+        module: Any = model.layers[i].self_attn
+        k_amax, v_amax = kv.tolist()
+        module.k_scale = _check_kv(k_amax, name, "keys") / FP8_MAX
+        module.v_scale = _check_kv(v_amax, name, "values") / FP8_MAX
         scales[name] = (module.k_scale, module.v_scale)
     return scales
 

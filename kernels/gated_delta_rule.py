@@ -111,14 +111,13 @@ def packed_gated_delta_rule_ref(
     """Packed sequences: one batched step for decode, the chunk form sequence by sequence for prefill."""
     initial = gather_state(recurrent_state, slots, context_lens, acc_dtype(q.dtype))
     if decode:
-        o, final = gated_delta_rule_ref(*(x[:, None] for x in (q, k, v, beta, g)), initial)
+        o, final = gated_delta_rule_ref(q[:, None], k[:, None], v[:, None], beta[:, None], g[:, None], initial)
         o = o[:, 0]
     else:
         outs, finals = [], []
-        bounds = cu_seqlens.tolist()
-        for n, (start, end) in enumerate(itertools.pairwise(bounds)):
-            inputs = (x[None, start:end] for x in (q, k, v, beta, g))
-            o_n, final_n = chunk_gated_delta_rule_ref(*inputs, initial[n : n + 1])
+        for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            q_n, k_n, v_n, beta_n, g_n = (x[None, start:end] for x in (q, k, v, beta, g))
+            o_n, final_n = chunk_gated_delta_rule_ref(q_n, k_n, v_n, beta_n, g_n, initial[n : n + 1])
             outs.append(o_n[0])
             finals.append(final_n)
         o, final = torch.cat(outs), torch.cat(finals)
