@@ -12,6 +12,7 @@ from jet_export.errors import JetExportError
 SEEN_RUNNING: dict[str, dict[str, str]] = {
     "inductor": {
         "x86_64": "tests/parity/test_parity.py",
+        "sm_90": "benchmarks/results/end-to-end-h200.json",
     },
 }
 KNOWN = ("inductor",)

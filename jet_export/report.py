@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    """Wide enough for the tables where the output is a file."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 def architecture(c: JetNemotronConfig) -> str:

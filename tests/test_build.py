@@ -144,13 +144,21 @@ def test_auto_never_picks_a_backend_unseen_on_the_architecture() -> None:
     assert backends.choose_backend("inductor", "sm_75").reason == "asked for by name"
 
 
-def test_every_seen_backend_names_a_committed_file() -> None:
+GPUS = {"sm_90": ("NVIDIA H100", "NVIDIA H200")}
+
+
+def test_every_seen_backend_names_a_committed_result() -> None:
+    """A test that builds, verifies and runs such an engine, or the JSON of a bundle that did on such a GPU."""
     root = Path(__file__).parents[1]
     for kinds in backends.SEEN_RUNNING.values():
         for arch, path in kinds.items():
             assert (root / path).is_file(), path
             if arch.startswith("sm_"):
-                assert json.loads((root / path).read_text())["environment"]["arch"] == arch
+                result = json.loads((root / path).read_text())
+                assert result["environment"]["gpu"].startswith(GPUS[arch])
+                verified = [r for r in result["results"] if r.get("verify_exit_status") == 0]
+                assert verified
+                assert all(r["verify"]["passed"] and r["verify"]["stages"] for r in verified)
 
 
 def test_memory_of_the_published_models() -> None:
