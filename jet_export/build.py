@@ -34,7 +34,16 @@ from jet_export.bundle import (
 from jet_export.errors import JetExportError
 from jet_export.memory import Memory, engine_memory, weight_bytes
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.hub import HUB_ID, PRESETS, is_hub_id, load_config, local_directory, resolve_checkpoint
+from jet_export.model.hub import (
+    HUB_ID,
+    PRESETS,
+    checkpoint_licence,
+    is_hub_id,
+    licence_files,
+    load_config,
+    local_directory,
+    resolve_checkpoint,
+)
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.runtime.runner import max_prefill_tokens
 
@@ -379,10 +388,9 @@ def _copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
     for name in TOKENIZER_FILES:
         if (directory / name).is_file():
             shutil.copyfile(directory / name, tmp / name)
-    licences = sorted(p for p in directory.iterdir() if p.name.upper().startswith(("LICENSE", "NOTICE")))
-    for p in licences:
+    for p in licence_files(directory):
         shutil.copyfile(p, tmp / p.name)
-    return licences[0].read_text(errors="replace").strip().splitlines()[0].strip() if licences else None
+    return checkpoint_licence(directory)
 
 
 def check_compiler() -> None:

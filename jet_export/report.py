@@ -16,7 +16,7 @@ from jet_export.bundle import Limits, Manifest, torch_dtype
 from jet_export.errors import JetExportError
 from jet_export.memory import Memory, engine_memory, human, parameter_count, weight_bytes
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.hub import load_config
+from jet_export.model.hub import checkpoint_licence, load_config
 
 if TYPE_CHECKING:
     from jet_export.verify import Verification
@@ -36,10 +36,13 @@ def architecture(c: JetNemotronConfig) -> str:
 def print_plan(plan: BuildPlan) -> None:
     o, m = plan.options, plan.memory
     precision = "fp8 projections, the rest bfloat16" if o.fp8 else str(plan.dtype).removeprefix("torch.")
+    known = checkpoint_licence(plan.directory) if plan.directory is not None and not o.random_weights else None
+    licence = "none (random weights)" if o.random_weights else known or "unknown: see the checkpoint's page"
     arch = plan.target["arch"] + (f" ({plan.target['gpu']})" if "gpu" in plan.target else "")
     rows = [
         ("model", f"{o.model}: {architecture(plan.config)}"),
         ("weights", f"{plan.source}, {human(m.weights)}"),
+        ("licence", licence),
         ("precision", f"{precision}; KV cache {_name(plan.kv_dtype)}, state {_name(plan.state_dtype)}"),
         ("backend", f"{plan.backend.name} ({plan.backend.reason})"),
         ("device", f"{plan.target['device']} {arch}"),

@@ -46,6 +46,23 @@ def load_config(name: str) -> JetNemotronConfig:
     raise unknown_model(name)
 
 
+def licence_files(directory: Path) -> list[Path]:
+    """Files that a copy of the weights takes along."""
+    return sorted(p for p in directory.iterdir() if p.is_file() and p.name.upper().startswith(("LICENSE", "NOTICE")))
+
+
+def checkpoint_licence(directory: Path) -> str | None:
+    """The checkpoint's licence: the first line of its LICENSE, or `license:` at the head of its model card."""
+    for path in licence_files(directory):
+        return path.read_text(errors="replace").strip().partition("\n")[0].strip()
+    card = directory / "README.md"
+    if card.is_file():
+        head = card.read_text(errors="replace").split("---")
+        fields = head[1].splitlines() if len(head) > 2 and not head[0].strip() else []
+        return next((f.partition(":")[2].strip() for f in fields if f.startswith("license:")), None)
+    return None
+
+
 def resolve_checkpoint(name: str) -> Path:
     """The directory with the weights of `name`, downloaded from the hub where it is not local.
 

@@ -5,6 +5,7 @@ import os
 import torch
 
 HAS_CUDA = torch.cuda.is_available()
+torch.set_num_threads(1)  # the models are small: a second thread mostly waits for the first
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 

@@ -20,6 +20,7 @@ from jet_export.build import BuildOptions, make_plan, run_build
 from jet_export.bundle import Manifest, check_bundle
 from jet_export.errors import JetExportError
 from jet_export.memory import engine_memory, weight_bytes
+from jet_export.model.hub import checkpoint_licence
 from jet_export.runtime.engine import load_weights
 
 
@@ -128,6 +129,14 @@ def test_checkpoint_build_copies_tokenizer_and_licence(quick, tmp_path) -> None:
     assert (directory / "tokenizer.json").read_text() == "{}"
     assert (directory / "LICENSE").exists()
     assert Manifest.load(directory).model["licence"] == "The Licence, version 1"
+
+
+def test_licence_of_a_model_card(tmp_path) -> None:
+    assert checkpoint_licence(tmp_path) is None
+    (tmp_path / "README.md").write_text("# A model\n\n---\nlicense: not-here\n---\n")
+    assert checkpoint_licence(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# A model\n")
+    assert checkpoint_licence(tmp_path) == "apache-2.0"
 
 
 def test_more_positions_than_trained_is_a_warning_in_the_manifest(quick, tmp_path) -> None:
