@@ -1,4 +1,4 @@
-"""`jet-export build`: checkpoint -> (FP8) -> two exported graphs -> AOTInductor packages -> bundle."""
+"""`jet-export build`: checkpoint -> (FP8) -> two exported graphs, AOTInductor packages or one ONNX graph -> bundle."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     device = target_device(options.device)
     target = host_target(device)
     backend = choose_backend(options.backend, target["arch"])
+    if backend.name == "onnx":
+        target.pop("isa", None)  # nothing is compiled
     dtype, kv_dtype, state_dtype = _dtypes(options)
     directory = options.checkpoint or local_directory(options.model)
     if options.checkpoint is not None and not options.checkpoint.is_dir():
@@ -133,14 +136,16 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         download_bytes=0 if directory or options.random_weights else full,
         disk_bytes=weights + 20_000_000,
         build_memory=2 * full + 1_500_000_000,
-        seconds=expected_seconds(config, full),
+        seconds=expected_seconds(config, full, backend.name),
         warnings=warnings,
     )  # fmt: skip
 
 
-def expected_seconds(config: JetNemotronConfig, nbytes: int) -> float:
-    """Two Inductor compilations, which grow with the number of layers, and a few passes over the weights."""
-    return 25 + 2.5 * config.num_hidden_layers + nbytes / 2e8
+def expected_seconds(config: JetNemotronConfig, nbytes: int, backend: str) -> float:
+    """Two Inductor compilations or one ONNX export, which grow with the number of layers, and a few passes over the
+    weights."""
+    compiling = 25 + 2.5 * config.num_hidden_layers if backend == "inductor" else 5 + 0.5 * config.num_hidden_layers
+    return compiling + nbytes / 2e8
 
 
 def default_output(options: BuildOptions) -> Path:
@@ -225,7 +230,7 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         "limits": asdict(plan.limits),
         "backend": plan.backend.name,
         "target": plan.target,
-        "versions": versions(),
+        "versions": versions(plan.backend.name),
     }
     if o.fp8 or plan.kv_dtype == torch.float8_e4m3fn:
         inputs["calibration"] = sha256_file(o.calibration or CALIBRATION)
@@ -234,10 +239,13 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
     return inputs
 
 
-def versions() -> dict[str, str]:
+def versions(backend: str) -> dict[str, str]:
     import triton
 
-    return {"jet_export": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    out = {"jet_export": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    if backend == "onnx":
+        out.update({name: version(name) for name in ("onnx", "onnxscript")})
+    return out
 
 
 def _checkpoint_digest(directory: Path | None) -> dict[str, str]:
@@ -254,15 +262,23 @@ def up_to_date(plan: BuildPlan, inputs: dict[str, Any]) -> bool:
         raise JetExportError(f"--output {plan.output}: exists and is not a bundle.", "Choose another place.")
     if not any(plan.output.iterdir()):
         return False
-    built = Manifest.load(plan.output).build.get("inputs", {})
-    differing = sorted(k for k in built.keys() | inputs.keys() if built.get(k) != inputs.get(k))
+    built, now = _flat(Manifest.load(plan.output).build.get("inputs", {})), _flat(inputs)
+    differing = sorted(k for k in built.keys() | now.keys() if built.get(k) != now.get(k))
     if not differing:
         return True
-    changes = "; ".join(f"{k} was {_short(built.get(k))}, now {_short(inputs.get(k))}" for k in differing[:3])
+    changes = "; ".join(f"{k} was {_short(built.get(k))}, now {_short(now.get(k))}" for k in differing[:3])
     raise JetExportError(
         f"{plan.output}: holds a bundle built from other inputs ({changes}).",
         "Pass --force to replace it, or --output DIR to build beside it.",
     )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
 
 
 def _short(value: Any) -> str:
@@ -275,11 +291,16 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
     if plan.download_bytes:
         resolved = resolve_checkpoint(plan.options.model)
         plan.directory, plan.config = resolved, JetNemotronConfig.from_json_file(resolved / "config.json")
+    if plan.backend.name == "onnx":
+        from jet_export.onnx_export import require_onnx
+
+        require_onnx()
     inputs = build_inputs(plan)
     if up_to_date(plan, inputs):
         emit(f"{plan.output} is up to date.")
         return plan.output
-    check_compiler()
+    if plan.backend.name == "inductor":
+        check_compiler()
     start = time.monotonic()
     plan.output.parent.mkdir(parents=True, exist_ok=True)
     tmp = plan.output.parent / f".{plan.output.name}.{os.getpid()}.tmp"
@@ -323,25 +344,17 @@ def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
 
 
 def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
-    from jet_export.export import MODES, compile_package, export_graph
-
     with progress.stage("load weights"):
         model = load_model(plan)
         licence = _copy_side_files(plan, tmp)
     quantization = _quantize(plan, model, tmp, progress)
-    tokens = max_prefill_tokens(plan.limits.max_batch_size, plan.limits.prefill_chunk)
-    for mode in MODES:
-        with progress.stage(f"compile {mode}"):
-            program = export_graph(model, mode, plan.kv_dtype, plan.state_dtype, tokens, plan.limits.max_batch_size)
-            compile_package(program, tmp / f"{mode}.pt2")
     with progress.stage("write weights"):
         tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
         save_file({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
-    with progress.stage("check that the packages load"):
-        check_loads(tmp)
+    (_write_graph if plan.backend.name == "onnx" else _write_packages)(plan, model, tmp, progress)
     return Manifest(
         model={"name": plan.options.model, "source": plan.source, "licence": licence, "config": plan.config.to_dict()},
-        backend={"name": plan.backend.name, "reason": plan.backend.reason, **versions()},
+        backend={"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)},
         target=plan.target,
         dtype=dtype_name(plan.dtype),
         kv_cache_dtype=dtype_name(plan.kv_dtype),
@@ -350,6 +363,26 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         quantization=quantization,
         warnings=plan.warnings,
     )
+
+
+def _write_packages(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> None:
+    from jet_export.export import MODES, compile_package, export_graph
+
+    tokens = max_prefill_tokens(plan.limits.max_batch_size, plan.limits.prefill_chunk)
+    for mode in MODES:
+        with progress.stage(f"compile {mode}"):
+            program = export_graph(model, mode, plan.kv_dtype, plan.state_dtype, tokens, plan.limits.max_batch_size)
+            compile_package(program, tmp / f"{mode}.pt2")
+    with progress.stage("check that the packages load"):
+        check_loads(tmp)
+
+
+def _write_graph(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> None:
+    from jet_export.onnx_export import write_onnx
+
+    tokens = max_prefill_tokens(plan.limits.max_batch_size, plan.limits.prefill_chunk)
+    with progress.stage("export and check the ONNX graph"):
+        write_onnx(model, tmp, plan.kv_dtype, plan.state_dtype, tokens, plan.limits.max_batch_size)
 
 
 def _tied(model: JetNemotronForCausalLM) -> bool:

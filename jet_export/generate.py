@@ -61,11 +61,11 @@ def stream(
     def on_token(i: int, token: int) -> None:
         if not first:
             first.append(time.monotonic())
+            if len(prompts) == 1:
+                print(prompts[0], end="", flush=True)
         if len(prompts) == 1 and (token != llm.eos or ignore_eos):
             print(text.push(token), end="", flush=True)
 
-    if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
     start = time.monotonic()
     done = llm.generate(
         prompts, max_new_tokens, temperature, top_k, top_p, seed, ignore_eos=ignore_eos, on_token=on_token

@@ -137,7 +137,7 @@ def layer_precisions(bundle: Path) -> Table:
     with safe_open(bundle / "weights.safetensors", "pt") as f:
         for name in f.keys():  # noqa: SIM118  not a dict
             t = f.get_slice(name)
-            if len(t.get_shape()) != 2:
+            if len(t.get_shape()) != 2 or name == "cos_sin":
                 continue
             parts = name.split(".")
             layer = int(parts[1]) if parts[0] == "layers" else -1

@@ -63,7 +63,7 @@ def test_second_build_is_up_to_date(quick, tmp_path) -> None:
     ("change", "named"),
     [
         ({"seed": 1}, "weights was random, seed 0, now random, seed 1"),
-        ({"max_batch_size": 3}, "limits was"),
+        ({"max_batch_size": 3}, "limits.max_batch_size was 8, now 3"),
         ({"state_dtype": "bfloat16"}, "state_dtype was float32, now bfloat16"),
         ({"dtype": "float32"}, "dtype was bfloat16, now float32"),
     ],
