@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +32,38 @@ class DecodeGraph:
     slots: list[int] | None = None  # of the rows, where the buffers already hold the next step
 
 
-class Runner:
-    """`limits.max_batch_size` slots, each with its own pages. `context_lens[slot]` is the tokens a slot holds."""
+@dataclass(frozen=True)
+class PoolSize:
+    """Rows of the pools, and pages that one sequence may own (the widths of the tables)."""
 
-    def __init__(self, engine: Engine, cuda_graphs: bool = True) -> None:
+    slots: int
+    pages: int
+    window_pages: int
+    table_pages: int
+    ring_pages: int
+
+
+class Runner:
+    """Slots and their pages. `context_lens[slot]` is the tokens a slot holds.
+
+    By default `limits.max_batch_size` slots, each with pages of its own for `max_seq_len`; with `pools`, slots have
+    the pages that `assign` gives them.
+    """
+
+    def __init__(self, engine: Engine, cuda_graphs: bool = True, pools: PoolSize | None = None) -> None:
         self.engine, self.limits, self.device = engine, engine.limits, engine.device
-        n = self.limits.max_batch_size
-        pages, ring = pages_per_sequence(engine.config, self.limits.max_seq_len, self.limits.prefill_chunk)
-        rows = {"slots": n, "pages": n * pages, "window_pages": n * ring}
+        if pools is None:
+            n = self.limits.max_batch_size
+            pages, ring = pages_per_sequence(engine.config, self.limits.max_seq_len, self.limits.prefill_chunk)
+            pools = PoolSize(n, n * pages, n * ring, pages, ring)
+            self.block_table = self._i32(range(n * pages)).reshape(n, pages)
+            self.window_block_table = self._i32(range(n * ring)).reshape(n, ring)
+        else:
+            n = pools.slots
+            self.block_table = torch.zeros(n, pools.table_pages, dtype=torch.int32, device=self.device)
+            self.window_block_table = torch.zeros(n, pools.ring_pages, dtype=torch.int32, device=self.device)
+        rows = {"slots": n, "pages": pools.pages, "window_pages": pools.window_pages}
         self.states = allocate_states(engine.specs, rows, self.device)
-        self.block_table = torch.arange(n * pages, dtype=torch.int32, device=self.device).reshape(n, pages)
-        self.window_block_table = torch.arange(n * ring, dtype=torch.int32, device=self.device).reshape(n, ring)
         self.context_lens = [0] * n
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
         self.graphs: dict[int, DecodeGraph] = {}
@@ -50,6 +72,13 @@ class Runner:
     def reset(self, slot: int) -> None:
         """Forget a slot's sequence. Its states need no clearing: context_lens 0 starts from zero."""
         self.context_lens[slot] = 0
+        self._stale(None)
+
+    def assign(self, slot: int, pages: list[int], window_pages: list[int]) -> None:
+        """Start a new sequence in a slot, on these pages."""
+        self.reset(slot)
+        self.block_table[slot, : len(pages)] = self._i32(pages)
+        self.window_block_table[slot, : len(window_pages)] = self._i32(window_pages)
 
     def batch(self, slots: list[int], lens: list[int]) -> PackedBatch:
         ends = [0]
@@ -69,6 +98,7 @@ class Runner:
         rows = torch.arange(len(ids), dtype=torch.int32, device=self.device) if all_logits else last
         logits = self.engine.prefill(ids, batch, rows, self.states)
         self._advance(slots, [len(t) for t in tokens])
+        self._stale(None)
         return logits
 
     def decode(self, slots: list[int], tokens: Tensor) -> Tensor:
@@ -83,11 +113,14 @@ class Runner:
     def _advance(self, slots: list[int], lens: list[int]) -> None:
         for slot, n in zip(slots, lens, strict=True):
             self.context_lens[slot] += n
-        for g in self.graphs.values():  # buffers hold the next step only for the graph that made this one
-            if g.slots != slots or lens[0] != 1:
+
+    def _stale(self, but: DecodeGraph | None) -> None:
+        """Buffers hold the next step only for the graph that made this one."""
+        for g in self.graphs.values():
+            if g is not but:
                 g.slots = None
 
-    def _i32(self, values: list[int]) -> Tensor:
+    def _i32(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _bucket(self, n: int) -> int:
@@ -105,6 +138,7 @@ class Runner:
             g.step.zero_()
             g.step[:n].fill_(1)
             g.slots = list(slots)
+        self._stale(g)
         g.input_ids[:n].copy_(tokens)
         g.graph.replay()
         return g.logits[:n]

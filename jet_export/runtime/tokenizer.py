@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jet_export.bundle import TOKENIZER
 from jet_export.errors import JetExportError
+
+MOST_HELD = 16  # tokens that TextStream waits for a character's end; a character has at most 4 bytes
 
 
 class Tokenizer:
@@ -19,8 +22,9 @@ class Tokenizer:
         except Exception as e:  # tokenizers raises bare Exception
             raise JetExportError(f"{path}: not a tokenizer.json ({e}).") from None
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """`special_tokens`: with those that the tokenizer puts around every text; a chat template has its own."""
+        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -29,7 +33,7 @@ class Tokenizer:
 class ByteTokenizer:
     """UTF-8 bytes as ids, for models without a tokenizer; ids above 255 decode to their number in brackets."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         return list(text.encode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
@@ -54,7 +58,41 @@ class TextStream:
         self.ids.append(token)
         before = self.tokenizer.decode(self.ids[self.start : self.done])
         now = self.tokenizer.decode(self.ids[self.start :])
-        if now.endswith("�"):  # the middle of a character
+        if now.endswith("�") and len(self.ids) - self.done < MOST_HELD:  # the middle of a character
             return ""
         self.start, self.done = self.done, len(self.ids)
         return now[len(before) :]
+
+    def flush(self) -> str:
+        """The text held back, where no more tokens come."""
+        before = self.tokenizer.decode(self.ids[self.start : self.done])
+        now = self.tokenizer.decode(self.ids[self.start :])
+        self.start, self.done = self.done, len(self.ids)
+        return now[len(before) :]
+
+
+class StopText:
+    """A TextStream cut before the first stop string; text that may be the beginning of one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer | ByteTokenizer, stop: Sequence[str]) -> None:
+        self.stream, self.stop = TextStream(tokenizer), stop
+        self.held = ""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """(text to give out, whether a stop string ended it)."""
+        return self._cut(self.stream.push(token))
+
+    def flush(self) -> tuple[str, bool]:
+        text, stopped = self._cut(self.stream.flush())
+        text, self.held = text + self.held, ""
+        return text, stopped
+
+    def _cut(self, text: str) -> tuple[str, bool]:
+        self.held += text
+        found = [i for s in self.stop if (i := self.held.find(s)) >= 0]
+        if found:
+            text, self.held = self.held[: min(found)], ""
+            return text, True
+        keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text, False
