@@ -30,7 +30,7 @@ def build(
     model: Model = "jet-tiny",
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 projections, calibrated by nvidia-modelopt.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Directory with the weights of --model.")] = None,
-    backend: Annotated[str, typer.Option(help="auto or inductor.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, inductor, or onnx (the graph alone).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Model dtype: bfloat16 or float32.")] = "bfloat16",
     keep: Annotated[list[str] | None, typer.Option(help="Leave layers in the model dtype, e.g. model.layers.7")] = None,
@@ -48,7 +48,8 @@ def build(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build an engine bundle from a checkpoint."""
-    from jet_export.build import BuildOptions, make_plan, run_build
+    from jet_export.build import run_build
+    from jet_export.plan import BuildOptions, make_plan
     from jet_export.report import print_plan
 
     options = BuildOptions(

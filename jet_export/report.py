@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from jet_export.build import BuildPlan
 from jet_export.bundle import Limits, Manifest, torch_dtype
 from jet_export.errors import JetExportError
 from jet_export.memory import Memory, engine_memory, human, parameter_count, weight_bytes
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.hub import checkpoint_licence, load_config
+from jet_export.plan import BuildPlan
 
 if TYPE_CHECKING:
     from jet_export.verify import Verification

@@ -9,7 +9,8 @@ _built: list[Path] = []
 
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not _built:
-        from jet_export.build import BuildOptions, make_plan, run_build
+        from jet_export.build import run_build
+        from jet_export.plan import BuildOptions, make_plan
 
         output = tmp_path_factory.mktemp("bundles") / "jet-tiny-fp8-inductor"
         options = BuildOptions("jet-tiny", device="cpu", fp8=True, max_batch_size=4, max_seq_len=1024, output=output)

@@ -16,11 +16,12 @@ from golden import DATA, MINI_NAMES, load_golden
 
 from jet_export import backends, build
 from jet_export import export as export_module
-from jet_export.build import BuildOptions, make_plan, run_build
+from jet_export.build import run_build
 from jet_export.bundle import Manifest, check_bundle
 from jet_export.errors import JetExportError
 from jet_export.memory import engine_memory, weight_bytes
 from jet_export.model.hub import checkpoint_licence
+from jet_export.plan import BuildOptions, make_plan
 from jet_export.runtime.engine import load_weights
 
 

@@ -1,0 +1,166 @@
+"""What a build will do, decided and printed before any work: `make_plan(BuildOptions(...))`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jet_export.backends import BackendChoice, choose_backend, target_device
+from jet_export.bundle import Limits, host_target, torch_dtype
+from jet_export.errors import JetExportError
+from jet_export.memory import Memory, engine_memory, weight_bytes
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.hub import HUB_ID, PRESETS, is_hub_id, load_config, local_directory, resolve_checkpoint
+
+DEFAULT_MAX_SEQ_LEN = 4096
+DEFAULT_PREFILL_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the user asked for; the command line's options, one to one."""
+
+    model: str
+    checkpoint: Path | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    fp8: bool = False
+    fp8_lm_head: bool = False
+    keep: tuple[str, ...] = ()
+    calibration: Path | None = None
+    kv_cache_dtype: str = "auto"  # the model dtype
+    state_dtype: str = "float32"
+    max_batch_size: int = 8
+    max_seq_len: int | None = None
+    prefill_chunk: int | None = None
+    random_weights: bool = False
+    seed: int = 0
+    output: Path | None = None
+    force: bool = False
+
+
+@dataclass
+class BuildPlan:
+    """Everything decided before any work: printed first, and all that `--dry-run` does."""
+
+    options: BuildOptions
+    config: JetNemotronConfig
+    backend: BackendChoice
+    target: dict[str, Any]
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    state_dtype: torch.dtype
+    limits: Limits
+    source: str  # where the weights come from, in words
+    directory: Path | None  # the checkpoint's, where it is local
+    output: Path
+    memory: Memory
+    download_bytes: int
+    disk_bytes: int
+    build_memory: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+def make_plan(options: BuildOptions) -> BuildPlan:
+    """Check every option and decide the rest. Raises JetExportError; writes and downloads nothing."""
+    device = target_device(options.device)
+    target = host_target(device)
+    backend = choose_backend(options.backend, target["arch"])
+    if backend.name == "onnx":
+        target.pop("isa", None)  # nothing is compiled
+    dtype, kv_dtype, state_dtype = _dtypes(options)
+    directory = options.checkpoint or local_directory(options.model)
+    if options.checkpoint is not None and not options.checkpoint.is_dir():
+        raise JetExportError(f"--checkpoint {options.checkpoint}: no such directory.")
+    if options.checkpoint is not None and not (options.checkpoint / "config.json").is_file():
+        raise JetExportError(f"--checkpoint {options.checkpoint}: no config.json there.")
+    config = _config(options, directory)
+    limits, warnings = _limits(options, config)
+    if options.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise JetExportError(f"--fp8: {target['arch']} has no FP8 arithmetic.", "FP8 needs SM 8.9 or newer.")
+    weights = weight_bytes(config, dtype, options.fp8, options.fp8_lm_head)
+    full = weight_bytes(config, dtype, False)
+    memory = engine_memory(config, limits, dtype, kv_dtype, state_dtype, weights)
+    if options.random_weights:
+        source = f"random weights, seed {options.seed}"
+    else:
+        source = f"hub {HUB_ID.get(options.model, options.model)}" if directory is None else str(directory)
+        if options.model == "jet-tiny" and options.checkpoint is None:
+            source = "jet-tiny, in the package"
+    if not options.random_weights and directory is None and not is_hub_id(HUB_ID.get(options.model, options.model)):
+        load_config(options.model)  # says what is known
+    return BuildPlan(
+        options, config, backend, target, dtype, kv_dtype, state_dtype, limits, source, directory,
+        output=options.output or default_output(options),
+        memory=memory,
+        download_bytes=0 if directory or options.random_weights else full,
+        disk_bytes=weights + 20_000_000,
+        build_memory=2 * full + 1_500_000_000,
+        seconds=expected_seconds(config, full, backend.name),
+        warnings=warnings,
+    )  # fmt: skip
+
+
+def expected_seconds(config: JetNemotronConfig, nbytes: int, backend: str) -> float:
+    """Two Inductor compilations or one ONNX export, which grow with the number of layers, and a few passes over the
+    weights."""
+    compiling = 25 + 2.5 * config.num_hidden_layers if backend == "inductor" else 5 + 0.5 * config.num_hidden_layers
+    return compiling + nbytes / 2e8
+
+
+def default_output(options: BuildOptions) -> Path:
+    """bundles/<model>-<precision>-<backend>."""
+    name = Path(options.model).name.removesuffix(".json") or "model"
+    precision = "fp8" if options.fp8 else {"bfloat16": "bf16", "float32": "fp32"}[options.dtype]
+    backend = "inductor" if options.backend == "auto" else options.backend
+    return Path("bundles") / f"{name}-{precision}-{backend}"
+
+
+def _dtypes(options: BuildOptions) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    for flag, value, known in (
+        ("--dtype", options.dtype, ("bfloat16", "float32")),
+        ("--kv-cache-dtype", options.kv_cache_dtype, ("auto", "bfloat16", "float32", "fp8")),
+        ("--state-dtype", options.state_dtype, ("float32", "bfloat16")),
+    ):
+        if value not in known:
+            raise JetExportError(f"{flag} {value}: not known.", f"Known: {', '.join(known)}.")
+    if options.fp8 and options.dtype != "bfloat16":
+        raise JetExportError("--fp8 works on a bfloat16 model.", "Leave --dtype out.")
+    kv = options.dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    if kv not in ("fp8", options.dtype):
+        raise JetExportError(f"--kv-cache-dtype {kv}: the cache holds the model dtype ({options.dtype}) or fp8.")
+    return torch_dtype(options.dtype), torch_dtype(kv), torch_dtype(options.state_dtype)
+
+
+def _config(options: BuildOptions, directory: Path | None) -> JetNemotronConfig:
+    if directory is not None and not (options.random_weights and options.model in PRESETS):
+        return JetNemotronConfig.from_json_file(directory / "config.json")
+    try:
+        return load_config(options.model)
+    except JetExportError:
+        hub_id = HUB_ID.get(options.model, options.model)
+        if not is_hub_id(hub_id) or options.random_weights:
+            raise
+        return JetNemotronConfig.from_json_file(resolve_checkpoint(hub_id) / "config.json")
+
+
+def _limits(options: BuildOptions, config: JetNemotronConfig) -> tuple[Limits, list[str]]:
+    trained = config.max_position_embeddings
+    seq = min(trained, DEFAULT_MAX_SEQ_LEN) if options.max_seq_len is None else options.max_seq_len
+    chunk = min(DEFAULT_PREFILL_CHUNK if options.prefill_chunk is None else options.prefill_chunk, seq)
+    for flag, value in (
+        ("--max-batch-size", options.max_batch_size),
+        ("--max-seq-len", seq),
+        ("--prefill-chunk", chunk),
+    ):
+        if value < 1:
+            raise JetExportError(f"{flag} {value}: must be at least 1.")
+    warnings = []
+    if seq > trained:
+        warnings.append(f"max_seq_len {seq} exceeds the {trained} positions that the model was trained for.")
+    return Limits(options.max_batch_size, seq, chunk), warnings
