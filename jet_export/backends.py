@@ -15,7 +15,7 @@ SEEN_RUNNING: dict[str, dict[str, str]] = {
         "sm_90": "benchmarks/results/end-to-end-h200.json",
     },
 }
-KNOWN = ("inductor",)
+KNOWN = ("inductor", "onnx")  # onnx: the graph, an exchange format; its engine here is an evaluator, for checks
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class BackendChoice:
 def choose_backend(requested: str, arch: str) -> BackendChoice:
     """`auto` or a name -> the engine kind for `arch` ("sm_90", "x86_64"), and why."""
     if requested == "auto":
-        for name in KNOWN:
-            if arch in SEEN_RUNNING[name]:
-                return BackendChoice(name, f"auto: runs on {arch} (shown by {SEEN_RUNNING[name][arch]})")
+        for name, seen in SEEN_RUNNING.items():
+            if arch in seen:
+                return BackendChoice(name, f"auto: runs on {arch} (shown by {seen[arch]})")
         raise JetExportError(
             f"--backend auto: no engine kind has a committed result on {arch}.",
             f"Choose one by name and verify it: --backend {KNOWN[0]}, then jet-export verify.",

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence, state_specs
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.model.mode import graph_mode
 
 MODES = ("prefill", "decode")
 MAX_ROWS = 2**20  # upper bound of pool rows and table widths in the exported ranges
@@ -112,7 +113,7 @@ def export_graph(
     args = example_inputs(model, kv_dtype, state_dtype, mode)
     shapes = dynamic_shapes(model, max_tokens, max_batch, mode)
     graph = EngineGraph(model, decode=mode == "decode").eval()
-    with torch.no_grad(), quiet_inductor():
+    with torch.no_grad(), quiet_inductor(), graph_mode("inductor"):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 
 

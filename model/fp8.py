@@ -16,6 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from jet_export.model.mode import onnx_mode
+from jet_export.model.onnx_nodes import fp8_linear_node
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 ALIGNMENT = 16  # FP8 tensor cores take K and N in multiples of this
@@ -83,6 +86,8 @@ class Fp8Linear(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
+        if onnx_mode():
+            return fp8_linear_node(x, self.weight, self.weight_scale, self.input_scale, self.bias)
         q = quantize(x, self.input_scale)
         if x.device.type == "cpu":
             y = torch.mm(q.float(), widen(self.weight).t()) * (self.input_scale * self.weight_scale)

@@ -21,6 +21,8 @@ from jet_export.kernels import attention as _attention  # noqa: F401  registers 
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.mode import onnx_mode
+from jet_export.model.onnx_nodes import attention_node, jet_block_node
 
 
 class RMSNorm(nn.Module):
@@ -67,11 +69,12 @@ class JetBlock(nn.Module):
         qkuz = self.in_proj(x)  # [T, 2HK + 2D + R]
         kappa = self.w2(F.silu(qkuz[:, -self.generator_dim :]))  # [T, D * W]
         conv_state, recurrent_state = state
-        o = torch.ops.jet.jet_block(
+        args = (
             qkuz, self.ba_proj(x), kappa, self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
             batch.cu_seqlens, batch.slots, batch.context_lens,
-            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, decode,
+            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps,
         )  # fmt: skip
+        o = jet_block_node(*args) if onnx_mode() else torch.ops.jet.jet_block(*args, decode)
         return self.o_proj(o)
 
 
@@ -91,11 +94,12 @@ class Attention(nn.Module):
         self, x: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool
     ) -> Tensor:
         (kv_cache,) = state
-        o = torch.ops.jet.attention(
+        args = (
             self.qkv_proj(x), cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
             batch.cu_seqlens, batch.slots, batch.context_lens,
-            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale, decode,
+            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale,
         )  # fmt: skip
+        o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args, decode)
         return self.o_proj(o)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from eager_bundle import mini_config
 from faults import FAULTS, FaultyEngine, SplitProducts, StateNotCarried, k_scale_off, keys_scaled, other_rounding
+from fp8_models import to_fp8
 from safetensors.torch import save_file
-from torch import nn
 from typer.testing import CliRunner
 
 from jet_export import verify
@@ -18,7 +18,7 @@ from jet_export.errors import JetExportError
 from jet_export.model.fp8 import FP8, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.parity import measure, reference_engine
-from jet_export.quantize import PROJECTIONS, calibrate_kv_scales
+from jet_export.quantize import calibrate_kv_scales
 from jet_export.runtime.engine import EagerEngine, load_eager
 from jet_export.trial import Layout, Trial, chunk_sizes, random_prompts, scenarios
 from jet_export.verify import Verification, verify_engines
@@ -29,21 +29,6 @@ LIMITS = Limits(max_batch_size=4, max_seq_len=1024, prefill_chunk=512)
 def failures(engine, eager, seed: int = 0) -> list[str]:
     """Of the first stage that has any: enough for a fault, and all stages where there is none."""
     return next((s.failures for s in verify_engines(engine, eager, seed=seed) if s.failures), [])
-
-
-@torch.no_grad()
-def to_fp8(model: JetNemotronForCausalLM, ids: torch.Tensor) -> None:
-    """Fp8Linear everywhere, with the largest magnitudes seen on `ids` as scales (no modelopt, which takes seconds)."""
-    amax: dict[nn.Module, float] = {}
-    paths = [p for p, m in model.named_modules() if p.rsplit(".", 1)[-1] in PROJECTIONS]
-    modules = [model.get_submodule(p) for p in paths]
-    hooks = [m.register_forward_pre_hook(lambda m, x: amax.update({m: x[0].abs().amax().item()})) for m in modules]
-    model(ids)
-    for path, linear, hook in zip(paths, modules, hooks, strict=True):
-        hook.remove()
-        assert isinstance(linear, nn.Linear)
-        weight_scale = linear.weight.abs().amax().item() / 448
-        model.set_submodule(path, Fp8Linear.from_linear(linear, weight_scale, amax[linear] / 448))
 
 
 @pytest.fixture(scope="module", params=["bf16", "fp8"])

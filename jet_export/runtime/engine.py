@@ -127,7 +127,7 @@ def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Mani
     if backend == "onnx":
         from jet_export.onnx_engine import OnnxEngine
 
-        return OnnxEngine(directory, manifest, load_weights(directory, manifest)), manifest
+        return OnnxEngine.open(directory, manifest, load_weights(directory, manifest)), manifest
     if backend != "inductor":
         raise JetExportError(f"{directory}: backend {backend!r} is not known to this jet-export.")
     return InductorEngine(directory, manifest, load_weights(directory, manifest)), manifest

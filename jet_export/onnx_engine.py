@@ -1,0 +1,123 @@
+"""An ONNX bundle behind the engine interface, and its graph beside the model with every value forced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jet_export.bundle import Limits, Manifest, torch_dtype
+from jet_export.model.cache import PackedBatch, StateSpec
+from jet_export.model.config import JetNemotronConfig
+from jet_export.onnx_eval import Handler, OnnxModel
+from jet_export.onnx_export import GRAPH, INPUTS
+from jet_export.runtime.engine import EagerEngine, Engine, manifest_specs
+
+
+class OnnxEngine(Engine):
+    """One graph for prefill and decode, evaluated node by node: exact and slow."""
+
+    def __init__(
+        self, graph: OnnxModel, config: JetNemotronConfig, limits: Limits, specs: list[StateSpec],
+        dtype: torch.dtype, device: torch.device, weights: dict[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.config, self.limits, self.specs = graph, config, limits, specs
+        self.dtype, self.device = dtype, device
+        self.weights = weights  # for the eager model that `verify` compares with; the graph reads its own
+
+    @classmethod
+    def open(
+        cls, directory: Path, m: Manifest, weights: dict[str, Tensor], handlers: Mapping[str, Handler] | None = None
+    ) -> OnnxEngine:
+        """A bundle's. `handlers`: see OnnxModel.load."""
+        graph = OnnxModel.load(directory / GRAPH, m.device, handlers)
+        return cls(graph, m.config, m.limits, manifest_specs(m), torch_dtype(m.dtype), m.device, weights)
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
+        names = [s.name for s in self.specs]
+        out = self.graph.run(feeds(names, input_ids, batch, logit_indices, states))
+        for name, state in zip(names, states, strict=True):
+            state.copy_(out[f"{name}_out"])
+        return out["logits"]
+
+    def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        rows = torch.arange(input_ids.shape[0], dtype=torch.int32, device=input_ids.device)
+        return self.prefill(input_ids, batch, rows, states)
+
+
+def feeds(
+    names: list[str], input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]
+) -> dict[str, Tensor]:
+    """The graph's inputs by name; `names` are the states'."""
+    return dict(zip((*INPUTS, *names), (input_ids, *batch, logit_indices, *states), strict=True))
+
+
+class ValueMatch(NamedTuple):
+    """How far one value of the graph is from the model's own. Norms relative to the model's."""
+
+    name: str
+    relative: float
+    max_abs: float
+
+
+@torch.inference_mode()
+def teacher_forced(
+    graph: OnnxModel,
+    eager: EagerEngine,
+    input_ids: Tensor,
+    batch: PackedBatch,
+    logit_indices: Tensor,
+    states: list[Tensor],
+) -> list[ValueMatch]:
+    """Evaluate the graph with every value that the model has too replaced by the model's own as soon as it is compared.
+
+    No error reaches another comparison: between two of them lies a handful of nodes. `states` stay unchanged.
+    """
+    names = [s.name for s in eager.specs]
+    expected = model_values(graph, eager, input_ids, batch, logit_indices, states)
+    out: list[ValueMatch] = []
+
+    def observe(name: str, value: Tensor) -> Tensor:
+        if name not in expected:
+            return value
+        want = expected[name]
+        a, b = value.double(), want.double()
+        error = (a - b).norm() / b.norm().clamp(min=1e-30)
+        out.append(ValueMatch(name, error.item(), (a - b).abs().max().item()))
+        return want
+
+    graph.run(feeds(names, input_ids, batch, logit_indices, states), observe)
+    return out
+
+
+def model_values(
+    graph: OnnxModel,
+    eager: EagerEngine,
+    input_ids: Tensor,
+    batch: PackedBatch,
+    logit_indices: Tensor,
+    states: list[Tensor],
+) -> dict[str, Tensor]:
+    """The model's own values under the graph's names: outputs of modules, `<path>.input`, logits, states after."""
+    made = {name for node in graph.nodes for name in node.outputs}
+    values: dict[str, Tensor] = {}
+    hooks = []
+    for path, module in eager.model.named_modules():
+        if path in made:
+            hooks.append(module.register_forward_hook(lambda m, x, y, path=path: values.update({path: y})))
+        if f"{path}.input" in made:
+            hooks.append(module.register_forward_pre_hook(lambda m, x, p=path: values.update({f"{p}.input": x[0]})))
+    after = [s.clone() for s in states]
+    try:
+        decode = input_ids.shape[0] == batch.slots.shape[0]
+        out = eager.model.forward_packed(input_ids, batch, after, logit_indices, decode)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    values["logits"] = out.logits
+    values.update({f"{s.name}_out": state for s, state in zip(eager.specs, after, strict=True)})
+    return values

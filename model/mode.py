@@ -1,0 +1,39 @@
+"""For which engine the model is being traced: one switch, consulted in JetBlock, Attention and Fp8Linear only.
+
+eager, inductor   the ops of `jet_export.kernels`, which update the states in place
+onnx              nodes of an ONNX graph, states in and states out (onnx_nodes.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import Tensor
+
+Mode = Literal["eager", "inductor", "onnx"]
+_mode: Mode = "eager"
+_states_out: list[Tensor] = []
+
+
+@contextmanager
+def graph_mode(mode: Mode) -> Iterator[list[Tensor]]:
+    """Trace for `mode` inside the block. Yields the list that onnx nodes append their states to, in the order of
+    cache.state_specs. One thread at a time."""
+    global _mode, _states_out
+    before = _mode, _states_out
+    _mode, _states_out = mode, []
+    try:
+        yield _states_out
+    finally:
+        _mode, _states_out = before
+
+
+def onnx_mode() -> bool:
+    return _mode == "onnx"
+
+
+def keep_states(*states: Tensor) -> None:
+    """Called by a node, layer by layer: these are its states after the step."""
+    _states_out.extend(states)

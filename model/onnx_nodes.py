@@ -1,0 +1,79 @@
+"""What JetBlock, Attention and Fp8Linear are in an ONNX graph. Symbolic: traced by torch.onnx, never computed here.
+
+    jet::JetBlock     jet_block without `decode` (T == N says it), states in and states out
+    jet::Attention    attention likewise
+    Fp8Linear         y = cast(DQ(Q(x)) @ DQ(weight)^T + bias) with FP8 weights as initializers; Q and DQ are ONNX's
+                      QuantizeLinear and DequantizeLinear, per tensor, in fp32
+
+QuantizeLinear divides by the scale, rounds to nearest even and saturates at 448, as fp8.quantize does. The products are
+those of Fp8Linear with each scale multiplied before the sum instead of after it: the same up to fp32 rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jet_export.model.mode import keep_states
+
+DOMAIN, VERSION = "jet", 1
+
+
+def jet_block_node(
+    qkuz: Tensor, ba: Tensor, kappa: Tensor, A_log: Tensor, dt_bias: Tensor, w_o: Tensor,
+    conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
+    num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float,
+) -> Tensor:  # fmt: skip
+    """[T, D]; arguments as jet_block's. The states after the step go to the graph's outputs."""
+    inputs = [qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens]
+    attrs: dict[str, Any] = {
+        "num_heads": num_heads,
+        "head_k_dim": head_k_dim,
+        "head_v_dim": head_v_dim,
+        "norm_eps": norm_eps,
+    }
+    o, *states = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::JetBlock", inputs, attrs,
+        dtypes=[qkuz.dtype, conv_state.dtype, recurrent_state.dtype],
+        shapes=[(qkuz.shape[0], num_heads * head_v_dim), conv_state.shape, recurrent_state.shape],
+        version=VERSION,
+    )  # fmt: skip
+    keep_states(*states)
+    return o
+
+
+def attention_node(
+    qkv: Tensor, cos_sin: Tensor, kv_cache: Tensor, block_table: Tensor,
+    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
+    num_heads: int, num_kv_heads: int, head_dim: int, window: int, k_scale: float, v_scale: float,
+) -> Tensor:  # fmt: skip
+    """[T, Hq * Dh]; arguments as attention's. The cache after the step goes to the graph's outputs."""
+    attrs: dict[str, Any] = {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "window": window,
+        "k_scale": k_scale, "v_scale": v_scale,
+    }  # fmt: skip
+    o, cache = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::Attention", [qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens], attrs,
+        dtypes=[qkv.dtype, kv_cache.dtype],
+        shapes=[(qkv.shape[0], num_heads * head_dim), kv_cache.shape],
+        version=VERSION,
+    )  # fmt: skip
+    keep_states(cache)
+    return o
+
+
+def fp8_linear_node(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """[T, N] in x.dtype; arguments as Fp8Linear's. The exporter makes the scales scalars and adds the zero points."""
+    codes = torch.onnx.ops.symbolic(
+        "QuantizeLinear", [x.float(), input_scale], dtype=torch.float8_e4m3fn, shape=x.shape
+    )
+    y = torch.mm(_dequantize(codes, input_scale), _dequantize(weight, weight_scale).t())
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic("DequantizeLinear", [codes, scale], dtype=torch.float32, shape=codes.shape)
