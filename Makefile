@@ -23,10 +23,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# mypy wants the packages where they are imported from, so kernels/ and model/ are linked under jet_export/.
+# mypy wants the packages where they are imported from, so kernels/, model/ and plugins/ are linked under jet_export/.
 types: $(READY)
 	rm -rf build/types && mkdir -p build/types/jet_export
-	ln -s $(CURDIR)/jet_export/* $(CURDIR)/kernels $(CURDIR)/model build/types/jet_export/
+	ln -s $(CURDIR)/jet_export/* $(CURDIR)/kernels $(CURDIR)/model $(CURDIR)/plugins build/types/jet_export/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p jet_export
 
 lint: $(READY) types

@@ -1,0 +1,67 @@
+// The CUDA driver, found with dlopen at the first enqueue: the library links neither libcuda nor libcudart, so that it
+// loads, and an engine builds, on a machine without a GPU.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cuda.h>
+
+namespace jet {
+
+constexpr int kMaxDevices = 64;
+constexpr int kMaxSms = 256;  // what workspace is declared for: an engine may be built on another machine
+
+// One kernel compiled for one SM.
+struct Image {
+    int sm, shared, threads, clusters;
+    unsigned char const* cubin;
+    size_t size;
+};
+
+struct Kernel {
+    char const* name;
+    Image const* images;
+    int num_images;
+    int num_arguments;  // without Triton's two trailing scratch pointers
+};
+
+struct Loaded {
+    CUkernel handle;
+    Image const* image;
+};
+
+// What is loaded of one kernel, by device; written once, under a lock.
+struct KernelCache {
+    std::atomic<Loaded const*> loaded[kMaxDevices];
+};
+
+struct Driver {
+    decltype(&::cuGetErrorName) getErrorName;
+    decltype(&::cuGetErrorString) getErrorString;
+    decltype(&::cuCtxGetDevice) ctxGetDevice;
+    decltype(&::cuDeviceGetAttribute) deviceGetAttribute;
+    decltype(&::cuLibraryLoadData) libraryLoadData;
+    decltype(&::cuLibraryGetKernel) libraryGetKernel;
+    decltype(&::cuKernelSetAttribute) kernelSetAttribute;
+    decltype(&::cuLaunchKernelEx) launchKernelEx;
+    decltype(&::cuMemcpyDtoDAsync) memcpyDtoDAsync;
+};
+
+struct Device {
+    int id, sm, sms;  // sm: 90 is 9.0; sms: multiprocessors, at most kMaxSms
+};
+
+// Text of a failure, written without allocating.
+struct Error {
+    char text[768] = "";
+    bool failed() const { return text[0] != 0; }
+    void set(char const* format, ...) __attribute__((format(printf, 2, 3)));
+};
+
+Driver const* driver(Error& error);              // null, and the error set, where there is none
+bool current_device(Device& device, Error& error);  // of the calling thread's context
+Loaded const* load(Kernel const& kernel, KernelCache& cache, Device const& device, Error& error);
+bool check(CUresult result, char const* call, char const* what, Error& error);
+
+}  // namespace jet

@@ -1,0 +1,7 @@
+#include "table.h"
+
+#include <algorithm>
+
+namespace jet {
+#include "kernels.inc"
+}

@@ -1,0 +1,120 @@
+// What JetBlock and Attention share: an IPluginV3 over a table of cases. A node states its tensors, its attributes and
+// which case serves given shapes; everything TensorRT asks follows from that.
+#pragma once
+
+#include "table.h"
+
+#include <new>
+
+namespace jet {
+
+using namespace nvinfer1;
+
+enum class Kind { kMODEL, kSTATE, kFLOAT, kINT };  // model dtype, state dtype, fp32, int32
+
+struct TensorSpec {
+    char const* name;
+    int rank;
+    Kind kind;
+};
+
+struct Attribute {
+    char const* name;
+    bool is_float;
+    double minimum;
+};
+
+constexpr int kMaxTensors = 16;
+constexpr int kMaxAttributes = 8;
+constexpr int kFormat = 1;  // of the serialised fields
+
+struct NodeSpec {
+    char const* name;
+    TensorSpec tensors[kMaxTensors];  // inputs, then outputs
+    int num_inputs, num_outputs;
+    int state_inputs[2];  // which input outputs 1 and 2 continue
+    Attribute attributes[kMaxAttributes];
+    int num_attributes;
+};
+
+// The case that serves a node, in the terms of any node.
+struct CaseView {
+    DataType dtype, state_dtype;
+    Form prefill, decode;
+};
+
+class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
+  public:
+    Plugin(NodeSpec const& spec, double const* values);
+    Plugin(Plugin const& other) = default;
+
+    bool supported(Error& error) const;  // some case has these attributes
+
+    // IPluginV3
+    IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override;
+    // core
+    AsciiChar const* getPluginName() const noexcept override { return spec_.name; }
+    AsciiChar const* getPluginVersion() const noexcept override { return "1"; }
+    AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
+    // build
+    int32_t configurePlugin(
+        DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const* out, int32_t) noexcept override;
+    int32_t getOutputDataTypes(DataType* types, int32_t, DataType const* inputs, int32_t) const noexcept override;
+    int32_t getOutputShapes(DimsExprs const* inputs, int32_t, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t,
+        IExprBuilder& builder) noexcept override;
+    bool supportsFormatCombination(
+        int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t, int32_t) noexcept override;
+    int32_t getNbOutputs() const noexcept override { return spec_.num_outputs; }
+    size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*,
+        int32_t) const noexcept override;
+    // runtime
+    int32_t onShapeChange(PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept override;
+    int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const* out, void const* const* inputs,
+        void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
+    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
+    PluginFieldCollection const* getFieldsToSerialize() noexcept override;
+
+  protected:
+    int value(int attribute) const { return int(values_[attribute]); }
+    double real(int attribute) const { return values_[attribute]; }
+
+    virtual int num_cases() const = 0;
+    virtual bool has_attributes(int i) const = 0;  // case i is of this node's attributes
+    virtual CaseView view(int i) const = 0;
+    virtual int64_t output_columns() const = 0;
+    virtual int64_t least_columns(int i) const = 0;  // of qkuz, where its width is free
+    virtual void attributes(Plan& plan) const = 0;
+    virtual int64_t expected(int i, int input, int axis) const = 0;  // size, or -1 - symbol for one of Symbol
+    virtual void describe(int i, char* text, size_t size) const = 0;
+
+    enum Symbol { kT, kN, kN1, kCOLUMNS, kM, kP, kS, kSYMBOLS };
+    static constexpr int64_t any(Symbol s) { return -1 - int64_t(s); }
+
+  private:
+    // The case for these inputs, or -1 and why not; fills the plan's sizes.
+    int bind(Dims const* dims, DataType const* types, Plan& plan, Error& error) const;
+    bool fits(int i, Dims const* dims, Plan& plan, Error& error) const;
+    DataType type_of(int i, int tensor) const;
+    int32_t fail(Error const& error) const;
+
+    NodeSpec const& spec_;
+    double values_[kMaxAttributes];
+    // storage behind getFieldsToSerialize
+    int32_t ints_[kMaxAttributes];
+    int32_t format_ = kFormat;
+    PluginField fields_[kMaxAttributes + 2];
+    PluginFieldCollection collection_;
+};
+
+void log(ILogger::Severity severity, char const* text);
+void set_logger(ILoggerFinder* finder);
+
+// Reads and checks a creator's fields; false and a logged message when one is wrong, missing or unknown.
+bool read_fields(NodeSpec const& spec, PluginFieldCollection const* fields, TensorRTPhase phase, double* values,
+    Error& error);
+
+extern NodeSpec const jet_block_spec, attention_spec;
+Plugin* make_jet_block(double const* values);
+Plugin* make_attention(double const* values);
+
+}  // namespace jet

@@ -1,0 +1,68 @@
+"""Plugin libraries of small models, the harness and the fake driver, each built once a session."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import plugin_harness
+import pytest
+import triton
+from plugin_nodes import JET_TINY
+
+from jet_export.errors import JetExportError
+from jet_export.model.config import JetNemotronConfig
+from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase, model_cases
+from jet_export.plugins.headers import fetch_headers, find_headers
+from jet_export.plugins.library import NAME, build_library
+
+MINI: list[Case] = [
+    JetBlockCase(2, 32, 48, 4, "bfloat16", "bfloat16"),
+    AttentionCase(4, 2, 32, 16, 40, "bfloat16", "float8_e4m3fn"),
+]
+
+
+@dataclass
+class Built:
+    folder: Path
+    library: Path
+    harness: Path
+    fake: Path
+    cases: list[Case]
+    sms: list[int]
+
+
+@pytest.fixture(scope="session")
+def headers() -> Path:
+    """TensorRT's headers; fetched where none are, as CI does."""
+    try:
+        return find_headers()
+    except JetExportError:
+        try:
+            return fetch_headers()
+        except JetExportError as e:
+            pytest.skip(f"no TensorRT headers, and none to be had: {e}")
+
+
+@pytest.fixture(scope="session")
+def tools(headers, tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("harness")
+    cuda = Path(triton.__file__).parent / "backends/nvidia/include"
+    harness = plugin_harness.compile_shared("harness.cpp", folder / "libharness.so", [headers, cuda])
+    soname = "-Wl,-soname,libcuda.so.1"
+    return harness, plugin_harness.compile_shared("fake_cuda.cpp", folder / "libfake.so", [cuda], soname)
+
+
+def build(headers: Path, tools: tuple[Path, Path], cases: list[Case], sms: list[int]) -> Built:
+    folder = build_library(cases, sms, headers)
+    return Built(folder, folder / NAME, *tools, cases, sms)
+
+
+@pytest.fixture(scope="session")
+def tiny(headers, tools) -> Built:
+    """jet-tiny, bf16, SM 9.0."""
+    return build(headers, tools, model_cases(JetNemotronConfig.from_json_file(JET_TINY)), [90])
+
+
+@pytest.fixture(scope="session")
+def mini(headers, tools) -> Built:
+    """Odd sizes, bf16 state, FP8 cache, a window; two SMs."""
+    return build(headers, tools, MINI, [89, 90])

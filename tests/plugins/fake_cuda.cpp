@@ -1,0 +1,102 @@
+// A libcuda.so.1 for tests: records launches and copies, executes nothing.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <cuda.h>
+#include <map>
+#include <string>
+#include <vector>
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace {
+struct Launch {
+    std::string name;
+    unsigned grid[3], block[3], shared;
+    std::vector<uint64_t> args;
+    uint64_t stream, image;  // image: a hash of the cubin
+};
+struct KernelInfo {
+    std::string name;
+    void const* image;
+    int max_shared = 48 * 1024;
+};
+std::vector<Launch> launches;
+std::map<std::string, std::vector<int>> sizes;  // bytes of a kernel's parameters
+int major_ = 9, minor_ = 0, sms_ = 132, loads_ = 0;
+std::string failing;  // the call that fails
+
+// FNV-1a of what lies before the ELF's section table.
+uint64_t hash(void const* image) {
+    auto const* bytes = static_cast<unsigned char const*>(image);
+    uint64_t end, h = 14695981039346656037ull;
+    std::memcpy(&end, bytes + 40, 8);
+    for (uint64_t i = 0; i < end; ++i) h = (h ^ bytes[i]) * 1099511628211ull;
+    return h;
+}
+
+CUresult result(char const* call) { return failing == call ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
+}  // namespace
+
+API void fake_device(int major, int minor, int sms) { major_ = major, minor_ = minor, sms_ = sms; }
+API void fake_fail(char const* call) { failing = call; }
+API void fake_parameters(char const* name, int const* bytes, int count) { sizes[name].assign(bytes, bytes + count); }
+API int fake_count() { return int(launches.size()); }
+API int fake_loads() { return loads_; }
+API void fake_clear() { launches.clear(); }
+// numbers: grid, block, shared, stream, hash of the cubin, arguments; returns how many
+API int fake_launch(int i, char* name, uint64_t* numbers) {
+    Launch const& l = launches[size_t(i)];
+    std::strcpy(name, l.name.c_str());
+    for (int k = 0; k < 3; ++k) numbers[k] = l.grid[k], numbers[3 + k] = l.block[k];
+    numbers[6] = l.shared;
+    numbers[7] = l.stream;
+    numbers[8] = l.image;
+    for (size_t k = 0; k < l.args.size(); ++k) numbers[9 + k] = l.args[k];
+    return int(9 + l.args.size());
+}
+
+API CUresult cuGetErrorName(CUresult, char const** text) { return *text = "CUDA_ERROR_INVALID_VALUE", CUDA_SUCCESS; }
+API CUresult cuGetErrorString(CUresult, char const** text) { return *text = "invalid argument", CUDA_SUCCESS; }
+API CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, result("cuCtxGetDevice"); }
+API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
+    *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? major_
+        : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR    ? minor_
+                                                                       : sms_;
+    return result("cuDeviceGetAttribute");
+}
+API CUresult cuLibraryLoadData(CUlibrary* library, void const* code, CUjit_option*, void**, unsigned,
+    CUlibraryOption*, void**, unsigned) {
+    ++loads_;
+    if (std::memcmp(code, "\x7f" "ELF", 4)) return CUDA_ERROR_INVALID_IMAGE;
+    *library = reinterpret_cast<CUlibrary>(const_cast<void*>(code));
+    return result("cuLibraryLoadData");
+}
+API CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, char const* name) {
+    if (!sizes.count(name)) return CUDA_ERROR_NOT_FOUND;
+    *kernel = reinterpret_cast<CUkernel>(new KernelInfo{name, library});
+    return result("cuLibraryGetKernel");
+}
+API CUresult cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel kernel, CUdevice) {
+    if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
+        reinterpret_cast<KernelInfo*>(kernel)->max_shared = value;
+    return result("cuKernelSetAttribute");
+}
+API CUresult cuLaunchKernelEx(CUlaunchConfig const* c, CUfunction function, void** params, void** extra) {
+    auto* kernel = reinterpret_cast<KernelInfo*>(function);
+    if (extra || int(c->sharedMemBytes) > kernel->max_shared) return CUDA_ERROR_INVALID_VALUE;
+    Launch l{kernel->name, {c->gridDimX, c->gridDimY, c->gridDimZ}, {c->blockDimX, c->blockDimY, c->blockDimZ},
+        c->sharedMemBytes, {}, reinterpret_cast<uint64_t>(c->hStream), hash(kernel->image)};
+    for (size_t i = 0; i < sizes[kernel->name].size(); ++i) {
+        uint64_t bits = 0;
+        std::memcpy(&bits, params[i], size_t(sizes[kernel->name][i]));
+        l.args.push_back(bits);
+    }
+    if (failing != "cuLaunchKernelEx") launches.push_back(l);
+    return result("cuLaunchKernelEx");
+}
+#undef cuMemcpyDtoDAsync
+API CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    launches.push_back({"memcpy", {0, 0, 0}, {0, 0, 0}, 0, {to, from, bytes}, reinterpret_cast<uint64_t>(stream), 0});
+    return result("cuMemcpyDtoDAsync");
+}
