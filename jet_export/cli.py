@@ -123,6 +123,27 @@ def inspect(
         inspect_model(model, batch or 1, context, fp8, kv_cache_dtype, state_dtype, prefill_chunk)
 
 
+@app.command(epilog="Example: jet-export serve bundles/jet-tiny-fp8-inductor --openai --port 8000")
+def serve(
+    bundle: Bundle,
+    openai: Annotated[bool, typer.Option("--openai", help="The OpenAI-compatible HTTP endpoint.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no authentication.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+    slots: Annotated[int | None, typer.Option(help="Sequences at once; default the bundle's max_batch_size.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="KV room of all sequences; default the most they need.")] = None,
+    token_budget: Annotated[int | None, typer.Option(help="Tokens a step; default 512 on a CPU, else 2048.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 429.")] = 256,
+    wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue; then 503.")] = 60.0,
+) -> None:
+    """Answer many users at once over HTTP, until SIGTERM or Ctrl-C."""
+    if not openai:
+        raise JetExportError("serve: which interface?", "Give --openai.")
+    from jet_export.runtime.batching import Serving
+    from jet_export.server.serve import serve as run_server
+
+    run_server(bundle, host, port, Serving(slots, kv_tokens, token_budget, max_waiting, wait_timeout), typer.echo)
+
+
 def main() -> None:
     """Console entry point. Bad input: one message on standard error, exit status 2."""
     try:

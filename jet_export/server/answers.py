@@ -1,0 +1,139 @@
+"""Answers in the form of OpenAI's API: whole ones and the chunks of a stream, for completions and for chat."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+from jet_export.runtime.params import Output
+from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
+
+
+class Answer(ABC):
+    """Collects the outputs of one HTTP request, prompt by prompt."""
+
+    prefix: str
+    whole: str  # "object" of a whole answer
+    part: str  # and of a chunk
+
+    def __init__(self, model: str, tokenizer: Tokenizer | ByteTokenizer, prompts: list[list[int]]) -> None:
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.outputs: list[list[Output]] = [[] for _ in prompts]
+
+    @abstractmethod
+    def choice(self, index: int, text: str, outputs: list[Output], reason: str | None) -> dict[str, Any]:
+        """One choice of a whole answer."""
+
+    @abstractmethod
+    def delta(self, index: int, output: Output) -> dict[str, Any]:
+        """One choice of a chunk."""
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Choices that a stream begins with."""
+        return []
+
+    def add(self, index: int, output: Output) -> None:
+        self.outputs[index].append(output)
+
+    def result(self) -> dict[str, Any]:
+        choices = [
+            self.choice(i, "".join(o.text for o in outputs), outputs, outputs[-1].finish_reason)
+            for i, outputs in enumerate(self.outputs)
+        ]
+        return {**self._head(self.whole), "choices": choices, "usage": self.usage()}
+
+    def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head(self.part), "choices": [choice]}
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return {**self._head(self.part), "choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        prompt = sum(len(p) for p in self.prompts)
+        made = sum(o.token is not None for outputs in self.outputs for o in outputs)
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+    def token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+class CompletionAnswer(Answer):
+    """`echo[i]`: what stands before the text of prompt i."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self, model: str, tokenizer: Tokenizer | ByteTokenizer, prompts: list[list[int]], echo: list[str] | None
+    ) -> None:
+        super().__init__(model, tokenizer, prompts)
+        self.echo = echo
+        self.offsets = [0] * len(prompts)  # characters given out, a stream's
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [_completion_choice(i, text, None, None) for i, text in enumerate(self.echo or [])]
+
+    def choice(self, index: int, text: str, outputs: list[Output], reason: str | None) -> dict[str, Any]:
+        before = self.echo[index] if self.echo else ""
+        return _completion_choice(index, before + text, self._logprobs(outputs, 0), reason)
+
+    def delta(self, index: int, output: Output) -> dict[str, Any]:
+        logprobs = self._logprobs([output], self.offsets[index])
+        if output.token is not None:
+            self.offsets[index] += len(self.token_text(output.token))
+        return _completion_choice(index, output.text, logprobs, output.finish_reason)
+
+    def _logprobs(self, outputs: list[Output], offset: int) -> dict[str, Any] | None:
+        """text_offset counts the characters of the tokens before, the prompt left out."""
+        scored = [(self.token_text(o.token), o.logprob) for o in outputs if o.token is not None and o.logprob]
+        if not scored:
+            return None
+        offsets = []
+        for text, _ in scored:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": [text for text, _ in scored],
+            "token_logprobs": [p.chosen for _, p in scored],
+            "top_logprobs": [{self.token_text(t): v for t, v in reversed(p.top)} for _, p in scored],
+            "text_offset": offsets,
+        }
+
+
+def _completion_choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+class ChatAnswer(Answer):
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]
+
+    def choice(self, index: int, text: str, outputs: list[Output], reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._logprobs(outputs), "finish_reason": reason}
+
+    def delta(self, index: int, output: Output) -> dict[str, Any]:
+        delta = {"content": output.text} if output.text else {}
+        return {"index": index, "delta": delta, "logprobs": self._logprobs([output]),
+                "finish_reason": output.finish_reason}  # fmt: skip
+
+    def _logprobs(self, outputs: list[Output]) -> dict[str, Any] | None:
+        content = [
+            {**self._scored(o.token, o.logprob.chosen), "top_logprobs": [self._scored(t, v) for t, v in o.logprob.top]}
+            for o in outputs
+            if o.token is not None and o.logprob
+        ]
+        return {"content": content} if content else None
+
+    def _scored(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
