@@ -1,0 +1,23 @@
+"""jet-2b and jet-4b compile for every SM that can hold them, with what shared memory each has."""
+
+import json
+
+import pytest
+
+from jet_export.model.hub import PRESETS
+from jet_export.plugins.cases import model_cases
+from jet_export.plugins.compile_kernels import SHARED
+from jet_export.plugins.library import build_library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, cache_dtype, sms", [("jet-2b", "bfloat16", [80, 86, 90]), ("jet-4b", "float8_e4m3fn", [89, 90, 120])]
+)
+def test_kernels_fit(headers, model, cache_dtype, sms):
+    folder = build_library(model_cases(PRESETS[model](), cache_dtype=cache_dtype), sms, headers)
+    kernels = json.loads((folder / "kernels.json").read_text())
+    images = [(kernel, image) for kernel in kernels for image in kernel["images"]]
+    assert {image["sm"] for _, image in images} == set(sms)
+    assert all(image["shared"] <= SHARED[image["sm"]] for _, image in images)
+    assert not any(image["fewer_stages"] for _, image in images if image["sm"] == 90)  # the launchers' own
