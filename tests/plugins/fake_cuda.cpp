@@ -4,6 +4,7 @@
 #include <cstring>
 #include <cuda.h>
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,7 @@ struct KernelInfo {
     void const* image;
     int max_shared = 48 * 1024;
 };
+std::mutex mutex;  // of launches; sizes are only read once threads run
 std::vector<Launch> launches;
 std::map<std::string, std::vector<int>> sizes;  // bytes of a kernel's parameters
 int major_ = 9, minor_ = 0, sms_ = 132, loads_ = 0;
@@ -92,11 +94,13 @@ API CUresult cuLaunchKernelEx(CUlaunchConfig const* c, CUfunction function, void
         std::memcpy(&bits, params[i], size_t(sizes[kernel->name][i]));
         l.args.push_back(bits);
     }
+    std::lock_guard<std::mutex> lock(mutex);
     if (failing != "cuLaunchKernelEx") launches.push_back(l);
     return result("cuLaunchKernelEx");
 }
 #undef cuMemcpyDtoDAsync
 API CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    std::lock_guard<std::mutex> lock(mutex);
     launches.push_back({"memcpy", {0, 0, 0}, {0, 0, 0}, 0, {to, from, bytes}, reinterpret_cast<uint64_t>(stream), 0});
     return result("cuMemcpyDtoDAsync");
 }

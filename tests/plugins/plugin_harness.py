@@ -3,6 +3,7 @@
 import ctypes
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
@@ -140,13 +141,21 @@ def run_job(path: Path) -> dict:
     harness = Harness(job["harness"], job["library"])
     gpu = FakeGpu(job["fake"], job["kernels"]) if job["fake"] else None
     results = []
+
+    def enqueue(step: dict) -> int:
+        plugin = harness.create(step["node"], step["fields"])
+        args = (step["inputs"], step["addresses"], step["outputs"], step["workspace"], 77)
+        return harness.enqueue(step["node"], plugin, *args)
+
+    if gpu and job.get("threads"):  # ctypes lets them run at once
+        with ThreadPoolExecutor(job["threads"]) as pool:
+            statuses = list(pool.map(enqueue, job["steps"]))
+        return {"statuses": statuses, "launches": gpu.take(), "loads": gpu.c.fake_loads()}
     for step in job["steps"]:
         if gpu:
             gpu.c.fake_device(*step.get("device", [9, 0, 132]))
             gpu.c.fake_fail(step.get("fail", "").encode())
-        plugin = harness.create(step["node"], step["fields"])
-        args = (step["inputs"], step["addresses"], step["outputs"], step["workspace"], 77)
-        status = harness.enqueue(step["node"], plugin, *args)
+        status = enqueue(step)
         results.append({"status": status, "message": harness.messages(), "launches": gpu.take() if gpu else []})
     return {"results": results, "loads": gpu.c.fake_loads() if gpu else 0}
 

@@ -161,11 +161,11 @@ class Expectation:
             assert self.scratch.setdefault(given.data_ptr(), (value, given.nbytes)) == (value, given.nbytes), name
 
 
-def run_steps(built, steps: list[dict], tmp_path: Path) -> dict:
+def run_steps(built, steps: list[dict], tmp_path: Path, threads: int = 0) -> dict:
     kernels = json.loads((built.folder / "kernels.json").read_text())
     job = {"harness": str(built.harness), "library": str(built.library), "fake": str(built.fake), "kernels": kernels}
     path = tmp_path / "job.json"
-    path.write_text(json.dumps(job | {"steps": steps}))
+    path.write_text(json.dumps(job | {"steps": steps, "threads": threads}))
     result = subprocess.run([sys.executable, plugin_harness.__file__, str(path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -192,6 +192,16 @@ def test_launches_are_those_of_the_ops(model, request, tmp_path):
         want.check(got, harness.workspace(node, plugin, want.inputs))
     kernels = json.loads((built.folder / "kernels.json").read_text())
     assert found["loads"] == len(kernels)  # each once, however many plugins
+
+
+def test_threads_share_what_is_loaded(mini, tmp_path):
+    steps = [Expectation(mini, node_of(c), c, T, 3, True).step for c in mini.cases for T in (3, 70)]
+    found = run_steps(mini, steps * 25, tmp_path, threads=8)
+    alone = run_steps(mini, steps, tmp_path)
+    assert set(found["statuses"]) == {0}
+    assert found["loads"] == alone["loads"] == len(json.loads((mini.folder / "kernels.json").read_text()))
+    one = sorted(json.dumps(launch) for result in alone["results"] for launch in result["launches"])
+    assert sorted(json.dumps(launch) for launch in found["launches"]) == sorted(one * 25)
 
 
 @pytest.mark.parametrize("device, sm", [((8, 9, 24), 89), ((9, 0, 78), 90)])
