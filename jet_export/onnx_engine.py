@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,11 @@ from jet_export.model.cache import PackedBatch, StateSpec
 from jet_export.model.config import JetNemotronConfig
 from jet_export.onnx_eval import Handler, OnnxModel
 from jet_export.onnx_export import GRAPH, INPUTS
+from jet_export.parity import StageResult, unit_roundoff
 from jet_export.runtime.engine import EagerEngine, Engine, manifest_specs
+from jet_export.trial import SPARE, Layout, decode_step, prefill_step, random_prompts
+
+FORCED = "every node, forced"
 
 
 class OnnxEngine(Engine):
@@ -62,6 +66,33 @@ class ValueMatch(NamedTuple):
     name: str
     relative: float
     max_abs: float
+
+
+HELD = [7, 0, 9]  # tokens that the sequences of a forced step hold
+
+
+def forced_steps(eager: EagerEngine, seed: int) -> Iterator[tuple[Tensor, PackedBatch, Tensor, list[Tensor]]]:
+    """A ragged prefill and a decode step, with padding rows, from noise: ids, batch, logit_indices, states."""
+    layout = Layout(eager.config, 2 * SPARE, SPARE, seed, eager.device)
+    prompts = random_prompts(eager.config, SPARE, seed)
+    for call in (prefill_step(eager.limits), decode_step()):
+        ids = torch.tensor([t for row, n in zip(call.rows, call.lens, strict=True) for t in prompts[row][:n]])
+        rows = torch.arange(len(ids), dtype=torch.int32, device=eager.device)
+        states = [layout.noise(spec) for spec in eager.specs]
+        yield ids.to(eager.device), layout.batch(call, HELD), rows, states
+
+
+def forced_stage(engine: OnnxEngine, eager: EagerEngine, seed: int) -> StageResult:
+    """`teacher_forced` as a stage of verify: in bf16 the two may round a value apart, in fp32 sum it otherwise."""
+    bound = 1e-5 if eager.dtype == torch.float32 else unit_roundoff(eager.dtype)
+    tokens, failures = 0, []
+    for ids, batch, rows, states in forced_steps(eager, seed):
+        tokens += len(ids)
+        step = "decode" if len(ids) == len(batch.slots) else "prefill"
+        for m in teacher_forced(engine.graph, eager, ids, batch, rows, states):
+            if not m.relative <= bound:
+                failures.append(f"{FORCED}: {step}: {m.name}: relative error {m.relative:.3g}, bound {bound:.3g}")
+    return StageResult(FORCED, tokens, [], failures)
 
 
 @torch.inference_mode()

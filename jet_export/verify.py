@@ -118,6 +118,13 @@ def graph_stage(engine: Engine, prompts: list[list[int]]) -> StageResult:
     return StageResult(name, n * GRAPH_STEPS, [], failures)
 
 
+def onnx_stage(engine: Engine, eager: EagerEngine, seed: int) -> StageResult:
+    from jet_export.onnx_engine import OnnxEngine, forced_stage
+
+    assert isinstance(engine, OnnxEngine)
+    return forced_stage(engine, eager, seed)
+
+
 def verify_bundle(bundle: Path, text: Path | None, seed: int, emit: Callable[[str], None]) -> Verification:
     """Verify a bundle; `emit` is given a line as each stage begins to take time. `text`: held-out UTF-8 text."""
     start = time.monotonic()
@@ -135,7 +142,9 @@ def verify_bundle(bundle: Path, text: Path | None, seed: int, emit: Callable[[st
     for stage in verify_engines(engine, eager, prompts, seed):
         out.stages.append(stage)
         emit(f"  {stage.name}: {'FAILED' if stage.failures else 'ok'} ({time.monotonic() - start:.1f} s)")
-    if engine.device.type == "cuda":
+    if manifest.backend["name"] == "onnx":
+        out.stages.append(onnx_stage(engine, eager, seed))
+    elif engine.device.type == "cuda":
         out.stages.append(graph_stage(engine, prompts))
     if trained:
         emit("  held-out text ...")

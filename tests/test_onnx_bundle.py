@@ -13,11 +13,11 @@ from jet_export.backends import choose_backend
 from jet_export.build import run_build
 from jet_export.bundle import Manifest, check_bundle
 from jet_export.errors import JetExportError
-from jet_export.onnx_engine import OnnxEngine
+from jet_export.onnx_engine import FORCED, OnnxEngine, forced_stage
 from jet_export.plan import BuildOptions, make_plan
 from jet_export.runtime.engine import load_eager, load_engine
 from jet_export.runtime.llm import LLM
-from jet_export.verify import verify_engines
+from jet_export.verify import verify_bundle, verify_engines
 
 
 def make(o: BuildOptions) -> list[str]:
@@ -56,6 +56,19 @@ def test_engine_passes_verify(bundle) -> None:
     assert isinstance(engine, OnnxEngine)
     stages = list(verify_engines(engine, load_eager(bundle, manifest, engine.weights)))
     assert not [f for s in stages for f in s.failures] and len(stages) == 7
+
+
+def test_command_line_verify(bundle) -> None:
+    """With the stage that only ONNX bundles have, which finds a fault at its node."""
+    result = verify_bundle(bundle, None, 0, lambda line: None)
+    assert result.passed and result.stages[-1].name == FORCED and result.stages[-1].tokens == 15
+    engine, manifest = load_engine(bundle)
+    assert isinstance(engine, OnnxEngine)
+    eager = load_eager(bundle, manifest)
+    name = "layers.1.mlp.down_proj.weight"
+    engine.graph.constants[name] = engine.graph.constants[name] * 1.01
+    failures = forced_stage(engine, eager, 0).failures
+    assert [f.split(": ")[1:3] for f in failures] == [[s, "layers.1.mlp.down_proj"] for s in ("prefill", "decode")]
 
 
 def test_verify_notices_a_swapped_state(bundle, monkeypatch) -> None:
