@@ -51,4 +51,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     listener = listen("127.0.0.1", int(sys.argv[1]))
     print(url(listener), flush=True)
-    run(create_app(async_llm(), "mini"), listener)
+    llm = async_llm()
+    run(create_app(llm, "mini"), listener, llm.batching.close, grace=float(sys.argv[2]))

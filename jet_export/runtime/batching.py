@@ -64,11 +64,10 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
 class Sequence:
     """A request, its tokens and whom it reports to."""
 
-    def __init__(
-        self, request: Request, prompt: list[int], params: Params, chooser: Chooser, text: StopText, tell: OnOutput
-    ) -> None:
+    def __init__(self, request: Request, prompt: list[int], params: Params, text: StopText, tell: OnOutput) -> None:
         self.request, self.prompt, self.params = request, prompt, params
-        self.chooser, self.text, self.tell = chooser, text, tell
+        self.text, self.tell = text, tell
+        self.chooser: Chooser  # from the first step on
         self.tokens: list[int] = []
         self.first_at = 0.0  # time of the first token
         self.finish_reason: str | None = None
@@ -118,9 +117,7 @@ class BatchingEngine:
             except QueueFull:
                 self.metrics.requests["refused"] += 1
                 raise
-            chooser = Chooser(params, prompt, vocab, self.engine.device)
-            text = StopText(self.tokenizer, params.stop)
-            sequence = Sequence(request, list(prompt), params, chooser, text, tell)
+            sequence = Sequence(request, list(prompt), params, StopText(self.tokenizer, params.stop), tell)
             self.sequences[request] = sequence
             self.work.notify()
             return sequence
@@ -165,6 +162,9 @@ class BatchingEngine:
             sequence = self.sequences[request]
             if first == 0:
                 self.runner.assign(request.slot, request.pages, request.window_pages)
+                # Made here: only the stepping thread may touch the device, which may be capturing a graph.
+                vocab = self.engine.config.vocab_size
+                sequence.chooser = Chooser(sequence.params, sequence.prompt, vocab, self.engine.device)
             step.prefill_slots.append(request.slot)
             step.prefill_tokens.append(sequence.prompt[first : first + n])
             if first + n == request.prompt_len:
@@ -252,13 +252,17 @@ class BatchingEngine:
         self.thread = threading.Thread(target=self._loop, name="jet-engine", daemon=True)
         self.thread.start()
 
-    def stop(self) -> None:
-        """Cancel what is left, and end the thread."""
+    def close(self) -> None:
+        """Cancel what is left, and take on no more."""
         with self.lock:
             self.stopping = True
             for sequence in list(self.sequences.values()):
                 self.cancel(sequence)
             self.work.notify()
+
+    def stop(self) -> None:
+        """Close, and wait for the thread to end."""
+        self.close()
         if self.thread:
             self.thread.join()
             self.thread = None
@@ -274,7 +278,13 @@ class BatchingEngine:
                     self.work.wait()
                 if self.stopping:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception:
+                log.exception("the engine failed; every request ends with an error")
+                with self.lock:
+                    for sequence in list(self.sequences.values()):
+                        self.cancel(sequence, "error")
 
     def render_metrics(self) -> str:
         with self.lock:

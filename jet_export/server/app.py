@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from jet_export.errors import JetExportError
@@ -108,9 +109,10 @@ class Api:
             return JSONResponse(answer.result())
         try:  # what is refused, or waits in vain, still gets its own status
             first = await until_gone(request, anext(outputs))
-        except StopAsyncIteration:
-            raise AssertionError("a stream has at least one output") from None
-        raise_failure(first[1])
+            raise_failure(first[1])
+        except BaseException:
+            await outputs.aclose()
+            raise
         return EventStream(events(first, outputs, answer, body.usage_in_stream), outputs)
 
 
@@ -239,8 +241,13 @@ def create_app(
     async def on_http_error(request: Request, e: HTTPException) -> Response:
         return JSONResponse(ApiError(e.status_code, str(e.detail)).body(), e.status_code, headers=e.headers)
 
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, e: Exception) -> Response:  # uvicorn logs it
+        return JSONResponse(ApiError(500, "The server failed on this request.").body(), 500)
+
+    @app.exception_handler(ClientDisconnect)
     @app.exception_handler(ClientGone)
-    async def on_client_gone(request: Request, e: ClientGone) -> Response:
+    async def on_client_gone(request: Request, e: Exception) -> Response:
         return Response(status_code=499)  # sent to nobody
 
     return app

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jet_export.errors import JetExportError
 from jet_export.runtime.batching import Serving
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 GRACE = 10  # seconds that running requests have to end in, after SIGTERM
 
@@ -34,7 +39,7 @@ def serve(bundle: Path, host: str, port: int, serving: Serving, log: Callable[[s
     for path in ("completions", "chat/completions") if template else ("completions",):
         log(f"POST {url(listener)}/v1/{path}")
     log(f"GET  {url(listener)}/v1/models  /health  /metrics")
-    run(create_app(llm, name, template), listener)
+    run(create_app(llm, name, template), listener, llm.batching.close)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -50,21 +55,30 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: object, listener: socket.socket) -> None:
-    """Answer until SIGTERM or SIGINT; then finish what runs, or cancel it after GRACE seconds, and return."""
+def run(app: FastAPI, listener: socket.socket, close: Callable[[], None], grace: float = GRACE) -> None:
+    """Answer until SIGTERM or SIGINT; then finish what runs, `close` after `grace` seconds if need be, and return.
+
+    `close` ends every request, each with an answer that says so.
+    """
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            timer = asyncio.get_running_loop().call_later(grace, close)
+            await super().shutdown(sockets)
+            timer.cancel()
+
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=GRACE,
+        timeout_graceful_shutdown=int(grace) + 5,  # for clients that do not read their answers
     )
     # uvicorn raises the signal again once it has shut down, for the handler that was there before.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

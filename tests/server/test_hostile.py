@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -138,6 +140,17 @@ def test_a_prompt_of_10_mb(address) -> None:
     refused(answer, "longer than", 413)
 
 
+def test_a_client_that_goes_in_the_middle_of_its_body(address, llm, caplog) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    for sent in (b"", b"POST", b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+                 b"Content-Length: 100\r\n\r\n{", b"\x16\x03\x01\x00\xff" * 50):  # fmt: skip
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(sent)
+    time.sleep(0.2)
+    assert httpx.get(f"{address}/health").status_code == 200
+    assert not [r for r in caplog.records if r.exc_info]
+
+
 def test_good_requests_among_bad_ones_are_answered_right(address, llm) -> None:
     expected = post(address, body(max_tokens=8)).json()["choices"][0]["text"]
     for raw, _ in RAW:
@@ -146,9 +159,9 @@ def test_good_requests_among_bad_ones_are_answered_right(address, llm) -> None:
     assert llm.batching.scheduler.slots.used == 0
 
 
-def start(port: int) -> tuple[subprocess.Popen, str]:
+def start(port: int, grace: float = 20) -> tuple[subprocess.Popen, str]:
     command, path = (
-        [sys.executable, "-m", "serving", str(port)],
+        [sys.executable, "-m", "serving", str(port), str(grace)],
         os.pathsep.join(str(TESTS / d) for d in (".", "model")),
     )
     environment = {**os.environ, "PYTHONPATH": path}
@@ -190,6 +203,24 @@ def test_killed_and_started_again_then_told_to_stop() -> None:
     assert "Traceback" not in err
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{address}/health")
+
+
+def test_sigterm_cancels_what_does_not_end_in_time_and_says_so() -> None:
+    program, address = start(0, grace=0)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(post, address, body(max_tokens=390, prompt=["a"] * 8))
+            with httpx.stream("POST", f"{address}/v1/completions", json=body(max_tokens=390, stream=True)) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                program.send_signal(signal.SIGTERM)
+                assert "shutting down" in [line for line in lines if line][-1]
+            refused(whole.result(), "shutting down", 503)
+        _, err = program.communicate(timeout=20)
+    finally:
+        program.kill()
+    assert program.returncode == 0, err
+    assert "Traceback" not in err
 
 
 def run_cli(monkeypatch, capsys, *args: str) -> tuple[int, str]:

@@ -186,6 +186,7 @@ def test_a_full_queue_is_answered_429_and_a_long_wait_503() -> None:
                 time.sleep(0.01)
             with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
                 greedy(client, "abc", 3)
+            assert [r.prompt_len for r in llm.batching.scheduler.waiting] == [3]
             with pytest.raises(openai.InternalServerError, match="waited too long") as e:
                 waiting.result()
             assert e.value.status_code == 503
