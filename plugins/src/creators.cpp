@@ -19,7 +19,7 @@ bool number(PluginField const& field, bool is_float, double& value) {
     case PluginFieldType::kINT32: value = *static_cast<int32_t const*>(field.data); return !is_float;
     case PluginFieldType::kINT64: value = double(*static_cast<int64_t const*>(field.data)); return !is_float;
     case PluginFieldType::kFLOAT32: value = *static_cast<float const*>(field.data); return is_float;
-    case PluginFieldType::kFLOAT64: value = *static_cast<double const*>(field.data); return is_float;
+    case PluginFieldType::kFLOAT64: value = float(*static_cast<double const*>(field.data)); return is_float;
     default: return false;
     }
 }

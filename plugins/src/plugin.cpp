@@ -235,8 +235,9 @@ PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
     for (; n < spec_.num_attributes; ++n) {
         Attribute const& a = spec_.attributes[n];
         ints_[n] = int32_t(values_[n]);
+        floats_[n] = float(values_[n]);
         if (a.is_float)
-            fields_[n] = PluginField(a.name, &values_[n], PluginFieldType::kFLOAT64, 1);
+            fields_[n] = PluginField(a.name, &floats_[n], PluginFieldType::kFLOAT32, 1);
         else
             fields_[n] = PluginField(a.name, &ints_[n], PluginFieldType::kINT32, 1);
     }

@@ -101,6 +101,7 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
     double values_[kMaxAttributes];
     // storage behind getFieldsToSerialize
     int32_t ints_[kMaxAttributes];
+    float floats_[kMaxAttributes];  // as ONNX and the plan hold them
     int32_t format_ = kFormat;
     PluginField fields_[kMaxAttributes + 2];
     PluginFieldCollection collection_;

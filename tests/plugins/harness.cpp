@@ -140,7 +140,7 @@ API void* round_trip(void* creator, void* plugin, char const* alter) {
     PluginField copies[32];
     for (int i = 0; i < fields->nbFields; ++i) {
         PluginField const& f = fields->fields[i];
-        int const size = f.type == PluginFieldType::kFLOAT64 ? 8 : f.type == PluginFieldType::kCHAR ? f.length : 4;
+        int const size = f.type == PluginFieldType::kCHAR ? f.length : 4;
         bytes.emplace_back(static_cast<char const*>(f.data), size_t(size));
         if (!std::strcmp(f.name, alter)) bytes.back()[0] ^= 1;
         copies[i] = PluginField(f.name, bytes.back().data(), f.type, f.length);
