@@ -42,17 +42,17 @@ class Serving:
 def capacity(engine: Engine, serving: Serving) -> Capacity:
     """What an engine has to give out. Raises JetExportError where `serving` asks for more than its limits."""
     limits = engine.limits
-    slots = serving.slots or limits.max_batch_size
+    slots = limits.max_batch_size if serving.slots is None else serving.slots
     if not 1 <= slots <= limits.max_batch_size:
         raise JetExportError(f"{slots} sequences at once; the bundle's max_batch_size is {limits.max_batch_size}.")
     most = max(slots, max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk))
     usual = 512 if engine.device.type == "cpu" else 2048
-    budget = serving.token_budget or min(most, max(slots, usual))
+    budget = min(most, max(slots, usual)) if serving.token_budget is None else serving.token_budget
     if budget > most:
         raise JetExportError(f"token_budget {budget} is more than the {most} tokens that the bundle runs at once.")
     chunk = min(limits.prefill_chunk, budget)
     pages, ring = pages_per_sequence(engine.config, limits.max_seq_len, chunk)
-    total = cdiv(serving.kv_tokens, PAGE) if serving.kv_tokens else slots * pages
+    total = slots * pages if serving.kv_tokens is None else cdiv(serving.kv_tokens, PAGE)
     if total < 1:
         raise JetExportError(f"kv_tokens is {serving.kv_tokens}.", "It must be at least 1.")
     return Capacity(

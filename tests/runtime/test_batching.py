@@ -319,7 +319,8 @@ def test_pools_have_the_pages_of_the_capacity(llm) -> None:
     rows = {"slots": 3, "pages": 4, "window_pages": c.window_pages}
     for spec, pool in zip(llm.engine.specs, engine.runner.states, strict=True):
         assert pool.shape[0] == rows[spec.rows]
-    for bad in (Serving(slots=5), Serving(token_budget=2), Serving(token_budget=10**6), Serving(kv_tokens=-1)):
+    wrong = {"slots": (0, 5), "token_budget": (0, 2, 10**6), "kv_tokens": (-1, 0), "wait_timeout": (0, float("nan"))}
+    for bad in (Serving(**{name: value}) for name, values in wrong.items() for value in values):
         with pytest.raises(JetExportError):
             capacity(llm.engine, bad)
 
