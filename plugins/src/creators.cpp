@@ -86,7 +86,8 @@ namespace {
 
 class Creator final : public IPluginCreatorV3One {
   public:
-    Creator(NodeSpec const& spec, Plugin* (*make)(double const*)) : spec_(spec), make_(make) {
+    Creator(NodeSpec const& spec, Plugin* (*make)(double const*), char const* name)
+        : spec_(spec), make_(make), name_(name) {
         for (int i = 0; i < spec.num_attributes; ++i) {
             auto const type = spec.attributes[i].is_float ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32;
             fields_[i] = PluginField(spec.attributes[i].name, nullptr, type, 1);
@@ -101,23 +102,25 @@ class Creator final : public IPluginCreatorV3One {
         Plugin* plugin = nullptr;
         if (read_fields(spec_, fields, phase, values, error)) {
             plugin = make_(values);
+            if (plugin) plugin->rename(name_);
             if (plugin && plugin->supported(error)) return plugin;
         }
         delete plugin;
         char text[1024];
-        std::snprintf(text, sizeof(text), "jet::%s %s: %s", spec_.name, name ? name : "", error.text);
+        std::snprintf(text, sizeof(text), "jet::%s %s: %s", name_, name ? name : "", error.text);
         log(ILogger::Severity::kERROR, text);
         return nullptr;
     }
 
     PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
-    AsciiChar const* getPluginName() const noexcept override { return spec_.name; }
+    AsciiChar const* getPluginName() const noexcept override { return name_; }
     AsciiChar const* getPluginVersion() const noexcept override { return "1"; }
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
 
   private:
     NodeSpec const& spec_;
     Plugin* (*make_)(double const*);
+    char const* name_;
     PluginField fields_[kMaxAttributes];
     PluginFieldCollection collection_;
 };
@@ -128,10 +131,12 @@ class Creator final : public IPluginCreatorV3One {
 #define JET_EXPORT extern "C" __attribute__((visibility("default")))
 
 JET_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static jet::Creator jet_block(jet::jet_block_spec, jet::make_jet_block);
-    static jet::Creator attention(jet::attention_spec, jet::make_attention);
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&jet_block, &attention};
-    count = 2;
+    static jet::Creator jet_block(jet::jet_block_spec, jet::make_jet_block, "JetBlock");
+    static jet::Creator attention(jet::attention_spec, jet::make_attention, "Attention");
+    // TensorRT's ONNX parser takes a node called Attention for ONNX's own, whatever its domain: there it is JetAttention.
+    static jet::Creator jet_attention(jet::attention_spec, jet::make_attention, "JetAttention");
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&jet_block, &attention, &jet_attention};
+    count = 3;
     return creators;
 }
 

@@ -7,13 +7,13 @@
 
 namespace jet {
 
-Plugin::Plugin(NodeSpec const& spec, double const* values) : spec_(spec) {
+Plugin::Plugin(NodeSpec const& spec, double const* values) : spec_(spec), name_(spec.name) {
     std::copy(values, values + kMaxAttributes, values_);
 }
 
 int32_t Plugin::fail(Error const& error) const {
     char text[1024];
-    std::snprintf(text, sizeof(text), "jet::%s: %s", spec_.name, error.text);
+    std::snprintf(text, sizeof(text), "jet::%s: %s", name_, error.text);
     log(ILogger::Severity::kERROR, text);
     return -1;
 }

@@ -50,10 +50,12 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
 
     bool supported(Error& error) const;  // some case has these attributes
 
+    void rename(char const* name) { name_ = name; }  // as its creator is called
+
     // IPluginV3
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override;
     // core
-    AsciiChar const* getPluginName() const noexcept override { return spec_.name; }
+    AsciiChar const* getPluginName() const noexcept override { return name_; }
     AsciiChar const* getPluginVersion() const noexcept override { return "1"; }
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
     // build
@@ -98,6 +100,7 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
     int32_t fail(Error const& error) const;
 
     NodeSpec const& spec_;
+    char const* name_;
     double values_[kMaxAttributes];
     // storage behind getFieldsToSerialize
     int32_t ints_[kMaxAttributes];

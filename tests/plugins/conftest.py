@@ -6,18 +6,13 @@ from pathlib import Path
 import plugin_harness
 import pytest
 import triton
-from plugin_nodes import JET_TINY
+from plugin_nodes import JET_TINY, MINI
 
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
-from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase, model_cases
+from jet_export.plugins.cases import Case, model_cases
 from jet_export.plugins.headers import fetch_headers, find_headers
 from jet_export.plugins.library import NAME, build_library
-
-MINI: list[Case] = [
-    JetBlockCase(2, 32, 48, 4, "bfloat16", "bfloat16"),
-    AttentionCase(4, 2, 32, 16, 40, "bfloat16", "float8_e4m3fn"),
-]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TYPES = {"float32": 0, "float16": 1, "int32": 3, "float8_e4m3fn": 6, "bfloat16": 7}  # nvinfer1::DataType
 INT32, FLOAT32, FLOAT64 = 5, 1, 2  # nvinfer1::PluginFieldType
-NODES = {"JetBlock": (11, 3), "Attention": (7, 2)}  # inputs, outputs
+NODES = {"JetBlock": (11, 3), "Attention": (7, 2), "JetAttention": (7, 2)}  # inputs, outputs
 
 
 def compile_shared(source: str, to: Path, includes: list[Path], *flags: str) -> Path:

@@ -36,7 +36,11 @@ def plugin_of(harness: Harness, built, node: str) -> int:
 
 def test_creators_list_the_nodes_attributes(harness):
     assert harness.field_names("JetBlock") == "num_heads:5 head_k_dim:5 head_v_dim:5 norm_eps:1 "
-    assert harness.field_names("Attention") == ("num_heads:5 num_kv_heads:5 head_dim:5 window:5 k_scale:1 v_scale:1 ")
+    assert (
+        harness.field_names("Attention")
+        == harness.field_names("JetAttention")
+        == ("num_heads:5 num_kv_heads:5 head_dim:5 window:5 k_scale:1 v_scale:1 ")
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,11 @@ def test_serialisation_round_trip(harness, mini, node):
         assert harness.workspace(node, p, inputs) == harness.workspace(node, plugin, inputs) > 0
     for p in (plugin, again, twice):
         harness.c.destroy(p)
+
+
+def test_a_renamed_attention_keeps_its_name(harness, mini):
+    assert harness.create("JetAttention", fields_of(case_of(mini, "Attention")) | {"window": 41}) is None
+    assert "jet::JetAttention layer: this library holds no kernels" in harness.messages()
 
 
 def test_another_version_or_another_library_is_refused(harness, mini, node):
