@@ -7,6 +7,8 @@ on random inputs - unit keys and queries, normal values, beta = sigmoid(normal) 
 Arithmetic inside a step is fp32 for all three, as in the kernel; only what is stored between steps differs. Columns of
 the state do not interact, so 16 of them stand for all. The arithmetic is the same on any device; this runs on a CPU.
 
+jet-tiny's recall is measured too, fed token by token, with its states stored in fp32 and in bf16 (rounded to nearest).
+
 Gate: bf16 state may be used for headline figures if its output error stays below the rounding of a bf16 output
 (2^-8 relative) at every decay and length.
 """
@@ -20,9 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from jet_export.bench import environment
+from jet_export.bundle import Limits
+from jet_export.model.hub import JET_TINY_DIR
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.quality import recall
+from jet_export.runtime.engine import EagerEngine
+from jet_export.runtime.runner import Runner
 
 K, V = 128, 16
 DECAYS = (-1e-5, -1e-4, -1e-3, -1e-2, -1e-1, -1.0)
@@ -96,6 +105,19 @@ def table(rows: list[dict[str, Any]], tokens: int) -> str:
     return "\n".join(lines)
 
 
+def jet_tiny_recall() -> dict[str, dict[str, float]]:
+    """Share of right answers by distance, the states stored after every token."""
+    model = JetNemotronForCausalLM.from_pretrained("jet-tiny")
+    limits = Limits(max_batch_size=1, max_seq_len=2048, prefill_chunk=1)
+    runners = {}
+    # quality.recall's own names: "engine" is what is judged, "unquantised" what it is compared with.
+    for name, state_dtype in (("engine", torch.bfloat16), ("unquantised", torch.float32)):
+        runners[name] = Runner(EagerEngine(model, limits, model.dtype, state_dtype))
+    found = recall(runners, Tokenizer.from_file(str(JET_TINY_DIR / "tokenizer.json")))
+    names = {"engine": "bfloat16", "unquantised": "float32", "queries": "queries"}
+    return {distance: {names[k]: v for k, v in shares.items()} for distance, shares in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
@@ -108,7 +130,11 @@ def main() -> None:
     passed = {s: math.isfinite(w) and w <= GATE for s, w in worst.items()}
     for s in STORED:
         print(f"{s}: worst output error {worst[s]:.1e}, gate {GATE:.1e}: {'passed' if passed[s] else 'FAILED'}")
+    found = jet_tiny_recall()
+    for distance, shares in found.items():
+        print(f"jet-tiny recall, {distance} tokens back: " + ", ".join(f"{k} {v:.4g}" for k, v in shares.items()))
     result = {"environment": environment(), "gate": GATE, "worst_output_error": worst, "passed": passed, "rows": rows}
+    result["jet_tiny_recall"] = found
     args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
