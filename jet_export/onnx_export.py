@@ -8,7 +8,7 @@ outputs   logits [outputs, vocab], and each state after the step: layers.3.conv_
 Opset 21. The mixers' cores are nodes of the domain `jet` (model/onnx_nodes.py). Tokens and sequences are independent,
 so that the one graph serves prefill and decode: nodes tell them apart by shape. Values carry the names of the modules
 that make them (`layers.0.mlp.gate_up_proj`), inputs of projections `....input`; initializers those of the state dict.
-An FP8 projection is QuantizeLinear / DequantizeLinear before a MatMul, all in fp32.
+An FP8 projection is QuantizeLinear / DequantizeLinear in fp32 before a product in the model dtype.
 """
 
 from __future__ import annotations

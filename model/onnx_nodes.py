@@ -2,11 +2,13 @@
 
     jet::JetBlock     jet_block without `decode` (T == N says it), states in and states out
     jet::Attention    attention likewise
-    Fp8Linear         y = cast(DQ(Q(x)) @ DQ(weight)^T + bias) with FP8 weights as initializers; Q and DQ are ONNX's
-                      QuantizeLinear and DequantizeLinear, per tensor, in fp32
+    Fp8Linear         y = cast(DQ(Q(x))) @ cast(DQ(weight))^T + bias with FP8 weights as initializers; Q and DQ are
+                      ONNX's QuantizeLinear and DequantizeLinear, per tensor, in fp32; the casts are to x.dtype
 
-QuantizeLinear divides by the scale, rounds to nearest even and saturates at 448, as fp8.quantize does. The products are
-those of Fp8Linear with each scale multiplied before the sum instead of after it: the same up to fp32 rounding.
+QuantizeLinear divides by the scale, rounds to nearest even and saturates at 448, as fp8.quantize does: the codes are
+the model's own. Read literally, a bf16 product's operands are codes times scale rounded to bf16, a rounding that
+Fp8Linear does not have. TensorRT for RTX 1.7.1 makes the pattern one FP8 product of the codes with bf16 results;
+without the casts its results are fp32, and a kernel after every projection casts them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jet_export.model.mode import keep_states
@@ -71,9 +74,9 @@ def fp8_linear_node(
     codes = torch.onnx.ops.symbolic(
         "QuantizeLinear", [x.float(), input_scale], dtype=torch.float8_e4m3fn, shape=x.shape
     )
-    y = torch.mm(_dequantize(codes, input_scale), _dequantize(weight, weight_scale).t())
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return F.linear(_dequantize(codes, input_scale, x.dtype), _dequantize(weight, weight_scale, x.dtype), bias)
 
 
-def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    return torch.onnx.ops.symbolic("DequantizeLinear", [codes, scale], dtype=torch.float32, shape=codes.shape)
+def _dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    y = torch.onnx.ops.symbolic("DequantizeLinear", [codes, scale], dtype=torch.float32, shape=codes.shape)
+    return y.to(dtype)
