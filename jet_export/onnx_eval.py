@@ -134,7 +134,7 @@ HANDLERS: dict[str, Handler] = {
     "Sqrt": lambda a, x: x.sqrt(),
     "Transpose": lambda a, x: x.permute(*a["perm"]),
     f"{DOMAIN}::JetBlock": jet_block,
-    f"{DOMAIN}::Attention": attention,
+    f"{DOMAIN}::JetAttention": attention,
 }
 
 

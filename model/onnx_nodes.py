@@ -1,7 +1,7 @@
 """What JetBlock, Attention and Fp8Linear are in an ONNX graph. Symbolic: traced by torch.onnx, never computed here.
 
     jet::JetBlock     jet_block without `decode` (T == N says it), states in and states out
-    jet::Attention    attention likewise
+    jet::JetAttention attention likewise (TensorRT takes any node named Attention for ONNX's own)
     Fp8Linear         y = cast(DQ(Q(x))) @ cast(DQ(weight))^T + bias with FP8 weights as initializers; Q and DQ are
                       ONNX's QuantizeLinear and DequantizeLinear, per tensor, in fp32; the casts are to x.dtype
 
@@ -58,7 +58,7 @@ def attention_node(
         "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip
     o, cache = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::Attention", [qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens], attrs,
+        f"{DOMAIN}::JetAttention", [qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens], attrs,
         dtypes=[qkv.dtype, kv_cache.dtype],
         shapes=[(qkv.shape[0], num_heads * head_dim), kv_cache.shape],
         version=VERSION,

@@ -89,7 +89,7 @@ def test_file(fp8_model, fp8_file) -> None:
     assert dims["layers.0.conv_state"] == ["slots", 3, 128] and dims["layers.1.kv_cache"][0] == "pages"
 
     ops = Counter(n.op_type for n in graph.node)
-    assert (ops["JetBlock"], ops["Attention"]) == (2, 2)
+    assert (ops["JetBlock"], ops["JetAttention"]) == (2, 2)
     projections = sum(isinstance(m, Fp8Linear) for m in fp8_model.modules())
     assert (ops["QuantizeLinear"], ops["DequantizeLinear"]) == (projections, 2 * projections)
 
