@@ -208,13 +208,19 @@ def test_killed_and_started_again_then_told_to_stop() -> None:
 def test_sigterm_cancels_what_does_not_end_in_time_and_says_so() -> None:
     program, address = start(0, grace=0)
     try:
-        with ThreadPoolExecutor(1) as pool:
+        url = f"{address}/v1/completions"
+        with (
+            ThreadPoolExecutor(1) as pool,
+            httpx.stream("POST", url, json=body(max_tokens=390, stream=True), timeout=30) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
             whole = pool.submit(post, address, body(max_tokens=390, prompt=["a"] * 8))
-            with httpx.stream("POST", f"{address}/v1/completions", json=body(max_tokens=390, stream=True)) as answer:
-                lines = answer.iter_lines()
-                next(lines)
-                program.send_signal(signal.SIGTERM)
-                assert "shutting down" in [line for line in lines if line][-1]
+            while "jet_requests_waiting 5" not in httpx.get(f"{address}/metrics").text:  # 9 less 4 slots
+                assert not whole.done()
+                time.sleep(0.01)
+            program.send_signal(signal.SIGTERM)
+            assert "shutting down" in [line for line in lines if line][-1]
             refused(whole.result(), "shutting down", 503)
         _, err = program.communicate(timeout=20)
     finally:
