@@ -40,7 +40,13 @@ from jet_export.plan import BuildPlan
 from jet_export.runtime.runner import max_prefill_tokens
 
 CALIBRATION = Path(__file__).parent / "data" / "calibration.txt"
-TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 
 
 class Progress:
