@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def _short(value: Any) -> str:
 def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] = print) -> Path:
     """Build the bundle. Everything happens in a temporary directory beside the output, which is renamed at the end."""
     if plan.download_bytes:
+        check_requirements(plan)
         resolved = resolve_checkpoint(plan.options.model)
         plan.directory, plan.config = resolved, JetNemotronConfig.from_json_file(resolved / "config.json")
     if plan.backend.name == "onnx":
@@ -147,8 +149,7 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
     if up_to_date(plan, inputs):
         emit(f"{plan.output} is up to date.")
         return plan.output
-    if plan.backend.name == "inductor":
-        check_compiler()
+    check_requirements(plan)
     start = time.monotonic()
     plan.output.parent.mkdir(parents=True, exist_ok=True)
     tmp = plan.output.parent / f".{plan.output.name}.{os.getpid()}.tmp"
@@ -272,6 +273,14 @@ def _copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
     for p in licence_files(directory):
         shutil.copyfile(p, tmp / p.name)
     return checkpoint_licence(directory)
+
+
+def check_requirements(plan: BuildPlan) -> None:
+    """What a build needs, before it downloads or loads gigabytes. Raises JetExportError naming what is missing."""
+    if plan.backend.name == "inductor":
+        check_compiler()
+    if plan.options.fp8 and find_spec("modelopt") is None:
+        raise JetExportError("--fp8 needs nvidia-modelopt, which is not installed.", "pip install 'jet-export[fp8]'")
 
 
 def check_compiler() -> None:

@@ -6,6 +6,7 @@ What the real compiler makes is tested in tests/parity.
 import json
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -188,6 +189,20 @@ def test_no_compiler(quick, tmp_path, monkeypatch) -> None:
     with pytest.raises(JetExportError, match="no C\\+\\+ compiler: no-such-compiler is not on the PATH"):
         make(options(tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_modelopt(quick, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    with pytest.raises(JetExportError, match=r"--fp8 needs nvidia-modelopt.*\npip install 'jet-export\[fp8\]'"):
+        make(options(tmp_path, fp8=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_requirements_come_before_a_download(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(build, "resolve_checkpoint", lambda name: pytest.fail("downloaded"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(JetExportError, match="no-such-compiler"):
+        make(BuildOptions("jet-2b", device="cpu", output=tmp_path / "out"))
 
 
 def test_compiler_whose_packages_crash_on_load(tmp_path) -> None:
