@@ -13,7 +13,7 @@ from jet_export.bundle import Limits, host_target, torch_dtype
 from jet_export.errors import JetExportError
 from jet_export.memory import Memory, engine_memory, weight_bytes
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.hub import HUB_ID, PRESETS, is_hub_id, load_config, local_directory, resolve_checkpoint
+from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
 
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_PREFILL_CHUNK = 2048
@@ -67,7 +67,8 @@ class BuildPlan:
 
 
 def make_plan(options: BuildOptions) -> BuildPlan:
-    """Check every option and decide the rest. Raises JetExportError; writes and downloads nothing."""
+    """Check every option and decide the rest. Raises JetExportError. Writes nothing, and downloads at most the
+    config.json of an OWNER/NAME that is no preset."""
     device = target_device(options.device)
     target = host_target(device)
     backend = choose_backend(options.backend, target["arch"])
@@ -86,14 +87,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     weights = weight_bytes(config, dtype, options.fp8, options.fp8_lm_head)
     full = weight_bytes(config, dtype, False)
     memory = engine_memory(config, limits, dtype, kv_dtype, state_dtype, weights)
-    if options.random_weights:
-        source = f"random weights, seed {options.seed}"
-    else:
-        source = f"hub {HUB_ID.get(options.model, options.model)}" if directory is None else str(directory)
-        if options.model == "jet-tiny" and options.checkpoint is None:
-            source = "jet-tiny, in the package"
-    if not options.random_weights and directory is None and not is_hub_id(HUB_ID.get(options.model, options.model)):
-        load_config(options.model)  # says what is known
+    source = _source(options, directory)
     return BuildPlan(
         options, config, backend, target, dtype, kv_dtype, state_dtype, limits, source, directory,
         output=options.output or default_output(options),
@@ -104,6 +98,23 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         seconds=expected_seconds(config, full, backend.name),
         warnings=warnings,
     )  # fmt: skip
+
+
+def _source(options: BuildOptions, directory: Path | None) -> str:
+    """Where the weights come from, in words. Raises JetExportError for an architecture without any."""
+    if options.random_weights:
+        return f"random weights, seed {options.seed}"
+    if options.model == "jet-tiny" and options.checkpoint is None:
+        return "jet-tiny, in the package"
+    if directory is not None:
+        return str(directory)
+    hub_id = hub_id_of(options.model)
+    if hub_id is None:
+        raise JetExportError(
+            f"--model {options.model}: an architecture without weights.",
+            "Pass --checkpoint DIR with its weights, or --random-weights.",
+        )
+    return f"hub {hub_id}"
 
 
 def expected_seconds(config: JetNemotronConfig, nbytes: int, backend: str) -> float:
@@ -143,10 +154,9 @@ def _config(options: BuildOptions, directory: Path | None) -> JetNemotronConfig:
     try:
         return load_config(options.model)
     except JetExportError:
-        hub_id = HUB_ID.get(options.model, options.model)
-        if not is_hub_id(hub_id) or options.random_weights:
+        if hub_id_of(options.model) is None or options.random_weights:
             raise
-        return JetNemotronConfig.from_json_file(resolve_checkpoint(hub_id) / "config.json")
+        return hub_config(options.model)
 
 
 def _limits(options: BuildOptions, config: JetNemotronConfig) -> tuple[Limits, list[str]]:

@@ -63,22 +63,41 @@ def checkpoint_licence(directory: Path) -> str | None:
     return None
 
 
+def hub_id_of(name: str) -> str | None:
+    """The hub repository that a preset or OWNER/NAME stands for."""
+    hub_id = HUB_ID.get(name, name)
+    return hub_id if is_hub_id(hub_id) else None
+
+
 def resolve_checkpoint(name: str) -> Path:
     """The directory with the weights of `name`, downloaded from the hub where it is not local.
 
     Raises JetExportError for an unknown name and where the hub cannot be reached.
     """
+    import huggingface_hub
+
     found = local_directory(name)
     if found is not None:
         return found
-    hub_id = HUB_ID.get(name, name)
-    if not is_hub_id(hub_id):
-        raise unknown_model(name)
-    from huggingface_hub import snapshot_download
+    return _from_hub(name, lambda i: huggingface_hub.snapshot_download(i, allow_patterns=CHECKPOINT_FILES))
+
+
+def hub_config(name: str) -> JetNemotronConfig:
+    """The architecture of a hub id, of which config.json alone is downloaded. Raises as `resolve_checkpoint`."""
+    import huggingface_hub
+
+    path = _from_hub(name, lambda i: huggingface_hub.hf_hub_download(i, "config.json"))
+    return JetNemotronConfig.from_json_file(path)
+
+
+def _from_hub(name: str, fetch: Callable[[str], str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    hub_id = hub_id_of(name)
+    if hub_id is None:
+        raise unknown_model(name)
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=CHECKPOINT_FILES))
+        return Path(fetch(hub_id))
     except RepositoryNotFoundError:
         raise JetExportError(f"--model {name}: the hub has no repository {hub_id}, or it needs a login.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:

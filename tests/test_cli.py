@@ -124,6 +124,27 @@ def test_hub_without_network(workdir, monkeypatch, capsys) -> None:
     assert list(workdir.iterdir()) == []
 
 
+def test_plan_of_a_hub_id_downloads_the_config_alone(workdir, monkeypatch, capsys) -> None:
+    import huggingface_hub
+
+    config = write_mini_config(workdir)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or str(config))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("downloaded"))
+    status, out, _ = run(monkeypatch, capsys, "build", "--model", "someone/jet-mini", "--dry-run")
+    assert status == 0
+    assert asked == [("someone/jet-mini", "config.json")]
+    assert "hub someone/jet-mini" in out
+    assert "download" in out
+
+
+def test_config_without_weights(workdir, monkeypatch, capsys) -> None:
+    write_mini_config(workdir)
+    err = refused(monkeypatch, capsys, "build", "--model", "mini.json")
+    assert "--model mini.json: an architecture without weights" in err
+    assert "--random-weights" in err
+
+
 def test_damaged_checkpoint_leaves_nothing(workdir, monkeypatch, capsys) -> None:
     checkpoint = load_golden(DATA / MINI_NAMES[0]).save_checkpoint(workdir / "ckpt")
     data = (checkpoint / "model.safetensors").read_bytes()
