@@ -9,10 +9,9 @@ import torch
 from jet_export.bundle import Limits
 from jet_export.model.cache import pages_per_sequence, state_specs
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.fp8 import FP8_PROJECTIONS
 from jet_export.model.weights import checkpoint_layout
 from jet_export.runtime.runner import max_prefill_tokens
-
-FP8_PROJECTIONS = ("in_proj", "w2", "o_proj", "qkv_proj", "gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

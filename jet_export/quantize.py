@@ -25,15 +25,13 @@ from jet_export.calibrate import (
     user_name,
 )
 from jet_export.errors import JetExportError
-from jet_export.model.fp8 import ALIGNMENT, FP8, Fp8Linear
+from jet_export.model.fp8 import ALIGNMENT, FP8, FP8_PROJECTIONS, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
 __all__ = [
     "LayerRow", "QuantizationReport", "apply_report", "calibrate_kv_scales", "calibration_tokens", "check_all_fp8",
     "layer_table", "quantize_fp8", "read_calibration_text",
 ]  # fmt: skip
-
-PROJECTIONS = ("in_proj", "w2", "o_proj", "qkv_proj", "gate_up_proj", "down_proj")
 
 
 @dataclass
@@ -101,7 +99,7 @@ def select(model: nn.Module, keep: Sequence[str], lm_head: bool) -> tuple[list[s
             kept.append((name, f"--keep {matching[0]}"))
         elif kind == "lm_head" and not lm_head:
             kept.append((name, "lm_head is quantised only on request"))
-        elif kind not in (*PROJECTIONS, "lm_head"):
+        elif kind not in (*FP8_PROJECTIONS, "lm_head"):
             kept.append((name, "small"))
         else:
             chosen.append(path)

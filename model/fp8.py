@@ -21,6 +21,7 @@ from jet_export.model.onnx_nodes import fp8_linear_node
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
+FP8_PROJECTIONS = ("in_proj", "w2", "o_proj", "qkv_proj", "gate_up_proj", "down_proj")  # the large ones, by name
 ALIGNMENT = 16  # FP8 tensor cores take K and N in multiples of this
 ROWS = 4096  # rows quantised at a time: bounds the fp32 temporaries of a large matrix
 

@@ -8,9 +8,8 @@ from torch import nn
 
 from jet_export.calibrate import calibration_tokens
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.fp8 import Fp8Linear
+from jet_export.model.fp8 import FP8_PROJECTIONS, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
-from jet_export.quantize import PROJECTIONS
 
 TEXT = "def scale(x: float) -> float:\n    return max(abs(x), 1e-6) / 448  # E4M3, \u00e9\u4e16\n" * 20
 CONFIG = JetNemotronConfig(
@@ -29,7 +28,7 @@ def model_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> JetNemotron
 def to_fp8(model: JetNemotronForCausalLM, ids: torch.Tensor) -> None:
     """Fp8Linear everywhere, with the largest magnitudes seen on `ids` as scales (no modelopt, which takes seconds)."""
     amax: dict[nn.Module, float] = {}
-    paths = [p for p, m in model.named_modules() if p.rsplit(".", 1)[-1] in PROJECTIONS]
+    paths = [p for p, m in model.named_modules() if p.rsplit(".", 1)[-1] in FP8_PROJECTIONS]
     modules = [model.get_submodule(p) for p in paths]
     hooks = [m.register_forward_pre_hook(lambda m, x: amax.update({m: x[0].abs().amax().item()})) for m in modules]
     model(ids)

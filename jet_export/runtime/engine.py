@@ -136,9 +136,7 @@ def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Mani
 def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Tensor] | None = None) -> EagerEngine:
     """The eager model that holds a bundle's own weights, FP8 layers included. `weights`: share a loaded copy."""
     weights = weights if weights is not None else load_weights(Path(directory), manifest)
-    model = empty_model(
-        manifest.config, torch_dtype(manifest.dtype), torch.device("meta"), manifest_positions(manifest)
-    )
+    model = empty_model(manifest.config, torch_dtype(manifest.dtype), torch.device("meta"), manifest.limits.max_seq_len)
     if manifest.quantization:
         from jet_export.quantize import QuantizationReport, apply_report
 
@@ -151,7 +149,3 @@ def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Ten
     model.cos_sin = weights["cos_sin"]
     model.requires_grad_(False)
     return EagerEngine(model, manifest.limits, torch_dtype(manifest.kv_cache_dtype), torch_dtype(manifest.state_dtype))
-
-
-def manifest_positions(manifest: Manifest) -> int:
-    return manifest.limits.max_seq_len

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import tensorrt_rtx as trt
+from rtx_build import Logger
 
 # Lowest, likeliest and highest of each profile: tokens, sequences.
 PROFILES = {
@@ -16,16 +17,6 @@ PROFILES = {
     "decode": {"tokens": (1, 4, 8), "sequences": (1, 4, 8)},
 }
 OTHERS = (1, 8, 64)  # pool rows, table widths, outputs
-
-
-class Logger(trt.ILogger):
-    def __init__(self):
-        trt.ILogger.__init__(self)
-        self.errors: list[str] = []
-
-    def log(self, severity, text):
-        if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-            self.errors.append(text)
 
 
 def sizes(dim: int | str, profile: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
