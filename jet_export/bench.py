@@ -1,6 +1,7 @@
-"""The one timer: CUDA events, warm-up, variants interleaved, CUDA graphs on request, median and 90th percentile.
+"""The one timer: warm-up, variants interleaved, CUDA graphs on request, median and 90th percentile.
 
-Also what a figure has to be read with: the copy speed of the same GPU at the same time, and the environment.
+On a GPU the clock is CUDA events, on a CPU the wall's. Also what a figure has to be read with: the copy speed of the
+same device at the same time, and the environment.
 """
 
 import datetime
@@ -9,6 +10,7 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,37 +44,69 @@ def capture(fn: Callable[[], Any], warmup: int = 2) -> Callable[[], None]:
     return graph.replay
 
 
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device that is timed: by default the GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def stopwatch(fn: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds from the call of `fn` to the end of its work on `device`, which is idle when it begins."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        fn()
+        return 1e3 * (time.perf_counter() - begin)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def compare(
-    variants: dict[str, Callable[[], Any]], repeats: int = 20, warmup: int = 3, graph: bool = False, calls: int = 1
+    variants: dict[str, Callable[[], Any]],
+    repeats: int = 20,
+    warmup: int = 3,
+    graph: bool = False,
+    calls: int = 1,
+    device: str | torch.device | None = None,
 ) -> dict[str, Timing]:
-    """Times the variants in turn, `repeats` rounds. calls: how many units one call of a variant stands for."""
+    """Times the variants in turn, `repeats` rounds. calls: how many units one call of a variant stands for.
+    graph: on a GPU, as CUDA graphs."""
+    device = device_of(device)
+    graph = graph and device.type == "cuda"
     runs = {name: capture(fn) if graph else fn for name, fn in variants.items()}
     for fn in runs.values():
         for _ in range(warmup):
             fn()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, fn in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            fn()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / calls)
+            times[name].append(stopwatch(fn, device) / calls)
     return {name: summary(values) for name, values in times.items()}
 
 
-def summary(values: list[float]) -> Timing:
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least `share` of all do not exceed: of few values, the largest."""
     ordered = sorted(values)
-    return Timing(statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))])
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def copy_speed(size: int = 2**32) -> float:
-    """Bytes a second of a device-to-device copy, bytes read plus bytes written; random content."""
-    source = torch.randint(0, 2**31 - 1, (size // 4,), dtype=torch.int32, device="cuda")
+def summary(values: list[float]) -> Timing:
+    return Timing(statistics.median(values), percentile(values, 0.9))
+
+
+def copy_speed(size: int | None = None, device: str | torch.device | None = None) -> float:
+    """Bytes a second of a copy within the device's memory, bytes read plus bytes written; random content.
+    size: bytes of the source; by default 4 GB on a GPU, 256 MB on a CPU."""
+    device = device_of(device)
+    size = size or (2**32 if device.type == "cuda" else 2**28)
+    source = torch.randint(0, 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    time = compare({"copy": lambda: target.copy_(source)}, repeats=10)["copy"].median
-    return 2 * size / (time * 1e-3)
+    took = compare({"copy": lambda: target.copy_(source)}, repeats=10, device=device)["copy"].median
+    return 2 * size / (took * 1e-3)
 
 
 def kernel_times(fn: Callable[[], Any]) -> dict[str, float]:
