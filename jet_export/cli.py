@@ -45,6 +45,11 @@ def build(
     random_weights: Annotated[bool, typer.Option("--random-weights", help="The architecture, no checkpoint.")] = False,
     seed: Annotated[int, typer.Option(help="Of --random-weights.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle built from other inputs.")] = False,
+    sm: Annotated[str | None, typer.Option(help="TensorRT: SMs to hold kernels for, e.g. 8.0,8.9,9.0.")] = None,
+    tensorrt_headers: Annotated[Path | None, typer.Option(help="TensorRT: the folder of NvInferRuntime.h.")] = None,
+    fetch_headers: Annotated[
+        bool, typer.Option("--fetch-headers", help="TensorRT: download its headers (Apache-2.0), hash checked.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build an engine bundle from a checkpoint."""
@@ -55,6 +60,7 @@ def build(
     options = BuildOptions(
         model, checkpoint, backend, device, dtype, fp8, fp8_lm_head, tuple(keep or ()), calibration, kv_cache_dtype,
         state_dtype, max_batch_size, max_seq_len, prefill_chunk, random_weights, seed, output, force,
+        sm, tensorrt_headers, fetch_headers,
     )  # fmt: skip
     plan = make_plan(options)
     print_plan(plan)

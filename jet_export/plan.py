@@ -14,9 +14,11 @@ from jet_export.errors import JetExportError
 from jet_export.memory import Memory, engine_memory, weight_bytes
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
+from jet_export.plugins.targets import check_fp8, parse_sms, sm_name, sm_of_arch
 
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_PREFILL_CHUNK = 2048
+PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class BuildOptions:
     seed: int = 0
     output: Path | None = None
     force: bool = False
+    sm: str | None = None  # "8.9,9.0": what the plugin library holds kernels for; default the build's target
+    tensorrt_headers: Path | None = None
+    fetch_headers: bool = False
 
 
 @dataclass
@@ -64,6 +69,7 @@ class BuildPlan:
     build_memory: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    sms: tuple[int, ...] = ()  # of the plugin library; empty for a backend without one
 
 
 def make_plan(options: BuildOptions) -> BuildPlan:
@@ -75,6 +81,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if backend.name == "onnx":
         target.pop("isa", None)  # nothing is compiled
     dtype, kv_dtype, state_dtype = _dtypes(options)
+    sms = plugin_sms(options, backend.name, target["arch"])
     directory = options.checkpoint or local_directory(options.model)
     if options.checkpoint is not None and not options.checkpoint.is_dir():
         raise JetExportError(f"--checkpoint {options.checkpoint}: no such directory.")
@@ -97,6 +104,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         build_memory=2 * full + 1_500_000_000,
         seconds=expected_seconds(config, full, backend.name),
         warnings=warnings,
+        sms=sms,
     )  # fmt: skip
 
 
@@ -115,6 +123,33 @@ def _source(options: BuildOptions, directory: Path | None) -> str:
             "Pass --checkpoint DIR with its weights, or --random-weights.",
         )
     return f"hub {hub_id}"
+
+
+def plugin_sms(options: BuildOptions, backend: str, arch: str) -> tuple[int, ...]:
+    """The SMs of the plugin library: --sm, or the machine's. Raises JetExportError where they cannot be had."""
+    if backend not in PLUGIN_BACKENDS:
+        given = {
+            "--sm": options.sm,
+            "--tensorrt-headers": options.tensorrt_headers,
+            "--fetch-headers": options.fetch_headers,
+        }
+        for flag, value in given.items():
+            if value:
+                raise JetExportError(
+                    f"{flag}: the {backend} backend has no plugin library.",
+                    f"Leave it out, or choose --backend {' or '.join(PLUGIN_BACKENDS)}.",
+                )
+        return ()
+    here = sm_of_arch(arch)
+    if options.sm is None and here is None:
+        raise JetExportError(
+            f"--backend {backend}: no GPU here, so the architecture to build for has to be named.",
+            "Pass --sm, e.g. --sm 8.9",
+        )
+    sms = parse_sms(options.sm if options.sm is not None else sm_name(here or 0))
+    if options.fp8 or options.kv_cache_dtype == "fp8":
+        check_fp8(sms, "--fp8" if options.fp8 else "--kv-cache-dtype fp8")
+    return sms
 
 
 def expected_seconds(config: JetNemotronConfig, nbytes: int, backend: str) -> float:

@@ -19,9 +19,8 @@ from jet_export.errors import JetExportError
 from jet_export.plugins.cubin import parameters
 from jet_export.plugins.emit import emit
 from jet_export.plugins.kernel import Image, Kernel, kernel_of
+from jet_export.plugins.targets import FIRST_FP8, SHARED, known_sms, sm_name
 
-# Shared memory a block may have, bytes: CUDA programming guide, technical specifications per compute capability.
-SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 PARAMETER_BYTES = {"fp32": 4, "i32": 4}  # pointers: 8
 SCRATCH = 2  # Triton appends two pointers, to global and to profiling scratch
 
@@ -41,11 +40,10 @@ def stages_of(kernel: Kernel) -> list[Kernel]:
 def compile_image(function: Any, kernel: Kernel, sm: int) -> Image:
     """The kernel for one SM; raises JetExportError naming both when it cannot be."""
     if sm not in SHARED:
-        known = ", ".join(f"{s // 10}.{s % 10}" for s in SHARED)
-        raise JetExportError(f"SM {sm // 10}.{sm % 10}: its shared memory is not known here.", f"Known: {known}.")
-    if sm < 89 and any(kind == "*fp8e4nv" for _, kind in kernel.signature):
+        raise JetExportError(f"SM {sm_name(sm)}: its shared memory is not known here.", f"Known: {known_sms()}.")
+    if sm < FIRST_FP8 and any(kind == "*fp8e4nv" for _, kind in kernel.signature):
         raise JetExportError(
-            f"{kernel.name}: SM {sm // 10}.{sm % 10} has no FP8, which needs 8.9 or later.",
+            f"{kernel.name}: SM {sm_name(sm)} has no FP8, which needs 8.9 or later.",
             "Use a cache in the model's dtype for it, or leave this SM out.",
         )
     needed = 0
@@ -55,7 +53,7 @@ def compile_image(function: Any, kernel: Kernel, sm: int) -> Image:
         needed = meta.shared
         if meta.global_scratch_size or meta.profile_scratch_size:
             raise JetExportError(
-                f"{kernel.name} on SM {sm // 10}.{sm % 10} wants scratch memory, which the plugin has none of."
+                f"{kernel.name} on SM {sm_name(sm)} wants scratch memory, which the plugin has none of."
             )
         if needed <= SHARED[sm]:
             clusters = getattr(meta, "num_ctas", 1)
@@ -63,7 +61,7 @@ def compile_image(function: Any, kernel: Kernel, sm: int) -> Image:
             check_layout(kernel, cubin)
             return Image(sm, meta.shared, 32 * meta.num_warps, clusters, fewer, cubin)
     raise JetExportError(
-        f"{kernel.text()} needs {needed} bytes of shared memory, SM {sm // 10}.{sm % 10} has {SHARED[sm]}.",
+        f"{kernel.text()} needs {needed} bytes of shared memory, SM {sm_name(sm)} has {SHARED[sm]}.",
         "Leave this SM out, or change the configuration in the kernel's file.",
     )
 

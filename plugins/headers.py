@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from jet_export.errors import JetExportError
@@ -62,23 +63,22 @@ def find_headers(given: str | Path | None = None) -> Path:
     return found
 
 
-def fetch_headers() -> Path:
-    """Downloads the wheel with pip, checks its hash, unpacks its headers, and prints source and licence."""
+def headers_for(given: str | Path | None, fetch: bool, emit: Callable[[str], None] = print) -> Path:
+    """The folder to compile with: `given`, an installed one, or with `fetch` the pinned wheel's. Raises JetExportError
+    naming the three ways where there is none."""
+    if given is None and fetch and installed_headers() is None:
+        return fetch_headers(emit)
+    return find_headers(given)
+
+
+def fetch_headers(emit: Callable[[str], None] = print) -> Path:
+    """Downloads the wheel with pip, checks its hash, unpacks its headers, and tells source and licence."""
     folder = fetched_headers()
     if not (folder / "NvInferRuntime.h").is_file():
         downloads = cache_dir() / "downloads"
         downloads.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            str(downloads),
-            REQUIREMENT,
-        ]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command = [*pip, "--dest", str(downloads), REQUIREMENT]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise JetExportError(
@@ -86,7 +86,8 @@ def fetch_headers() -> Path:
                 "Give the folder of TensorRT's headers instead: --tensorrt-headers DIR.",
             )
         unpack(downloads / WHEEL, folder)
-    print(NOTICE)
+    for line in NOTICE.splitlines():
+        emit(line)
     return folder
 
 

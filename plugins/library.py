@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,21 +10,55 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import triton
 
 from jet_export.errors import JetExportError
-from jet_export.plugins.cases import Case, case_to_dict
-from jet_export.plugins.headers import cache_dir, find_headers
+from jet_export.model.config import JetNemotronConfig
+from jet_export.plugins.cases import Case, case_to_dict, model_cases
+from jet_export.plugins.headers import cache_dir, find_headers, headers_for
 
 SOURCES = Path(__file__).parent / "src"
 NAME = "libjet_plugins.so"
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,defs")
+Emit = Callable[[str], None]
+
+
+def library_for(
+    config: JetNemotronConfig,
+    sms: tuple[int, ...] | list[int],
+    dtype: str = "bfloat16",
+    state_dtype: str = "float32",
+    cache_dtype: str = "bfloat16",
+    headers: str | Path | None = None,
+    fetch: bool = False,
+    emit: Emit = lambda line: None,
+) -> Path:
+    """The folder of a model's plugin library (its file: NAME), built unless the cache holds it.
+
+    dtypes: names as torch has them, of the model, the recurrent state and the KV cache; `headers`, `fetch`: as
+    --tensorrt-headers and --fetch-headers; `emit` is given a line a step. Raises JetExportError as `build_library`."""
+    include = headers_for(headers, fetch, emit)
+    return build_library(model_cases(config, dtype, state_dtype, cache_dtype), list(sms), include, emit=emit)
+
+
+def require_tools(headers: str | Path | None, fetch: bool) -> None:
+    """Raises JetExportError where a library could not be built: no headers and none asked for, no C++17 compiler."""
+    if not fetch:
+        find_headers(headers)
+    find_compiler()
 
 
 def build_library(
-    cases: list[Case], sms: list[int], headers: str | Path | None = None, cache: Path | None = None, quiet: bool = True
+    cases: list[Case],
+    sms: list[int],
+    headers: str | Path | None = None,
+    cache: Path | None = None,
+    emit: Emit = lambda line: None,
 ) -> Path:
     """The folder with libjet_plugins.so, kernels.inc, kernels.json and the cubins, built unless the cache holds it.
 
@@ -36,25 +71,59 @@ def build_library(
     if (folder / NAME).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".plugins-") as partial:
-        compile_kernels(spec, Path(partial), quiet)
-        compile_sources(compiler, include, Path(partial))
-        try:
-            os.rename(partial, folder)
-        except OSError:  # another process was first
-            if not (folder / NAME).is_file():
-                raise
-        else:
-            Path(partial).mkdir()  # for TemporaryDirectory to remove
+    with one_at_a_time(folder, emit):
+        if not (folder / NAME).is_file():
+            build_into(folder, spec, compiler, include, emit)
     return folder
 
 
+@contextmanager
+def one_at_a_time(folder: Path, emit: Emit) -> Iterator[None]:
+    """Other processes that want the same folder wait. The lock goes with the process that holds it."""
+    path = folder.parent / f".{folder.name}.lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            emit("another process is building this plugin library: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def build_into(folder: Path, spec: str, compiler: str, include: Path, emit: Emit) -> None:
+    """Builds in a temporary folder beside `folder` and renames it: it appears complete or not at all."""
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".plugins-"))
+    try:
+        compile_kernels(spec, partial, emit)
+        emit(f"{Path(compiler).name}: {NAME}, with the TensorRT headers of {include}")
+        compile_sources(compiler, include, partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was first, where files cannot be locked
+            if not (folder / NAME).is_file():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def find_compiler() -> str:
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    """A C++17 compiler: $CXX, else g++."""
+    name = os.environ.get("CXX") or "g++"
+    compiler = shutil.which(name)
     if compiler is None:
         raise JetExportError(
-            f"No C++ compiler: {os.environ.get('CXX') or 'g++'} was not found.",
+            f"No C++ compiler: {name} was not found, and the plugin library is compiled with it.",
             "Install g++, or set CXX to a C++17 compiler.",
+        )
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    probe = subprocess.run(command, input="inline int one = 1; int main() {}\n", capture_output=True, text=True)
+    if probe.returncode:
+        why = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[0]
+        raise JetExportError(
+            f"{compiler} does not compile C++17: {why}", "Install g++ 7 or newer, or set CXX to a C++17 compiler."
         )
     return compiler
 
@@ -78,19 +147,40 @@ def own_folders() -> list[Path]:
     return [Path(str(package.__file__)).parent for package in (jet_export.plugins, jet_export.kernels)]
 
 
-def compile_kernels(spec: str, folder: Path, quiet: bool) -> None:
+def compile_kernels(spec: str, folder: Path, emit: Emit) -> None:
     """Runs compile_kernels.py with the interpreter off and without line tables, which triple a cubin."""
-    path = folder / "spec.json"
+    path, errors = folder / "spec.json", folder / "errors.txt"
     path.write_text(spec)
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1"}
     command = [sys.executable, "-m", "jet_export.plugins.compile_kernels", str(path), str(folder)]
-    result = subprocess.run(
-        command, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE if quiet else None
-    )
-    if result.returncode == 2:
-        raise JetExportError(result.stderr.strip().splitlines()[0], "\n".join(result.stderr.strip().splitlines()[1:]))
-    if result.returncode:
-        raise JetExportError(f"Compiling the kernels failed:\n{result.stderr.strip()[-2000:]}")
+    start = time.monotonic()
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=stderr) as process,
+    ):
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                emit(with_eta(line.rstrip(), time.monotonic() - start))
+        except BaseException:
+            process.kill()
+            raise
+    said = errors.read_text().strip()
+    errors.unlink()
+    if process.returncode == 2:
+        what, *rest = said.splitlines()
+        raise JetExportError(what, "\n".join(rest))
+    if process.returncode:
+        raise JetExportError(f"Compiling the kernels failed:\n{said[-2000:]}")
+
+
+def with_eta(line: str, seconds: float) -> str:
+    """ "[3/9] a_kernel" after 6 s -> with "6 s, about 12 s left"."""
+    done, _, total = line.partition("]")[0].lstrip("[").partition("/")
+    if not (done.isdecimal() and total.isdecimal()):
+        return line
+    left = seconds / int(done) * (int(total) - int(done))
+    return f"{line}: {seconds:.0f} s" + (f", about {left:.0f} s left" if left >= 1 else "")
 
 
 def compile_sources(compiler: str, include: Path, folder: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from jet_export.model.hub import PRESETS
 from jet_export.plugins.cases import model_cases
-from jet_export.plugins.compile_kernels import SHARED
 from jet_export.plugins.library import build_library
+from jet_export.plugins.targets import SHARED
 
 
 @pytest.mark.slow
