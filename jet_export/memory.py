@@ -80,8 +80,11 @@ def workspace_per_token(c: JetNemotronConfig, dtype: torch.dtype) -> int:
     """Activations alive at once in the widest part of a layer: residual, and the MLP's or the JetBlock's."""
     residual = 3 * c.hidden_size
     mlp = 3 * c.intermediate_size
-    D, HK = c.jet_value_dim, c.jet_num_heads * c.head_k_dim
-    jet = 2 * HK + 2 * D + c.generator_dim + c.conv_size * D + 2 * HK + 4 * D
+    jet = 0
+    for dims in {c.jet_dims(i) for i, kind in enumerate(c.layer_types) if kind == "jet"}:
+        D, HK = dims.value_dim, dims.num_heads * dims.head_k_dim
+        R = D // c.dconv_generator_reduction
+        jet = max(jet, 2 * HK + 2 * D + R + c.conv_size * D + 2 * HK + 4 * D)
     return (residual + max(mlp, jet)) * dtype.itemsize
 
 

@@ -63,7 +63,8 @@ def state_specs(
     kv_shape = (2, c.num_key_value_heads, PAGE, c.head_dim)
     for i, kind in enumerate(c.layer_types):
         if kind == "jet":
-            conv, state = (c.conv_size - 1, c.jet_value_dim), (c.jet_num_heads, c.head_k_dim, c.head_v_dim)
+            dims = c.jet_dims(i)
+            conv, state = (c.conv_size - 1, dims.value_dim), tuple(dims)
             specs.append(StateSpec(f"layers.{i}.conv_state", i, "slots", conv, dtype))
             specs.append(StateSpec(f"layers.{i}.recurrent_state", i, "slots", state, state_dtype))
         else:

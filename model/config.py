@@ -7,9 +7,12 @@ Source: NVlabs/Jet-Nemotron `configuration_jet_nemotron.py` and the config.json 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jet_export.errors import JetExportError
 
@@ -17,14 +20,30 @@ LAYER_TYPES = ("jet", "attn", "swa")
 MAX_HEAD_K_DIM, MAX_HEAD_V_DIM, MAX_HEAD_DIM = 256, 576, 128
 
 
+class JetDims(NamedTuple):
+    """Sizes of one JetBlock: H heads of K keys and V values."""
+
+    num_heads: int
+    head_k_dim: int
+    head_v_dim: int
+
+    @property
+    def value_dim(self) -> int:
+        """D = H * V, the width of its values."""
+        return self.num_heads * self.head_v_dim
+
+    def __str__(self) -> str:
+        return f"{self.head_k_dim}x{self.head_v_dim}x{self.num_heads}"
+
+
 @dataclass(frozen=True)
 class JetNemotronConfig:
     """Sizes of a Jet-Nemotron model.
 
     `layer_types` names each layer's mixer: `jet` (JetBlock), `attn` (full attention) or `swa` (sliding window).
-    `jet_num_heads`, `head_k_dim` (K) and `head_v_dim` (V) describe the JetBlocks, `num_attention_heads`,
-    `num_key_value_heads` and `head_dim` the attention layers. `raw` keeps the fields of the config.json that were
-    read and are not used here, so that writing returns them.
+    `jet_num_heads`, `head_k_dim` (K) and `head_v_dim` (V) describe the JetBlocks, except those that `jet_layers` gives
+    sizes of their own; `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the attention layers. `raw`
+    keeps the fields of the config.json that were read and are not used here, so that writing returns them.
     """
 
     hidden_size: int
@@ -40,6 +59,7 @@ class JetNemotronConfig:
     dconv_generator_reduction: int = 8
     jet_norm_eps: float = 1e-5
     window_size: int = 0  # of the swa layers; 0 where there are none
+    jet_layers: tuple[tuple[int, JetDims], ...] = ()  # (layer, its own sizes), by layer; not in published checkpoints
     vocab_size: int = 151936
     max_position_embeddings: int = 32768
     rope_theta: float = 1e6
@@ -70,6 +90,24 @@ class JetNemotronConfig:
         """R, the hidden width of the dynamic convolution's kernel generator."""
         return self.jet_value_dim // self.dconv_generator_reduction
 
+    def jet_dims(self, layer: int) -> JetDims:
+        """The sizes of this layer's JetBlock."""
+        shared = JetDims(self.jet_num_heads, self.head_k_dim, self.head_v_dim)
+        return dict(self.jet_layers).get(layer, shared)
+
+    def with_jet_dims(self, dims: Mapping[int, JetDims]) -> JetNemotronConfig:
+        """This architecture with these JetBlocks, a layer each: what most of them have is the shared configuration."""
+        if not dims:
+            return replace(self, jet_layers=())
+        shared = Counter(dims.values()).most_common(1)[0][0]
+        return replace(
+            self,
+            jet_num_heads=shared.num_heads,
+            head_k_dim=shared.head_k_dim,
+            expand_v=expand_v_of(shared),
+            jet_layers=tuple(sorted((i, JetDims(*d)) for i, d in dims.items() if d != shared)),
+        )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> JetNemotronConfig:
         """Read the published layout. Raises JetExportError naming the field that is missing or wrong."""
@@ -81,6 +119,8 @@ class JetNemotronConfig:
         layers = tuple(values.get("layer_types") or ())
         mixers = values.get("efficient_attention_config") or {}
         jet, swa = mixers.get("jet") or {}, mixers.get("swa") or {}
+        if not layers and values.get("num_hidden_layers") != 0:
+            raise JetExportError(f"{where}: layer_types is empty.")
         if "jet" in layers and not jet:
             raise JetExportError(f"{where}: efficient_attention_config.jet is missing, which the jet layers need.")
         if "swa" in layers and not swa.get("window_size"):
@@ -101,6 +141,7 @@ class JetNemotronConfig:
                 dconv_generator_reduction=int(jet.get("dconv_generator_reduction", 8)),
                 jet_norm_eps=float(jet.get("norm_eps", 1e-5)),
                 window_size=int(swa.get("window_size", 0)),
+                jet_layers=_jet_layers(jet.get("layers") or {}),
                 vocab_size=int(values["vocab_size"]),
                 max_position_embeddings=int(values["max_position_embeddings"]),
                 rope_theta=_rope_theta(values, where),
@@ -112,7 +153,7 @@ class JetNemotronConfig:
             )
         except KeyError as e:
             raise JetExportError(f"{where}: field {e.args[0]!r} is missing.") from None
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, AttributeError) as e:
             raise JetExportError(f"{where}: a field has a wrong type: {e}.") from None
 
     @classmethod
@@ -144,6 +185,12 @@ class JetNemotronConfig:
                 "norm_eps": jet_raw.get("norm_eps", f"{self.jet_norm_eps:g}".replace("e-05", "e-5")),
             }
         }
+        mixers["jet"].pop("layers", None)
+        if self.jet_layers:
+            mixers["jet"]["layers"] = {
+                str(i): {"head_dim": d.head_k_dim, "expand_v": expand_v_of(d), "num_heads": d.num_heads}
+                for i, d in self.jet_layers
+            }
         if self.window_size:
             mixers["swa"] = {"window_size": self.window_size}
         published = {
@@ -182,6 +229,24 @@ class JetNemotronConfig:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+def expand_v_of(dims: JetDims) -> float:
+    """The published form of V: the ratio for which int(head_dim * expand_v) is V, to ten digits where those do."""
+    ratio = round(dims.head_v_dim / dims.head_k_dim, 10)
+    while int(dims.head_k_dim * ratio) < dims.head_v_dim:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
+def _jet_layers(layers: dict[str, dict[str, Any]]) -> tuple[tuple[int, JetDims], ...]:
+    """`efficient_attention_config.jet.layers`: layer number -> head_dim, expand_v, num_heads."""
+    return tuple(
+        sorted(
+            (int(i), JetDims(int(d["num_heads"]), int(d["head_dim"]), int(d["head_dim"] * float(d["expand_v"]))))
+            for i, d in layers.items()
+        )
+    )
+
+
 def _token_id(value: Any, default: int) -> int:
     """config.json may hold one id, a list of ids (the first counts) or null."""
     if isinstance(value, list):
@@ -198,8 +263,6 @@ def _rope_theta(values: dict[str, Any], where: str) -> float:
 
 def check_config(c: JetNemotronConfig) -> None:
     """Refuse sizes that the kernels do not compute. Raises JetExportError naming the field and what fits."""
-    if not c.layer_types:
-        raise JetExportError("config: layer_types is empty.")
     for i, kind in enumerate(c.layer_types):
         if kind not in LAYER_TYPES:
             raise JetExportError(f"config: layer_types[{i}] is {kind!r}.", f"Known: {', '.join(LAYER_TYPES)}.")
@@ -214,12 +277,21 @@ def check_config(c: JetNemotronConfig) -> None:
         )
     if not 2 <= c.conv_size <= 8:
         raise JetExportError(f"config: conv_size {c.conv_size} is not between 2 and 8.")
+    for i, d in c.jet_layers:
+        if c.layer_types[i : i + 1] != ("jet",):
+            raise JetExportError(
+                f"config: efficient_attention_config.jet.layers names layer {i}, which is no jet layer."
+            )
+        if d.num_heads <= 0:
+            raise JetExportError(f"config: num_heads of jet layer {i} is {d.num_heads}, not positive.")
     for name, value, limit in (
         ("head_dim of the attention layers", c.head_dim, MAX_HEAD_DIM),
         ("head_k_dim of the jet layers", c.head_k_dim, MAX_HEAD_K_DIM),
         ("head_v_dim of the jet layers", c.head_v_dim, MAX_HEAD_V_DIM),
+        *((f"head_k_dim of jet layer {i}", d.head_k_dim, MAX_HEAD_K_DIM) for i, d in c.jet_layers),
+        *((f"head_v_dim of jet layer {i}", d.head_v_dim, MAX_HEAD_V_DIM) for i, d in c.jet_layers),
     ):
-        if value % 16 or value > limit:
+        if value <= 0 or value % 16 or value > limit:
             raise JetExportError(f"config: {name} is {value}.", f"The kernels take multiples of 16 up to {limit}.")
 
 

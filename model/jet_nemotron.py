@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from jet_export.kernels import attention as _attention  # noqa: F401  registers jet::attention
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
-from jet_export.model.config import JetNemotronConfig
+from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
 
@@ -52,9 +52,10 @@ class MLP(nn.Module):
 class JetBlock(nn.Module):
     """Gated delta rule with a dynamic convolution on the values; the core is `jet::jet_block`."""
 
-    def __init__(self, c: JetNemotronConfig) -> None:
+    def __init__(self, c: JetNemotronConfig, dims: JetDims) -> None:
         super().__init__()
-        H, K, V, D, R = c.jet_num_heads, c.head_k_dim, c.head_v_dim, c.jet_value_dim, c.generator_dim
+        (H, K, V), D = dims, dims.value_dim
+        R = D // c.dconv_generator_reduction
         self.num_heads, self.head_k_dim, self.head_v_dim, self.generator_dim = H, K, V, R
         self.norm_eps = c.jet_norm_eps
         self.in_proj = nn.Linear(c.hidden_size, 2 * H * K + 2 * D + R, bias=False)  # [q | k | v | gate | w1]
@@ -104,12 +105,12 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, c: JetNemotronConfig, kind: str) -> None:
+    def __init__(self, c: JetNemotronConfig, layer: int) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind = kind = c.layer_types[layer]
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         window = c.window_size if kind == "swa" else 0
-        self.self_attn: nn.Module = JetBlock(c) if kind == "jet" else Attention(c, window)
+        self.self_attn: nn.Module = JetBlock(c, c.jet_dims(layer)) if kind == "jet" else Attention(c, window)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
@@ -139,7 +140,7 @@ class JetNemotronForCausalLM(nn.Module):
         self.config = config
         self.max_positions = max_positions or config.max_position_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, kind) for kind in config.layer_types)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

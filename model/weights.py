@@ -56,7 +56,9 @@ def checkpoint_layout(c: JetNemotronConfig) -> dict[str, Slice]:
         fused(f"{ours}.mlp.down_proj.weight", [(f"{mlp}.down_proj.weight", d)], f)
         attn, theirs = f"{ours}.self_attn", f"{pub}.self_attn"
         if kind == "jet":
-            H, HK, D, R = c.jet_num_heads, c.jet_num_heads * c.head_k_dim, c.jet_value_dim, c.generator_dim
+            dims = c.jet_dims(i)
+            H, HK, D = dims.num_heads, dims.num_heads * dims.head_k_dim, dims.value_dim
+            R = D // c.dconv_generator_reduction
             gen = f"{theirs}.dynamic_conv1d.kernel_generator"
             names = [f"{theirs}.{p}_proj.weight" for p in "qkvg"] + [f"{gen}.w1.weight"]
             fused(f"{attn}.in_proj.weight", list(zip(names, (HK, HK, D, D, R), strict=True)), d)
@@ -65,7 +67,7 @@ def checkpoint_layout(c: JetNemotronConfig) -> dict[str, Slice]:
             fused(f"{attn}.w2.bias", [(f"{gen}.w2.bias", D * c.conv_size)])
             fused(f"{attn}.A_log", [(f"{theirs}.A_log", H)])
             fused(f"{attn}.dt_bias", [(f"{theirs}.dt_bias", H)])
-            fused(f"{attn}.o_norm", [(f"{theirs}.o_norm.weight", c.head_v_dim)])
+            fused(f"{attn}.o_norm", [(f"{theirs}.o_norm.weight", dims.head_v_dim)])
             fused(f"{attn}.o_proj.weight", [(f"{theirs}.o_proj.weight", d)], D)
         else:
             q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim

@@ -107,10 +107,10 @@ def model_cases(
 ) -> list[Case]:
     """The cases of a model, each once. `cache_dtype`: default dtype."""
     cases: list[Case] = []
-    for layer in dict.fromkeys(config.layer_types):
-        if layer == "jet":
-            dims = config.jet_num_heads, config.head_k_dim, config.head_v_dim, config.conv_size
-            cases.append(JetBlockCase(*dims, dtype, state_dtype))
+    sizes = (config.jet_dims(i) if kind == "jet" else None for i, kind in enumerate(config.layer_types))
+    for layer, dims in dict.fromkeys(zip(config.layer_types, sizes, strict=True)):
+        if dims is not None:
+            cases.append(JetBlockCase(*dims, config.conv_size, dtype, state_dtype))
         else:
             heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
             window = config.window_size if layer == "swa" else 0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jet_export.model.config import JetNemotronConfig
+from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_tiny.delta_rule import delta_rule_chunked
 
 
@@ -66,10 +66,10 @@ class DynamicConv(nn.Module):
 
 
 class JetBlock(nn.Module):
-    def __init__(self, config: JetNemotronConfig) -> None:
+    def __init__(self, config: JetNemotronConfig, dims: JetDims) -> None:
         super().__init__()
-        hidden, heads = config.hidden_size, config.jet_num_heads
-        dim_k, dim_v = heads * config.head_k_dim, config.jet_value_dim
+        hidden, heads = config.hidden_size, dims.num_heads
+        dim_k, dim_v = heads * dims.head_k_dim, dims.value_dim
         self.heads = heads
         self.q_proj = Linear(hidden, dim_k, bias=False)
         self.k_proj = Linear(hidden, dim_k, bias=False)
@@ -80,8 +80,8 @@ class JetBlock(nn.Module):
         self.o_proj = Linear(dim_v, hidden, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.dynamic_conv1d = DynamicConv(hidden, config.generator_dim, dim_v, config.conv_size)
-        self.o_norm = RMSNorm(config.head_v_dim, config.jet_norm_eps)
+        self.dynamic_conv1d = DynamicConv(hidden, dim_v // config.dconv_generator_reduction, dim_v, config.conv_size)
+        self.o_norm = RMSNorm(dims.head_v_dim, config.jet_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k = (F.silu(proj(x)).unflatten(-1, (self.heads, -1)).float() for proj in (self.q_proj, self.k_proj))
@@ -145,13 +145,14 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: JetNemotronConfig, kind: str) -> None:
+    def __init__(self, config: JetNemotronConfig, layer: int) -> None:
         super().__init__()
         self.dropout = 0.0  # of what each branch adds to the residual stream, in training
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        kind = config.layer_types[layer]
         window = config.window_size if kind == "swa" else 0
-        self.self_attn = JetBlock(config) if kind == "jet" else Attention(config, window)
+        self.self_attn = JetBlock(config, config.jet_dims(layer)) if kind == "jet" else Attention(config, window)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class Backbone(nn.Module):
     def __init__(self, config: JetNemotronConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
