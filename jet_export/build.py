@@ -31,12 +31,14 @@ from jet_export.bundle import (
 )
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.fp8_checkpoint import holds_kv_scales
 from jet_export.model.hub import (
     checkpoint_licence,
     licence_files,
     resolve_checkpoint,
 )
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.model.weights import CheckpointFiles
 from jet_export.plan import BuildPlan
 from jet_export.runtime.runner import max_prefill_tokens
 
@@ -164,13 +166,13 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
             "seconds": round(time.monotonic() - start, 1),
         }
         manifest.save(tmp)
-        _replace(tmp, plan.output)
+        replace_directory(tmp, plan.output)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return plan.output
 
 
-def _replace(tmp: Path, output: Path) -> None:
+def replace_directory(tmp: Path, output: Path) -> None:
     """Put the finished bundle in place; the old one survives until the new one is there."""
     old = output.parent / f".{output.name}.{os.getpid()}.old"
     if output.exists():
@@ -195,8 +197,8 @@ def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
 def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
     with progress.stage("load weights"):
         model = load_model(plan)
-        licence = _copy_side_files(plan, tmp)
-    quantization = _quantize(plan, model, tmp, progress)
+        licence = copy_side_files(plan, tmp)
+    quantization = quantize_model(plan, model, tmp, progress)
     with progress.stage("write weights"):
         tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
         save_file({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
@@ -238,31 +240,52 @@ def _tied(model: JetNemotronForCausalLM) -> bool:
     return getattr(model.lm_head, "weight", None) is model.embed_tokens.weight
 
 
-def _quantize(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> dict[str, Any] | None:
-    kv_fp8 = plan.kv_dtype == torch.float8_e4m3fn
-    if not (plan.options.fp8 or kv_fp8):
-        return None
+def quantize_model(
+    plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress
+) -> dict[str, Any] | None:
+    """FP8 projections and KV scales as the plan asks, in place; those that the checkpoint has stay as they are."""
     from jet_export import quantize
-    from jet_export.runtime.tokenizer import Tokenizer
 
-    o = plan.options
-    text = quantize.read_calibration_text(o.calibration or CALIBRATION)
-    tokenizer = Tokenizer(tmp / TOKENIZER) if (tmp / TOKENIZER).exists() else None
-    length = min(512, plan.limits.max_seq_len)
-    batches = quantize.calibration_tokens(tokenizer, text, plan.config.vocab_size, length)
-    report = quantize.QuantizationReport()
-    if o.fp8:
+    o, kv_fp8 = plan.options, plan.kv_dtype == torch.float8_e4m3fn
+    report = quantize.read_report(model)
+    if report.fp8 and (o.keep or (o.fp8_lm_head and "lm_head" not in report.fp8)):
+        flag = f"--keep {o.keep[0]}" if o.keep else "--fp8-lm-head"
+        raise JetExportError(f"{flag}: the checkpoint is FP8 already.", "Start from the bf16 checkpoint.")
+    if report.fp8:
+        progress.emit(f"    the checkpoint is FP8: {len(report.fp8)} projections as they are")
+    elif o.fp8:
+        batches = _calibration(plan, tmp)
         with progress.stage("calibrate and quantise to FP8 (nvidia-modelopt)"):
             report = quantize.quantize_fp8(model, batches, o.keep, o.fp8_lm_head)
         for line in report.summary():
             progress.emit(f"    {line}")
-    if kv_fp8:
+    if kv_fp8 and has_kv_scales(plan):
+        report.kv_scales = quantize.kv_scales(model)
+    elif kv_fp8:
         with progress.stage("calibrate the FP8 KV cache"):
-            report.kv_scales = quantize.calibrate_kv_scales(model, batches)
-    return report.to_dict()
+            report.kv_scales = quantize.calibrate_kv_scales(model, _calibration(plan, tmp))
+    return report.to_dict() if report.fp8 or kv_fp8 else None
 
 
-def _copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
+def _calibration(plan: BuildPlan, directory: Path) -> list[torch.Tensor]:
+    """Token windows of the calibration text, by the tokenizer in `directory` where there is one."""
+    from jet_export.calibrate import calibration_tokens, read_calibration_text
+    from jet_export.runtime.tokenizer import Tokenizer
+
+    text = read_calibration_text(plan.options.calibration or CALIBRATION)
+    tokenizer = Tokenizer(directory / TOKENIZER) if (directory / TOKENIZER).exists() else None
+    length = min(512, plan.limits.max_seq_len)
+    return calibration_tokens(tokenizer, text, plan.config.vocab_size, length)
+
+
+def has_kv_scales(plan: BuildPlan) -> bool:
+    """The weights that were loaded brought the scales of an FP8 KV cache along."""
+    if plan.options.random_weights or plan.directory is None:
+        return False
+    return holds_kv_scales(CheckpointFiles.open(plan.directory).file_of, plan.config)
+
+
+def copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
     """Tokenizer and licence of the checkpoint."""
     directory = plan.directory
     if directory is None or (plan.options.random_weights and plan.options.model != "jet-tiny"):

@@ -13,6 +13,7 @@ from jet_export.bundle import Limits, host_target, torch_dtype
 from jet_export.errors import JetExportError
 from jet_export.memory import Memory, engine_memory, weight_bytes
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
 from jet_export.plugins.targets import check_fp8, parse_sms, sm_name, sm_of_arch
 
@@ -63,6 +64,7 @@ class BuildPlan:
     source: str  # where the weights come from, in words
     directory: Path | None  # the checkpoint's, where it is local
     output: Path
+    fp8: bool  # asked for, or the checkpoint's
     memory: Memory
     download_bytes: int
     disk_bytes: int
@@ -89,15 +91,19 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         raise JetExportError(f"--checkpoint {options.checkpoint}: no config.json there.")
     config = _config(options, directory)
     limits, warnings = _limits(options, config)
-    if options.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    fp8 = options.fp8 or (is_fp8_checkpoint(config) and not options.random_weights)
+    if fp8 and dtype != torch.bfloat16:
+        raise JetExportError(f"{options.model}: an FP8 checkpoint makes a bfloat16 model.", "Leave --dtype out.")
+    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise JetExportError(f"--fp8: {target['arch']} has no FP8 arithmetic.", "FP8 needs SM 8.9 or newer.")
-    weights = weight_bytes(config, dtype, options.fp8, options.fp8_lm_head)
+    weights = weight_bytes(config, dtype, fp8, options.fp8_lm_head)
     full = weight_bytes(config, dtype, False)
     memory = engine_memory(config, limits, dtype, kv_dtype, state_dtype, weights)
     source = _source(options, directory)
     return BuildPlan(
         options, config, backend, target, dtype, kv_dtype, state_dtype, limits, source, directory,
-        output=options.output or default_output(options),
+        output=options.output or default_output(options, fp8),
+        fp8=fp8,
         memory=memory,
         download_bytes=0 if directory or options.random_weights else full,
         disk_bytes=weights + 20_000_000,
@@ -159,10 +165,10 @@ def expected_seconds(config: JetNemotronConfig, nbytes: int, backend: str) -> fl
     return compiling + nbytes / 2e8
 
 
-def default_output(options: BuildOptions) -> Path:
+def default_output(options: BuildOptions, fp8: bool) -> Path:
     """bundles/<model>-<precision>-<backend>."""
     name = Path(options.model).name.removesuffix(".json") or "model"
-    precision = "fp8" if options.fp8 else {"bfloat16": "bf16", "float32": "fp32"}[options.dtype]
+    precision = "fp8" if fp8 else {"bfloat16": "bf16", "float32": "fp32"}[options.dtype]
     backend = "inductor" if options.backend == "auto" else options.backend
     return Path("bundles") / f"{name}-{precision}-{backend}"
 

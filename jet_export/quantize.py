@@ -30,7 +30,7 @@ from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
 __all__ = [
     "LayerRow", "QuantizationReport", "apply_report", "calibrate_kv_scales", "calibration_tokens", "check_all_fp8",
-    "layer_table", "quantize_fp8", "read_calibration_text",
+    "kv_scales", "layer_table", "quantize_fp8", "read_calibration_text", "read_report",
 ]  # fmt: skip
 
 
@@ -166,6 +166,26 @@ def quantize_fp8(
         buffers = {"weight_scale": layer.weight_scale, "input_scale": layer.input_scale}
         report.fp8[user_name(path)] = {name: scale.item() for name, scale in buffers.items()}
     check_all_fp8(model, report, keep, lm_head)
+    return report
+
+
+def kv_scales(model: JetNemotronForCausalLM) -> dict[str, tuple[float, float]]:
+    """k_scale and v_scale of every attention layer, by module name."""
+    attention: dict[str, Any] = {user_name(path): m for path, m in model.named_modules() if hasattr(m, "k_scale")}
+    return {name: (m.k_scale, m.v_scale) for name, m in attention.items()}
+
+
+def read_report(model: JetNemotronForCausalLM) -> QuantizationReport:
+    """What is FP8 in a model that was loaded so; nothing of it was calibrated here."""
+    report = QuantizationReport()
+    for path in linear_paths(model):
+        layer = model.get_submodule(path)
+        if isinstance(layer, Fp8Linear):
+            scales = {"weight_scale": layer.weight_scale, "input_scale": layer.input_scale}
+            report.fp8[user_name(path)] = {name: scale.item() for name, scale in scales.items()}
+    if report.fp8:
+        kept = [user_name(p) for p in linear_paths(model) if user_name(p) not in report.fp8]
+        report.kept = [(name, "not FP8 in the checkpoint") for name in kept]
     return report
 
 

@@ -35,7 +35,7 @@ def architecture(c: JetNemotronConfig) -> str:
 
 def print_plan(plan: BuildPlan) -> None:
     o, m = plan.options, plan.memory
-    precision = "fp8 projections, the rest bfloat16" if o.fp8 else str(plan.dtype).removeprefix("torch.")
+    precision = "fp8 projections, the rest bfloat16" if plan.fp8 else str(plan.dtype).removeprefix("torch.")
     known = checkpoint_licence(plan.directory) if plan.directory is not None and not o.random_weights else None
     licence = "none (random weights)" if o.random_weights else known or "unknown: see the checkpoint's page"
     arch = plan.target["arch"] + (f" ({plan.target['gpu']})" if "gpu" in plan.target else "")

@@ -19,6 +19,16 @@ from torch import Tensor
 
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.fp8 import FP8
+from jet_export.model.fp8_checkpoint import (
+    check_quant_algo,
+    holds_kv_scales,
+    kv_scale_names,
+    place_fp8_linears,
+    quantised_modules,
+    scale_names,
+    scale_value,
+)
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
 
 SHARD_BYTES = 4 * 2**30
@@ -142,7 +152,10 @@ def _tensors(files: CheckpointFiles, names: list[str]) -> Iterator[tuple[str, Te
 def load_checkpoint(
     directory: str | Path, dtype: torch.dtype, device: torch.device, max_positions: int | None = None
 ) -> JetNemotronForCausalLM:
-    """Fill a model on `device`. Raises JetExportError naming a tensor that is missing or of the wrong shape."""
+    """Fill a model on `device`; projections that the checkpoint holds in FP8 become Fp8Linear.
+
+    Raises JetExportError naming a tensor that is missing, of the wrong shape or in a format that is not read.
+    """
     files = CheckpointFiles.open(directory)
     layout = checkpoint_layout(files.config)
     missing = [name for name in layout if name not in files.file_of]
@@ -152,49 +165,98 @@ def load_checkpoint(
             f"{files.directory}: tensor {missing[0]}{more} missing from the checkpoint.",
             "It does not match config.json (layer_types, tie_word_embeddings), or a shard was not downloaded.",
         )
+    check_quant_algo(files.directory, files.config)
+    fp8 = quantised_modules({n: s.param for n, s in layout.items()}, files.file_of, str(files.directory))
     model = empty_model(files.config, dtype, device, max_positions)
-    params = dict(model.named_parameters())
+    place_fp8_linears(model, fp8)
+    params: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in _tensors(files, list(layout)):
         param, start, shape = layout[name]
-        if tuple(tensor.shape) != shape:
-            raise JetExportError(
-                f"{files.file_of[name]}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}.",
-                "Use the config.json that belongs to these weights.",
-            )
+        _check_tensor(files.file_of[name], name, tensor, shape, params[param].dtype)
         params[param][start : start + shape[0]].copy_(tensor)
+    _load_scales(model, files, layout, fp8)
     return model
+
+
+def _check_tensor(file: Path, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape:
+        raise JetExportError(
+            f"{file}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}.",
+            "Use the config.json that belongs to these weights.",
+        )
+    if (tensor.dtype == FP8) != (dtype == FP8) or not tensor.is_floating_point():
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise JetExportError(
+            f"{file}: {name} is {found}, and its scales are {'there' if dtype == FP8 else 'not'}.",
+            "Read here: bfloat16, float16 and float32, or float8_e4m3fn with weight_scale and input_scale.",
+        )
+
+
+def _load_scales(
+    model: JetNemotronForCausalLM, files: CheckpointFiles, layout: dict[str, Slice], fp8: list[str]
+) -> None:
+    """The scales of FP8 projections, which their published parts must agree on, and of an FP8 KV cache."""
+    filled: dict[tuple[str, str], tuple[str, float]] = {}
+    targets = {
+        scale: (s.param.removesuffix(".weight"), scale.rpartition(".")[2])
+        for name, s in layout.items()
+        if s.param.removesuffix(".weight") in fp8 and s.param.endswith(".weight")
+        for scale in scale_names(name)
+    }
+    kv = kv_scale_names(files.config) if holds_kv_scales(files.file_of, files.config) else {}
+    for name, tensor in _tensors(files, [*targets, *kv]):
+        value = scale_value(tensor, name, files.file_of[name])
+        if name in kv:
+            i, attr = kv[name]
+            setattr(model.layers[i].self_attn, attr, value)
+            continue
+        first, other = filled.setdefault(targets[name], (name, value))
+        if other != value:
+            raise JetExportError(
+                f"{files.directory}: {first} is {other:g} and {name} is {value:g}.",
+                "They are one FP8 product here and need one scale: `jet-export export-hf` writes such checkpoints.",
+            )
+        module, attr = targets[name]
+        getattr(model.get_submodule(module), attr).fill_(value)
+
+
+def published_tensors(model: JetNemotronForCausalLM) -> dict[str, Tensor]:
+    """Every tensor under its published name: rows of the model's own, not copies."""
+    own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    layout = checkpoint_layout(model.config)
+    return {n: own[s.param][s.start : s.start + s.shape[0]].detach() for n, s in layout.items()}
 
 
 def save_checkpoint(model: JetNemotronForCausalLM, directory: Path) -> None:
     """The published layout: fused parameters split again, shards of at most 4 GiB, config.json."""
-    params: dict[str, Tensor] = dict(model.named_parameters())
     layout = checkpoint_layout(model.config)
-    quantised = sorted({s.param for s in layout.values()} - params.keys())
+    quantised = sorted({s.param for s in layout.values()} - dict(model.named_parameters()).keys())
     if quantised:
         raise JetExportError(
             f"save_pretrained: {quantised[0].removesuffix('.weight')} is FP8, which the published layout cannot hold.",
-            "Save the model before quantising it.",
+            "Save the model before quantising it, or write it with `jet-export export-hf`.",
         )
     directory.mkdir(parents=True, exist_ok=True)
+    save_shards(published_tensors(model), directory)
+    model.config.save(directory / "config.json")
+
+
+def save_shards(tensors: dict[str, Tensor], directory: Path) -> None:
+    """model.safetensors, or shards of at most 4 GiB and their index. From a CPU nothing is copied in memory."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, (param, _, shape) in layout.items():
-        nbytes = torch.Size(shape).numel() * params[param].element_size()
-        if size and size + nbytes > SHARD_BYTES:
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += nbytes
+        size += tensor.nbytes
     file_of = {}
     for i, names in enumerate(shards):
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        rows = {n: (params[layout[n].param], layout[n].start, layout[n].shape[0]) for n in names}
-        tensors = {n: p[a : a + r].detach().cpu().clone() for n, (p, a, r) in rows.items()}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        save_file({n: tensors[n].cpu() for n in names}, directory / file, metadata={"format": "pt"})
         file_of.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        total = sum(torch.Size(s.shape).numel() * params[s.param].element_size() for s in layout.values())
-        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": file_of}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    model.config.save(directory / "config.json")
