@@ -67,6 +67,8 @@ class JetNemotronConfig:
     tie_word_embeddings: bool = True
     bos_token_id: int = 151643
     eos_token_id: int = 151643
+    qk_norm: bool = False  # RMSNorm of each attention head's query and key, before RoPE (Qwen3); published: none
+    qkv_bias: bool = True  # of the attention layers (Qwen2 and the published models; Qwen3 has none)
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -149,6 +151,8 @@ class JetNemotronConfig:
                 tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
                 bos_token_id=_token_id(values.get("bos_token_id"), 0),
                 eos_token_id=_token_id(values.get("eos_token_id"), 0),
+                qk_norm=bool(values.get("qk_norm", False)),
+                qkv_bias=bool(values.get("qkv_bias", True)),
                 raw=dict(values),
             )
         except KeyError as e:
@@ -223,6 +227,8 @@ class JetNemotronConfig:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
             "efficient_attention_config": mixers,
+            **({"qk_norm": self.qk_norm} if self.qk_norm or "qk_norm" in self.raw else {}),
+            **({"qkv_bias": self.qkv_bias} if not self.qkv_bias or "qkv_bias" in self.raw else {}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -316,4 +322,14 @@ def jet_4b() -> JetNemotronConfig:
         num_attention_heads=16, num_key_value_heads=2, head_dim=128,
         jet_num_heads=16, head_k_dim=128, expand_v=2.0, window_size=2048,
         max_position_embeddings=32768,
+    )  # fmt: skip
+
+
+def qwen3_1_7b() -> JetNemotronConfig:
+    """Sizes of Qwen/Qwen3-1.7B-Base, the paper's baseline: full attention alone. For comparisons of speed, with random
+    weights: its own checkpoints are of another model type. The jet sizes are not used."""
+    return JetNemotronConfig(
+        hidden_size=2048, intermediate_size=6144, layer_types=("attn",) * 28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, qk_norm=True, qkv_bias=False,
+        jet_num_heads=1, head_k_dim=32, expand_v=2.0, max_position_embeddings=32768,
     )  # fmt: skip

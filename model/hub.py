@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from jet_export.errors import JetExportError
-from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
+from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b, qwen3_1_7b
 
 JET_TINY_DIR = Path(str(files("jet_export"))) / "data" / "jet-tiny"
 HUB_ID = {"jet-2b": "jet-ai/Jet-Nemotron-2B", "jet-4b": "jet-ai/Jet-Nemotron-4B"}
@@ -15,6 +15,7 @@ PRESETS: dict[str, Callable[[], JetNemotronConfig]] = {
     "jet-tiny": lambda: JetNemotronConfig.from_json_file(JET_TINY_DIR / "config.json"),
     "jet-2b": jet_2b,
     "jet-4b": jet_4b,
+    "qwen3-1.7b": qwen3_1_7b,  # a shape to compare speeds with, no checkpoint
 }
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
 

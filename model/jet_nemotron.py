@@ -88,20 +88,32 @@ class Attention(nn.Module):
             c.num_attention_heads, c.num_key_value_heads, c.head_dim, window,
         )  # fmt: skip
         self.k_scale = self.v_scale = 1.0  # of an FP8 KV cache
-        self.qkv_proj = nn.Linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
+        heads = c.num_attention_heads + 2 * c.num_key_value_heads
+        self.qkv_proj = nn.Linear(c.hidden_size, heads * c.head_dim, bias=c.qkv_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool
     ) -> Tensor:
         (kv_cache,) = state
+        qkv = self.normed(self.qkv_proj(x))
         args = (
-            self.qkv_proj(x), cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
+            qkv, cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
             batch.cu_seqlens, batch.slots, batch.context_lens,
             self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale,
         )  # fmt: skip
         o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args, decode)
         return self.o_proj(o)
+
+    def normed(self, qkv: Tensor) -> Tensor:  # [T, (Hq + 2 Hkv) * Dh]
+        """With qk-norm (Qwen3): every head of q and of k normalised over head_dim. Without: qkv itself."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(heads, 1)  # [T, heads, Dh]
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], 1).flatten(1)
 
 
 class DecoderLayer(nn.Module):

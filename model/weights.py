@@ -81,10 +81,12 @@ def checkpoint_layout(c: JetNemotronConfig) -> dict[str, Slice]:
             fused(f"{attn}.o_proj.weight", [(f"{theirs}.o_proj.weight", d)], D)
         else:
             q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-            for what, tail in (("weight", (d,)), ("bias", ())):
+            for what, tail in (("weight", (d,)), ("bias", ()))[: 1 + c.qkv_bias]:
                 parts = [(f"{theirs}.{p}_proj.{what}", rows) for p, rows in (("q", q), ("k", kv), ("v", kv))]
                 fused(f"{attn}.qkv_proj.{what}", parts, *tail)
             fused(f"{attn}.o_proj.weight", [(f"{theirs}.o_proj.weight", d)], q)
+            for norm in ("q_norm", "k_norm") if c.qk_norm else ():
+                fused(f"{attn}.{norm}.weight", [(f"{theirs}.{norm}.weight", c.head_dim)])
     return out
 
 
