@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/jet-export generate $(DEMO) --prompt "def "
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope
 
 # mypy wants the packages where they are imported from, so kernels/, model/ and plugins/ are linked under jet_export/.
 types: $(READY)

@@ -6,12 +6,13 @@ from pathlib import Path
 import plugin_harness
 import pytest
 import triton
+from filelock import FileLock
 from plugin_nodes import JET_TINY, MINI
 
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plugins.cases import Case, model_cases
-from jet_export.plugins.headers import fetch_headers, find_headers
+from jet_export.plugins.headers import cache_dir, fetch_headers, find_headers
 from jet_export.plugins.library import NAME, build_library
 
 
@@ -47,7 +48,8 @@ def tools(headers, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def build(headers: Path, tools: tuple[Path, Path], cases: list[Case], sms: list[int]) -> Built:
-    folder = build_library(cases, sms, headers)
+    with FileLock(cache_dir() / "tests.lock"):  # workers of one test run: the first builds, the others find it
+        folder = build_library(cases, sms, headers)
     return Built(folder, folder / NAME, *tools, cases, sms)
 
 
