@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jet_export.kernels.attention_prefill import LOG2E, attend_tiles, dot_operand, load_tile, page_of, softmax_step
 from jet_export.kernels.common import INTERPRET, dot_precision, fp32, wrap
-from jet_export.kernels.rope_append import check_layout, load_rope, quantize
+from jet_export.kernels.rope_append import check_layout, context_of, load_rope, quantize
 
 INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
 
@@ -98,7 +98,7 @@ def unpack(b_x):
 
 @triton.jit
 def attend_fp8(
-    b_acc, b_l, b_m, b_q, b_s2, p_k, p_table, i_page, lo, hi, key_lo, M, stride_page, stride_kv,
+    b_acc, b_l, b_m, b_q, b_s2, p_k, p_table, i_page, lo, hi, key_lo, M, pages, stride_page, stride_kv,
     PAGE: tl.constexpr, DH: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """`attend_tiles` of an FP8 cache where all rows see the same keys, the values read in pairs (see `unpack`)."""
@@ -106,7 +106,7 @@ def attend_fp8(
     b_lo, b_hi = tl.split(tl.reshape(b_acc, [BM, BD // 2, 2]))
     for j in tl.range(lo, hi, BN):
         p_tile = p_k + i_page.to(tl.int64) * stride_page + (j % PAGE) * DH
-        i_page = page_of(p_table, j + BN, hi, M, PAGE)
+        i_page = page_of(p_table, j + BN, hi, M, pages, PAGE)
         m_key = (j + o_n >= key_lo) & (j + o_n < hi)
         b_k = load_tile(p_tile, m_key, True, DH, BN, BD).to(b_q.dtype)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)
@@ -120,16 +120,16 @@ def attend_fp8(
     return tl.reshape(tl.join(b_lo, b_hi), [BM, BD]), b_l, b_m
 
 
-@triton.jit(do_not_specialize=["S", "M", "P", "stride_table"])
+@triton.jit(do_not_specialize=["S", "M", "P", "pages", "stride_table"])
 def attention_decode_kernel(
     qkv, cos_sin, kv_cache, block_table, slots, context_lens, o_s, lse_s,
-    S, M, P, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
+    S, M, P, pages, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     i_s, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p = tl.load(context_lens + i_n)
+    p = context_of(context_lens, i_n, M, PAGE, WINDOW)
     key_lo, tile_lo, tile_hi, per_split = tiles_of(p, S, WINDOW, BN)
     tile = tile_lo + i_s * per_split
     if (tl.load(slots + i_n) < 0) | ((i_s > 0) & (tile >= tile_hi)):
@@ -138,7 +138,7 @@ def attention_decode_kernel(
     lo, hi = tile * BN, tl.minimum((tile + per_split) * BN, p)
     p_k = kv_cache + i_h * stride_h
     p_table = block_table + i_n * stride_table
-    i_page = page_of(p_table, lo, hi, M, PAGE)
+    i_page = page_of(p_table, lo, hi, M, pages, PAGE)
     o_g, o_d = tl.arange(0, BM), tl.arange(0, BD)
     m_g = o_g < G
     p_row = qkv + i_n * stride_t
@@ -158,7 +158,7 @@ def attention_decode_kernel(
         b_v = quantize(b_v, v_scale, dtype)  # [1, BD]
         p_new = (
             p_k
-            + page_of(p_table, p, p + 1, M, PAGE).to(tl.int64) * stride_page
+            + page_of(p_table, p, p + 1, M, pages, PAGE).to(tl.int64) * stride_page
             + (p % PAGE) * DH
             + o_1[:, None]
             + o_d[None, :]
@@ -171,13 +171,13 @@ def attention_decode_kernel(
 
     if kv_cache.dtype.element_ty == tl.float8e4nv:
         b_acc, b_l, b_m = attend_fp8(
-            b_acc, b_l, b_m, b_q, b_s2, p_k, p_table, i_page, lo, hi, key_lo, M, stride_page, stride_kv,
+            b_acc, b_l, b_m, b_q, b_s2, p_k, p_table, i_page, lo, hi, key_lo, M, pages, stride_page, stride_kv,
             PAGE, DH, BN, BD, BM, PREC,
         )  # fmt: skip
     else:
         b_acc, b_l, b_m = attend_tiles(
-            b_acc, b_l, b_m, b_q, b_s2, p + o_g * 0, p_k, p_table, i_page, lo, hi, key_lo, p, M, stride_page, stride_kv,
-            True, WINDOW, PAGE, DH, BN, BD, PREC,
+            b_acc, b_l, b_m, b_q, b_s2, p + o_g * 0, p_k, p_table, i_page, lo, hi, key_lo, p, M, pages,
+            stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
         )  # fmt: skip
     i_row = (i_n * HQ + i_h * G + o_g) * S + i_s
     p_o = o_s + i_row[:, None] * DH + o_d[None, :]
@@ -185,13 +185,14 @@ def attention_decode_kernel(
     tl.store(lse_s + i_row, b_m + tl.log2(b_l), mask=m_g)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "M"])
 def attention_combine_kernel(
-    o_s, lse_s, slots, context_lens, o, S, v_scale,
-    HQ: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
+    o_s, lse_s, slots, context_lens, o, S, M, v_scale,
+    HQ: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    BN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     i_d, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    _, tile_lo, tile_hi, per_split = tiles_of(tl.load(context_lens + i_n), S, WINDOW, BN)
+    _, tile_lo, tile_hi, per_split = tiles_of(context_of(context_lens, i_n, M, PAGE, WINDOW), S, WINDOW, BN)
     used = tl.maximum(tl.cdiv(tile_hi - tile_lo, per_split), 1)
     if tl.load(slots + i_n) < 0:
         used = 0
@@ -243,14 +244,14 @@ def attention_decode_triton(
     BD = triton.next_power_of_2(head_dim)
     wrap(attention_decode_kernel)[(S, num_kv_heads, N)](
         qkv, cos_sin, kv_cache, block_table, slots, context_lens, o_s, lse_s,
-        S, M, cos_sin.shape[0], head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), k_scale, v_scale,
+        S, M, cos_sin.shape[0], kv_cache.shape[0], head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), k_scale, v_scale,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=BD, PAGE=page, WINDOW=window,
         BM=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BN=BN,
         PREC=dot_precision(qkv.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     wrap(attention_combine_kernel)[(triton.cdiv(head_dim, 32), num_heads, N)](
-        o_s, lse_s, slots, context_lens, o, S, v_scale if fp8 else 1.0,
-        HQ=num_heads, DH=head_dim, BD=32, WINDOW=window, BN=BN, BS=64, num_warps=4,
+        o_s, lse_s, slots, context_lens, o, S, M, v_scale if fp8 else 1.0,
+        HQ=num_heads, DH=head_dim, BD=32, PAGE=page, WINDOW=window, BN=BN, BS=64, num_warps=4,
     )  # fmt: skip
     return o

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import dot_precision, fp32, num_chunks, wrap
-from jet_export.kernels.rope_append import check_layout, find_sequence, load_rope, rope_append_triton
+from jet_export.kernels.common import clamp, dot_precision, fp32, num_chunks, sequence_bounds, wrap
+from jet_export.kernels.rope_append import check_layout, context_of, find_sequence, load_rope, rope_append_triton
 
 LOG2E = 1.4426950408889634
 
@@ -45,9 +45,9 @@ def prefill_config(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, 
 
 
 @triton.jit
-def page_of(p_table, j, hi, M, PAGE: tl.constexpr):
-    """The page of position j, where j < hi: entries beyond are not looked at."""
-    return tl.load(p_table + (j // PAGE) % M, mask=j < hi, other=0)
+def page_of(p_table, j, hi, M, pages, PAGE: tl.constexpr):
+    """The page of position j, where j < hi: entries beyond are not looked at. One of the cache's, whatever it says."""
+    return clamp(tl.load(p_table + (j // PAGE) % M, mask=j < hi, other=0), 0, pages - 1)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def softmax_step(b_s, b_s2, b_l, b_m):
 
 @triton.jit
 def attend_tiles(
-    b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, lo, hi, key_lo, key_hi, M, stride_page, stride_kv,
+    b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, lo, hi, key_lo, key_hi, M, pages, stride_page, stride_kv,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, DH: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def attend_tiles(
     for j in tl.range(lo, hi, BN):
         p_tile = p_k + i_page.to(tl.int64) * stride_page + (j % PAGE) * DH
         # One tile ahead: the pipeliner would spend its stages on a load that feeds an address.
-        i_page = page_of(p_table, j + BN, hi, M, PAGE)
+        i_page = page_of(p_table, j + BN, hi, M, pages, PAGE)
         m_key = (j + o_n >= key_lo) & (j + o_n < key_hi)
         b_k = load_tile(p_tile, m_key, MASKED, DH, BN, BD).to(b_q.dtype)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)  # [BM, BN]
@@ -112,10 +112,10 @@ def attend_tiles(
     return b_acc, b_l, b_m
 
 
-@triton.jit(do_not_specialize=["N", "M", "P", "stride_table"])
+@triton.jit(do_not_specialize=["N", "T", "M", "P", "pages", "stride_table"])
 def attention_prefill_kernel(
     qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o,
-    N, M, P, s2, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
+    N, T, M, P, pages, s2, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -123,10 +123,10 @@ def attention_prefill_kernel(
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a sequence first
     i_h = tl.program_id(1)
     i_n = find_sequence(cu_seqlens, i_block, N, G, BM)
-    start = tl.load(cu_seqlens + i_n)
-    length = tl.load(cu_seqlens + i_n + 1) - start
+    start, end = sequence_bounds(cu_seqlens, i_n, T)
+    length = end - start
     first = (i_block - (start * G // BM + i_n)) * BM
-    if first >= length * G:
+    if (first < 0) | (first >= length * G):
         return
 
     o_r = first + tl.arange(0, BM)
@@ -139,7 +139,7 @@ def attention_prefill_kernel(
         tl.store(p_o[:, None] + o_d[None, :], tl.zeros([BM, BD], o.dtype.element_ty), mask=m_o)
         return
 
-    context = tl.load(context_lens + i_n)
+    context = context_of(context_lens, i_n, M, PAGE, WINDOW)
     p_min = context + first // G
     p_max = context + tl.minimum((first + BM - 1) // G, length - 1)
     hi = p_max + 1
@@ -162,19 +162,19 @@ def attention_prefill_kernel(
     b_l = tl.zeros([BM], tl.float32)
     b_m = tl.full([BM], -1e30, tl.float32)  # finite: a row may see no key of its first tile
     if WINDOW > 0:
-        i_page = page_of(p_table, lo, mid_lo, M, PAGE)
+        i_page = page_of(p_table, lo, mid_lo, M, pages, PAGE)
         b_acc, b_l, b_m = attend_tiles(
-            b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, lo, mid_lo, key_lo, hi, M,
+            b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, lo, mid_lo, key_lo, hi, M, pages,
             stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
         )  # fmt: skip
-    i_page = page_of(p_table, mid_lo, mid_hi, M, PAGE)
+    i_page = page_of(p_table, mid_lo, mid_hi, M, pages, PAGE)
     b_acc, b_l, b_m = attend_tiles(
-        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, mid_lo, mid_hi, key_lo, hi, M,
+        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, mid_lo, mid_hi, key_lo, hi, M, pages,
         stride_page, stride_kv, False, WINDOW, PAGE, DH, BN, BD, PREC,
     )  # fmt: skip
-    i_page = page_of(p_table, mid_hi, hi, M, PAGE)
+    i_page = page_of(p_table, mid_hi, hi, M, pages, PAGE)
     b_acc, b_l, b_m = attend_tiles(
-        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, mid_hi, hi, key_lo, hi, M,
+        b_acc, b_l, b_m, b_q, b_s2, b_p, p_k, p_table, i_page, mid_hi, hi, key_lo, hi, M, pages,
         stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
     )  # fmt: skip
     b_o = b_acc * (fp32(v_scale) / b_l)[:, None]
@@ -209,7 +209,8 @@ def attention_prefill_triton(
     o = qkv.new_empty(T, num_heads * head_dim)
     wrap(attention_prefill_kernel)[(num_chunks(T * (num_heads // num_kv_heads), N, BM), num_kv_heads)](
         qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o,
-        N, M, cos_sin.shape[0], head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), v_scale if fp8 else 1.0,
+        N, T, M, cos_sin.shape[0], kv_cache.shape[0],
+        head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), v_scale if fp8 else 1.0,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=triton.next_power_of_2(head_dim), PAGE=page, WINDOW=window,
         BM=BM, BN=BN, PREC=dot_precision(qkv.dtype),

@@ -3,7 +3,8 @@
 Packed tokens: x is [T, ...] for N sequences, `cu_seqlens` [N+1] int32 their bounds, `slots` [N] int32 their rows in
 the state pools (< 0: a padding row - nothing read, nothing written, output zero), `context_lens` [N] int32 the tokens
 already held (0: start from zero state, whatever the pool holds). Every sequence has at least one token, so T == N
-means decode.
+means decode. A builder may time a kernel on tensors that hold anything: whatever these four and a block table hold, no
+kernel leaves its tensors or loops without bound; what it computes from them is then nobody's.
 """
 
 import os
@@ -73,10 +74,29 @@ def num_chunks(num_tokens: int, num_sequences: int, chunk_size: int) -> int:
 
 
 @triton.jit
-def find_chunk(cu_seqlens, i_chunk, N, BT: tl.constexpr):
+def clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens, i_n, T):
+    """A sequence's first and end token, inside the T packed ones whatever cu_seqlens holds."""
+    bos = clamp(tl.load(cu_seqlens + i_n), 0, T)
+    return bos, clamp(tl.load(cu_seqlens + i_n + 1), bos, T)
+
+
+@triton.jit
+def slot_of(slots, i_n, S):
+    """A sequence's row in pools of S rows, int64; -1 for padding, and for a row that no pool has."""
+    slot = tl.load(slots + i_n)
+    return tl.where(slot < S, slot, -1).to(tl.int64)
+
+
+@triton.jit
+def find_chunk(cu_seqlens, i_chunk, N, T, BT: tl.constexpr):
     """Sequence that owns a chunk id, first and end token of the sequence, first token of the chunk.
 
-    The chunk may lie past the sequence's end: then it is nobody's and its program leaves."""
+    The chunk may lie outside the sequence: then it is nobody's and its program leaves."""
     lo = tl.full([], 0, tl.int32)
     hi = tl.full([], -1, tl.int32) + N
     while lo < hi:  # the largest n with cu_seqlens[n] // BT + n <= i_chunk
@@ -84,8 +104,7 @@ def find_chunk(cu_seqlens, i_chunk, N, BT: tl.constexpr):
         below = tl.load(cu_seqlens + mid) // BT + mid <= i_chunk
         lo = tl.where(below, mid, lo)
         hi = tl.where(below, hi, mid - 1)
-    bos = tl.load(cu_seqlens + lo)
-    eos = tl.load(cu_seqlens + lo + 1)
+    bos, eos = sequence_bounds(cu_seqlens, lo, T)
     return lo, bos, eos, bos + (i_chunk - bos // BT - lo) * BT
 
 

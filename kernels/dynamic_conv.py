@@ -20,8 +20,10 @@ from jet_export.kernels.common import (
     num_chunks,
     rows,
     scatter_state,
+    sequence_bounds,
     sequence_of_token,
     silu,
+    slot_of,
     wrap,
     zero_padding,
 )
@@ -132,17 +134,17 @@ def shift_conv_state(p_state, p_end, stride_u, n_tokens, o_d, m_d, held, D: tl.c
         tl.store(p_state + j * D + o_d, tl.where(is_new, b_new, b_old.to(b_new.dtype)), mask=m_d)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "T", "S"])
 def dynamic_conv_kernel(
-    u, kappa, v, conv_state, cu_seqlens, slots, context_lens, N, stride_u, stride_kappa,
+    u, kappa, v, conv_state, cu_seqlens, slots, context_lens, N, T, S, stride_u, stride_kappa,
     OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, chunks)."""
     i_d = tl.program_id(0) * BD
-    i_n, bos, eos, i_t = find_chunk(cu_seqlens, tl.program_id(1), N, BT)
-    if i_t >= eos:
+    i_n, bos, eos, i_t = find_chunk(cu_seqlens, tl.program_id(1), N, T, BT)
+    if (i_t < bos) | (i_t >= eos):
         return
-    slot = tl.load(slots + i_n).to(tl.int64)
+    slot = slot_of(slots, i_n, S)
     held = (tl.load(context_lens + i_n) > 0) & (slot >= 0)
     row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
@@ -156,18 +158,18 @@ def dynamic_conv_kernel(
     tl.store(v + row * D + o_t[:, None] * D + o_d[None, :], b_v.to(v.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def conv_state_kernel(
-    u, conv_state, cu_seqlens, slots, context_lens, stride_u,
+    u, conv_state, cu_seqlens, slots, context_lens, T, S, stride_u,
     OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, N): the new conv_state, once nobody reads the old one."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     i_n = tl.program_id(1)
-    slot = tl.load(slots + i_n).to(tl.int64)
+    slot = slot_of(slots, i_n, S)
     if slot < 0:
         return
-    bos, eos = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
+    bos, eos = sequence_bounds(cu_seqlens, i_n, T)
     held = tl.load(context_lens + i_n) > 0
     p_end = u + eos.to(tl.int64) * stride_u + OFF_U
     shift_conv_state(conv_state + slot * (W - 1) * D, p_end, stride_u, eos - bos, o_d, o_d < D, held, D, W)
@@ -182,11 +184,14 @@ def dynamic_conv_triton(
     T, N, D, W = u.shape[0], slots.shape[0], conv_state.shape[2], conv_state.shape[1] + 1
     BT, BD = 16, 64
     v = u.new_empty(T, D)
+    S = conv_state.shape[0]
     tail = (cu_seqlens, slots, context_lens)
     wrap(dynamic_conv_kernel)[(triton.cdiv(D, BD), num_chunks(T, N, BT))](
-        u, kappa, v, conv_state, *tail, N, u.stride(0), kappa.stride(0), OFF_U=off_u, D=D, W=W, BT=BT, BD=BD
+        u, kappa, v, conv_state, *tail, N, T, S, u.stride(0), kappa.stride(0), OFF_U=off_u, D=D, W=W, BT=BT, BD=BD
     )
-    wrap(conv_state_kernel)[(triton.cdiv(D, 256), N)](u, conv_state, *tail, u.stride(0), OFF_U=off_u, D=D, W=W, BD=256)
+    wrap(conv_state_kernel)[(triton.cdiv(D, 256), N)](
+        u, conv_state, *tail, T, S, u.stride(0), OFF_U=off_u, D=D, W=W, BD=256
+    )
     return v
 
 

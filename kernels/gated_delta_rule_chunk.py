@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import dot_precision, find_chunk, num_chunks, silu, softplus, wrap
+from jet_export.kernels.common import (
+    dot_precision,
+    find_chunk,
+    num_chunks,
+    sequence_bounds,
+    silu,
+    slot_of,
+    softplus,
+    wrap,
+)
 
 
 @triton.jit
@@ -66,17 +75,17 @@ def gates(p_b, p_g, stride_b, stride_g, A_log, dt_bias, i_h, o_t, m_t, dtype: tl
     return tl.where(m_t, b_beta, 0.0), tl.where(m_t, b_g, 0.0)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "T"])
 def chunk_prepare_kernel(
-    q, k, beta, g, A_log, dt_bias, q_in, k_out, w, solve, attn, keep, cu_seqlens, slots, N,
+    q, k, beta, g, A_log, dt_bias, q_in, k_out, w, solve, attn, keep, cu_seqlens, slots, N, T,
     stride_q, stride_k, stride_b, stride_g, OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_G: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, chunks). OFF_*: columns of q, k, g (a) in their rows; solve: T."""
     i_h = tl.program_id(0)
     i_c = tl.program_id(1)
-    i_n, _, eos, i_t = find_chunk(cu_seqlens, i_c, N, BT)
-    if (i_t >= eos) | (tl.load(slots + i_n) < 0):
+    i_n, bos, eos, i_t = find_chunk(cu_seqlens, i_c, N, T, BT)
+    if (i_t < bos) | (i_t >= eos) | (tl.load(slots + i_n) < 0):
         return
     dtype: tl.constexpr = q_in.dtype.element_ty
     row = i_t.to(tl.int64)
@@ -162,9 +171,9 @@ def scan_chunk(
     return b_S
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def chunk_scan_kernel(
-    q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, stride_v,
+    q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, T, S, stride_v,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -172,8 +181,8 @@ def chunk_scan_kernel(
     i_v = tl.program_id(0) * BV
     i_h = tl.program_id(1)
     i_n = tl.program_id(2)
-    slot = tl.load(slots + i_n).to(tl.int64)
-    bos, eos = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
+    slot = slot_of(slots, i_n, S)
+    bos, eos = sequence_bounds(cu_seqlens, i_n, T)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     m_v = i_v + o_v < V
@@ -239,12 +248,12 @@ def chunk_delta_rule_triton(
     keep = q.new_empty(chunks, H, dtype=torch.float32)
     o = q.new_empty(T, H, V)
     wrap(chunk_prepare_kernel)[(H, chunks)](
-        q, k, beta, g, A_log, dt_bias, q_in, k_out, w, solve, attn, keep, cu_seqlens, slots, N,
+        q, k, beta, g, A_log, dt_bias, q_in, k_out, w, solve, attn, keep, cu_seqlens, slots, N, T,
         q.stride(0), k.stride(0), beta.stride(0), g.stride(0), OFF_Q=off_q, OFF_K=off_k, OFF_G=off_g,
         H=H, K=K, RAW=raw_gates is not None, PRECISION=precision, **prepare,
     )  # fmt: skip
     wrap(chunk_scan_kernel)[(triton.cdiv(V, scan["BV"]), H, N)](
-        q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, v.stride(0),
-        H=H, K=K, V=V, PRECISION=precision, **scan,
+        q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens,
+        T, recurrent_state.shape[0], v.stride(0), H=H, K=K, V=V, PRECISION=precision, **scan,
     )  # fmt: skip
     return o

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import wrap
+from jet_export.kernels.common import slot_of, wrap
 from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state
 from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise
 from jet_export.kernels.gated_rms_norm import gated_norm_tile
@@ -23,10 +23,10 @@ def load_state(p_S, o_k, i_v, m_k, held, V: tl.constexpr, BV: tl.constexpr):
     return tl.load(p_S + o_k * V + o_v[None, :], mask=m_k & held & (o_v < V)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def decode_kernel(
     q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out, slots, context_lens,
-    stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa, stride_gate, eps,
+    S, stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa, stride_gate, eps,
     OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr, OFF_Z: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
@@ -34,7 +34,7 @@ def decode_kernel(
     """Grid (H, N). OFF_*: columns of q, k, v (u), g (a), gate in their rows. NV: a power of two >= the V tiles."""
     i_h = tl.program_id(0)
     i_n = tl.program_id(1)
-    slot = tl.load(slots + i_n).to(tl.int64)
+    slot = slot_of(slots, i_n, S)
     held = tl.load(context_lens + i_n) > 0
     row = i_n.to(tl.int64)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -123,8 +123,8 @@ def decode_delta_rule_triton(
     off_q, off_k, off_v, off_g, off_z = offsets
     wrap(decode_kernel)[(H, q.shape[0])](
         q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out, slots, context_lens,
-        q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0), gate.stride(0), eps,
-        OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, K=K, V=V, W=W,
+        recurrent_state.shape[0], q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0),
+        gate.stride(0), eps, OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, K=K, V=V, W=W,
         **decode_config(recurrent_state, K, V),
     )  # fmt: skip
     return out

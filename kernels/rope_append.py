@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import fp32, num_chunks, wrap
+from jet_export.kernels.common import clamp, fp32, num_chunks, sequence_bounds, wrap
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest finite float8_e4m3fn
+LAST_POSITION: tl.constexpr = tl.constexpr(1 << 30)  # positions and what is added to them stay in 32 bits
 
 
 @triton.jit
@@ -31,6 +32,15 @@ def find_sequence(cu_seqlens, i_block, N, G: tl.constexpr, BLOCK: tl.constexpr):
         lo = tl.where(first <= i_block, mid, lo)
         hi = tl.where(first <= i_block, hi, mid)
     return lo
+
+
+@triton.jit
+def context_of(context_lens, i_n, M, PAGE: tl.constexpr, WINDOW: tl.constexpr):
+    """The tokens a sequence holds: at most what its row of the block table covers, or with a window any number."""
+    held = tl.load(context_lens + i_n)
+    if WINDOW > 0:
+        return clamp(held, 0, LAST_POSITION)
+    return clamp(held, 0, M * PAGE)
 
 
 @triton.jit
@@ -58,23 +68,23 @@ def quantize(b_x, scale, dtype: tl.constexpr):
     return b_x.to(dtype)
 
 
-@triton.jit(do_not_specialize=["N", "M", "P", "stride_table"])
+@triton.jit(do_not_specialize=["N", "T", "M", "P", "pages", "stride_table"])
 def rope_append_kernel(
     qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
-    N, M, P, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
+    N, T, M, P, pages, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     i_block, i_h = tl.program_id(0), tl.program_id(1)
     i_n = find_sequence(cu_seqlens, i_block, N, 1, BT)
-    start = tl.load(cu_seqlens + i_n)
-    length = tl.load(cu_seqlens + i_n + 1) - start
+    start, end = sequence_bounds(cu_seqlens, i_n, T)
+    length = end - start
     first = (i_block - (start // BT + i_n)) * BT
-    if (first >= length) | (tl.load(slots + i_n) < 0):
+    if (first < 0) | (first >= length) | (tl.load(slots + i_n) < 0):
         return
 
     o_t = first + tl.arange(0, BT)  # token of the sequence
     m_t = o_t < length
-    p = tl.load(context_lens + i_n) + o_t
+    p = clamp(tl.load(context_lens + i_n), 0, LAST_POSITION) + o_t
     p_row = qkv + (start + o_t).to(tl.int64) * stride_t
     p_cos_sin = cos_sin + tl.minimum(p, P - 1).to(tl.int64) * DH
     b_k = load_rope(p_row + (HQ + i_h) * DH, p_cos_sin, m_t, DH, BD)  # [BT, BD]
@@ -82,7 +92,8 @@ def rope_append_kernel(
     m = m_t[:, None] & (o_d < DH)[None, :]
     b_v = tl.load((p_row + (HQ + HKV + i_h) * DH)[:, None] + o_d[None, :], mask=m, other=0.0)
 
-    i_page = tl.load(block_table + i_n.to(tl.int64) * stride_table + (p // PAGE) % M, mask=m_t, other=0).to(tl.int64)
+    i_page = tl.load(block_table + i_n.to(tl.int64) * stride_table + (p // PAGE) % M, mask=m_t, other=0)
+    i_page = clamp(i_page, 0, pages - 1).to(tl.int64)
     p_k = kv_cache + i_page * stride_page + i_h * stride_h + (p % PAGE) * DH  # [BT]
     dtype = kv_cache.dtype.element_ty
     tl.store(p_k[:, None] + o_d[None, :], quantize(b_k, k_scale, dtype), mask=m)
@@ -120,7 +131,8 @@ def rope_append_triton(
     N, M = block_table.shape
     wrap(rope_append_kernel)[(num_chunks(qkv.shape[0], N, BT), num_kv_heads)](
         qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
-        N, M, cos_sin.shape[0], k_scale, v_scale, qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
+        N, qkv.shape[0], M, cos_sin.shape[0], kv_cache.shape[0], k_scale, v_scale,
+        qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=triton.next_power_of_2(head_dim), PAGE=kv_cache.shape[3],
         BT=BT, num_warps=4,
     )  # fmt: skip

@@ -15,8 +15,8 @@ struct Arg {
 };
 
 struct Plan {
-    // sizes: tokens, sequences, columns of qkuz, columns of block_table, positions, multiprocessors
-    int64_t T = 0, N = 0, columns = 0, M = 0, P = 0, sms = 0;
+    // sizes: tokens, sequences, columns of qkuz, columns of block_table, positions, pool rows or pages, multiprocessors
+    int64_t T = 0, N = 0, columns = 0, M = 0, P = 0, S = 0, sms = 0;
     double eps = 0, k_scale = 1, v_scale = 1;  // attributes
     // addresses
     void const* const* inputs = nullptr;

@@ -111,6 +111,7 @@ bool Plugin::fits(int i, Dims const* dims, Plan& plan, Error& error) const {
     plan.columns = symbols[kCOLUMNS];
     plan.M = symbols[kM];
     plan.P = symbols[kP];
+    plan.S = symbols[kS];
     if (symbols[kN1] != plan.N + 1)
         error.set("cu_seqlens has %lld entries, N + 1 = %lld expected", (long long)symbols[kN1], (long long)plan.N + 1);
     else if (plan.N < 1 || plan.T < plan.N)

@@ -1,0 +1,102 @@
+"""Whatever cu_seqlens, slots, context_lens and block_table hold, no kernel leaves its tensors or loops without bound.
+
+A TensorRT builder may time the plugins on meaningless inputs. Here every load and store of the interpreted kernels is
+checked; on a GPU benchmarks/hostile_enqueues.py enqueues the plugins under compute-sanitizer.
+"""
+
+import pytest
+import torch
+from checked_memory import checked_memory
+from packed import Packed
+from paged import FP8, interpreter_fp8, make_case
+
+from jet_export.kernels.attention_decode import DecodeConfig, attention_decode_triton
+from jet_export.kernels.attention_prefill import PrefillConfig, attention_prefill_triton
+from jet_export.kernels.common import INTERPRET
+from jet_export.kernels.jet_block import jet_block_triton
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRET, reason="checks memory in Triton's interpreter, which is off on a GPU"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # int32 wraps around and NaN appears, as on a GPU
+]
+LENS, N = [2, 17, 1], 3
+SMALL, LARGE = -(2**31), 2**31 - 1
+
+
+def integers(kind: str, shape: tuple[int, ...], like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Hostile int32 values: of any size, around what is valid, or all the same extreme."""
+    gen = torch.Generator().manual_seed(seed)
+    if kind == "any":
+        return torch.randint(SMALL, LARGE, shape, generator=gen).int()
+    if kind == "near":  # negative, not monotone, a little too large
+        most = int(like.max()) + 3
+        return torch.randint(-3, most + 20, shape, generator=gen).int()
+    if kind == "falling":
+        return like.flip(0)
+    return torch.full(shape, {"smallest": SMALL, "largest": LARGE}[kind], dtype=torch.int32)
+
+
+KINDS = ["any", "near", "falling", "smallest", "largest"]
+BATCH = ["cu_seqlens", "slots", "context_lens"]
+
+
+def spoilt(kind: str, names: list) -> list[list]:
+    """All together, and for one kind each alone."""
+    return [names, *([name] for name in names if kind == "any")]
+
+
+def block_tensors(decode: bool) -> dict[str, torch.Tensor]:
+    p = Packed([1] * N if decode else LENS, H=1, K=16, V=16, context=[0, 5, 9], extra=16)
+    return p.tensors
+
+
+def run_block(tensors: dict[str, torch.Tensor], decode: bool, limit: int = 1 << 40) -> int:
+    with checked_memory(list(tensors.values()), limit) as memory:
+        jet_block_triton(*tensors.values(), 1, 16, 16, 1e-5, decode)
+    return memory.accesses
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_jet_block_stays_inside(kind, decode):
+    valid = run_block(block_tensors(decode), decode)
+    for seed, names in enumerate(spoilt(kind, BATCH)):
+        tensors = block_tensors(decode)
+        for name in names:
+            tensors[name] = integers(kind, tuple(tensors[name].shape), tensors[name], seed)
+        run_block(tensors, decode, limit=(N + 1) * valid)  # every sequence may claim all the tokens
+
+
+def run_attention(args: list, decode: bool, limit: int = 1 << 40) -> int:
+    with checked_memory(args, limit) as memory:
+        if decode:
+            attention_decode_triton(*args[:4], *args[5:], config=DecodeConfig(16, 4, 1, 1))
+        else:
+            attention_prefill_triton(*args, config=PrefillConfig(16, 16, 4, 1))
+    return memory.accesses
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize("window, dtype", [(0, torch.float32), (20, torch.float32), (20, FP8)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_stays_inside(kind, dtype, window, decode, monkeypatch):
+    interpreter_fp8(monkeypatch)
+    M, lens = 2, [1] * N if decode else LENS
+    full = [M * 16 - n for n in lens]
+    c = make_case(lens, full, (2, 1), 16, cache_dtype=dtype, M=M, window=window, k_scale=0.5)
+    valid = run_attention(c.args(), decode)
+    for seed, names in enumerate(spoilt(kind, [3, 4, 5, 6])):
+        args = c.args()
+        for i in names:
+            args[i] = integers(kind, tuple(args[i].shape), args[i], seed).contiguous()
+        run_attention(args, decode, limit=8 * valid)
+
+
+def test_a_slot_that_no_pool_has_is_padding():
+    tensors = block_tensors(True)
+    tensors["slots"] = torch.tensor([2, 5, -1], dtype=torch.int32)  # of 5 rows
+    before = tensors["recurrent_state"].clone()
+    o = jet_block_triton(*tensors.values(), 1, 16, 16, 1e-5, True)
+    changed = (tensors["recurrent_state"] != before).flatten(1).any(1)
+    assert changed.tolist() == [False, False, True, False, False]
+    assert o.abs().amax(1).gt(0).tolist() == [True, False, False]
