@@ -8,6 +8,7 @@ outputs   logits [outputs, vocab], and each state after the step: layers.3.conv_
 Opset 21. The mixers' cores are nodes of the domain `jet` (model/onnx_nodes.py). Tokens and sequences are independent,
 so that the one graph serves prefill and decode: nodes tell them apart by shape. Values carry the names of the modules
 that make them (`layers.0.mlp.gate_up_proj`), inputs of projections `....input`; initializers those of the state dict.
+Products are named after their modules too, jet nodes `layers.0.self_attn.JetBlock`: TensorRT's layer reports repeat it.
 An FP8 projection is QuantizeLinear / DequantizeLinear in fp32 before a product in the model dtype.
 """
 
@@ -31,6 +32,7 @@ from jet_export.model.cache import state_specs
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM, RMSNorm
 from jet_export.model.mode import graph_mode
+from jet_export.model.onnx_nodes import DOMAIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -178,7 +180,8 @@ def module_path(node: ir.Node) -> str:
 
 
 def name_values(graph: ir.Graph, model: JetNemotronForCausalLM) -> None:
-    """Name the results of projections, norms and layers after them, and what projections read `<path>.input`."""
+    """Name the results of projections, norms and layers after them, and what projections read `<path>.input`; products
+    after their projections, jet nodes after their layers."""
     nodes: dict[str, list[ir.Node]] = {}
     for node in graph:
         path = module_path(node)
@@ -186,6 +189,9 @@ def name_values(graph: ir.Graph, model: JetNemotronForCausalLM) -> None:
             if c == "." and path[:i]:
                 nodes.setdefault(path[:i], []).append(node)
     kept = {v.name for v in (*graph.inputs, *graph.outputs)}
+    for node in graph:
+        if node.domain == DOMAIN:
+            node.name = f"{module_path(node)}.{node.op_type}"
     for path, module in model.named_modules():
         if not isinstance(module, (*PROJECTION, RMSNorm, DecoderLayer, nn.Embedding)) or path not in nodes:
             continue
@@ -195,6 +201,7 @@ def name_values(graph: ir.Graph, model: JetNemotronForCausalLM) -> None:
             result.name = path
             kept.add(path)
         if isinstance(module, PROJECTION):
+            next(n for n in nodes[path] if n.op_type in ("Gemm", "MatMul")).name = path
             read = next(v for n in nodes[path] for v in n.inputs if v is not None and v.producer() and v not in inside)
             if read.name not in kept:
                 read.name = f"{path}.input"
