@@ -15,7 +15,8 @@ SEEN_RUNNING: dict[str, dict[str, str]] = {
         "sm_90": "benchmarks/results/end-to-end-h200.json",
     },
 }
-KNOWN = ("inductor", "onnx")  # onnx: the graph, an exchange format; its engine here is an evaluator, for checks
+# onnx: the graph, an exchange format; its engine here is an evaluator, for checks
+KNOWN = ("inductor", "onnx", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)

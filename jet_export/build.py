@@ -27,6 +27,7 @@ from jet_export.bundle import (
     Manifest,
     describe_files,
     dtype_name,
+    host_target,
     sha256_file,
 )
 from jet_export.errors import JetExportError
@@ -40,7 +41,9 @@ from jet_export.model.hub import (
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.model.weights import CheckpointFiles
 from jet_export.plan import BuildPlan
+from jet_export.plugins.targets import sm_name, sm_of_arch
 from jet_export.runtime.runner import max_prefill_tokens
+from jet_export.trt.flavors import FLAVORS
 
 CALIBRATION = Path(__file__).parent / "data" / "calibration.txt"
 TOKENIZER_FILES = (
@@ -81,6 +84,7 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         "limits": asdict(plan.limits),
         "backend": plan.backend.name,
         "target": plan.target,
+        **({"sms": list(plan.sms), "onnx kept": o.keep_onnx} if plan.sms else {}),
         "versions": versions(plan.backend.name),
     }
     if o.fp8 or plan.kv_dtype == torch.float8_e4m3fn:
@@ -94,7 +98,9 @@ def versions(backend: str) -> dict[str, str]:
     import triton
 
     out = {"jet_export": __version__, "torch": torch.__version__, "triton": triton.__version__}
-    if backend == "onnx":
+    if backend in FLAVORS:
+        out[backend] = FLAVORS[backend].version() or "not installed"
+    if backend == "onnx" or backend in FLAVORS:
         out.update({name: version(name) for name in ("onnx", "onnxscript")})
     return out
 
@@ -147,6 +153,10 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
         from jet_export.onnx_export import require_onnx
 
         require_onnx()
+    if plan.backend.name in FLAVORS:
+        from jet_export.trt.build import require
+
+        require(plan)
     inputs = build_inputs(plan)
     if up_to_date(plan, inputs):
         emit(f"{plan.output} is up to date.")
@@ -166,10 +176,33 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
             "seconds": round(time.monotonic() - start, 1),
         }
         manifest.save(tmp)
+        if plan.sms:
+            manifest.build["verified"] = _verify(plan, tmp, emit)
+            manifest.save(tmp)
         replace_directory(tmp, plan.output)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return plan.output
+
+
+def _verify(plan: BuildPlan, tmp: Path, emit: Callable[[str], None]) -> dict[str, Any]:
+    """Verify the finished engine where this machine can run it; the bundle's manifest says what came of it.
+
+    Raises JetExportError where it fails: then nothing is put in place.
+    """
+    here = sm_of_arch(host_target(plan.build_device)["arch"])
+    if here not in plan.target["sms"]:
+        why = f"built without a GPU of SM {', '.join(sm_name(sm) for sm in plan.target['sms'])}"
+        emit(f"  NOT verified: {why}. Verify it where it is to run: jet-export verify {plan.output}")
+        return {"passed": None, "why": why}
+    from jet_export.verify import verify_bundle
+
+    result = verify_bundle(tmp, None, 0, emit)
+    if not result.passed:
+        raise JetExportError(
+            "the engine fails its verification, so that no bundle is written:\n  " + "\n  ".join(result.failures()[:12])
+        )
+    return {"passed": True, "device": result.device, "seconds": round(result.seconds, 1)}
 
 
 def replace_directory(tmp: Path, output: Path) -> None:
@@ -187,7 +220,7 @@ def replace_directory(tmp: Path, output: Path) -> None:
 
 
 def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
-    device = torch.device(plan.target["device"])
+    device = plan.build_device
     if plan.options.random_weights:
         return random_model(plan.config, plan.dtype, device, plan.options.seed, plan.limits.max_seq_len)
     assert plan.directory is not None
@@ -202,10 +235,17 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
     with progress.stage("write weights"):
         tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
         save_file({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
-    (_write_graph if plan.backend.name == "onnx" else _write_packages)(plan, model, tmp, progress)
+    backend: dict[str, Any] = {"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)}
+    if plan.backend.name in FLAVORS:
+        from jet_export.trt.build import write_engine
+
+        write_engine(plan, model, tmp, progress, list((quantization or {}).get("fp8", {})))
+        backend["library_in_plan"] = True
+    else:
+        (_write_graph if plan.backend.name == "onnx" else _write_packages)(plan, model, tmp, progress)
     return Manifest(
         model={"name": plan.options.model, "source": plan.source, "licence": licence, "config": plan.config.to_dict()},
-        backend={"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)},
+        backend=backend,
         target=plan.target,
         dtype=dtype_name(plan.dtype),
         kv_cache_dtype=dtype_name(plan.kv_dtype),
@@ -274,8 +314,9 @@ def _calibration(plan: BuildPlan, directory: Path) -> list[torch.Tensor]:
 
     text = read_calibration_text(plan.options.calibration or CALIBRATION)
     tokenizer = Tokenizer(directory / TOKENIZER) if (directory / TOKENIZER).exists() else None
-    length = min(512, plan.limits.max_seq_len)
-    return calibration_tokens(tokenizer, text, plan.config.vocab_size, length)
+    # Random weights: no text makes their activations better known, and a CPU takes minutes over all of it.
+    length, windows = (128, 1) if plan.options.random_weights else (512, 8)
+    return calibration_tokens(tokenizer, text, plan.config.vocab_size, min(length, plan.limits.max_seq_len), windows)
 
 
 def has_kv_scales(plan: BuildPlan) -> bool:

@@ -17,6 +17,7 @@ import torch
 
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
+from jet_export.trt.flavors import FLAVORS
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -136,7 +137,10 @@ def check_bundle(directory: str | Path, manifest: Manifest) -> None:
     directory = Path(directory)
     again = f"Build it again here: {manifest.rebuild_command} --force"
     built, here = manifest.backend.get("torch", ""), torch.__version__
-    if built.split(".")[:2] != here.split(".")[:2]:
+    flavor = FLAVORS.get(manifest.backend["name"])
+    if flavor is not None:
+        flavor.check_version(directory, manifest.backend.get(flavor.backend, ""), again)
+    elif built.split(".")[:2] != here.split(".")[:2]:
         raise JetExportError(f"{directory}: built with torch {built}, this is torch {here}.", again)
     if manifest.device.type == "cuda" and not torch.cuda.is_available():
         raise JetExportError(
@@ -144,7 +148,8 @@ def check_bundle(directory: str | Path, manifest: Manifest) -> None:
             "Run it on that GPU, or build a CPU engine with --device cpu.",
         )
     host = host_target(manifest.device)
-    if host["arch"] != manifest.target["arch"]:
+    runs_on = [f"sm_{sm}" for sm in manifest.target.get("sms", [])] or [manifest.target["arch"]]
+    if host["arch"] not in runs_on:
         raise JetExportError(f"{directory}: built for {manifest.target['arch']}, this is {host['arch']}.", again)
     lacking = sorted(set(manifest.target.get("isa", [])) - set(host.get("isa", [])))
     if lacking:

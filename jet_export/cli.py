@@ -30,7 +30,7 @@ def build(
     model: Model = "jet-tiny",
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 projections, calibrated by nvidia-modelopt.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Directory with the weights of --model.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, inductor, or onnx (the graph alone).")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, inductor, tensorrt, tensorrt-rtx, or onnx (the graph).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Model dtype: bfloat16 or float32.")] = "bfloat16",
     keep: Annotated[list[str] | None, typer.Option(help="Leave layers in the model dtype, e.g. model.layers.7")] = None,
@@ -50,6 +50,7 @@ def build(
     fetch_headers: Annotated[
         bool, typer.Option("--fetch-headers", help="TensorRT: download its headers (Apache-2.0), hash checked.")
     ] = False,
+    keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="TensorRT: keep the graph in the bundle.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build an engine bundle from a checkpoint."""
@@ -60,7 +61,7 @@ def build(
     options = BuildOptions(
         model, checkpoint, backend, device, dtype, fp8, fp8_lm_head, tuple(keep or ()), calibration, kv_cache_dtype,
         state_dtype, max_batch_size, max_seq_len, prefill_chunk, random_weights, seed, output, force,
-        sm, tensorrt_headers, fetch_headers,
+        sm, tensorrt_headers, fetch_headers, keep_onnx,
     )  # fmt: skip
     plan = make_plan(options)
     print_plan(plan)

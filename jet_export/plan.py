@@ -16,10 +16,11 @@ from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
 from jet_export.plugins.targets import check_fp8, parse_sms, sm_name, sm_of_arch
+from jet_export.trt.flavors import FLAVORS
 
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_PREFILL_CHUNK = 2048
-PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
+PLUGIN_BACKENDS = tuple(FLAVORS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class BuildOptions:
     sm: str | None = None  # "8.9,9.0": what the plugin library holds kernels for; default the build's target
     tensorrt_headers: Path | None = None
     fetch_headers: bool = False
+    keep_onnx: bool = False
 
 
 @dataclass
@@ -72,6 +74,7 @@ class BuildPlan:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     sms: tuple[int, ...] = ()  # of the plugin library; empty for a backend without one
+    build_device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where the model is loaded
 
 
 def make_plan(options: BuildOptions) -> BuildPlan:
@@ -83,7 +86,14 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if backend.name == "onnx":
         target.pop("isa", None)  # nothing is compiled
     dtype, kv_dtype, state_dtype = _dtypes(options)
+    if backend.name in FLAVORS and FLAVORS[backend.name].needs_gpu and device.type != "cuda":
+        raise JetExportError(
+            f"--backend {backend.name}: builds on the GPU that the engine is for, and this build has none.",
+            "Build on that machine; without a GPU there are --backend tensorrt-rtx --sm 8.9 and --backend onnx.",
+        )
     sms = plugin_sms(options, backend.name, target["arch"])
+    if sms:
+        target = tensorrt_target(target, backend.name, sms)
     directory = options.checkpoint or local_directory(options.model)
     if options.checkpoint is not None and not options.checkpoint.is_dir():
         raise JetExportError(f"--checkpoint {options.checkpoint}: no such directory.")
@@ -94,7 +104,9 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     fp8 = options.fp8 or (is_fp8_checkpoint(config) and not options.random_weights)
     if fp8 and dtype != torch.bfloat16:
         raise JetExportError(f"{options.model}: an FP8 checkpoint makes a bfloat16 model.", "Leave --dtype out.")
-    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if fp8 and sms:
+        check_fp8(sms, "--fp8")
+    elif fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise JetExportError(f"--fp8: {target['arch']} has no FP8 arithmetic.", "FP8 needs SM 8.9 or newer.")
     weights = weight_bytes(config, dtype, fp8, options.fp8_lm_head)
     full = weight_bytes(config, dtype, False)
@@ -111,6 +123,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         seconds=expected_seconds(config, full, backend.name),
         warnings=warnings,
         sms=sms,
+        build_device=device,
     )  # fmt: skip
 
 
@@ -138,6 +151,7 @@ def plugin_sms(options: BuildOptions, backend: str, arch: str) -> tuple[int, ...
             "--sm": options.sm,
             "--tensorrt-headers": options.tensorrt_headers,
             "--fetch-headers": options.fetch_headers,
+            "--keep-onnx": options.keep_onnx,
         }
         for flag, value in given.items():
             if value:
@@ -156,6 +170,20 @@ def plugin_sms(options: BuildOptions, backend: str, arch: str) -> tuple[int, ...
     if options.fp8 or options.kv_cache_dtype == "fp8":
         check_fp8(sms, "--fp8" if options.fp8 else "--kv-cache-dtype fp8")
     return sms
+
+
+def tensorrt_target(host: dict[str, Any], backend: str, sms: tuple[int, ...]) -> dict[str, Any]:
+    """What an engine for these SMs needs from the machine that runs it; TensorRT's own is for this GPU alone."""
+    flavor, here = FLAVORS[backend], sm_of_arch(host["arch"])
+    flavor.check_sms(sms)
+    if flavor.needs_gpu:
+        if here not in sms:
+            raise JetExportError(
+                f"--sm: leaves out this GPU's {sm_name(here or 0)}, which the engine is built for.",
+                "Add it, or leave --sm out.",
+            )
+        return {**host, "sms": [here]}
+    return {"device": "cuda", "arch": "+".join(f"sm_{sm}" for sm in sms), "sms": list(sms)}
 
 
 def expected_seconds(config: JetNemotronConfig, nbytes: int, backend: str) -> float:

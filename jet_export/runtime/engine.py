@@ -18,6 +18,7 @@ from jet_export.errors import JetExportError
 from jet_export.model.cache import PackedBatch, StateSpec, state_specs
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
+from jet_export.trt.flavors import FLAVORS
 
 
 class Engine(ABC):
@@ -128,6 +129,10 @@ def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Mani
         from jet_export.onnx_engine import OnnxEngine
 
         return OnnxEngine.open(directory, manifest, load_weights(directory, manifest)), manifest
+    if backend in FLAVORS:
+        from jet_export.trt.engine import TensorRTEngine
+
+        return TensorRTEngine.open(directory, manifest), manifest
     if backend != "inductor":
         raise JetExportError(f"{directory}: backend {backend!r} is not known to this jet-export.")
     return InductorEngine(directory, manifest, load_weights(directory, manifest)), manifest
