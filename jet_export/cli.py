@@ -97,14 +97,38 @@ def verify(
 ) -> None:
     """Compare a bundle's engine with the PyTorch model, state by state; exit status 1 where it fails."""
     from jet_export.report import print_verification
+    from jet_export.speed.verified import remember
     from jet_export.verify import verify_bundle
 
     result = verify_bundle(bundle, text, seed, typer.echo)
+    remember(bundle, result)
     print_verification(result)
     if json_file:
         json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     if not result.passed:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: jet-export bench bundles/jet-2b-fp8-inductor --protocol paper --baseline qwen3-1.7b")
+def bench(
+    bundle: Bundle,
+    protocol: Annotated[str, typer.Option(help="latency, paper (its batches and chunks) or serving.")] = "latency",
+    contexts: Annotated[str | None, typer.Option(help="Tokens held, e.g. 1024,4096,64k.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences at once, or auto: the most that fit.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Decode steps of each case.")] = 128,
+    baseline: Annotated[list[str] | None, typer.Option(help="qwen3-1.7b, qwen3-1.7b:fp8, or a bundle.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for bench.json, bench.csv and bench.png.")] = None,
+    fill_seconds: Annotated[float, typer.Option(help="Longer prefills are replaced by synthetic states.")] = 60.0,
+) -> None:
+    """Measure speed and memory, beside the roofline; verified first, and nothing is timed where that fails."""
+    from jet_export.speed.command import BenchOptions, run_bench
+    from jet_export.speed.protocols import Asked, parse_batch, parse_contexts
+
+    if new_tokens < 2:
+        raise JetExportError(f"--new-tokens {new_tokens}: must be at least 2.")
+    asked = Asked(protocol, parse_contexts(contexts), parse_batch(batch), new_tokens)
+    options = BenchOptions(bundle, asked, tuple(baseline or ()), output, fill_seconds)
+    run_bench(options, ["jet-export", *(shlex.quote(a) for a in sys.argv[1:])], typer.echo)
 
 
 @app.command(epilog="Example: jet-export inspect --model jet-4b --batch 64 --context 65536")

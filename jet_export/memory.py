@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -74,6 +76,42 @@ def engine_memory(
         workspace=tokens * workspace_per_token(c, dtype),
         rope_table=limits.max_seq_len * c.head_dim * dtype.itemsize,
     )
+
+
+def largest_batch(
+    c: JetNemotronConfig,
+    tokens: int,
+    chunk: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    weights: int,
+    available: int,
+) -> int:
+    """The most sequences of `tokens` tokens that `available` bytes hold, weights included; 0 where not one fits."""
+
+    def fits(n: int) -> bool:
+        return engine_memory(c, Limits(n, tokens, chunk), dtype, kv_dtype, state_dtype, weights).total <= available
+
+    most = 1
+    while fits(most):
+        most *= 2
+    low = most // 2  # fits, or 0
+    while most - low > 1:
+        middle = (low + most) // 2
+        low, most = (middle, most) if fits(middle) else (low, middle)
+    return low
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a process may still allocate: 92 % of what a GPU has free, 80 % of what a host calls available."""
+    if device.type == "cuda":
+        return int(0.92 * torch.cuda.mem_get_info(device)[0])
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(0.8 * 1024 * int(fields["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def workspace_per_token(c: JetNemotronConfig, dtype: torch.dtype) -> int:

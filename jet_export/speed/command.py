@@ -1,0 +1,229 @@
+"""`jet-export bench`: verify, measure, compare with a baseline, print and write."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jet_export.bench import environment
+from jet_export.benchmark import Case
+from jet_export.bundle import Limits, Manifest, sha256_file
+from jet_export.errors import JetExportError
+from jet_export.memory import available_memory
+from jet_export.runtime.engine import load_engine
+from jet_export.runtime.tokenizer import load_tokenizer
+from jet_export.speed import report
+from jet_export.speed.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases
+from jet_export.speed.ratios import SHAPED, Ratio, headline
+from jet_export.speed.roofline import Peaks, bundle_weights, measure_peaks, product_dtypes
+from jet_export.speed.rows import Row, measure_rows
+from jet_export.speed.serving import ServingRow, serve_burst
+from jet_export.speed.verified import Verdict, require_verified
+
+Emit = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The command line's options, one to one."""
+
+    bundle: Path
+    asked: Asked
+    baselines: tuple[str, ...] = ()  # preset names or bundles
+    output: Path | None = None
+    fill_seconds: float = 60.0
+
+
+@dataclass
+class BundleRun:
+    """One bundle's figures."""
+
+    bundle: Path
+    manifest: Manifest
+    verdict: Verdict
+    peaks: Peaks
+    rows: list[Row]
+    skipped: list[Skipped]
+    notes: list[str]
+    serving: list[ServingRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        m = self.manifest
+        return {
+            "bundle": str(self.bundle),
+            "manifest_sha256": sha256_file(self.bundle / "manifest.json"),
+            "model": m.model["name"],
+            "backend": m.backend,
+            "quantized": bool((m.quantization or {}).get("fp8")),
+            "dtypes": {"model": m.dtype, "kv_cache": m.kv_cache_dtype, "state": m.state_dtype},
+            "limits": asdict(m.limits),
+            "build_command": m.rebuild_command,
+            "verify": {"passed": self.verdict.passed, "date": self.verdict.date},
+            "copy_bytes_per_s": self.peaks.copy,
+            "matmul_flop_per_s": {str(d).removeprefix("torch."): s for d, s in self.peaks.matmul.items()},
+            "rows": [asdict(r) for r in self.rows],
+            "serving": [asdict(r) for r in self.serving],
+            "skipped": [asdict(s) for s in self.skipped],
+            "notes": self.notes,
+        }
+
+
+def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str, Any]:
+    """Measure and print; returns what bench.json holds. Raises JetExportError, before any timing, for options that
+    make no sense and for a bundle that verify fails."""
+    if options.asked.protocol not in PROTOCOLS:
+        raise JetExportError(
+            f"--protocol {options.asked.protocol}: not known.", f"Known: {', '.join(sorted(PROTOCOLS))}."
+        )
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest.load(options.bundle)
+    baselines = [baseline_bundle(name, manifest, emit) for name in options.baselines]
+    result: dict[str, Any] = {"environment": environment(), "command": " ".join(command)}
+    result["protocol"] = options.asked.protocol
+
+    def save(**parts: Any) -> None:
+        result.update(parts)
+        if options.output is not None:
+            write(options.output / "bench.json", json.dumps(result, indent=1) + "\n")
+
+    sweep = bool(baselines)
+    ours = run_bundle(options, options.bundle, sweep, emit, lambda r: save(bundles=[r.to_dict()]))
+    runs = [ours]
+    ratios: list[Ratio] = []
+    for bundle in baselines:
+        runs.append(run_bundle(options, bundle, sweep, emit, lambda r: None))
+        ratios += headline(ours.rows, runs[-1].rows)
+        save(bundles=[r.to_dict() for r in runs], ratios=[asdict(r) for r in ratios])
+    save(bundles=[r.to_dict() for r in runs], ratios=[asdict(r) for r in ratios], complete=True)
+    show(runs, ratios, emit)
+    if options.output is not None:
+        write_files(options.output, runs, result, emit)
+    return result
+
+
+def run_bundle(
+    options: BenchOptions, bundle: Path, sweep: bool, emit: Emit, keep: Callable[[BundleRun], None]
+) -> BundleRun:
+    """Verify and measure one bundle; `keep` sees what there is after every case."""
+    verdict = require_verified(bundle, emit)
+    engine, manifest = load_engine(bundle, check=False)  # verify has checked the files
+    weights = bundle_weights(bundle)
+    room = Room(manifest, weights.resident, available_memory(engine.device) + weights.resident)
+    peaks = measure_peaks(engine.device, product_dtypes(manifest))
+    run = BundleRun(bundle, manifest, verdict, peaks, [], [], [], [])
+    emit(
+        f"copy {peaks.copy / 1e9:,.1f} GB/s, products "
+        + ", ".join(f"{str(d).removeprefix('torch.')} {s / 1e12:.3g} TFLOP/s" for d, s in peaks.matmul.items())
+    )
+    cases, run.skipped, run.notes = plan_cases(options.asked, room)
+    if options.asked.protocol == "serving":
+        for case in cases:
+            slots = case.batch
+            run.serving.append(serve_burst(engine, load_tokenizer(bundle), case.context, case.new_tokens, slots))
+            keep(run)
+        return run
+    for case in with_sweep(cases, room) if sweep else cases:
+        try:
+            run.rows += measure_rows(engine, room, weights, peaks, [case], bundle, options.fill_seconds, emit)
+        except torch.OutOfMemoryError:
+            run.skipped.append(Skipped(case.context, case.batch, case.chunk, "out of memory", "a smaller --batch"))
+        keep(run)
+    del engine
+    gc.collect()
+    if manifest.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return run
+
+
+def with_sweep(cases: Sequence[Case], room: Room) -> list[Case]:
+    """The cases, and at each context every power of two of sequences up to the largest that fits, on synthetic states:
+    what ratios at an equal batch and at an equal time per token are read from."""
+    out = list(cases)
+    for case in {c.context: c for c in cases}.values():
+        have = {c.batch for c in cases if c.context == case.context}
+        most = min(room.largest(case.tokens, case.chunk), room.manifest.limits.max_batch_size)
+        batches = {2**i for i in range(most.bit_length())} | {most}
+        out += [replace(case, batch=b, fill="synthetic", repeats=1) for b in sorted(batches - have - {0})]
+    return out
+
+
+def baseline_bundle(name: str, like: Manifest, emit: Emit) -> Path:
+    """A baseline's bundle: a directory as it is, or "MODEL" or "MODEL:fp8" built with the limits of `like`."""
+    path = Path(name)
+    if (path / "manifest.json").is_file():
+        return path
+    from jet_export.build import run_build
+    from jet_export.plan import BuildOptions, make_plan
+
+    model, _, precision = name.partition(":")
+    if model not in SHAPED or precision not in ("", "bf16", "fp8"):
+        raise JetExportError(
+            f"--baseline {name}: neither a bundle nor a baseline.", f"Known: {', '.join(SHAPED)}, with :fp8 for FP8."
+        )
+    limits: Limits = like.limits
+    backend = like.backend["name"]
+    sizes = f"b{limits.max_batch_size}-s{limits.max_seq_len}-c{limits.prefill_chunk}"
+    output = Path("bundles") / f"{model}-{precision or 'bf16'}-{backend}-{sizes}"
+    options = BuildOptions(
+        model, backend=backend, device=like.device.type, fp8=precision == "fp8", random_weights=True,
+        max_batch_size=limits.max_batch_size, max_seq_len=limits.max_seq_len, prefill_chunk=limits.prefill_chunk,
+        output=output,
+    )  # fmt: skip
+    words = ["jet-export", "build", "--model", model, "--random-weights", "--backend", backend, "--device",
+             like.device.type, "--max-batch-size", str(limits.max_batch_size),
+             "--max-seq-len", str(limits.max_seq_len), "--prefill-chunk", str(limits.prefill_chunk),
+             "--output", str(output)]  # fmt: skip
+    emit(f"baseline: {SHAPED[model]}, random weights, {precision or 'bf16'}: {output}")
+    return run_build(make_plan(options), words + (["--fp8"] if options.fp8 else []), emit)
+
+
+def show(runs: Sequence[BundleRun], ratios: Sequence[Ratio], emit: Emit) -> None:
+    from jet_export.report import console
+
+    out = console()
+    out.width = max(out.width, 150)
+    rows = [r for run in runs for r in run.rows]
+    if rows:
+        out.print(report.table(rows))
+    for r in (r for run in runs for r in run.serving):
+        emit(
+            f"serving: {r.requests} requests at once, {r.slots} slots, {r.context} + {r.new_tokens} tokens: "
+            f"{r.tokens_per_s:,.0f} new tokens/s, TTFT p50 {r.ttft_p50:,.0f} ms p99 {r.ttft_p99:,.0f} ms, "
+            f"a token p50 {r.ms_per_token_p50:.3g} ms p99 {r.ms_per_token_p99:.3g} ms"
+        )
+    for line in [*report.footnotes(rows), *(n for run in runs for n in run.notes)]:
+        emit(line)
+    for line in dict.fromkeys(line for run in runs for line in report.skipped_lines(run.skipped)):
+        emit(line)
+    if ratios:
+        out.print(report.ratio_table(ratios))
+        for line in dict.fromkeys(f"{r.baseline}, {r.kind}, context {r.context}: {r.why}" for r in ratios if r.why):
+            emit(line)
+
+
+def write_files(directory: Path, runs: Sequence[BundleRun], result: dict[str, Any], emit: Emit) -> None:
+    """bench.csv and bench.png beside bench.json."""
+    rows = [r for run in runs for r in run.rows]
+    written = ["bench.json"]
+    if rows:
+        report.write_csv(directory / "bench.csv", rows)
+        written.append("bench.csv")
+        try:
+            report.draw(directory / "bench.png", rows, result["environment"])
+            written.append("bench.png")
+        except JetExportError as e:
+            emit(str(e))
+    emit(f"written: {', '.join(str(directory / name) for name in written)}")
+
+
+def write(path: Path, text: str) -> None:
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(text, encoding="utf-8")
+    tmp.replace(path)

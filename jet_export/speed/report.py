@@ -1,0 +1,160 @@
+"""What bench prints and writes: tables, CSV, and a picture of throughput against context length."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from jet_export.errors import JetExportError
+from jet_export.memory import human
+from jet_export.speed.protocols import Skipped
+from jet_export.speed.ratios import SHAPED, Ratio
+from jet_export.speed.references import PAPER_DECODE_RATIO, PAPER_PREFILL_RATIO, Reference, references_of
+from jet_export.speed.rows import Row
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A row a case; "of roof": share of what the roofline allows."""
+    out = Table(box=None, header_style="bold")
+    names = ("model", "context", "batch", "prefill tok/s", "of roof", "decode tok/s", "ms/token", "p90", "of roof",
+             "TTFT p50", "p99", "memory", "filled by")  # fmt: skip
+    for name in names:
+        out.add_column(name, justify="left" if name in ("model", "filled by") else "right", no_wrap=True)
+    for r in rows:
+        out.add_row(
+            f"{SHAPED.get(r.model, r.model)} {r.precision}", str(r.context) + ("*" if r.throughput_only else ""),
+            str(r.batch), f"{r.prefill_tokens_per_s:,.0f}", f"{r.prefill_of_roofline:.0%}",
+            f"{r.decode_tokens_per_s:,.0f}", f"{r.ms_per_token:.3g}", f"{r.ms_per_token_p90:.3g}",
+            f"{r.decode_of_roofline:.0%}", milliseconds(r.ttft_p50), milliseconds(r.ttft_p99),
+            human(r.memory_peak or r.memory_predicted) + ("" if r.memory_peak else " pred."), r.filled_by,
+        )  # fmt: skip
+    return out
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    notes = []
+    if any(r.throughput_only for r in rows):
+        notes.append("* beyond the model's positions: throughput only, the text means nothing there")
+    if any(r.filled_by == "synthetic" for r in rows):
+        notes.append(
+            "synthetic: states made of noise instead of prefilled; prefill speed from calls at both ends of the context"
+        )
+    few = [r for r in rows if 0 < r.ttft_samples < 100]
+    if few:
+        notes.append(f"TTFT of {min(r.ttft_samples for r in few)} or more samples a row: p99 is the largest of them")
+    return notes
+
+
+def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
+    return [
+        f"skipped: context {s.context}, batch {s.batch}, chunk {s.chunk}: {s.reason}\n  {s.remedy}" for s in skipped
+    ]
+
+
+def ratio_table(ratios: Sequence[Ratio]) -> Table:
+    out = Table(box=None, header_style="bold")
+    names = (
+        "",
+        "at",
+        "context",
+        "batch",
+        "tok/s",
+        "baseline",
+        "its batch",
+        "its tok/s",
+        "of its roof",
+        "ratio",
+        "paper",
+    )
+    for name in names:
+        out.add_column(name, justify="left" if name in ("", "at", "baseline") else "right", no_wrap=True)
+    for r in ratios:
+        paper = (PAPER_DECODE_RATIO if r.kind == "decode" else PAPER_PREFILL_RATIO).get(r.context)
+        out.add_row(
+            r.kind, r.at, str(r.context) + ("*" if r.throughput_only else ""), str(r.batch), f"{r.tokens_per_s:,.0f}",
+            r.baseline, str(r.baseline_batch), f"{r.baseline_tokens_per_s:,.0f}", f"{r.baseline_of_roofline:.0%}",
+            f"{r.ratio:.2f}x" if r.ratio is not None else "not quoted", f"{paper}x" if paper else "",
+        )  # fmt: skip
+    return out
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """A line a row; the bytes of a step as columns."""
+    records = []
+    for r in rows:
+        record = asdict(r)
+        record.update({f"step_bytes_{k}": v for k, v in record.pop("step_bytes").items()})
+        records.append(record)
+    names = list(records[0]) if records else [f.name for f in fields(Row)]
+    with path.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, names)
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def pyplot() -> Any:
+    """matplotlib's, drawing to files. Raises JetExportError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise JetExportError("no picture: matplotlib is not installed.", "pip install 'jet-export[bench]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw(path: Path, rows: Sequence[Row], environment: dict[str, str]) -> None:
+    """Decode and prefill tokens/s against context, a line a model, precision and batch; references as marks, each
+    labelled with its source. What was measured where stands under the title."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
+    models = {r.model for r in rows}
+    references = [x for model in sorted(models) for x in references_of(model)]
+    for axis, kind in zip(axes, ("decode", "prefill"), strict=True):
+        for label, points in series(rows, kind).items():
+            xs, ys = zip(*points, strict=True)
+            axis.plot(xs, ys, marker="o", label=label)
+        for x in references:
+            if x.kind == kind:
+                _mark(axis, x)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("context, tokens")
+        axis.set_ylabel(f"{kind}, tokens/s, all sequences together")
+        axis.grid(True, which="both", alpha=0.3)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    e = environment
+    device = f"GPU {e['gpu']}" if e["gpu"] != "none" else f"CPU {e.get('cpu', '')}"
+    figure.suptitle(f"{', '.join(sorted(models))}: {device}, torch {e['torch']}, {e['date']}, commit {e['commit']}")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def series(rows: Sequence[Row], kind: str) -> dict[str, list[tuple[int, float]]]:
+    """Label -> (context, tokens/s) by context; one line for each model, precision and batch."""
+    out: dict[str, list[tuple[int, float]]] = {}
+    for r in sorted(rows, key=lambda r: r.context):
+        label = f"{SHAPED.get(r.model, r.model)} {r.precision}, batch {r.batch}"
+        speed = r.decode_tokens_per_s if kind == "decode" else r.prefill_tokens_per_s
+        out.setdefault(label, []).append((r.context, speed))
+    return out
+
+
+def _mark(axis: Any, reference: Reference) -> None:
+    label = f"{reference.model}, batch {reference.batch}, {reference.tokens_per_s:,.0f} tokens/s: {reference.source}"
+    if reference.context is None:
+        axis.axhline(reference.tokens_per_s, linestyle="--", linewidth=1, label=label)
+    else:
+        axis.plot([reference.context], [reference.tokens_per_s], marker="x", linestyle="none", label=label)

@@ -1,0 +1,166 @@
+"""`jet-export bench`: correctness before speed, and what is measured, written and refused."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from eager_bundle import eager_engine, mini_config
+from safetensors.torch import save_file
+
+from jet_export import cli
+from jet_export.bundle import Limits, Manifest, describe_files
+from jet_export.errors import JetExportError
+from jet_export.speed import command, verified
+from jet_export.speed.command import BenchOptions, baseline_bundle, run_bench
+from jet_export.speed.protocols import Asked
+from jet_export.speed.roofline import Peaks, bundle_weights
+
+LIMITS = Limits(4, 96, 32)
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    """A bundle directory whose engine is the eager model; verification is `outcome`'s."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = tmp_path / "mini"
+    directory.mkdir()
+    engine = eager_engine(LIMITS)
+    tensors = {k: v for k, v in engine.model.state_dict().items() if k != "lm_head.weight"}
+    save_file({**tensors, "cos_sin": engine.model.cos_sin}, directory / "weights.safetensors")
+    manifest = Manifest(
+        model={"name": "mini", "source": "random weights, seed 0", "config": mini_config().to_dict()},
+        backend={"name": "inductor", "torch": torch.__version__}, target={"device": "cpu", "arch": "x86_64"},
+        dtype="float32", kv_cache_dtype="float32", state_dtype="float32", limits=LIMITS,
+        build={"command": ["jet-export", "build", "--model", "mini.json"]}, files=describe_files(directory),
+    )  # fmt: skip
+    manifest.save(directory)
+    monkeypatch.setattr(command, "load_engine", lambda path, check: (engine, manifest))
+    peaks = Peaks(1e10, {torch.float32: 1e11})
+    monkeypatch.setattr(command, "measure_peaks", lambda device, dtypes: peaks)
+    return directory
+
+
+@pytest.fixture
+def outcome(monkeypatch):
+    """What verify finds, and how often it was asked."""
+    found = SimpleNamespace(failures=[], runs=0)
+
+    def verify_bundle(*args):
+        found.runs += 1
+        return SimpleNamespace(passed=not found.failures, failures=lambda: found.failures)
+
+    monkeypatch.setattr("jet_export.verify.verify_bundle", verify_bundle)
+    return found
+
+
+def run(bundle, *contexts: int, output=None, lines=None, **asked):
+    options = BenchOptions(bundle, Asked(**{"protocol": "latency", **asked, "contexts": contexts, "new_tokens": 6}),
+                           output=output)  # fmt: skip
+    return run_bench(options, ["jet-export", "bench"], (lines if lines is not None else []).append)
+
+
+def test_red_verification_prints_no_speed(bundle, outcome, monkeypatch) -> None:
+    outcome.failures = ["prefill: logits: relative error 1, bound 0.1"]
+    monkeypatch.setattr(command, "measure_rows", lambda *a: pytest.fail("measured"))
+    with pytest.raises(JetExportError, match=r"verify fails \(1 failures, the first: prefill: logits.* no speed"):
+        run(bundle, 32)
+    with pytest.raises(JetExportError, match="verify fails"):  # and is not taken for green the second time
+        run(bundle, 32)
+    assert outcome.runs == 2
+
+
+def test_a_verified_bundle_is_not_verified_again_until_it_changes(bundle, outcome, monkeypatch) -> None:
+    run(bundle, 32)
+    run(bundle, 32)
+    assert outcome.runs == 1
+    manifest = bundle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed 0"', '"seed 1"') + "\n")
+    run(bundle, 32)
+    assert outcome.runs == 2
+    monkeypatch.setattr(verified, "source_digest", lambda: "another version of the code")
+    run(bundle, 32)
+    assert outcome.runs == 3
+
+
+def test_a_verdict_of_another_bundle_does_not_count(bundle, outcome) -> None:
+    run(bundle, 32)
+    (file,) = verified.cache_directory().iterdir()
+    key = verified.key_of(bundle)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "key": "0" * 64}))
+    assert file.name == f"{key}.json" and verified.recall(bundle) is None
+    file.write_text("{")
+    assert verified.recall(bundle) is None
+
+
+def test_rows_and_files(bundle, outcome, tmp_path) -> None:
+    out, lines = tmp_path / "out", []
+    result = run(bundle, 32, 64, 512, output=out, lines=lines)
+    written = json.loads((out / "bench.json").read_text())
+    assert written == json.loads(json.dumps(result)) and written["complete"]
+    assert {"gpu", "torch", "date", "commit"} <= written["environment"].keys()
+    (b,) = written["bundles"]
+    assert [(r["context"], r["batch"], r["filled_by"]) for r in b["rows"]] == [(32, 1, "prefill"), (64, 1, "prefill")]
+    assert b["build_command"] == "jet-export build --model mini.json" and b["verify"]["passed"]
+    for r in b["rows"]:
+        assert r["decode_tokens_per_s"] > 0 and r["prefill_tokens_per_s"] > 0 and r["ttft_p50"] <= r["ttft_p99"]
+        moved = r["step_bytes"]["total"] / 1e10
+        assert r["decode_of_roofline"] == pytest.approx(moved / (r["ms_per_token"] * 1e-3))
+        assert r["step_bytes"]["weights"] == bundle_weights(bundle).read
+    (s,) = b["skipped"]
+    assert s["reason"] == "context 512 and 6 new tokens exceed max_seq_len 96"
+    assert any("skipped: context 512" in line and "--max-seq-len 518" in line for line in lines)
+    assert len((out / "bench.csv").read_text().splitlines()) == 3
+
+
+def test_batch_auto_takes_the_bundles_limit(bundle, outcome) -> None:
+    lines: list[str] = []
+    result = run(bundle, 32, batch=0, lines=lines)
+    assert [r["batch"] for r in result["bundles"][0]["rows"]] == [4]
+    assert any("batch 4 is the bundle's max_batch_size" in line for line in lines)
+
+
+def test_a_baseline_is_swept_and_compared(bundle, outcome) -> None:
+    options = BenchOptions(bundle, Asked("latency", (32,), None, 6), baselines=(str(bundle),))
+    result = run_bench(options, ["jet-export"], lambda line: None)
+    assert [sorted(r["batch"] for r in b["rows"]) for b in result["bundles"]] == [[1, 2, 4]] * 2
+    assert {r["at"] for r in result["ratios"]} == {"equal batch", "equal time per token", "largest batch"}
+    assert all((r["ratio"] is None) == (r["baseline_of_roofline"] < 0.7) for r in result["ratios"])
+
+
+def test_serving_finishes_every_request(bundle, outcome) -> None:
+    result = run(bundle, 40, protocol="serving", batch=2)
+    (r,) = result["bundles"][0]["serving"]
+    assert (r["slots"], r["requests"], r["new_tokens"]) == (2, 8, 6)
+    assert 0 < r["ttft_p50"] <= r["ttft_p99"] and 0 < r["ms_per_token_p50"] <= r["ms_per_token_p99"]
+    assert r["total_tokens_per_s"] == pytest.approx(r["tokens_per_s"] * 46 / 6)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--protocol", "fast"], "--protocol fast: not known"),
+        (["--contexts", "1k,?"], "--contexts 1k,?: not a list"),
+        (["--batch", "most"], "--batch most: neither auto"),
+        (["--new-tokens", "1"], "--new-tokens 1: must be at least 2"),
+        (["--baseline", "qwen9"], "--baseline qwen9: neither a bundle nor a baseline"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(bundle, outcome, monkeypatch, capsys, args, message) -> None:
+    monkeypatch.setattr(sys, "argv", ["jet-export", "bench", str(bundle), *args])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 2 and message in capsys.readouterr().err and outcome.runs == 0
+
+
+def test_a_baseline_is_built_with_the_limits_of_the_bundle(bundle, monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr("jet_export.build.run_build", lambda plan, words, emit: asked.append((plan, words)))
+    monkeypatch.chdir(tmp_path)
+    for name in ("qwen3-1.7b", "qwen3-1.7b:fp8"):
+        baseline_bundle(name, Manifest.load(bundle), lambda line: None)
+    (bf16, words), (fp8, _) = asked
+    assert bf16.limits == fp8.limits == LIMITS and not bf16.options.fp8 and fp8.options.fp8
+    assert bf16.options.random_weights and bf16.config.qk_norm and "--random-weights" in words
+    assert bf16.output != fp8.output

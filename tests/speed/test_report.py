@@ -1,0 +1,52 @@
+"""Tables, CSV and picture of measured rows."""
+
+import csv
+
+import pytest
+from rows import row
+
+from jet_export.speed.report import draw, footnotes, milliseconds, series, table, write_csv
+
+
+def test_csv_has_every_figure(tmp_path) -> None:
+    write_csv(tmp_path / "x.csv", [row(1, 100.5), row(2, 3)])
+    with open(tmp_path / "x.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert rows[0]["decode_tokens_per_s"] == "100.5" and rows[0]["step_bytes_total"] == "9" and rows[1]["batch"] == "2"
+
+
+def test_notes_say_what_was_made_up_and_what_means_nothing() -> None:
+    plain = " ".join(footnotes([row(1, 1, ttft_samples=1000)]))
+    assert not plain
+    notes = " ".join(footnotes([row(1, 1, filled_by="synthetic", throughput_only=True)]))
+    assert "throughput only" in notes and "states made of noise" in notes and "p99 is the largest" in notes
+
+
+def test_a_line_for_each_model_precision_and_batch() -> None:
+    rows = [row(1, 5, context=8), row(1, 9, context=4), row(2, 7), row(1, 3, precision="fp8")]
+    assert series(rows, "decode")["jet-2b bf16, batch 1"] == [(4, 9), (8, 5)]
+    assert len(series(rows, "prefill")) == 3 and series(rows, "prefill")["jet-2b fp8, batch 1"] == [(4096, 6)]
+
+
+def test_table_marks_contexts_beyond_the_positions() -> None:
+    t = table([row(1, 5, throughput_only=True), row(1, 5)])
+    assert list(t.columns[1].cells) == ["4096*", "4096"]
+
+
+def test_milliseconds() -> None:
+    assert [milliseconds(x) for x in (None, 1.234, 1234.0)] == ["–", "1.23 ms", "1.23 s"]
+
+
+def test_the_picture_names_the_source_of_every_reference(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib.axes import Axes
+
+    labels = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: labels.append(k.get("label")) or plot(self, *a, **k))
+    environment = {"gpu": "none", "torch": "2", "date": "today", "commit": "abc"}
+    draw(tmp_path / "x.png", [row(128, 10_000, context=65536)], environment)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    paper = [x for x in labels if "2,885" in x]
+    assert paper and "arXiv 2508.15884" in paper[0] and "H100" in paper[0]
+    assert any("published code as we ran it" in x for x in labels)
