@@ -12,6 +12,7 @@ from plugin_nodes import JET_TINY, MINI
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plugins.cases import Case, model_cases
+from jet_export.plugins.harness.build import harness_library
 from jet_export.plugins.headers import cache_dir, fetch_headers, find_headers
 from jet_export.plugins.library import NAME, build_library
 
@@ -42,9 +43,10 @@ def headers() -> Path:
 def tools(headers, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("harness")
     cuda = Path(triton.__file__).parent / "backends/nvidia/include"
-    harness = plugin_harness.compile_shared("harness.cpp", folder / "libharness.so", [headers, cuda])
     soname = "-Wl,-soname,libcuda.so.1"
-    return harness, plugin_harness.compile_shared("fake_cuda.cpp", folder / "libfake.so", [cuda], soname)
+    return harness_library(headers), plugin_harness.compile_shared(
+        "fake_cuda.cpp", folder / "libfake.so", [cuda], soname
+    )
 
 
 def build(headers: Path, tools: tuple[Path, Path], cases: list[Case], sms: list[int]) -> Built:

@@ -1,16 +1,15 @@
-"""The C harness through ctypes: creators, plugin objects and enqueues. Imports no torch, so that a process is quick."""
+"""A process that enqueues plugins on a driver that records (fake_cuda.cpp). Imports no torch, so that it is quick."""
 
 import ctypes
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import c_int, c_uint64
 from pathlib import Path
 
+from jet_export.plugins.harness.objects import Harness
+
 HERE = Path(__file__).parent
-TYPES = {"float32": 0, "float16": 1, "int32": 3, "float8_e4m3fn": 6, "bfloat16": 7}  # nvinfer1::DataType
-INT32, FLOAT32, FLOAT64 = 5, 1, 2  # nvinfer1::PluginFieldType
-NODES = {"JetBlock": (11, 3), "Attention": (7, 2), "JetAttention": (7, 2)}  # inputs, outputs
 
 
 def compile_shared(source: str, to: Path, includes: list[Path], *flags: str) -> Path:
@@ -19,98 +18,6 @@ def compile_shared(source: str, to: Path, includes: list[Path], *flags: str) -> 
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return to
-
-
-class Tensor(ctypes.Structure):
-    _fields_ = (("type", c_int32), ("format", c_int32), ("rank", c_int32), ("dims", c_int64 * 8))
-
-    @classmethod
-    def of(cls, dtype: str, shape: list[int], layout: int = 0) -> "Tensor":
-        return cls(TYPES[dtype], layout, len(shape), (c_int64 * 8)(*shape))
-
-    def dtype_shape(self) -> tuple[str, list[int]]:
-        return next(k for k, v in TYPES.items() if v == self.type), list(self.dims[: self.rank])
-
-
-def tensors_of(descs: list[tuple[str, list[int]]], room: int = 0) -> ctypes.Array:
-    return (Tensor * (len(descs) + room))(*(Tensor.of(*d) for d in descs))
-
-
-class Harness:
-    def __init__(self, harness: Path, library: Path):
-        self.c = ctypes.CDLL(str(harness))
-        self.library = str(library)
-        plugin, tensors = c_void_p, POINTER(Tensor)
-        for name, result, *arguments in [
-            ("messages_taken", c_char_p),
-            ("open_creator", c_void_p, c_char_p, c_char_p),
-            ("field_names", c_int, c_void_p, c_char_p),
-            ("create", c_void_p, c_void_p, c_int, POINTER(c_char_p), POINTER(c_void_p), POINTER(c_int32),
-             POINTER(c_int32), c_int),
-            ("round_trip", c_void_p, c_void_p, c_void_p, c_char_p),
-            ("clone", c_void_p, plugin),
-            ("destroy", None, plugin),
-            ("supports", c_int, plugin, c_int, tensors, c_int, c_int),
-            ("configure", c_int, plugin, tensors, c_int, c_int),
-            ("workspace", c_size_t, plugin, tensors, c_int, c_int),
-            ("outputs_of", c_int, plugin, tensors, c_int),
-            ("enqueue", c_int, plugin, tensors, c_int, c_int, POINTER(c_void_p), POINTER(c_void_p), c_void_p, c_void_p),
-        ]:  # fmt: skip
-            function = getattr(self.c, name)
-            function.restype, function.argtypes = result, arguments
-
-    def messages(self) -> str:
-        return self.c.messages_taken().decode()
-
-    def creator(self, node: str) -> int:
-        creator = self.c.open_creator(self.library.encode(), node.encode())
-        assert creator, self.messages()
-        return creator
-
-    def field_names(self, node: str) -> str:
-        text = ctypes.create_string_buffer(1024)
-        self.c.field_names(self.creator(node), text)
-        return text.value.decode()
-
-    def create(self, node: str, fields: dict, runtime: bool = False) -> int | None:
-        """The plugin, or None; ints are passed as int32, floats as fp32, (type, value) as said."""
-        values, types = [], []
-        for value in fields.values():
-            kind, value = value if isinstance(value, tuple) else (INT32 if isinstance(value, int) else FLOAT32, value)
-            values.append({INT32: c_int32, FLOAT32: ctypes.c_float, FLOAT64: c_double}[kind](value))
-            types.append(kind)
-        n = len(values)
-        names = (c_char_p * n)(*(name.encode() for name in fields))
-        data = (c_void_p * n)(*(ctypes.addressof(v) for v in values))
-        return self.c.create(
-            self.creator(node), n, names, data, (c_int32 * n)(*types), (c_int32 * n)(*[1] * n), int(runtime)
-        )
-
-    def round_trip(self, node: str, plugin: int, alter: str = "") -> int | None:
-        return self.c.round_trip(self.creator(node), plugin, alter.encode())
-
-    def outputs(self, node: str, plugin: int, inputs: list) -> list[tuple[str, list[int]]]:
-        tensors = tensors_of(inputs, room=4)
-        count = self.c.outputs_of(plugin, tensors, len(inputs))
-        return [tensors[len(inputs) + i].dtype_shape() for i in range(count)]
-
-    def with_outputs(self, node: str, plugin: int, inputs: list) -> list:
-        return [*inputs, *self.outputs(node, plugin, inputs)]
-
-    def supports(self, node: str, plugin: int, pos: int, descs: list) -> bool:
-        return bool(self.c.supports(plugin, pos, tensors_of(descs), *NODES[node]))
-
-    def configure(self, node: str, plugin: int, inputs: list) -> int:
-        return self.c.configure(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])
-
-    def workspace(self, node: str, plugin: int, inputs: list) -> int:
-        return self.c.workspace(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])
-
-    def enqueue(self, node: str, plugin: int, inputs: list, addresses: list[int], outputs: list[int], workspace: int,
-                stream: int = 0) -> int:  # fmt: skip
-        descs = tensors_of(self.with_outputs(node, plugin, inputs))
-        args = (c_void_p * len(addresses))(*addresses), (c_void_p * len(outputs))(*outputs)
-        return self.c.enqueue(plugin, descs, *NODES[node], *args, workspace, stream)
 
 
 class FakeGpu:

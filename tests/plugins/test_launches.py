@@ -15,7 +15,6 @@ from unittest.mock import patch
 import plugin_harness
 import pytest
 import torch
-from plugin_harness import Harness
 from plugin_nodes import fields_of, inputs_of
 
 from jet_export.kernels import (
@@ -29,6 +28,7 @@ from jet_export.kernels import (
     rope_append,
 )
 from jet_export.plugins.cases import JetBlockCase
+from jet_export.plugins.harness.objects import Harness
 from jet_export.plugins.symbolic import POINTERS
 
 MODULES = [dynamic_conv, gated_delta_rule_chunk, gated_delta_rule_decode, gated_rms_norm,

@@ -8,12 +8,12 @@ import pytest
 import torch
 from packed import Packed, rel
 from paged import make_case, same_bits
-from plugin_harness import Harness
 from plugin_nodes import fields_of
 
 import jet_export.kernels.attention
 import jet_export.kernels.jet_block  # noqa: F401  registers the ops
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
+from jet_export.plugins.harness.objects import Harness
 from jet_export.plugins.library import NAME, build_library
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

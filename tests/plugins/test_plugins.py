@@ -8,10 +8,10 @@ from pathlib import Path
 
 import plugin_harness
 import pytest
-from plugin_harness import FLOAT32, FLOAT64, INT32, Harness
 from plugin_nodes import fields_of, inputs_of
 
 from jet_export.plugins.cubin import parameters
+from jet_export.plugins.harness.objects import FLOAT32, FLOAT64, INT32, NODES, Harness, tensors_of
 
 
 @pytest.fixture
@@ -114,9 +114,9 @@ def test_formats(harness, mini, node):
         for other in {"float32", "float16", "bfloat16", "float8_e4m3fn", "int32"} - {dtype}:
             changed = [*descs[:i], (other, shape), *descs[i + 1 :]]
             assert not harness.supports(node, plugin, i, changed), (i, other)
-        swapped = plugin_harness.tensors_of(descs)
+        swapped = tensors_of(descs)
         swapped[i].format = 1
-        assert not harness.c.supports(plugin, i, swapped, *plugin_harness.NODES[node])
+        assert not harness.c.supports(plugin, i, swapped, *NODES[node])
 
 
 def test_configure_refuses_wrong_shapes_and_dtypes(harness, mini, node):

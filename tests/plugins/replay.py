@@ -1,0 +1,102 @@
+"""A GPU made of Triton's interpreter: runs on the CPU what the plugins launched on the recording driver.
+
+python replay.py JOB.json        with TRITON_INTERPRET=1; see test_evaluator.py
+
+The launches of a plugin arrive as a cubin's hash, a grid and argument bytes, addresses among them. The table beside the
+library says which kernel in which configuration a cubin is; its Python function is run over that grid at those
+addresses. What is wrong in the plugin's arguments, strides, workspace or copies is then wrong in the result.
+"""
+
+import ctypes
+import importlib
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from plugin_harness import FakeGpu
+
+MODULES = ["dynamic_conv", "gated_delta_rule_chunk", "gated_delta_rule_decode", "gated_rms_norm", "rope_append",
+           "attention_prefill", "attention_decode"]  # fmt: skip
+DTYPES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i32": torch.int32, "*fp8e4nv": torch.float8_e4m3fn}
+
+
+def image_hash(cubin: bytes) -> int:
+    """As fake_cuda.cpp has it."""
+    (end,) = struct.unpack_from("<Q", cubin, 40)
+    h = 14695981039346656037
+    for byte in cubin[:end]:
+        h = ((h ^ byte) * 1099511628211) & (2**64 - 1)
+    return h
+
+
+def tensor_at(address: int, dtype: torch.dtype) -> torch.Tensor:
+    """One element there: the interpreter asks a tensor for its address and dtype alone."""
+    room = (ctypes.c_char * dtype.itemsize).from_address(address)
+    return torch.frombuffer(room, dtype=torch.uint8).view(dtype)
+
+
+def value_of(kind: str, bits: int) -> Any:
+    if kind.startswith("*"):
+        return tensor_at(bits, DTYPES[kind])
+    packed = struct.pack("<I", bits & 0xFFFFFFFF)
+    return struct.unpack("<f" if kind == "fp32" else "<i", packed)[0]
+
+
+class Replay:
+    def __init__(self, folder: Path, fake: Path, sm: int) -> None:
+        self.kernels = json.loads((folder / "kernels.json").read_text())
+        self.images = {image_hash((folder / f"{i}_{sm}.cubin").read_bytes()): k for i, k in enumerate(self.kernels)}
+        self.gpu = FakeGpu(fake, self.kernels)
+        self.gpu.c.fake_device(sm // 10, sm % 10, 132)
+        self.count = 0
+
+    def __call__(self) -> None:
+        """Run what was launched since the last call, in order."""
+        for launch in self.gpu.take():
+            self.count += 1
+            if launch["name"] == "memcpy":
+                ctypes.memmove(*launch["args"])
+            else:
+                self.run(self.images[launch["image"]], launch)
+
+    def run(self, kernel: dict, launch: dict) -> None:
+        found = (getattr(importlib.import_module(f"jet_export.kernels.{m}"), kernel["name"], None) for m in MODULES)
+        function = next(f for f in found if f is not None)
+        dynamic = [(name, kind) for name, kind in kernel["signature"] if kind != "constexpr"]
+        assert launch["args"][len(dynamic) :] == [0, 0]
+        given = {name: value_of(kind, bits) for (name, kind), bits in zip(dynamic, launch["args"], strict=False)}
+        function[tuple(launch["grid"])](**given, **dict(kernel["constexprs"]))
+
+
+def evaluate(job: dict) -> dict:
+    """Teacher-forced errors and the end-to-end error of a graph whose jet:: nodes are the plugins."""
+    from jet_export.bundle import Limits
+    from jet_export.model.config import JetNemotronConfig
+    from jet_export.model.jet_nemotron import random_model
+    from jet_export.onnx_engine import feeds, forced_steps, teacher_forced
+    from jet_export.onnx_eval import OnnxModel
+    from jet_export.plugins.harness.nodes import plugin_handlers
+    from jet_export.runtime.engine import EagerEngine
+
+    limits = Limits(8, 256, 64)
+    model = random_model(JetNemotronConfig.from_json_file(job["config"]), torch.float32, "cpu", 0, limits.max_seq_len)
+    eager = EagerEngine(model, limits, torch.float32, torch.float32)
+    replay = Replay(Path(job["folder"]), Path(job["fake"]), job["sm"])
+    graph = OnnxModel.load(job["graph"], "cpu", plugin_handlers(job["folder"], job["headers"], replay))
+    plain = OnnxModel.load(job["graph"])
+    nodes: list[dict] = []
+    whole: list[float] = []
+    for ids, batch, rows, states in forced_steps(eager, seed=1):
+        found = teacher_forced(graph, eager, ids, batch, rows, states)
+        nodes.append({m.name: m.relative for m in found})
+        given = feeds([s.name for s in eager.specs], ids, batch, rows, states)
+        ours, theirs = graph.run(given), plain.run(given)
+        whole += [((ours[n] - theirs[n]).norm() / theirs[n].norm()).item() for n in ours]
+    return {"nodes": nodes, "end_to_end": max(whole), "launches": replay.count}
+
+
+if __name__ == "__main__":
+    print(json.dumps(evaluate(json.loads(Path(sys.argv[1]).read_text()))))

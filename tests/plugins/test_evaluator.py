@@ -1,0 +1,49 @@
+"""The evaluator with the plugin library in place of the torch ops: on a GPU as it is, on a CPU over replay.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import replay
+import torch
+from eager_bundle import mini_config
+from onnx_models import export
+
+from jet_export.kernels import common
+from jet_export.model.cache import state_specs
+from jet_export.model.jet_nemotron import random_model
+from jet_export.plugins.library import library_for
+
+SM = 90
+
+
+def evaluated(job: dict, tmp_path) -> dict:
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, replay.__file__, str(tmp_path / "job.json")]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(
+    not common.INTERPRET, reason="the CPU's stand-in for a GPU; with one, the test below is the real thing"
+)
+def test_the_plugins_own_launches_compute_the_graph(headers, tools, tmp_path):
+    """Plugin objects created from the graph's attributes, enqueued on the evaluator's tensors, their launches run by
+    Triton's interpreter: every value of the model is the model's own, forced and end to end, prefill and decode."""
+    config = mini_config()
+    library = library_for(config, [SM], "float32", "float32", "float32", headers)
+    model = random_model(config, torch.float32, "cpu", 0, 256)
+    job = {"config": str(tmp_path / "mini.json"), "folder": str(library), "headers": str(headers), "sm": SM,
+           "fake": str(tools[1]), "graph": str(export(model, tmp_path / "graph"))}  # fmt: skip
+    config.save(tmp_path / "mini.json")
+    found = evaluated(job, tmp_path)
+    prefill, decode = found["nodes"]
+    states = {s.name + "_out" for s in state_specs(config, torch.float32, torch.float32, torch.float32)}
+    assert states | {"logits", "layers.0.self_attn.o_proj.input"} <= prefill.keys() == decode.keys(), prefill.keys()
+    assert max(max(step.values()) for step in (prefill, decode)) < 1e-5
+    assert found["end_to_end"] < 1e-5
+    assert found["launches"] > 20
