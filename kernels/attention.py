@@ -124,11 +124,6 @@ def attention_ref(
     _raw(kv_cache)[pages, :, :, p % page] = _raw(kv)[live]
 
     o = torch.zeros(T, num_heads, head_dim, dtype=qkv.dtype)
-    if T == N:  # decode: all rows at once
-        if live.numel():
-            args = q[live, None], positions[live, None], kv_cache, block_table[live], window, k_scale, v_scale
-            o[live] = attend_ref(*args)[:, 0].to(o.dtype)
-        return o.view(T, -1)
     for i, (start, length, slot) in enumerate(zip(starts.tolist(), lens.tolist(), slots.tolist(), strict=True)):
         for t in range(start, start + length if slot >= 0 else start, QUERY_BLOCK):
             s = slice(t, min(t + QUERY_BLOCK, start + length))

@@ -8,9 +8,11 @@ kernel leaves its tensors or loops without bound; what it computes from them is 
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,6 +48,16 @@ def zero_padding(x: Tensor, cu_seqlens: Tensor, slots: Tensor) -> Tensor:
     """x [T, ...] with the tokens of padding rows set to zero."""
     live = (slots >= 0)[sequence_of_token(cu_seqlens, x.shape[0])]
     return torch.where(live.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
+
+
+def by_rows(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An elementwise f of x [..., n], the bits of a row the same wherever it lies and however many there are.
+
+    On a CPU torch evaluates exp for the last elements of a tensor, and for strided ones, by another function than for
+    the rest; rows of whole vectors leave no last elements.
+    """
+    n = x.shape[-1]
+    return f(F.pad(x, (0, -n % 64)).contiguous())[..., :n]
 
 
 def wrap(kernel: Any) -> Any:

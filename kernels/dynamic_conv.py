@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jet_export.kernels.common import (
     acc_dtype,
+    by_rows,
     find_chunk,
     gather_state,
     num_chunks,
@@ -56,7 +57,7 @@ def dynamic_conv_ref(
     for w in range(W):
         back = W - 1 - w
         y = y + taps[:, :, w] * at(i_n, t - back, position - back)
-    v = zero_padding(torch.nn.functional.silu(y), cu_seqlens, slots)
+    v = zero_padding(by_rows(torch.nn.functional.silu, y), cu_seqlens, slots)
 
     rows = torch.arange(slots.shape[0], device=u.device)
     ends, lens = cu_seqlens[1:].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, gather_state, rows, scatter_state, zero_padding
+from jet_export.kernels.common import acc_dtype, by_rows, gather_state, rows, scatter_state, zero_padding
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
 
@@ -44,14 +44,20 @@ def gated_delta_rule_ref(
     """The specification: token by token, in fp32 (fp64 for fp64 inputs). Both results have that dtype."""
     B, T, H, K = q.shape
     acc = acc_dtype(q.dtype)
-    q, k, v, beta, decay = l2norm(q.to(acc)) * K**-0.5, l2norm(k.to(acc)), v.to(acc), beta.to(acc), g.to(acc).exp()
+    q, k, v, beta, decay = (
+        l2norm(q.to(acc)) * K**-0.5,
+        l2norm(k.to(acc)),
+        v.to(acc),
+        beta.to(acc),
+        by_rows(torch.exp, g.to(acc)),
+    )
     S = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(acc)
     o = []
     for t in range(T):
         S = S * decay[:, t, :, None, None]
-        delta = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t]))
+        delta = beta[:, t, :, None] * (v[:, t] - (S * k[:, t, :, :, None]).sum(-2))
         S = S + k[:, t, :, :, None] * delta[:, :, None, :]
-        o.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+        o.append((S * q[:, t, :, :, None]).sum(-2))  # not einsum: its sums over one row and over several differ
     return torch.stack(o, 1), S
 
 
@@ -116,7 +122,8 @@ def packed_gated_delta_rule_ref(
     else:
         outs, finals = [], []
         for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-            q_n, k_n, v_n, beta_n, g_n = (x[None, start:end] for x in (q, k, v, beta, g))
+            # Cloned: the bits of a matrix product may depend on where in memory its operands begin.
+            q_n, k_n, v_n, beta_n, g_n = (x[None, start:end].clone() for x in (q, k, v, beta, g))
             o_n, final_n = chunk_gated_delta_rule_ref(q_n, k_n, v_n, beta_n, g_n, initial[n : n + 1])
             outs.append(o_n[0])
             finals.append(final_n)

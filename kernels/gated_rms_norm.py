@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, fp32, rows, silu, wrap
+from jet_export.kernels.common import acc_dtype, by_rows, fp32, rows, silu, wrap
 
 
 def gated_rms_norm_ref(
@@ -22,7 +22,7 @@ def gated_rms_norm_ref(
     acc = acc_dtype(gate.dtype)
     o_acc = o.to(acc)
     normed = o_acc * torch.rsqrt(o_acc.square().mean(-1, keepdim=True) + eps) * w_o.to(acc)
-    return (normed * torch.nn.functional.silu(gate.to(acc))).to(gate.dtype)
+    return (normed * by_rows(torch.nn.functional.silu, gate.to(acc))).to(gate.dtype)
 
 
 @triton.jit

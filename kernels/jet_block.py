@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, rows, zero_padding
+from jet_export.kernels.common import acc_dtype, by_rows, rows, zero_padding
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
 from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
@@ -46,10 +46,10 @@ def jet_block_ref(
     acc = acc_dtype(qkuz.dtype)
     q, k, u, gate = qkuz[:, : 2 * H * K + 2 * D].split([H * K, H * K, D, D], -1)
     b, a = ba.to(acc).split(H, -1)
-    beta = torch.sigmoid(b).to(qkuz.dtype)
-    g = -A_log.to(acc).exp() * F.softplus(a + dt_bias.to(acc))
+    beta = by_rows(torch.sigmoid, b).to(qkuz.dtype)
+    g = -A_log.to(acc).exp() * by_rows(F.softplus, a + dt_bias.to(acc))
     v = dynamic_conv_ref(u, kappa, conv_state, cu_seqlens, slots, context_lens)
-    q, k = (F.silu(x.to(acc)).view(T, H, K) for x in (q, k))
+    q, k = (by_rows(F.silu, x.to(acc)).reshape(T, H, K) for x in (q, k))
     o = packed_gated_delta_rule_ref(
         q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
     )
