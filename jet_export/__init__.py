@@ -8,14 +8,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jet_export.model.config import JetNemotronConfig
     from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+    from jet_export.runtime.async_llm import AsyncLLM
+    from jet_export.runtime.batching import Serving
     from jet_export.runtime.llm import LLM, Completion
+    from jet_export.runtime.params import Params
+    from jet_export.runtime.sampling import Sampling
+    from jet_export.runtime.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "JetNemotronConfig", "JetNemotronForCausalLM"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "Completion",
+    "JetNemotronConfig",
+    "JetNemotronForCausalLM",
+    "Params",
+    "Sampling",
+    "Serving",
+    "Session",
+]
 
 _HOME = {
     "LLM": "jet_export.runtime.llm",
+    "AsyncLLM": "jet_export.runtime.async_llm",
     "Completion": "jet_export.runtime.llm",
+    "Params": "jet_export.runtime.params",
+    "Sampling": "jet_export.runtime.sampling",
+    "Serving": "jet_export.runtime.batching",
+    "Session": "jet_export.runtime.session",
     "JetNemotronConfig": "jet_export.model.config",
     "JetNemotronForCausalLM": "jet_export.model.jet_nemotron",
 }

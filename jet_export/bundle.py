@@ -61,6 +61,13 @@ class Manifest:
     def rebuild_command(self) -> str:
         return " ".join(self.build.get("command", [])) or "jet-export build"
 
+    @property
+    def fingerprint(self) -> str:
+        """Names what the engine computes: its files, the model and its dtypes. Equal for copies of a bundle."""
+        files = {name: entry["sha256"] for name, entry in self.files.items()}
+        values = [self.model["config"], self.dtype, self.kv_cache_dtype, self.state_dtype, files]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
     def save(self, directory: Path) -> None:
         (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 

@@ -6,28 +6,32 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
+from jet_export.errors import JetExportError
 from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import Sequence as Running
 from jet_export.runtime.engine import load_engine
 from jet_export.runtime.params import Output, Params
+from jet_export.runtime.session import Session, Sessions
 from jet_export.runtime.tokenizer import load_tokenizer
 
 
-class AsyncLLM:
+class AsyncLLM(Sessions):
     """A bundle, loaded, that many tasks use at once. `start` it before use and `stop` it at the end.
 
     Raises JetExportError where the bundle is damaged or made for another machine.
     """
 
     def __init__(self, bundle: str | Path, serving: Serving | None = None, cuda_graphs: bool = True) -> None:
-        engine, manifest = load_engine(bundle)
+        self.engine, manifest = load_engine(bundle)
+        self.fingerprint = manifest.fingerprint
         self.batching = BatchingEngine(
-            engine, load_tokenizer(bundle), manifest.config.eos_token_id, serving, cuda_graphs
+            self.engine, load_tokenizer(bundle), manifest.config.eos_token_id, serving, cuda_graphs
         )
 
     @classmethod
-    def over(cls, batching: BatchingEngine) -> AsyncLLM:
+    def over(cls, batching: BatchingEngine, fingerprint: str = "") -> AsyncLLM:
         llm = cls.__new__(cls)
-        llm.batching = batching
+        llm.batching, llm.engine, llm.fingerprint = batching, batching.engine, fingerprint
         return llm
 
     def start(self) -> None:
@@ -37,10 +41,12 @@ class AsyncLLM:
         self.batching.stop()
 
     async def stream(
-        self, prompts: Sequence[Sequence[int]], params: Params
+        self, prompts: Sequence[Sequence[int]], params: Params, sessions: Sequence[Session] | None = None
     ) -> AsyncGenerator[tuple[int, Output], None]:
         """(index of the prompt, Output) as they come, until each prompt has ended. Closing it cancels what is left.
 
+        `sessions`, one for each prompt: a prompt, which may be empty, comes after what its session holds, and the
+        session holds both and the completion once it has ended; one that was cancelled or failed stays as it was.
         Raises JetExportError for a prompt that could never run, QueueFull where too many wait; then none of them runs.
         """
         loop = asyncio.get_running_loop()
@@ -52,15 +58,38 @@ class AsyncLLM:
 
             return put
 
-        left = []
+        used = self._claim(sessions, len(prompts))
+        left: list[Running] = []
         try:
             for i, prompt in enumerate(prompts):
-                left.append(self.batching.submit(list(prompt), params, tell(i)))
+                start = used[i].snapshot if used else None
+                left.append(self.batching.submit(list(prompt), params, tell(i), start, "end" if used else None))
             running = len(left)
             while running:
                 i, output = await outputs.get()
                 running -= output.finish_reason is not None
+                if used and output.finish_reason is not None:
+                    used[i].snapshot = left[i].snapshot or used[i].snapshot
                 yield i, output
         finally:
             for sequence in left:
                 self.batching.cancel(sequence)
+            for session in used:
+                session.busy = False
+
+    def _claim(self, sessions: Sequence[Session] | None, prompts: int) -> list[Session]:
+        """Mark the sessions as in use. Raises JetExportError where one already is, or they do not fit the prompts."""
+        used = list(sessions or ())
+        if sessions is not None and len(used) != prompts:
+            raise JetExportError(f"{prompts} prompts and {len(used)} sessions.", "Give one session for each prompt.")
+        claimed: list[Session] = []
+        try:
+            for session in used:
+                session.check(self.fingerprint)
+                session.busy = True
+                claimed.append(session)
+        except JetExportError:
+            for session in claimed:
+                session.busy = False
+            raise
+        return used

@@ -7,10 +7,12 @@ by one thread (`start`), or by the caller (`step`); `submit` and `cancel` may be
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,12 +22,15 @@ from jet_export.model.cache import PAGE, cdiv, pages_per_sequence
 from jet_export.runtime.engine import Engine
 from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.params import Chooser, Output, Params
+from jet_export.runtime.prefix import prefix_keys
 from jet_export.runtime.runner import PoolSize, Runner, max_prefill_tokens
 from jet_export.runtime.scheduler import Capacity, Plan, QueueFull, Request, Scheduler
+from jet_export.runtime.snapshot import Snapshot, load_states, save_states
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
 
 log = logging.getLogger(__name__)
 OnOutput = Callable[[Output], None]
+Keep = Literal["prompt", "end"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Serving:
     token_budget: int | None = None  # tokens a step, decode and prefill
     max_waiting: int = 256  # requests in the queue
     wait_timeout: float = 60.0  # seconds in the queue
+    deterministic: bool = False  # a request's bits do not depend on the others; slower
+    prefix_cache_bytes: int = 0  # memory for the states and KV pages of shared prompt prefixes; 0: none are kept
 
 
 def capacity(engine: Engine, serving: Serving) -> Capacity:
@@ -45,32 +52,72 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
     slots = limits.max_batch_size if serving.slots is None else serving.slots
     if not 1 <= slots <= limits.max_batch_size:
         raise JetExportError(f"{slots} sequences at once; the bundle's max_batch_size is {limits.max_batch_size}.")
-    most = max(slots, max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk))
-    usual = 512 if engine.device.type == "cpu" else 2048
-    budget = min(most, max(slots, usual)) if serving.token_budget is None else serving.token_budget
-    if budget > most:
-        raise JetExportError(f"token_budget {budget} is more than the {most} tokens that the bundle runs at once.")
-    chunk = min(limits.prefill_chunk, budget)
+    chunk, budget = _chunk_and_budget(engine, serving, slots)
     pages, ring = pages_per_sequence(engine.config, limits.max_seq_len, chunk)
     total = slots * pages if serving.kv_tokens is None else cdiv(serving.kv_tokens, PAGE)
     if total < 1:
         raise JetExportError(f"kv_tokens is {serving.kv_tokens}.", "It must be at least 1.")
+    if serving.prefix_cache_bytes < 0:
+        raise JetExportError(f"prefix_cache_bytes is {serving.prefix_cache_bytes}.", "0 keeps no prefixes.")
+    interval = math.lcm(chunk, PAGE) if serving.prefix_cache_bytes else 0
+    if interval > limits.max_seq_len:
+        raise JetExportError(
+            f"prefix_cache_bytes: prefixes are kept every {interval} tokens (whole chunks of {chunk} and pages of "
+            f"{PAGE}); max_seq_len is {limits.max_seq_len}.",
+            f"Set a token_budget of {slots + PAGE} or more, or build with a --prefill-chunk that {PAGE} divides.",
+        )
+    page_bytes = sum(s.row_bytes for s in engine.specs if s.rows == "pages")
     return Capacity(
         slots, total, min(total, slots * ring), PAGE, ring, limits.max_seq_len, chunk, budget,
-        serving.max_waiting, serving.wait_timeout,
+        serving.max_waiting, serving.wait_timeout, serving.deterministic, interval, serving.prefix_cache_bytes,
+        page_bytes,
     )  # fmt: skip
 
 
-class Sequence:
-    """A request, its tokens and whom it reports to."""
+def _chunk_and_budget(engine: Engine, serving: Serving, slots: int) -> tuple[int, int]:
+    """(most of one prompt a step, most of everything a step), tokens."""
+    limits = engine.limits
+    most = max(slots, max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk))
+    usual = 512 if engine.device.type == "cpu" else 2048
+    asked = serving.token_budget
+    if asked is not None and asked > most:
+        raise JetExportError(f"token_budget {asked} is more than the {most} tokens that the bundle runs at once.")
+    if serving.deterministic:  # chunks do not give way to decode: the budget is theirs, and decode comes on top
+        chunk = limits.prefill_chunk if asked is None else min(limits.prefill_chunk, asked)
+        return chunk, chunk + slots
+    if asked is None:  # a chunk fits beside decode, so that the length of chunks does not depend on it
+        chunk = min(limits.prefill_chunk, usual)
+        return chunk, min(most, chunk + slots)
+    if serving.prefix_cache_bytes and asked - slots >= PAGE:
+        return min(limits.prefill_chunk, (asked - slots) // PAGE * PAGE), asked
+    return min(limits.prefill_chunk, asked), asked
 
-    def __init__(self, request: Request, prompt: list[int], params: Params, text: StopText, tell: OnOutput) -> None:
+
+class Sequence:
+    """A request, its tokens and whom it reports to.
+
+    `snapshot`, where it was asked to `keep` one, is there when the last Output comes, unless the request failed or was
+    cancelled.
+    """
+
+    def __init__(
+        self, request: Request, prompt: list[int], params: Params, text: StopText | None, tell: OnOutput,
+        start: Snapshot | None, keep: Keep | None, keep_logits: bool,
+    ) -> None:  # fmt: skip
         self.request, self.prompt, self.params = request, prompt, params
         self.text, self.tell = text, tell
-        self.chooser: Chooser  # from the first step on
+        self.start, self.keep, self.keep_logits = start, keep, keep_logits
+        self.chooser: Chooser | None = None  # from the first step on
         self.tokens: list[int] = []
+        self.logits: list[Tensor] = []  # of each token, on the CPU, where they are kept
+        self.snapshot: Snapshot | None = None
         self.first_at = 0.0  # time of the first token
         self.finish_reason: str | None = None
+
+    @property
+    def last(self) -> int:
+        """The token to feed next."""
+        return (self.tokens or self.prompt)[-1]
 
 
 class BatchingEngine:
@@ -89,7 +136,7 @@ class BatchingEngine:
         table, _ = pages_per_sequence(engine.config, c.max_seq_len, c.prefill_chunk)
         pools = PoolSize(c.slots, c.pages, c.window_pages, table, c.ring_pages)
         self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, eos, clock
-        self.runner = Runner(engine, cuda_graphs, pools)
+        self.runner = Runner(engine, cuda_graphs, pools, c.whole_chunks)
         self.scheduler = Scheduler(c)
         self.metrics = Metrics()
         self.sequences: dict[Request, Sequence] = {}
@@ -97,10 +144,23 @@ class BatchingEngine:
         self.work = threading.Condition(self.lock)
         self.thread: threading.Thread | None = None
         self.stopping = False
+        self.failure: Exception | None = None  # the last one
 
-    def submit(self, prompt: list[int], params: Params, tell: OnOutput) -> Sequence:
+    def submit(
+        self,
+        prompt: list[int],
+        params: Params,
+        tell: OnOutput,
+        start: Snapshot | None = None,
+        keep: Keep | None = None,
+        keep_logits: bool = False,
+        text: bool = True,
+    ) -> Sequence:
         """Queue a prompt; `tell` gets each Output, in order, in the stepping thread, and must not block.
 
+        `start`: the prompt, which may then be empty, goes on from there. `keep` leaves a snapshot in
+        `Sequence.snapshot`: of the "end", or of the "prompt", and then no token is made. `keep_logits` leaves each
+        token's logits. Without `text`, Outputs have none.
         Raises JetExportError for ids outside the vocabulary and for what could never run, QueueFull where too many
         wait.
         """
@@ -108,16 +168,23 @@ class BatchingEngine:
         bad = next((t for t in (*prompt, *params.stop_ids) if not 0 <= t < vocab), None)
         if bad is not None:
             raise JetExportError(f"token {bad} is not in the vocabulary of {vocab}.")
+        whole = [*(start.tokens if start else ()), *prompt]
+        held = start.held if start else 0
+        made = int(bool(held) and not prompt and len(whole) > held)  # the token that was made last is fed by decode
         with self.lock:
             if self.stopping:
                 raise QueueFull("The engine is shutting down.")
-            self.scheduler.check(len(prompt), params.max_new_tokens)
+            length, new = len(whole) - made, params.max_new_tokens + made
+            self.scheduler.check(length, new)
+            interval = self.scheduler.capacity.prefix_interval
+            keys = prefix_keys(prompt, interval) if interval and not held else ()
             try:
-                request = self.scheduler.submit(len(prompt), params.max_new_tokens, self.clock())
+                request = self.scheduler.submit(length, new, self.clock(), keys, held, made)
             except QueueFull:
                 self.metrics.requests["refused"] += 1
                 raise
-            sequence = Sequence(request, list(prompt), params, StopText(self.tokenizer, params.stop), tell)
+            stop_text = StopText(self.tokenizer, params.stop) if text or params.stop else None
+            sequence = Sequence(request, whole, params, stop_text, tell, start, keep, keep_logits)
             self.sequences[request] = sequence
             self.work.notify()
             return sequence
@@ -134,100 +201,163 @@ class BatchingEngine:
                 self.cancel(self.sequences[request], "timeout")
             plan = self.scheduler.plan()
             step = self._collect(plan)
-        if not plan.tokens:
+        if plan.empty:
             return False
         try:
             logits = self._run(step)
             chosen = self._choose(step.makers, logits)
-        except Exception:
+            kept = logits.float().cpu() if any(s.keep_logits for s in step.makers) else None
+        except Exception as e:
             log.exception("step failed; its requests end with an error")
+            self.failure = e
             with self.lock:
                 for sequence in step.everyone:
                     self._end(sequence, Output(None, finish_reason="error"))
             return True
         with self.lock:
             made = self.scheduler.advance(plan)
+            self._keep_prefixes(plan)
             now = self.clock()
             self.metrics.step(now, plan.tokens - len(plan.decode), len(made))
+            row_of = {s.request: i for i, s in enumerate(step.makers)}
             for request in made:
                 if request in self.sequences:  # else a listener has just cancelled it
-                    row = step.makers.index(self.sequences[request])
-                    self._report(self.sequences[request], chosen[row], logits[row], now)
+                    sequence, row = self.sequences[request], row_of[request]
+                    if kept is not None and sequence.keep_logits:
+                        sequence.logits.append(kept[row])
+                    self._report(sequence, chosen[row], logits[row], now)
         return True
 
     def _collect(self, plan: Plan) -> _Step:
         """What the plan feeds, taken under the lock: a cancellation meanwhile changes the requests."""
-        step = _Step([], [], [], [], [], [], [])
+        step = _Step([], [], [], [], [], [], [], [])
         for request, first, n in plan.prefill:
-            sequence = self.sequences[request]
-            if first == 0:
-                self.runner.assign(request.slot, request.pages, request.window_pages)
-                # Made here: only the stepping thread may touch the device, which may be capturing a graph.
-                vocab = self.engine.config.vocab_size
-                sequence.chooser = Chooser(sequence.params, sequence.prompt, vocab, self.engine.device)
+            sequence = self._begun(request)
             step.prefill_slots.append(request.slot)
             step.prefill_tokens.append(sequence.prompt[first : first + n])
             if first + n == request.prompt_len:
                 step.prefill_ends.append(len(step.prefill_slots) - 1)
                 step.makers.append(sequence)
             step.everyone.append(sequence)
+        for request in plan.drawn:
+            sequence = self._begun(request)
+            assert sequence.start is not None and sequence.start.logits is not None
+            step.drawn.append(sequence.start.logits.to(self.engine.device))
+            step.makers.append(sequence)
+            step.everyone.append(sequence)
         for request in plan.decode:
-            sequence = self.sequences[request]
+            sequence = self._begun(request)
             step.decode_slots.append(request.slot)
-            step.decode_tokens.append(sequence.tokens[-1])
+            step.decode_tokens.append(sequence.last)
             step.makers.append(sequence)
             step.everyone.append(sequence)
         return step
 
-    def _run(self, step: _Step) -> list[Tensor]:
-        """Logits [vocab] of each sequence in `step.makers`."""
+    def _begun(self, request: Request) -> Sequence:
+        """A request's sequence; before its first step, its slot is given its pages and the states it begins from.
+
+        Done here since only the stepping thread may touch the device, which may be capturing a graph.
+        """
+        sequence = self.sequences[request]
+        if sequence.chooser is None:
+            self.runner.assign(request.slot, request.pages, request.window_pages)
+            if sequence.start is not None and request.start:
+                load_states(self.runner, request.slot, request.start, sequence.start.states)
+            if request.entry is not None:
+                load_states(self.runner, request.slot, request.entry.end, request.entry.snapshot)
+            if request.keys:
+                self.metrics.prefix(request.entry.end if request.entry else 0)
+            request.entry = None
+            vocab = self.engine.config.vocab_size
+            sequence.chooser = Chooser(sequence.params, sequence.prompt, vocab, self.engine.device)
+        return sequence
+
+    def _keep_prefixes(self, plan: Plan) -> None:
+        """Copy the states after a chunk that other prompts may begin with."""
+        prefixes = self.scheduler.prefixes
+        for request, _, _ in plan.prefill if prefixes else ():
+            if self.scheduler.prefix_due(request):
+                states = save_states(self.runner, request.slot, full_attention=False)
+                self.scheduler.keep_prefix(request, states, sum(t.nbytes for t in states.values()))
+
+    def _run(self, step: _Step) -> Tensor:
+        """Logits [len(step.makers), vocab]. They may lie in a buffer that the next step overwrites."""
         rows: list[Tensor] = []
         if step.prefill_slots:
             logits = self.runner.prefill(step.prefill_slots, step.prefill_tokens)
-            rows += [logits[i] for i in step.prefill_ends]
+            if step.prefill_ends:
+                whole = len(step.prefill_ends) == len(logits)
+                rows.append(logits if whole else logits[torch.tensor(step.prefill_ends, device=logits.device)])
+        if step.drawn:
+            rows.append(torch.stack(step.drawn))
         if step.decode_slots:
             tokens = torch.tensor(step.decode_tokens, dtype=torch.int64, device=self.engine.device)
-            rows += self.runner.decode(step.decode_slots, tokens).unbind(0)
-        return rows
+            rows.append(self.runner.decode(step.decode_slots, tokens))
+        if not rows:
+            return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _choose(self, sequences: list[Sequence], logits: list[Tensor]) -> list[int]:
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
         """The next token of each; -1 where its distribution is not one (the model gave NaN)."""
-        drawn = [
-            x.argmax(-1, keepdim=True) if s.chooser.plain else self._draw(s, x)
-            for s, x in zip(sequences, logits, strict=True)
-        ]
-        return torch.cat(drawn).tolist() if drawn else []
+        if not sequences:
+            return []
+        drawn = logits.argmax(-1)  # of all at once
+        for i, sequence in enumerate(sequences):
+            assert sequence.chooser is not None
+            if not sequence.chooser.plain:
+                drawn[i] = self._draw(sequence.chooser, logits[i])
+        return drawn.tolist()
 
-    def _draw(self, sequence: Sequence, logits: Tensor) -> Tensor:
+    def _draw(self, chooser: Chooser, logits: Tensor) -> Tensor:
         try:
-            return sequence.chooser(logits)
-        except RuntimeError:
+            return chooser(logits)[0]
+        except RuntimeError as e:
             log.exception("sampling failed; the request ends with an error")
-            return torch.full((1,), -1, dtype=torch.int64, device=logits.device)
+            self.failure = e
+            return torch.tensor(-1, device=logits.device)
 
     def _report(self, sequence: Sequence, token: int, logits: Tensor, now: float) -> None:
         """One more token: its text, and whether the request ends by it."""
         if token < 0:
             self._end(sequence, Output(None, finish_reason="error"))
             return
+        if sequence.keep == "prompt":
+            sequence.snapshot = self._snapshot(sequence, logits.clone())
+            self._end(sequence, Output(None, finish_reason="length"))
+            return
         sequence.tokens.append(token)
         if len(sequence.tokens) == 1:
             sequence.first_at = now
             self.metrics.ttft.observe(now - sequence.request.arrival)
-        p = sequence.params
-        if token in p.stop_ids or (token == self.eos and not p.ignore_eos):
-            (text, _), stopped = sequence.text.flush(), True
-        else:
-            text, stopped = sequence.text.push(token)
-        reason = "stop" if stopped else None
-        if not stopped and len(sequence.tokens) == p.max_new_tokens:
-            rest, stopped = sequence.text.flush()
-            text, reason = text + rest, "stop" if stopped else "length"
+        text, reason = self._text(sequence, token)
+        assert sequence.chooser is not None
         output = Output(token, text, sequence.chooser.logprob(logits, token), reason)
         if reason:
+            if sequence.keep == "end":
+                sequence.snapshot = self._snapshot(sequence)
             self._end(sequence, output)
         else:
             self._tell(sequence, output)
+
+    def _text(self, sequence: Sequence, token: int) -> tuple[str, str | None]:
+        """The text that one more token makes certain, and why the request ends by it, if it does."""
+        p, stream = sequence.params, sequence.text
+        full = len(sequence.tokens) == p.max_new_tokens
+        if token in p.stop_ids or (token == self.eos and not p.ignore_eos):
+            return stream.flush()[0] if stream else "", "stop"
+        if stream is None:
+            return "", "length" if full else None
+        text, stopped = stream.push(token)
+        if not stopped and full:
+            rest, stopped = stream.flush()
+            return text + rest, "stop" if stopped else "length"
+        return text, "stop" if stopped else None
+
+    def _snapshot(self, sequence: Sequence, logits: Tensor | None = None) -> Snapshot:
+        """Of a sequence that still has its slot, in the stepping thread."""
+        slot = sequence.request.slot
+        tokens = (*sequence.prompt, *sequence.tokens)
+        return Snapshot(tokens, self.runner.context_lens[slot], save_states(self.runner, slot), logits)
 
     def _end(self, sequence: Sequence, last: Output) -> None:
         if sequence.finish_reason is not None:
@@ -299,6 +429,9 @@ class BatchingEngine:
                 "jet_window_pages_used": ("KV pages in use, sliding windows.", s.window_pages.used),
                 "jet_window_pages": (f"KV pages of {c.page_size} tokens, sliding windows.", c.window_pages),
             }
+            if s.prefixes is not None:
+                gauges["jet_prefix_cache_bytes"] = ("States and KV pages of shared prefixes.", s.prefixes.size)
+                gauges["jet_prefix_cache_entries"] = ("Prefixes kept.", len(s.prefixes.entries))
             return self.metrics.render(self.clock(), gauges)
 
 
@@ -309,7 +442,8 @@ class _Step:
     prefill_slots: list[int]
     prefill_tokens: list[list[int]]
     prefill_ends: list[int]  # rows of the prefill call that end a prompt
+    drawn: list[Tensor]  # logits that came with a snapshot
     decode_slots: list[int]
     decode_tokens: list[int]
-    makers: list[Sequence]  # sequences that make a token: those of prefill_ends, then those of decode
+    makers: list[Sequence]  # sequences that make a token: of prefill_ends, drawn and decode in turn
     everyone: list[Sequence]

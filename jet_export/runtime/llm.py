@@ -1,7 +1,8 @@
-"""`LLM(bundle).generate(...)`: text in, text out."""
+"""`LLM(bundle).generate(...)`: text in, text out. The steps are those of in-flight batching (batching.py)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,18 @@ import torch
 from torch import Tensor
 
 from jet_export.errors import JetExportError
-from jet_export.runtime.engine import load_engine
-from jet_export.runtime.runner import MAX_PREFILL_TOKENS, Runner
-from jet_export.runtime.sampling import Sampler, Sampling
-from jet_export.runtime.tokenizer import load_tokenizer
+from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import Sequence as Running
+from jet_export.runtime.engine import Engine, load_engine
+from jet_export.runtime.params import Output, Params
+from jet_export.runtime.runner import Runner, max_prefill_tokens
+from jet_export.runtime.sampling import Sampling
+from jet_export.runtime.session import Session, Sessions
+from jet_export.runtime.snapshot import Snapshot
+from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 OnToken = Callable[[int, int], None]  # (index of the prompt, token)
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 
 
 @dataclass
@@ -26,21 +33,57 @@ class Completion:
     logits: Tensor | None = None  # [len(token_ids), vocab], where asked for; on the CPU
 
 
-class LLM:
+class LLM(Sessions):
     """A bundle, loaded: its engine, its pools and its tokenizer.
 
+    `deterministic`: tokens and logits of a prompt are the same bits whatever else runs with it; slower.
     Raises JetExportError where the bundle is damaged or made for another machine.
     """
 
-    def __init__(self, bundle: str | Path, cuda_graphs: bool = True, check: bool = True) -> None:
-        self.engine, self.manifest = load_engine(bundle, check)
-        self.tokenizer = load_tokenizer(bundle)
-        self.runner = Runner(self.engine, cuda_graphs)
-        self.eos = self.manifest.config.eos_token_id
+    def __init__(
+        self, bundle: str | Path, cuda_graphs: bool = True, check: bool = True, deterministic: bool = False
+    ) -> None:
+        engine, self.manifest = load_engine(bundle, check)
+        config = self.manifest.config
+        self._open(
+            engine, load_tokenizer(bundle), config.eos_token_id, self.manifest.fingerprint, cuda_graphs, deterministic
+        )
+
+    @classmethod
+    def over(
+        cls, engine: Engine, tokenizer: Tokenizer | ByteTokenizer, eos: int, fingerprint: str = "",
+        cuda_graphs: bool = True, deterministic: bool = False,
+    ) -> LLM:  # fmt: skip
+        """An LLM of an engine that is loaded already. `fingerprint` names what it computes, for sessions."""
+        llm = cls.__new__(cls)
+        llm._open(engine, tokenizer, eos, fingerprint, cuda_graphs, deterministic)
+        return llm
+
+    def _open(
+        self, engine: Engine, tokenizer: Tokenizer | ByteTokenizer, eos: int, fingerprint: str,
+        cuda_graphs: bool, deterministic: bool,
+    ) -> None:  # fmt: skip
+        n, chunk = engine.limits.max_batch_size, engine.limits.prefill_chunk
+        budget = None if deterministic else max(n, max_prefill_tokens(n, chunk))
+        serving = Serving(token_budget=budget, max_waiting=2**62, wait_timeout=math.inf, deterministic=deterministic)
+        self.engine, self.tokenizer, self.fingerprint = engine, tokenizer, fingerprint
+        self.batching = BatchingEngine(engine, tokenizer, eos, serving, cuda_graphs)
+
+    @property
+    def eos(self) -> int:
+        return self.batching.eos
+
+    @eos.setter
+    def eos(self, token: int) -> None:
+        self.batching.eos = token
+
+    @property
+    def runner(self) -> Runner:
+        return self.batching.runner
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -49,105 +92,112 @@ class LLM:
         return_logits: bool = False,
         ignore_eos: bool = False,
         on_token: OnToken | None = None,
+        session: Session | Sequence[Session] | None = None,
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids) by at most `max_new_tokens`.
 
-        Greedy by default; `temperature` > 0 samples with `seed`. `on_token(i, token)` sees each token as it is made.
+        Greedy by default; `temperature` > 0 samples, prompt i with `seed` + i. `on_token(i, token)` sees each token as
+        it is made. `session`, one for each prompt: the prompt, which may be empty, comes after what the session holds,
+        and the session then holds both and the completion.
         Raises JetExportError for an empty prompt, ids outside the vocabulary, and a prompt that leaves no room.
         """
         listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
-        rows = [self._encode(p, i, max_new_tokens) for i, p in enumerate(listed)]
-        sampler = Sampler(Sampling(temperature, top_k, top_p, seed), self.engine.device)
-        out: list[Completion] = []
-        n = self.engine.limits.max_batch_size
-        for start in range(0, len(rows), n):
-            group = _Group(self, rows[start : start + n], start, sampler, max_new_tokens, return_logits, ignore_eos)
-            out += group.run(on_token)
-        return out
+        sessions = self._sessions(session, len(listed))
+        rows = [self._encode(p, i, max_new_tokens, s) for i, (p, s) in enumerate(zip(listed, sessions, strict=True))]
+        params = [
+            Params(max_new_tokens, Sampling(temperature, top_k, top_p, seed + i), ignore_eos=ignore_eos)
+            for i in range(len(rows))
+        ]
+        return self._run(rows, params, sessions, on_token, return_logits)
 
-    def _encode(self, prompt: str | Sequence[int], i: int, max_new_tokens: int) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+    def session(self, prompt: str | Sequence[int] = "") -> Session:
+        """A new session that holds `prompt`, text or token ids; generate with it to go on from there.
+
+        Raises JetExportError as `generate` does.
+        """
+        session = self.new_session()
+        if len(prompt):
+            ids = self._encode(prompt, 0, 1, None)
+            heard: list[Output] = []
+            running = self.batching.submit(ids, Params(1), heard.append, keep="prompt", text=False)
+            while self.batching.step():
+                pass
+            session.snapshot = self._ended(running, 0)
+        return session
+
+    def _sessions(self, given: Session | Sequence[Session] | None, n: int) -> Sequence[Session | None]:
+        if given is None:
+            return [None] * n
+        sessions = [given] if isinstance(given, Session) else list(given)
+        if len(sessions) != n:
+            raise JetExportError(f"{n} prompts and {len(sessions)} sessions.", "Give one session for each prompt.")
+        if len({id(s) for s in sessions}) < n:
+            raise JetExportError("The same session is given for two prompts.", "Fork it: llm.fork(session).")
+        for s in sessions:
+            s.check(self.fingerprint)
+        return sessions
+
+    def _encode(self, prompt: str | Sequence[int], i: int, max_new_tokens: int, session: Session | None) -> list[int]:
+        held = len(session.snapshot.tokens) if session else 0
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, special_tokens=not held)
+        else:
+            ids = [int(t) for t in prompt]
         if max_new_tokens < 1:
             raise JetExportError(f"max_new_tokens is {max_new_tokens}.", "Ask for at least 1.")
-        if not ids:
+        if not ids and not held:
             raise JetExportError(f"prompt {i} is empty.", "Give at least one token.")
         bad = [t for t in ids if not 0 <= t < self.engine.config.vocab_size]
         if bad:
             raise JetExportError(f"prompt {i}: token {bad[0]} is not below vocab_size {self.engine.config.vocab_size}.")
         limit = self.engine.limits.max_seq_len
-        if len(ids) + max_new_tokens > limit:
+        if held + len(ids) + max_new_tokens > limit:
+            before = f"a session of {held} tokens, " if held else ""
             raise JetExportError(
-                f"prompt {i}: {len(ids)} tokens and {max_new_tokens} new ones exceed the bundle's max_seq_len {limit}.",
+                f"prompt {i}: {before}{len(ids)} tokens and {max_new_tokens} new ones exceed the bundle's max_seq_len "
+                f"{limit}.",
                 "Shorten the prompt, ask for fewer tokens, or build with a larger --max-seq-len.",
             )
         return ids
 
+    def _run(
+        self,
+        rows: list[list[int]],
+        params: list[Params],
+        sessions: Sequence[Session | None],
+        on_token: OnToken | None,
+        keep_logits: bool,
+    ) -> list[Completion]:
+        heard: list[tuple[int, Output]] = []
+        running: list[Running] = []
+        try:
+            for i, (row, p, s) in enumerate(zip(rows, params, sessions, strict=True)):
+                start = s.snapshot if s else None
 
-class _Group:
-    """Prompts that run together, one slot each, until all have finished."""
+                def tell(output: Output, i: int = i) -> None:
+                    heard.append((i, output))
 
-    def __init__(
-        self, llm: LLM, rows: list[list[int]], first: int, sampler: Sampler, limit: int, keep: bool, ignore_eos: bool
-    ) -> None:
-        self.llm, self.rows, self.first, self.sampler = llm, rows, first, sampler
-        self.limit, self.keep_logits, self.ignore_eos = limit, keep, ignore_eos
-        self.tokens: list[list[int]] = [[] for _ in rows]
-        self.logits: list[list[Tensor]] = [[] for _ in rows]
-        self.reason = ["length"] * len(rows)
+                running.append(self.batching.submit(row, p, tell, start, "end" if s else None, keep_logits, False))
+            while self.batching.step():
+                for i, output in heard:
+                    if on_token and output.token is not None:
+                        on_token(i, output.token)
+                heard.clear()
+        finally:
+            for r in running:
+                self.batching.cancel(r)
+        for i, (r, s) in enumerate(zip(running, sessions, strict=True)):
+            if s:
+                s.snapshot = self._ended(r, i)
+        return [self._completion(r, i) for i, r in enumerate(running)]
 
-    def run(self, on_token: OnToken | None) -> list[Completion]:
-        active = list(range(len(self.rows)))
-        logits = self._prefill()
-        while True:
-            chosen = self.sampler(logits)
-            keep = self._record(active, chosen.tolist(), logits, on_token)
-            if not keep:
-                break
-            if len(keep) < len(active):
-                chosen = chosen[torch.tensor(keep, device=chosen.device)]
-                active = [active[j] for j in keep]
-            logits = self.llm.runner.decode(active, chosen)
-        decode = self.llm.tokenizer.decode
-        return [
-            Completion(decode(t), t, r, torch.stack(x) if x else None)
-            for t, r, x in zip(self.tokens, self.reason, self.logits, strict=True)
-        ]
+    def _completion(self, r: Running, i: int) -> Completion:
+        if r.finish_reason not in ("stop", "length"):
+            raise JetExportError(f"prompt {i}: the engine failed ({self.batching.failure}).") from self.batching.failure
+        logits = torch.stack(r.logits) if r.logits else None
+        return Completion(self.tokenizer.decode(r.tokens), r.tokens, r.finish_reason, logits)
 
-    def _record(self, active: list[int], chosen: list[int], logits: Tensor, on_token: OnToken | None) -> list[int]:
-        """Append this step's tokens; returns the positions in `active` that go on."""
-        kept_logits = logits.float().cpu() if self.keep_logits else None
-        keep = []
-        for j, (i, token) in enumerate(zip(active, chosen, strict=True)):
-            self.tokens[i].append(token)
-            if kept_logits is not None:
-                self.logits[i].append(kept_logits[j])
-            if on_token:
-                on_token(self.first + i, token)
-            if token == self.llm.eos and not self.ignore_eos:
-                self.reason[i] = "stop"
-            elif len(self.tokens[i]) < self.limit:
-                keep.append(j)
-        return keep
-
-    def _prefill(self) -> Tensor:
-        """Every prompt in chunks; returns the logits of each prompt's last token [n, vocab]."""
-        runner, chunk = self.llm.runner, self.llm.engine.limits.prefill_chunk
-        last: list[Tensor | None] = [None] * len(self.rows)
-        for slot in range(len(self.rows)):
-            runner.reset(slot)
-        done = [0] * len(self.rows)
-        while any(x is None for x in last):
-            slots: list[int] = []
-            budget = MAX_PREFILL_TOKENS
-            for i, row in enumerate(self.rows):
-                n = min(chunk, len(row) - done[i])
-                if n and (n <= budget or not slots):
-                    slots.append(i)
-                    budget -= n
-            parts = [self.rows[i][done[i] : done[i] + chunk] for i in slots]
-            logits = runner.prefill(slots, parts)
-            for j, i in enumerate(slots):
-                done[i] += len(parts[j])
-                if done[i] == len(self.rows[i]):
-                    last[i] = logits[j]
-        return torch.stack([x for x in last if x is not None])
+    def _ended(self, r: Running, i: int) -> Snapshot:
+        if r.snapshot is None:
+            raise JetExportError(f"prompt {i}: the engine failed ({self.batching.failure}).") from self.batching.failure
+        return r.snapshot

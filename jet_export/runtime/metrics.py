@@ -34,6 +34,9 @@ class Metrics:
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
+    prefix_queries: int = 0  # requests that looked for their prompt's beginning in the prefix cache
+    prefix_hits: int = 0
+    prefix_tokens: int = 0  # prompt tokens that were not run, thanks to it
     ttft: Histogram = field(default_factory=Histogram)  # seconds from arrival to the first token
     tpot: Histogram = field(default_factory=Histogram)  # seconds a token after the first, a request's mean
     recent: deque[tuple[float, int]] = field(default_factory=deque)  # (time, tokens made) of the last steps
@@ -44,6 +47,12 @@ class Metrics:
         self.tokens += tokens
         self.recent.append((now, tokens))
         self._forget(now)
+
+    def prefix(self, tokens: int) -> None:
+        """A request began with so many tokens from the prefix cache."""
+        self.prefix_queries += 1
+        self.prefix_hits += tokens > 0
+        self.prefix_tokens += tokens
 
     def rate(self, now: float) -> float:
         self._forget(now)
@@ -67,6 +76,9 @@ class Metrics:
             ("jet_prompt_tokens_total", "Prompt tokens run.", self.prompt_tokens),
             ("jet_tokens_total", "Tokens made.", self.tokens),
             ("jet_steps_total", "Steps of the engine.", self.steps),
+            ("jet_prefix_queries_total", "Prompts looked for in the prefix cache.", self.prefix_queries),
+            ("jet_prefix_hits_total", "Of these, found at least in part.", self.prefix_hits),
+            ("jet_prefix_tokens_total", "Prompt tokens not run, thanks to the prefix cache.", self.prefix_tokens),
         ):
             family(name, "counter", text, [f"{name} {value}"])
         rate = ("jet_tokens_per_second", (f"Tokens made a second, over {RATE_WINDOW:g} s.", self.rate(now)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
@@ -18,6 +19,17 @@ MAX_PREFILL_TOKENS = 32768  # tokens of all sequences in one prefill call
 def max_prefill_tokens(max_batch_size: int, prefill_chunk: int) -> int:
     """The most packed tokens a prefill graph sees: whole chunks of several sequences, up to MAX_PREFILL_TOKENS."""
     return max(prefill_chunk, min(max_batch_size * prefill_chunk, MAX_PREFILL_TOKENS))
+
+
+def pad_rows(batch: PackedBatch, rows: int) -> PackedBatch:
+    """The batch with so many rows of padding after its own; `cu_seqlens` counts them already."""
+    return PackedBatch(
+        batch.cu_seqlens,
+        F.pad(batch.slots, (0, rows), value=-1),
+        F.pad(batch.context_lens, (0, rows)),
+        F.pad(batch.block_table, (0, 0, 0, rows)),
+        F.pad(batch.window_block_table, (0, 0, 0, rows)),
+    )
 
 
 @dataclass
@@ -47,10 +59,14 @@ class Runner:
     """Slots and their pages. `context_lens[slot]` is the tokens a slot holds.
 
     By default `limits.max_batch_size` slots, each with pages of its own for `max_seq_len`; with `pools`, slots have
-    the pages that `assign` gives them.
+    the pages that `assign` gives them. `deterministic`: a row's bits do not depend on how many others run with it,
+    since decode always has `max_batch_size` rows, padding among them, and prefill one sequence a call.
     """
 
-    def __init__(self, engine: Engine, cuda_graphs: bool = True, pools: PoolSize | None = None) -> None:
+    def __init__(
+        self, engine: Engine, cuda_graphs: bool = True, pools: PoolSize | None = None, deterministic: bool = False
+    ) -> None:
+        self.deterministic = deterministic
         self.engine, self.limits, self.device = engine, engine.limits, engine.device
         if pools is None:
             n = self.limits.max_batch_size
@@ -74,6 +90,11 @@ class Runner:
         self.context_lens[slot] = 0
         self._stale(None)
 
+    def hold(self, slot: int, tokens: int) -> None:
+        """A slot's states have been written from outside, and hold so many tokens."""
+        self.context_lens[slot] = tokens
+        self._stale(None)
+
     def assign(self, slot: int, pages: list[int], window_pages: list[int]) -> None:
         """Start a new sequence in a slot, on these pages."""
         self.reset(slot)
@@ -92,6 +113,8 @@ class Runner:
 
     def prefill(self, slots: list[int], tokens: list[list[int]], all_logits: bool = False) -> Tensor:
         """Feed each slot its next tokens, at most `prefill_chunk` each; logits of each row's last token, or of all."""
+        if self.deterministic and len(slots) > 1:
+            return torch.cat([self.prefill([s], [t], all_logits) for s, t in zip(slots, tokens, strict=True)])
         batch = self.batch(slots, [len(t) for t in tokens])
         ids = torch.tensor([t for row in tokens for t in row], dtype=torch.int64, device=self.device)
         last = batch.cu_seqlens[1:] - 1
@@ -105,10 +128,17 @@ class Runner:
         """One more token for each slot: tokens [n] int64 on the device -> logits [n, vocab]."""
         if self.cuda_graphs:
             logits = self._replay(slots, tokens)
+        elif self.deterministic:
+            logits = self._decode_padded(slots, tokens)
         else:
             logits = self.engine.decode(tokens, self.batch(slots, [1] * len(slots)), self.states)
         self._advance(slots, [1] * len(slots))
         return logits
+
+    def _decode_padded(self, slots: list[int], tokens: Tensor) -> Tensor:
+        batch, n, bucket = self.batch(slots, [1] * len(slots)), len(slots), self._bucket(len(slots))
+        rows = pad_rows(PackedBatch(self._i32(range(bucket + 1)), *batch[1:]), bucket - n)
+        return self.engine.decode(F.pad(tokens, (0, bucket - n)), rows, self.states)[:n]
 
     def _advance(self, slots: list[int], lens: list[int]) -> None:
         for slot, n in zip(slots, lens, strict=True):
@@ -124,6 +154,8 @@ class Runner:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _bucket(self, n: int) -> int:
+        if self.deterministic:
+            return max(self.limits.max_batch_size, n)
         return min(1 << (n - 1).bit_length(), max(self.limits.max_batch_size, n))
 
     def _replay(self, slots: list[int], tokens: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Laws of the scheduler, under any order of arrivals, steps and cancellations."""
 
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -10,24 +11,31 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jet_export.errors import JetExportError
-from jet_export.runtime.scheduler import Capacity, Pool, QueueFull, Request, Scheduler, Status
+from jet_export.runtime.prefix import Pool, prefix_keys
+from jet_export.runtime.scheduler import Capacity, QueueFull, Request, Scheduler, Status
 
 
 @st.composite
-def capacities(draw) -> Capacity:
-    slots = draw(st.integers(1, 5))
-    page, ring = draw(st.sampled_from([1, 4, 16])), draw(st.integers(1, 6))
+def capacities(draw, cached: bool = False) -> Capacity:
+    slots, whole = draw(st.integers(1, 5)), draw(st.booleans())
+    page = draw(st.sampled_from([1, 4] if cached else [1, 4, 16]))
+    chunk = draw(st.sampled_from([2, 4, 8]) if cached else st.integers(1, 20))
+    pages = draw(st.integers(60 // page, 90 // page) if cached else st.integers(1, 24))
     return Capacity(
         slots=slots,
-        pages=draw(st.integers(1, 24)),
+        pages=pages,
         window_pages=draw(st.integers(1, 12)),
         page_size=page,
-        ring_pages=ring,
-        max_seq_len=draw(st.integers(2, 24 * page)),
-        prefill_chunk=draw(st.integers(1, 20)),
-        token_budget=slots + draw(st.integers(0, 30)),
+        ring_pages=draw(st.integers(1, 2 if cached else 6)),
+        max_seq_len=pages * page if cached else draw(st.integers(2, 24 * page)),
+        prefill_chunk=chunk,
+        token_budget=slots + chunk * whole + draw(st.integers(0, 30)),
         max_waiting=draw(st.integers(0, 6)),
         wait_timeout=draw(st.sampled_from([2.0, 50.0])),
+        whole_chunks=whole,
+        prefix_interval=math.lcm(chunk, page) if cached else 0,
+        prefix_bytes=draw(st.sampled_from([200, 10**6])),
+        page_bytes=7,
     )
 
 
@@ -36,42 +44,89 @@ def fits(c: Capacity, prompt: int, new: int) -> bool:
     return prompt + new <= c.max_seq_len and pages <= c.pages and window <= c.window_pages
 
 
+HITS: list[int] = []  # requests that began from the prefix cache, in each life
+
+
 class Life(RuleBasedStateMachine):
-    """A scheduler, and beside it a count of what each request was fed and what it made."""
+    """A scheduler, and beside it a count of what each request was fed and made, and what each page then holds."""
 
     @initialize(capacity=capacities())
     def start(self, capacity: Capacity) -> None:
+        self.begin(capacity)
+
+    def begin(self, capacity: Capacity) -> None:
         self.c, self.s, self.now = capacity, Scheduler(capacity), 0.0
         self.alive: list[Request] = []
         self.order: list[Request] = []  # of arrival, those accepted
         self.admitted: list[Request] = []
         self.fed: Counter[Request] = Counter()
+        self.text: dict[Request, list[int]] = {}  # its prompt, and numbers of its own for what it makes
+        self.memory: dict[tuple[int, int], int] = {}  # (page, offset) -> token
+        self.hits = 0
 
-    @rule(prompt=st.integers(1, 60), new=st.integers(1, 20))
-    def submit(self, prompt: int, new: int) -> None:
+    @rule(common=st.integers(0, 50), own=st.integers(1, 9), new=st.integers(1, 9), family=st.integers(0, 1))
+    def submit(self, common: int, own: int, new: int, family: int) -> None:
+        """A prompt that begins as others of its family do."""
+        unique = 100 + 200 * len(self.order)
+        text = [family] * common + list(range(unique, unique + own + new))
+        interval = self.c.prefix_interval
+        keys = prefix_keys(text[: common + own], interval) if interval else ()
+        self.accept(text, common + own, new, keys=keys)
+        for _ in range(common // 10):  # some of it runs before the next one of the family comes
+            self.step()
+
+    @rule(length=st.integers(1, 60), more=st.integers(0, 20), new=st.integers(2, 20), made=st.booleans())
+    def go_on(self, length: int, more: int, new: int, made: bool) -> None:
+        """A session of `length` tokens, continued by a prompt, or by what comes next."""
+        unique = 100 + 200 * len(self.order)
+        text = list(range(unique, unique + length + more + new))
+        self.accept(text, length + more, new, start=length, made=int(made and not more))
+
+    def accept(self, text: list[int], prompt: int, new: int, **how) -> None:
         full = len(self.s.waiting) >= self.c.max_waiting
         if not fits(self.c, prompt, new):
             with pytest.raises(JetExportError):
-                self.s.submit(prompt, new, self.now)
+                self.s.submit(prompt, new, self.now, **how)
             return
         try:
-            request = self.s.submit(prompt, new, self.now)
+            request = self.s.submit(prompt, new, self.now, **how)
         except QueueFull:
             assert full
             return
+        self.text[request] = text
         self.alive.append(request)
         self.order.append(request)
         self.note_admissions()
 
     def note_admissions(self) -> None:
-        self.admitted += [r for r in self.s.running if r not in self.admitted]
+        for r in self.s.running:
+            if r not in self.admitted:
+                self.admitted.append(r)
+                self.fed[r] = r.held
+                if r.entry is None:  # a session's states are copied in
+                    assert r.held == r.start
+                    self.write(r, 0, r.start)
+                else:
+                    self.hits += 1
+                    assert r.held == r.entry.end < r.prompt_len
+                    assert r.entry.snapshot == self.text[r][: r.held]
 
-    @rule()
-    def step(self) -> None:
-        plan = self.s.plan()
-        self.note_admissions()
-        self.check_plan(plan)
-        self.run(plan, set())
+    def write(self, r: Request, first: int, n: int) -> None:
+        for p in range(first, first + n):
+            page = r.pages[p // self.c.page_size]
+            assert self.s.pages.holders[page] == 1  # nobody else may see it change
+            self.memory[page, p % self.c.page_size] = self.text[r][p]
+
+    def read(self, r: Request) -> list[int]:
+        return [self.memory[r.pages[p // self.c.page_size], p % self.c.page_size] for p in range(r.held)]
+
+    @rule(times=st.integers(1, 5))
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            plan = self.s.plan()
+            self.note_admissions()
+            self.check_plan(plan)
+            self.run(plan, set())
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -86,11 +141,19 @@ class Life(RuleBasedStateMachine):
 
     def check_plan(self, plan) -> None:
         assert plan.tokens <= self.c.token_budget
-        planned = [r for r, _, _ in plan.prefill] + list(plan.decode)
+        planned = [r for r, _, _ in plan.prefill] + list(plan.decode) + list(plan.drawn)
         assert len(planned) == len(set(planned))
         assert all(1 <= n <= self.c.prefill_chunk and first == r.held for r, first, n in plan.prefill)
         running = self.s.running
-        assert set(plan.decode) == {r for r in running if not r.in_prompt}  # decode is never held up
+        assert {*plan.decode, *plan.drawn} == {r for r in running if not r.in_prompt}  # decode is never held up
+        assert all(r.held == r.prompt_len == r.start and not r.made for r in plan.drawn)
+        assert plan.empty == (not planned)
+        if self.c.whole_chunks:
+            assert all((first + n) % self.c.prefill_chunk == 0 or first + n == r.prompt_len
+                       for r, first, n in plan.prefill)  # fmt: skip
+        for r in planned:
+            if r in self.s.running:
+                assert self.read(r) == self.text[r][: r.held]  # what it attends to is its own text
         if any(r.in_prompt for r in running):
             assert plan.prefill  # and some prompt always moves on
             assert plan.prefill[0][0] is next(r for r in running if r.in_prompt)
@@ -98,12 +161,19 @@ class Life(RuleBasedStateMachine):
 
     def run(self, plan, gone: set[Request]) -> None:
         self.now += 1
+        for r, first, n in [*plan.prefill, *((r, r.held, 1) for r in plan.decode)]:
+            if r not in gone:
+                self.write(r, first, n)
         made = self.s.advance(plan)
+        for r, _, _ in plan.prefill:
+            if self.s.prefix_due(r):
+                assert r not in gone and r.held % self.c.prefix_interval == 0
+                self.s.keep_prefix(r, self.text[r][: r.held], 50)
         for r, _, n in plan.prefill:
             self.fed[r] += n
         for r in plan.decode:
             self.fed[r] += 1
-        expected = {r for r, first, n in plan.prefill if first + n == r.prompt_len} | set(plan.decode)
+        expected = {r for r, first, n in plan.prefill if first + n == r.prompt_len} | {*plan.decode, *plan.drawn}
         assert set(made) == expected - gone
         for r in made:
             assert self.fed[r] == r.held == r.prompt_len + r.made - 1  # conservation
@@ -134,13 +204,23 @@ class Life(RuleBasedStateMachine):
         if not hasattr(self, "s"):
             return
         s, running = self.s, self.s.running
+        entries = list(s.prefixes.entries.values()) if s.prefixes else []
         for pool, owned in (
             (s.slots, [r.slot for r in running]),
-            (s.pages, [p for r in running for p in r.pages]),
             (s.window_pages, [p for r in running for p in r.window_pages]),
         ):
             assert len(owned) == len(set(owned)) == pool.used  # none twice, none leaked
             assert sorted(owned + pool._free) == list(range(pool.size))
+        holders = Counter(p for r in running for p in r.pages) + Counter(p for e in entries for p in e.pages)
+        assert s.pages.holders == [holders[i] for i in range(s.pages.size)]
+        assert sorted([*holders, *s.pages._free]) == list(range(s.pages.size))
+        for r in running:
+            assert len(r.pages) == len(set(r.pages))
+        if s.prefixes:
+            assert s.prefixes.size == 50 * len(entries) + 7 * len({p for e in entries for p in e.pages})
+            assert s.prefixes.size <= self.c.prefix_bytes
+            for e in entries:
+                assert e.end % self.c.prefix_interval == 0 and len(e.pages) * self.c.page_size == e.end
         for r in running:
             assert r.held <= r.most_held <= len(r.pages) * self.c.page_size
             assert len(r.window_pages) == min(len(r.pages), self.c.ring_pages)
@@ -156,6 +236,10 @@ class Life(RuleBasedStateMachine):
             assert list(self.s.waiting) == left
 
     def teardown(self) -> None:
+        HITS.append(getattr(self, "hits", 0))
+        self.finish()
+
+    def finish(self) -> None:
         """No starvation: everything that is left ends, in a number of steps that the work bounds."""
         if not hasattr(self, "s"):
             return
@@ -166,11 +250,26 @@ class Life(RuleBasedStateMachine):
             self.step()
             self.check_memory()
         assert not self.alive and not self.s.running and not self.s.waiting
+        while self.s.prefixes and self.s.prefixes.evict():
+            self.check_memory()
         assert self.s.slots.used == self.s.pages.used == self.s.window_pages.used == 0
 
 
-Life.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
-TestLife = Life.TestCase
+class SharingLife(Life):
+    """The same with a prefix cache."""
+
+    @initialize(capacity=capacities(cached=True))
+    def start(self, capacity: Capacity) -> None:
+        self.begin(capacity)
+
+
+Life.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+SharingLife.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLife, TestSharingLife = Life.TestCase, SharingLife.TestCase
+
+
+def test_lives_had_prefix_hits() -> None:
+    assert not HITS or sum(HITS) > 50, HITS
 
 
 def capacity(**changes) -> Capacity:
@@ -191,6 +290,68 @@ def test_a_long_prompt_does_not_hold_up_decoding() -> None:
         assert plan.decode == (short,) and plan.prefill[0][2] <= 7
         s.advance(plan)
     assert short.made == 1 + 9  # 60 tokens at 7 a step
+
+
+def test_a_prefix_is_found_shared_and_gives_way() -> None:
+    c = capacity(pages=8, window_pages=8, prefix_interval=32, prefix_bytes=10**6, page_bytes=1)
+    s = Scheduler(c)
+    text = list(range(70))
+    first = s.submit(70, 2, 0.0, prefix_keys(text, 32))
+    while s.running:
+        plan = s.plan()
+        made = s.advance(plan)
+        if s.prefix_due(first):
+            s.keep_prefix(first, first.held, 5)
+        for r in made:
+            if r.made == 2:
+                s.finish(r)
+    assert [e.end for e in s.prefixes.entries.values()] == [32, 64] and s.pages.used == 4
+    second = s.submit(65, 1, 0.0, prefix_keys(text[:65], 32))
+    assert (second.held, len(second.pages), s.pages.used) == (64, 5, 5)
+    third = s.submit(40, 1, 0.0, prefix_keys([*text[:33], *range(7)], 32))
+    assert (third.held, third.pages[:2]) == (32, second.pages[:2]) and s.pages.used == 6
+    s.cancel(second)
+    fourth = s.submit(128 - 48, 16, 0.0)  # six pages: two of the eight are third's and the prefix's, one third's own
+    assert fourth.status is Status.WAITING
+    s.cancel(third)
+    s.plan()
+    assert fourth.status is Status.RUNNING and len(s.prefixes.entries) == 1 and s.prefixes.evictions == 1
+
+
+def run_prompt(s: Scheduler, text: list[int]) -> Request:
+    """Run a prompt for one token, its prefixes kept; returns it as it was when admitted."""
+    request = s.submit(len(text), 1, 0.0, prefix_keys(text, 32))
+    held = request.held
+    while s.running:
+        s.advance(s.plan())
+        if s.prefix_due(request):
+            s.keep_prefix(request, None, 5)
+        if request.made:
+            s.finish(request)
+    request.held = held
+    return request
+
+
+def test_the_same_prompt_runs_its_last_token_again() -> None:
+    s = Scheduler(capacity(pages=8, window_pages=8, prefix_interval=32, prefix_bytes=10**6, page_bytes=1))
+    text = list(range(64))
+    assert [run_prompt(s, t).held for t in (text, text, [*text, 9], [*text[:63], 9])] == [0, 32, 64, 32]
+
+
+def test_what_a_request_begins_from_is_not_evicted_for_it() -> None:
+    s = Scheduler(capacity(pages=6, window_pages=8, prefix_interval=32, prefix_bytes=10**6, page_bytes=1))
+    old, new = list(range(33)), list(range(50, 90))
+    run_prompt(s, old)
+    run_prompt(s, new)
+    request = s.submit(40, 48, 0.0, prefix_keys([*old[:32], *range(8)], 32))  # the oldest entry, and 4 more pages
+    assert (request.status, request.held, len(s.prefixes.entries)) == (Status.RUNNING, 32, 1)
+    assert request.entry in s.prefixes.entries.values()
+
+
+def test_keys_name_everything_before_them() -> None:
+    a, b = prefix_keys([1, 2, 3, 4, 5], 2), prefix_keys([0, 2, 3, 4, 5], 2)
+    assert len(a) == 2 and a[0] != b[0] and a[1] != b[1]
+    assert prefix_keys([1, 2, 3, 4, 9], 2) == a and prefix_keys([1, 2, 3, 5], 2)[0] == a[0]
 
 
 def test_a_small_request_does_not_overtake_one_that_waits_for_memory() -> None:
@@ -220,7 +381,9 @@ def test_what_can_never_run_is_refused(prompt: int, new: int, message: str) -> N
         Scheduler(capacity(pages=4)).submit(prompt, new, 0.0)
 
 
-@pytest.mark.parametrize(("field", "value"), [("slots", 0), ("token_budget", 1), ("wait_timeout", float("nan"))])
+@pytest.mark.parametrize(
+    ("field", "value"), [("slots", 0), ("token_budget", 1), ("wait_timeout", float("nan")), ("prefix_interval", 40)]
+)
 def test_bad_capacities_are_refused(field: str, value: float) -> None:
     with pytest.raises(JetExportError):
         capacity(**{field: value})

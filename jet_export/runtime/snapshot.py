@@ -1,0 +1,93 @@
+"""What one slot holds, copied out of an engine's pools and back into any slot, on any pages, of pools of any size.
+
+    slots          the row of the slot                                            [*shape]
+    pages          the pages of the tokens held, in order                         [cdiv(held, PAGE), *shape]
+    window_pages   those that the next token can see: from held - window + 1 on   [pages, *shape], in order
+
+Positions that hold no token are zero: another request's keys never leave with a snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jet_export.model.cache import PAGE, StateSpec, cdiv
+from jet_export.model.config import JetNemotronConfig
+from jet_export.runtime.runner import Runner
+
+States = dict[str, Tensor]  # by the name of the StateSpec
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sequence between two steps: all that its continuation depends on. Nothing in it is ever changed."""
+
+    tokens: tuple[int, ...]  # those held, and after them at most one that was made and not yet fed
+    held: int
+    states: States
+    logits: Tensor | None = None  # [vocab] of the token to come, where all of `tokens` are held
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in self.states.values())
+
+
+def window_range(config: JetNemotronConfig, held: int) -> range:
+    """Pages of a sequence that hold what a sliding-window layer's next token can see."""
+    first = max(0, held - config.window_size + 1) if config.window_size else 0
+    return range(first // PAGE, cdiv(held, PAGE))
+
+
+def state_shape(spec: StateSpec, config: JetNemotronConfig, held: int) -> tuple[int, ...]:
+    """Of one state in a snapshot of `held` tokens."""
+    if spec.rows == "slots":
+        return spec.shape
+    n = cdiv(held, PAGE) if spec.rows == "pages" else len(window_range(config, held))
+    return (n, *spec.shape)
+
+
+def movable(x: Tensor) -> Tensor:
+    """FP8 as bytes: torch has no indexing for it."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def _rows(runner: Runner, slot: int, held: int, full_attention: bool) -> Iterator[tuple[StateSpec, Tensor, Tensor]]:
+    """(spec, pool, rows of the pool) of each state."""
+    ring = runner.window_block_table.shape[1]
+    window = [j % ring for j in window_range(runner.engine.config, held)]
+    index = {
+        "slots": torch.tensor([slot], device=runner.device),
+        "pages": runner.block_table[slot, : cdiv(held, PAGE)].long(),
+        "window_pages": runner.window_block_table[slot, torch.tensor(window, dtype=torch.long)].long(),
+    }
+    for spec, pool in zip(runner.engine.specs, runner.states, strict=True):
+        if full_attention or spec.rows != "pages":
+            yield spec, movable(pool), index[spec.rows]
+
+
+@torch.inference_mode()
+def save_states(runner: Runner, slot: int, full_attention: bool = True) -> States:
+    """A slot's states. Without `full_attention`, all but the pages of full-attention layers."""
+    held, out = runner.context_lens[slot], {}
+    for spec, pool, rows in _rows(runner, slot, held, full_attention):
+        copy = pool[rows]
+        if spec.rows == "slots":
+            copy = copy[0]
+        elif held % PAGE:
+            copy[-1, :, :, held % PAGE :] = 0
+        out[spec.name] = copy.view(spec.dtype)
+    return out
+
+
+@torch.inference_mode()
+def load_states(runner: Runner, slot: int, held: int, states: States) -> None:
+    """Put `states` into a slot that `assign` has just given its pages. Those left out must be there already."""
+    full_attention = any(s.rows == "pages" and s.name in states for s in runner.engine.specs)
+    for spec, pool, rows in _rows(runner, slot, held, full_attention):
+        source = movable(states[spec.name].to(runner.device))
+        pool[rows] = source[None] if spec.rows == "slots" else source
+    runner.hold(slot, held)
