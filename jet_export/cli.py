@@ -203,6 +203,37 @@ def export_hf(
     run_export(options, target, typer.echo)
 
 
+@app.command(epilog="Example: jet-export search --model jet-2b --output searches/jet-2b")
+def search(
+    model: Model = "jet-2b",
+    backend: Annotated[str, typer.Option(help="Of the engines that are measured: auto or inductor.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Model dtype: bfloat16 or float32.")] = "bfloat16",
+    space: Annotated[Path | None, typer.Option(help="TOML (docs/search.md); default: the paper's table.")] = None,
+    scores: Annotated[str, typer.Option(help="parameters, paper, a file, or FILE.py:FUNCTION.")] = "parameters",
+    sampler: Annotated[str, typer.Option(help="auto, exact, grid, tpe or nsga2.")] = "auto",
+    trials: Annotated[int | None, typer.Option(help="Points that Optuna looks at; default 200.")] = None,
+    whole: Annotated[int, typer.Option(help="Points on the front that are built whole and measured.")] = 3,
+    jobs: Annotated[int | None, typer.Option(help="Engines built at a time; default half the cores, up to 4.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which no further engine is built.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Default: searches/<model>-<backend>.")] = None,
+    database: Annotated[Path | None, typer.Option(help="Measurements; default: measurements.db beside it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --output.")] = False,
+    keep_engines: Annotated[bool, typer.Option("--keep-engines", help="Leave the bundles on disk.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the points and engines, and stop.")] = False,
+) -> None:
+    """Choose head sizes, precisions and layouts by the latency of engines measured here."""
+    from jet_export.search.cli import run_command
+    from jet_export.search.run import SearchOptions
+
+    options = SearchOptions(
+        model, backend, device, dtype, space, scores, sampler, trials, whole, jobs, timeout, seed, output, database,
+        resume, keep_engines,
+    )  # fmt: skip
+    run_command(options, dry_run, typer.echo)
+
+
 def main() -> None:
     """Console entry point. Bad input: one message on standard error, exit status 2."""
     try:

@@ -1,0 +1,362 @@
+"""One search, from its options to its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jet_export.backends import BackendChoice, choose_backend, target_device
+from jet_export.bundle import host_target, torch_dtype
+from jet_export.errors import JetExportError
+from jet_export.memory import human, parameter_count
+from jet_export.model.config import JetNemotronConfig
+from jet_export.plan import BuildOptions, make_plan
+from jet_export.search.cells import Cell, cells_of, layer_cells, whole_cell
+from jet_export.search.choose import Evaluation, choose, pareto, to_build_whole
+from jet_export.search.compose import Composer
+from jet_export.search.constraints import Scene
+from jet_export.search.database import Bench, Database, machine
+from jet_export.search.points import Point, all_points, count_points
+from jet_export.search.sampling import TRIALS, Values, choose_sampler, sample
+from jet_export.search.scores import Score, load_score
+from jet_export.search.space import Space, default_space, read_space
+from jet_export.search.work import Hands, Processes, Workshop
+
+RECORD = "search.json"
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """The command line's options, one to one."""
+
+    model: str
+    backend: str = "auto"
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    space: Path | None = None
+    scores: str = "parameters"
+    sampler: str = "auto"
+    trials: int | None = None
+    whole: int = 3
+    jobs: int | None = None
+    timeout: float | None = None
+    seed: int = 0
+    output: Path | None = None
+    database: Path | None = None
+    resume: bool = False
+    keep_engines: bool = False
+
+
+@dataclass
+class Search:
+    """A search in progress, and what came of it."""
+
+    options: SearchOptions
+    preset: JetNemotronConfig
+    space: Space
+    space_file: Path
+    score: Score
+    sampler: str
+    backend: BackendChoice
+    device: torch.device
+    bench: Bench
+    scene: Scene
+    output: Path
+    database_file: Path
+    jobs: int
+    evaluations: dict[Point, Evaluation] = field(default_factory=dict)
+    layers: dict[Cell, dict[tuple[int, int, str], float]] = field(default_factory=dict)
+    base: dict[tuple[int, int, str], float] = field(default_factory=dict)
+    failed: dict[Cell, str] = field(default_factory=dict)
+    why: str = ""
+    timed_out: bool = False
+    seconds: float = 0.0
+
+    @property
+    def target(self) -> tuple[int, int]:
+        return self.space.target_batch, self.space.target_context
+
+    @property
+    def cases(self) -> list[tuple[int, int]]:
+        """The grid; the target last."""
+        grid = [(b, c) for c in self.space.context for b in self.space.batch]
+        return sorted(grid, key=lambda case: case == self.target)
+
+    @property
+    def chosen(self) -> Evaluation | None:
+        return next((e for e in self.evaluations.values() if e.chosen), None)
+
+    @property
+    def front(self) -> list[Evaluation]:
+        front = [e for e in self.evaluations.values() if e.front]
+        return sorted(front, key=lambda e: -e.tokens_per_s(*self.target))
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this search this one, for --resume."""
+        o = self.options
+        return json.loads(json.dumps({
+            "model": self.preset.to_dict(), "space": self.space.describe(), "scores": o.scores, "sampler": self.sampler,
+            "dtype": o.dtype, "backend": self.backend.name, "device": self.bench.machine["device"], "seed": o.seed,
+        }))  # fmt: skip
+
+
+def prepare(options: SearchOptions) -> Search:
+    """Check everything that can be checked before any work. Raises JetExportError; writes nothing."""
+    for flag, value, least in (
+        ("--trials", options.trials, 1),
+        ("--jobs", options.jobs, 1),
+        ("--whole", options.whole, 0),
+        ("--timeout", options.timeout, 0),
+    ):
+        if value is not None and value < least:
+            raise JetExportError(f"{flag} {value}: must be at least {least}.")
+    plan = make_plan(BuildOptions(options.model, backend=options.backend, device=options.device, dtype=options.dtype,
+                                  random_weights=True))  # fmt: skip
+    device = target_device(options.device)
+    backend = choose_backend(options.backend, host_target(device)["arch"])
+    if backend.name == "onnx":
+        raise JetExportError("--backend onnx: an exchange format, whose evaluator says nothing of an engine's speed.")
+    preset = replace(plan.config, raw={k: v for k, v in plan.config.raw.items() if k != RECORD_KEY})
+    space_file = options.space or default_space(options.model)
+    space = read_space(space_file, preset)
+    if any(space.fp8) and options.dtype != "bfloat16":
+        raise JetExportError(f"--space {space_file}: precision.fp8 works on a bfloat16 model.", "Leave --dtype out.")
+    check_fp8(space, space_file, device)
+    sampler = choose_sampler(options.sampler, space, preset, options.trials)
+    score = load_score(options.scores)
+    gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    bench = Bench(machine(device), backend.name, options.dtype, space.prefill_chunk, space.new_tokens, space.fill)
+    output = options.output or Path("searches") / f"{Path(options.model).name.removesuffix('.json')}-{backend.name}"
+    database = options.database or output.parent / "measurements.db"
+    jobs = options.jobs or max(1, min(4, (os.cpu_count() or 1) // 2))
+    return Search(options, preset, space, space_file, score, sampler, backend, device, bench,
+                  Scene(preset, space, torch_dtype(options.dtype), gpu), output, database, jobs)  # fmt: skip
+
+
+RECORD_KEY = "jet_export_search"  # of best.json
+
+
+def check_fp8(space: Space, space_file: Path, device: torch.device) -> None:
+    from importlib.util import find_spec
+
+    if not any(space.fp8) and "fp8" not in space.kv_cache_dtype:
+        return
+    if any(space.fp8) and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise JetExportError(f"--space {space_file}: precision.fp8: this GPU has no FP8 arithmetic.")
+    if any(space.fp8) and find_spec("modelopt") is None:
+        raise JetExportError(f"--space {space_file}: precision.fp8 needs nvidia-modelopt.",
+                             "pip install 'jet-export[fp8]'")  # fmt: skip
+
+
+def open_output(search: Search) -> None:
+    """The output directory with the search's identity. Raises JetExportError where it holds another search."""
+    record = search.output / RECORD
+    if search.output.exists() and not search.output.is_dir():
+        raise JetExportError(f"--output {search.output}: is no directory.", "Choose another place.")
+    if record.exists():
+        try:
+            before = json.loads(record.read_text())
+        except ValueError:
+            before = {}
+        differing = sorted(k for k, v in search.identity().items() if before.get(k) != v)
+        if differing:
+            raise JetExportError(f"{search.output}: holds another search ({', '.join(differing)} differ).",
+                                 "Pass another --output DIR.")  # fmt: skip
+        if not search.options.resume:
+            raise JetExportError(f"{search.output}: holds this search already.",
+                                 "Pass --resume to go on with it, or another --output DIR.")  # fmt: skip
+    elif search.output.exists() and any(search.output.iterdir()):
+        raise JetExportError(f"--output {search.output}: is not empty and holds no search.", "Choose another place.")
+    search.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps(search.identity(), indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp.write_text(text, encoding="utf-8")
+    tmp.replace(path)
+
+
+def run_search(search: Search, emit: Callable[[str], None], hands: Hands | None = None) -> Search:
+    """Sample, measure, choose. Files are written by output.write_results."""
+    start = time.monotonic()
+    if search.sampler == "exact":
+        refuse_all(search)  # where every point is refused, nothing is created
+    database = Database(search.database_file)
+    open_output(search)
+    workshop = open_workshop(search, database, hands, emit)
+    composer = Composer(workshop, search.preset, search.space)
+
+    def evaluate(points: list[Point]) -> list[Values]:
+        return evaluate_points(search, workshop, composer, points)
+
+    identity = hashlib.sha256(json.dumps(search.identity(), sort_keys=True).encode()).hexdigest()[:16]
+    sample(
+        search.sampler, search.space, search.preset, evaluate, search.output / "study.db", identity,
+        search.options.trials or TRIALS, 4 * search.jobs, search.options.seed, lambda: workshop.out_of_time,
+    )  # fmt: skip
+    finish(search, workshop, composer, emit)
+    search.seconds = time.monotonic() - start
+    return search
+
+
+def open_workshop(search: Search, database: Database, hands: Hands | None, emit: Callable[[str], None]) -> Workshop:
+    s = search.space
+    scratch = search.database_file.parent / f"{search.database_file.name}.engines"
+    if hands is None:
+        hands = Processes(database, search.bench, str(search.device), scratch, max(s.batch),
+                          max(s.context) + s.new_tokens)  # fmt: skip
+    timeout = search.options.timeout
+    deadline = None if timeout is None else time.monotonic() + timeout
+    return Workshop(database, search.bench, hands, search.cases, scratch / "claims", search.jobs, emit, deadline,
+                    search.options.keep_engines)  # fmt: skip
+
+
+def judge(search: Search, point: Point) -> Evaluation:
+    """All that is known of a point before anything is built."""
+    if point in search.evaluations:
+        return search.evaluations[point]
+    e = Evaluation(point, point.label(search.space, search.preset), search.scene.refusal(point))
+    search.evaluations[point] = e
+    if e.refused is None:
+        e.config = point.config(search.preset, search.space)
+        e.parameters = parameter_count(e.config)
+        e.cache_bytes = search.scene.cache_bytes(e.config, point)
+        e.conv_bytes = search.scene.memory(e.config, point, 1).conv_states
+        e.score = search.score.of(point, e.config)
+    return e
+
+
+def refuse_all(search: Search) -> None:
+    """Judge every point of an enumerated space. Raises JetExportError where none is left."""
+    judged = [judge(search, p) for p in all_points(search.space, search.preset)]
+    if all(e.refused for e in judged):
+        raise nothing_left(search, judged)
+
+
+def nothing_left(search: Search, judged: list[Evaluation]) -> JetExportError:
+    shown = [f"{e.label}: {e.refused}" for e in judged[:3]]
+    more = f" (and {len(judged) - 3} more)" if len(judged) > 3 else ""
+    return JetExportError(
+        f"--space {search.space_file}: none of the {len(judged)} points can be built. " + "; ".join(shown) + more + ".",
+        "Change [jet] sizes or [constraints]; docs/search.md describes both.",
+    )
+
+
+def evaluate_points(search: Search, workshop: Workshop, composer: Composer, points: list[Point]) -> list[Values]:
+    judged = [judge(search, p) for p in points]
+    able = [e for e in judged if not e.refused and e.score is not None]
+    workshop.ensure(c for e in able for c in cells_of(e.point, search.preset, search.space))
+    return [values_of(search, workshop, composer, e) for e in judged]
+
+
+def values_of(search: Search, workshop: Workshop, composer: Composer, e: Evaluation) -> Values:
+    if e.refused:
+        return e.refused
+    if e.score is None:
+        e.missed = f"no {search.score.name} known"
+        return e.missed
+    e.predicted = composer.predict(e.point)
+    if e.predicted is None:
+        cells = cells_of(e.point, search.preset, search.space)
+        e.missed = next((workshop.failed[c] for c in cells if c in workshop.failed), "not measured in the time given")
+        return e.missed
+    b, c = search.target
+    speed, prefill = e.tokens_per_s(b, c), e.tokens_per_s(b, c, "prefill")
+    if math.isnan(speed):
+        e.missed = "its layers' latencies sum to nothing: noise"
+        return e.missed
+    e.missed = search.scene.missed_target(e.predicted[b, c, "decode"], speed, prefill)
+    return e.missed or (speed, e.score)
+
+
+def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callable[[str], None]) -> None:
+    """The front, whole engines of its points, the choice."""
+    b, c = search.target
+    search.timed_out = workshop.out_of_time
+    front = pareto(list(search.evaluations.values()), b, c)
+    keep_layers(search, workshop, composer)
+    if not front:
+        raise no_front(search, workshop)
+    for e in front:
+        e.front = True
+    wanted = to_build_whole(front, search.options.whole, b, c, search.space.slack_percent)
+    cells = {whole_cell(e.point, e.config): e for e in wanted if e.config is not None}
+    if cells:
+        emit(f"building {len(cells)} of {len(front)} points on the front whole")
+        workshop.ensure(cells)
+    for cell, e in cells.items():
+        e.measured = composer.measured(cell)
+    search.failed = workshop.failed
+    search.timed_out = workshop.out_of_time
+    best, search.why = choose(front, b, c, search.space.slack_percent)
+    best.chosen = True
+
+
+def keep_layers(search: Search, workshop: Workshop, composer: Composer) -> None:
+    """The per-layer table of all points that have one."""
+    cells: Counter[Cell] = Counter()
+    for e in search.evaluations.values():
+        if e.predicted:
+            cells.update(layer_cells(e.point, search.preset, search.space).keys())
+    cases = [(b, c, phase) for b, c in search.cases for phase in ("decode", "prefill")]
+    for cell in sorted(cells, key=str):
+        shares = {case: composer.layer(cell, *case) for case in cases}
+        search.layers[cell] = {case: ms for case, ms in shares.items() if ms is not None}
+    known = {case: composer.entry(composer.base, case) for case in cases}
+    search.base = {case: entry.median_ms for case, entry in known.items() if entry}
+
+
+def no_front(search: Search, workshop: Workshop) -> JetExportError:
+    if workshop.out_of_time:
+        return JetExportError(
+            f"--timeout {search.options.timeout:g}: no point is measured completely yet; what is measured is kept.",
+            "Run the same command with --resume and more time.",
+        )
+    judged = list(search.evaluations.values())
+    if not judged or all(e.refused for e in judged):
+        return nothing_left(search, judged)
+    reasons = Counter(e.refused or e.missed or "" for e in judged)
+    return JetExportError(f"no point is left: {reasons.most_common(1)[0][0]} ({len(judged)} points).",
+                          "Loosen [constraints], or look at the failures above.")  # fmt: skip
+
+
+def plan_lines(search: Search) -> list[str]:
+    """What the search is about to do, before any work."""
+    s = search.space
+    b, c = search.target
+    points = count_points(s, search.preset)
+    grid = f"batch {', '.join(map(str, s.batch))} x context {', '.join(map(str, s.context))}"
+    lines = [
+        f"model      {search.options.model}: {parameter_count(search.preset) / 1e6:,.1f} M parameters",
+        f"space      {search.space_file}: {points:,} points, looked at by {search.sampler}",
+        f"score      {search.score.name} ({search.score.source})",
+        f"device     {search.bench.machine['device']}; backend {search.backend.name} ({search.backend.reason})",
+        f"measured   {grid}, decode and prefill in chunks of {s.prefill_chunk}; target batch {b}, context {c}",
+        f"database   {search.database_file}",
+        f"output     {search.output}",
+    ]
+    if search.sampler == "exact":
+        judged = [judge(search, p) for p in all_points(s, search.preset)]
+        able = [e for e in judged if not e.refused]
+        cells = {cell for e in able for cell in cells_of(e.point, search.preset, s)}
+        lines.insert(2, f"engines    {len(cells)} of layers for {len(able)} points, {search.jobs} built at a time")
+        lines += [f"refused    {e.label}: {e.refused}" for e in judged if e.refused]
+    bound = search.scene.allowed_cache_bytes(next(iter(all_points(s, search.preset)))) if points else None
+    if s.cache_bytes == "preset" and bound is not None:
+        lines.append(f"cache      at most the preset's at the same precision: {human(bound)} a sequence at first")
+    return lines
+
+
+def options_record(search: Search) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(search.options).items()}

@@ -1,0 +1,206 @@
+"""Building cells in parallel and measuring them alone, each in a process of its own; what is measured is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from jet_export.errors import JetExportError
+from jet_export.search.cells import Cell
+from jet_export.search.database import PHASES, Bench, Database, Entry
+from jet_export.search.locks import Claim, building, measuring
+
+LONGEST = 3600  # seconds of one build or measurement
+
+
+class Hands(Protocol):
+    """What builds and measures one cell. Both raise JetExportError where it cannot."""
+
+    def build(self, cell: Cell) -> None: ...
+
+    def measure(self, cell: Cell, cases: list[tuple[int, int]]) -> None: ...
+
+    def discard(self, cell: Cell) -> None: ...
+
+
+@dataclass
+class Processes:
+    """Hands that are subprocesses."""
+
+    database: Database
+    bench: Bench
+    device: str
+    directory: Path
+    max_batch_size: int
+    max_seq_len: int
+    running: set[subprocess.Popen] = field(default_factory=set)
+
+    def bundle(self, cell: Cell) -> Path:
+        return self.directory / cell.key
+
+    def build(self, cell: Cell) -> None:
+        for left in self.directory.glob(f".{cell.key}.*"):  # of a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if (self.bundle(cell) / "manifest.json").exists():
+            return  # built before the search was killed, and renamed as its last step
+        self.run("build", cell, {"backend": self.bench.backend, "device": self.device, "dtype": self.bench.dtype,
+                                 "max_batch_size": self.max_batch_size, "max_seq_len": self.max_seq_len,
+                                 "prefill_chunk": self.bench.chunk})  # fmt: skip
+
+    def measure(self, cell: Cell, cases: list[tuple[int, int]]) -> None:
+        self.run("measure", cell, {"database": str(self.database.path), "bench": asdict(self.bench), "cases": cases})
+
+    def discard(self, cell: Cell) -> None:
+        shutil.rmtree(self.bundle(cell), ignore_errors=True)
+        self.bundle(cell).with_suffix(".json").unlink(missing_ok=True)
+
+    def run(self, task: str, cell: Cell, more: dict[str, Any]) -> None:
+        told = {"cell": cell.describe(), "bundle": str(self.bundle(cell)), "parent": os.getpid(), **more}
+        command = [sys.executable, "-m", "jet_export.search.worker", task]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+            self.running.add(process)
+            try:
+                out, err = process.communicate(json.dumps(told), timeout=LONGEST)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise JetExportError(f"{cell}: {task} took over {LONGEST} s.") from None
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                self.running.discard(process)
+        if process.returncode:
+            raise JetExportError(f"{cell}: {task} failed: {why(process.returncode, out, err)}")
+
+    def stop(self) -> None:
+        for process in list(self.running):
+            process.kill()
+
+
+def why(returncode: int, out: str, err: str) -> str:
+    """The worker's own words, or how it died."""
+    for line in reversed(out.splitlines()):
+        try:
+            return str(json.loads(line)["error"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    if returncode < 0:
+        return f"its process died of {signal.Signals(-returncode).name}"
+    return (err.strip().splitlines() or [f"exit status {returncode}"])[-1]
+
+
+class Workshop:
+    """Sees to it that cells are measured. `deadline`: monotonic seconds after which no further build begins."""
+
+    def __init__(
+        self, database: Database, bench: Bench, hands: Hands, cases: list[tuple[int, int]], claims: Path,
+        jobs: int, emit: Callable[[str], None], deadline: float | None = None, keep: bool = False,
+    ) -> None:  # fmt: skip
+        self.database, self.bench, self.hands, self.cases = database, bench, hands, cases
+        self.claims, self.jobs, self.emit, self.deadline, self.keep = claims, max(1, jobs), emit, deadline, keep
+        self.failed: dict[Cell, str] = {}
+        self.known: dict[Cell, dict[tuple[int, int, str], Entry]] = {}
+        self.spent = 0.0  # seconds of builds and measurements
+        self.done = 0  # cells that took them
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def entries(self, cell: Cell) -> dict[tuple[int, int, str], Entry]:
+        """What is measured of a cell, by batch, context and phase."""
+        known = self.known.setdefault(cell, {})
+        if len(known) < len(PHASES) * len(self.cases):
+            for batch, context in self.cases:
+                for phase, entry in self.database.get(self.bench, cell, batch, context).items():
+                    known[batch, context, phase] = entry
+        return known
+
+    def missing(self, cell: Cell) -> list[tuple[int, int]]:
+        have = self.entries(cell)
+        return [(b, c) for b, c in self.cases if any((b, c, phase) not in have for phase in PHASES)]
+
+    def ensure(self, cells: Iterable[Cell]) -> None:
+        """Measure what is missing. A cell that fails is named in `failed`, and not tried again."""
+        waiting = [c for c in dict.fromkeys(cells) if c not in self.failed and self.missing(c)]
+        total = len(waiting)
+        while waiting and not self.out_of_time:
+            mine: dict[Cell, Claim] = {}
+            for cell in waiting:
+                claim = Claim.take(self.claims / f"{cell.key}.lock") if len(mine) < self.jobs else None
+                if claim is not None:
+                    mine[cell] = claim
+            try:
+                self.work([c for c in mine if self.missing(c)], total, total - len(waiting))
+            finally:
+                for claim in mine.values():
+                    claim.release()
+            if not mine:
+                time.sleep(0.5)  # another search has them all
+            waiting = [c for c in waiting if c not in self.failed and self.missing(c)]
+
+    def work(self, cells: list[Cell], total: int, before: int) -> None:
+        """Build these together, then measure one after the other."""
+        if not cells:
+            return
+        start = time.monotonic()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                built = [c for c, ok in zip(cells, pool.map(self.build, cells), strict=True) if ok]
+            except BaseException:
+                getattr(self.hands, "stop", lambda: None)()
+                raise
+        for i, cell in enumerate(built):
+            self.measure(cell)
+            self.spent += time.monotonic() - start
+            start = time.monotonic()
+            self.done += 1
+            if cell not in self.failed:
+                self.emit(
+                    f"  [{before + i + 1}/{total}] {cell}: {self.figures(cell)}{self.eta(total - before - i - 1)}"
+                )
+
+    def build(self, cell: Cell) -> bool:
+        try:
+            with building():
+                self.hands.build(cell)
+        except JetExportError as e:
+            self.fail(cell, e)
+            return False
+        return True
+
+    def measure(self, cell: Cell) -> None:
+        try:
+            with measuring():
+                self.hands.measure(cell, self.missing(cell))
+            if self.missing(cell):
+                raise JetExportError(f"{cell}: measured, and the database does not have it.")
+        except JetExportError as e:
+            self.fail(cell, e)
+        if not self.keep:
+            self.hands.discard(cell)
+
+    def fail(self, cell: Cell, e: JetExportError) -> None:
+        self.failed[cell] = str(e).replace("\n", " ")
+        self.emit(f"  {self.failed[cell]}")
+
+    def figures(self, cell: Cell) -> str:
+        batch, context = self.cases[-1]
+        have = self.entries(cell)
+        decode, prefill = have[batch, context, "decode"], have[batch, context, "prefill"]
+        at = f"B{batch} {context}"
+        return f"decode {decode.median_ms:.4g} ms, prefill {prefill.median_ms:.4g} ms at {at}"
+
+    def eta(self, left: int) -> str:
+        return f"; about {left * self.spent / self.done:.0f} s left" if left > 0 and self.done else ""

@@ -1,0 +1,86 @@
+"""One cell's build or measurement, in a process of its own: `python -m jet_export.search.worker build|measure`.
+
+The task is JSON on standard input, the answer one JSON line on standard output: {} or {"error": ...}. Measurements go
+to the database case by case. The process ends with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(parent: int) -> None:
+    """Linux: SIGKILL when the parent ends, however it does."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def build(task: dict[str, Any]) -> None:
+    """A bundle of the cell at task["bundle"], by what `jet-export build` does."""
+    from jet_export.build import run_build
+    from jet_export.plan import BuildOptions, make_plan
+    from jet_export.search.cells import Cell
+
+    cell, bundle = Cell.from_dict(task["cell"]), Path(task["bundle"])
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    config = bundle.with_suffix(".json")
+    cell.config.save(config)
+    options = BuildOptions(
+        str(config), backend=task["backend"], device=task["device"], dtype=task["dtype"], fp8=cell.fp8,
+        kv_cache_dtype=cell.kv_cache_dtype, state_dtype=cell.state_dtype, max_batch_size=task["max_batch_size"],
+        max_seq_len=task["max_seq_len"], prefill_chunk=task["prefill_chunk"], random_weights=True, output=bundle,
+        force=True,
+    )  # fmt: skip
+    run_build(make_plan(options), ["jet-export", "search"], lambda line: print(line, file=sys.stderr))
+
+
+def measure(task: dict[str, Any]) -> None:
+    """Every case that the database lacks, through the timer of `jet-export bench`; kept one by one."""
+    from jet_export.benchmark import Case, measure_engine
+    from jet_export.runtime.engine import load_engine
+    from jet_export.search.cells import Cell
+    from jet_export.search.database import Bench, Database, Entry
+
+    database, bench, cell = Database(Path(task["database"])), Bench(**task["bench"]), Cell.from_dict(task["cell"])
+    engine, _ = load_engine(Path(task["bundle"]))
+    for batch, context in task["cases"]:
+        case = Case(batch, context, min(bench.chunk, context), bench.new_tokens, bench.fill)
+        (m,) = measure_engine(engine, [case])
+        whole = 1e3 * batch * context / m.prefill_tokens_per_s
+        details = {"filled_by": m.filled_by, "state_bytes": m.state_bytes, "peak_bytes": m.peak_bytes}
+        spread = m.prefill_call.p90 / m.prefill_call.median
+        database.put(bench, cell, [
+            Entry(batch, context, "decode", m.step.median, m.step.p90, details),
+            Entry(batch, context, "prefill", whole, whole * spread, details),
+        ])  # fmt: skip
+
+
+def main() -> None:
+    from jet_export.errors import JetExportError
+
+    task = json.load(sys.stdin)
+    end_with_parent(task["parent"])
+    try:
+        {"build": build, "measure": measure}[sys.argv[1]](task)
+    except JetExportError as e:
+        print(json.dumps({"error": str(e).replace("\n", " ")}), flush=True)
+        sys.exit(1)
+    except Exception as e:  # out of memory, a compiler's failure: the search goes on without this cell
+        print(
+            json.dumps({"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"}), flush=True
+        )
+        sys.exit(1)
+    print("{}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

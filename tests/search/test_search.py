@@ -1,0 +1,303 @@
+"""The laws of a search, over latencies that follow a formula: nothing is built here."""
+
+import json
+import math
+import re
+import threading
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from eager_bundle import mini_config
+from fake_hands import SPACE, engine_ms, prepared, searched
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jet_export.errors import JetExportError
+from jet_export.model.config import JetDims, JetNemotronConfig
+from jet_export.plan import BuildOptions, make_plan
+from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
+from jet_export.search.choose import Evaluation, choose, pareto
+from jet_export.search.output import write_results
+from jet_export.search.points import Point, all_points
+from jet_export.search.run import judge, plan_lines, run_search
+
+CELLS = 4 + 2 + 1  # the jet sizes, attn and swa layers, the base
+
+
+def test_a_model_is_its_base_and_its_layers(tmp_path) -> None:
+    search = prepared(tmp_path)
+    searched(search)
+    able = [e for e in search.evaluations.values() if e.predicted]
+    assert len(able) == 4
+    for e in able:
+        assert e.predicted is not None and e.config is not None
+        for (batch, context, phase), ms in e.predicted.items():
+            assert ms == pytest.approx(engine_ms(whole_cell(e.point, e.config), batch, context, phase), rel=1e-9)
+    built = [e for e in able if e.measured]
+    assert 1 <= len(built) <= 3
+    assert all(abs(e.error((4, 256, "decode")) or 0.0) < 1e-9 for e in built)
+
+
+def test_each_engine_is_built_and_measured_once(tmp_path) -> None:
+    search = prepared(tmp_path, whole=0)
+    hands = searched(search)
+    points = list(all_points(search.space, search.preset))
+    cells = {c.key for p in points for c in cells_of(p, search.preset, search.space)}
+    assert len(cells) == CELLS
+    assert set(hands.built) == cells
+    assert set(hands.built.values()) == {1}
+    assert set(hands.measured.values()) == {1}
+    assert len(hands.measured) == len(cells) * 4
+
+
+def test_a_cell_survives_json() -> None:
+    config = replace(mini_config(), raw={}).with_jet_dims({0: JetDims(4, 16, 48), 2: JetDims(2, 32, 32)})
+    for cell in (Cell("whole", config, 4, True, "bfloat16", "fp8"), base_cell(config)):
+        again = Cell.from_dict(json.loads(json.dumps(cell.describe())))
+        assert again.key == cell.key
+        assert again == cell
+
+
+@pytest.mark.parametrize("operations", [0, 1, 4, 7, 9, 13, 17, 22, 29])
+def test_a_kill_loses_no_measurement(tmp_path, operations: int) -> None:
+    first = prepared(tmp_path, jobs=2)
+    with pytest.raises(KeyboardInterrupt):
+        searched(first, die_after=operations)
+    from jet_export.search.database import Database
+
+    kept = Database(first.database_file).count()
+    with pytest.raises(JetExportError, match="holds this search already"):
+        searched(prepared(tmp_path, jobs=2))
+    hands = searched(prepared(tmp_path, jobs=2, resume=True))
+    whole = searched(prepared(tmp_path, jobs=2, output=tmp_path / "o2", database=tmp_path / "n.db"))
+    assert sum(hands.measured.values()) == sum(whole.measured.values()) - kept // 2  # two phases a case
+    assert set(hands.measured.values()) <= {1}
+
+
+def test_the_results_are_those_of_an_unbroken_search(tmp_path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        searched(prepared(tmp_path), die_after=11)
+    resumed = prepared(tmp_path, resume=True)
+    unbroken = prepared(tmp_path, output=tmp_path / "o2", database=tmp_path / "n")
+    for search in (resumed, unbroken):
+        searched(search)
+        write_results(search)
+    for name in ("points.csv", "layers.csv"):
+        assert (resumed.output / name).read_text() == (unbroken.output / name).read_text()
+
+
+def test_a_second_search_measures_nothing_again(tmp_path) -> None:
+    searched(prepared(tmp_path))
+    other = prepared(tmp_path, output=tmp_path / "other", scores="parameters", seed=1)
+    hands = searched(other)
+    assert not hands.built
+    assert other.chosen is not None
+
+
+def test_two_searches_at_once_share_the_work(tmp_path) -> None:
+    a, b = prepared(tmp_path, jobs=2), prepared(tmp_path, jobs=2, output=tmp_path / "b")
+    hands: dict[str, object] = {}
+    errors: list[BaseException] = []
+
+    def go(name: str, search) -> None:
+        try:
+            hands[name] = searched(search)
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=go, args=(n, s)) for n, s in (("a", a), ("b", b))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not errors
+    together = hands["a"].measured + hands["b"].measured
+    assert set(together.values()) == {1}
+    assert a.chosen is not None and b.chosen is not None
+    assert a.chosen.label == b.chosen.label
+
+
+class Locked(HTMLParser):
+    """Collects what a page would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        if tag not in ("meta", "rect", "path", "circle", "text"):
+            self.open.append(tag)
+        if tag in ("script", "link", "img", "iframe"):
+            self.outside.append(tag)
+        self.outside += [v for k, v in attrs if k in ("src", "href")]
+
+    def handle_endtag(self, tag) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+def test_files(tmp_path) -> None:
+    search = prepared(tmp_path, SPACE + "[constraints]\nparameters = [0, 230000]\n")
+    searched(search)
+    write_results(search)
+    assert {p.name for p in search.output.iterdir()} == {
+        "search.json", "results.json", "points.csv", "layers.csv", "report.html", "front.svg", "best.json"
+    }  # fmt: skip
+    results = json.loads((search.output / "results.json").read_text())
+    chosen = [r for r in results["points"] if r["chosen"]]
+    assert len(chosen) == 1 and chosen[0]["front"] and chosen[0]["point"] == results["choice"]["point"]
+    page = (search.output / "report.html").read_text()
+    parser = Locked()
+    parser.feed(page)
+    assert parser.outside == []
+    assert "http" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    for heading in ("Choice", "Throughput against score", "Per-layer latency", "Prediction against measurement"):
+        assert f"<h2>{heading}" in page
+    for r in results["points"]:
+        assert r["point"] in page
+    assert page.count("<svg") == 5  # the front, two of layers, two of predictions
+
+
+def test_best_json_builds_at_once(tmp_path, monkeypatch) -> None:
+    search = prepared(tmp_path, SPACE + '[attention]\nlayout = ["jsja"]\n', whole=0)
+    searched(search)
+    write_results(search)
+    best = search.output / "best.json"
+    config = JetNemotronConfig.from_json_file(best)
+    assert search.chosen is not None and search.chosen.config is not None
+    assert config == search.chosen.config
+    plan = make_plan(BuildOptions(str(best), device="cpu", random_weights=True, fp8=True))
+    assert plan.config == config
+    command = json.loads(best.read_text())["jet_export_search"]["build"]
+    assert command.startswith(f"jet-export build --model {best} --random-weights")
+
+
+def test_nothing_is_created_where_every_point_is_refused(tmp_path) -> None:
+    search = prepared(tmp_path, SPACE + "[constraints]\ncache_bytes = 1000\n")
+    with pytest.raises(JetExportError, match=r"none of the 4 points can be built.*cache .* over 1\.0 KB") as e:
+        run_search(search, lambda line: None)
+    assert "space.toml" in str(e.value)
+    assert not search.output.exists() and not search.database_file.exists()
+
+
+def test_refused_points_are_not_built(tmp_path) -> None:
+    space = SPACE.replace('"16x32x4"', '"16x32x4", "128x128x8", "24x32x2", "512x16x1"')
+    search = prepared(tmp_path, space, whole=0)
+    hands = searched(search)
+    refused = {e.label.split()[0]: e.refused for e in search.evaluations.values() if e.refused}
+    assert set(refused) == {"128x128x8", "24x32x2", "512x16x1"}
+    assert re.search(r"cache .* a sequence at 256 tokens, .* % over", refused["128x128x8"] or "")
+    assert "head_k_dim of the jet layers is 24" in (refused["24x32x2"] or "")
+    assert "multiples of 16 up to 256" in (refused["512x16x1"] or "")
+    assert len(hands.built) == CELLS
+    assert any(line.startswith("refused    128x128x8") for line in plan_lines(search))
+
+
+@pytest.mark.parametrize(
+    ("constraints", "reason"),
+    [
+        ("cache_bytes = 20000", r"cache .* over 20\.0 KB"),
+        ("gpu_memory = 10000", r"needs .* at batch 4 and 256 tokens, the device has 10\.0 KB"),
+        ("parameters = [1, 2]", r"parameters, outside 1 to 2"),
+    ],
+)
+def test_a_bound_names_itself(tmp_path, constraints: str, reason: str) -> None:
+    search = prepared(tmp_path, SPACE + f"[constraints]\n{constraints}\n")
+    lines = [line for line in plan_lines(search) if line.startswith("refused")]
+    assert len(lines) == 4
+    assert all(re.search(reason, line) for line in lines)
+
+
+def test_a_missed_target_leaves_the_front(tmp_path) -> None:
+    free = prepared(tmp_path)
+    searched(free)
+    speeds = sorted(e.tokens_per_s(4, 256) for e in free.evaluations.values())
+    bound = (speeds[0] + speeds[-1]) / 2
+    tight = prepared(tmp_path, SPACE + f"[constraints]\ntokens_per_s = {bound}\n", output=tmp_path / "tight")
+    searched(tight)
+    assert {e.missed is None for e in tight.evaluations.values()} == {False, True}
+    for e in tight.evaluations.values():
+        assert (e.missed is None) == (e.tokens_per_s(4, 256) >= bound)
+        assert not (e.front and e.missed)
+    none = prepared(tmp_path, SPACE + "[constraints]\ndecode_ms = 0.001\n", output=tmp_path / "none")
+    with pytest.raises(JetExportError, match=r"no point is left: decode step .* ms, target 0\.001"):
+        searched(none)
+
+
+def test_fp8_points_that_fp8_cannot_take_are_refused(tmp_path) -> None:
+    space = SPACE.replace('"16x32x4"', '"16x48x1"') + "[precision]\nfp8 = [true]\n"
+    search = prepared(tmp_path, space, dtype="bfloat16", whole=0)
+    reasons = [judge(search, p).refused for p in all_points(search.space, search.preset)]
+    assert any("16x48x1 in FP8" in (r or "") and "not a multiple of 16" in (r or "") for r in reasons)
+
+
+def test_timeout_keeps_what_is_measured(tmp_path) -> None:
+    search = prepared(tmp_path, timeout=0)
+    with pytest.raises(JetExportError, match=r"--timeout 0: no point is measured completely yet.*\n.*--resume"):
+        searched(search)
+    hands = searched(prepared(tmp_path, resume=True))
+    assert sum(hands.built.values()) > 0
+
+
+def test_another_search_is_not_resumed(tmp_path) -> None:
+    searched(prepared(tmp_path))
+    with pytest.raises(JetExportError, match=r"holds another search \(space differ\)"):
+        searched(prepared(tmp_path, SPACE.replace("batch = [1, 4]", "batch = [2, 4]"), resume=True))
+    with pytest.raises(JetExportError, match=r"is not empty and holds no search"):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "file").write_text("")
+        searched(prepared(tmp_path, output=tmp_path / "mine"))
+
+
+def test_progress_says_what_is_left(tmp_path) -> None:
+    lines: list[str] = []
+    searched(prepared(tmp_path, whole=0), lines=lines)
+    told = [line for line in lines if re.match(rf"  \[\d/{CELLS}\] ", line)]
+    assert len(told) == CELLS
+    assert all("decode" in line and "prefill" in line for line in told)
+    assert all("s left" in line for line in told[:-1]) and "left" not in told[-1]
+
+
+POINT = Point((), "", 0, False, "float32", "auto")
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(pairs: list[tuple[int, int]]) -> None:
+    es = [
+        Evaluation(POINT, str(i), score=float(s), predicted={(1, 1, "decode"): 1.0 / v})
+        for i, (v, s) in enumerate(pairs)
+    ]
+    front = pareto(es, 1, 1)
+
+    def beaten(a: Evaluation, b: Evaluation) -> bool:
+        speed, score = (e.tokens_per_s(1, 1) for e in (a, b)), (a.score, b.score)
+        (va, vb), (sa, sb) = tuple(speed), score
+        return vb >= va and sb >= sa and (vb > va or sb > sa)
+
+    assert all(not any(beaten(a, b) for b in es) for a in front)
+    values = {(e.tokens_per_s(1, 1), e.score) for e in front}
+    assert len(values) == len(front)
+    for e in es:
+        if not any(beaten(e, b) for b in es):
+            assert (e.tokens_per_s(1, 1), e.score) in values
+
+
+def test_the_choice_is_the_best_score_within_the_slack() -> None:
+    def point(label: str, speed: float, score: float) -> Evaluation:
+        return Evaluation(POINT, label, score=score, predicted={(1, 1, "decode"): 1e3 / speed})
+
+    es = [point("fast", 100, 1), point("near", 98, 2), point("slow", 90, 3)]
+    assert choose(es, 1, 1, 3.0)[0].label == "near"
+    assert choose(es, 1, 1, 0.0)[0].label == "fast"
+    assert choose(es, 1, 1, 50.0)[0].label == "slow"
+    es[2].measured = {(1, 1, "decode"): 1e3 / 101}
+    es[0].measured = {(1, 1, "decode"): 1e3 / 100}
+    best, why = choose(es, 1, 1, 0.0)
+    assert best.label == "slow" and "measured whole" in why
+
+
+def test_noise_is_not_a_speed(tmp_path) -> None:
+    e = Evaluation(POINT, "x", predicted={(1, 1, "decode"): -1.0})
+    assert math.isnan(e.tokens_per_s(1, 1))
