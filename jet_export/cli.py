@@ -141,12 +141,19 @@ def inspect(
     kv_cache_dtype: Annotated[str, typer.Option(help="With --model: auto or fp8.")] = "auto",
     state_dtype: Annotated[str, typer.Option(help="With --model: float32 or bfloat16.")] = "float32",
     prefill_chunk: Annotated[int, typer.Option(help="With --model: tokens a prefill call.")] = 2048,
+    tpot_ms: Annotated[float | None, typer.Option(help="Milliseconds a token: the largest batch within it.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="With --tpot-ms: a bench.json; default a committed one.")
+    ] = None,
 ) -> None:
     """Layers, precisions, sizes, and the memory that a batch and a context length take."""
-    from jet_export.report import inspect_bundle, inspect_model
+    from jet_export.report import inspect_bundle, inspect_model, print_prediction
 
     if (bundle is None) == (model is None):
         raise JetExportError("inspect: give a bundle or --model, one of the two.")
+    if tpot_ms is not None:
+        print_prediction(bundle, model, context, tpot_ms, measured, (fp8, kv_cache_dtype, state_dtype))
+        return
     if bundle is not None:
         inspect_bundle(bundle, batch, context)
     else:

@@ -129,6 +129,42 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     out.print(memory_table(engine_memory(c, limits, torch_dtype(m.dtype), kv, state, weights)))
 
 
+def print_prediction(
+    bundle: Path | None,
+    model: str | None,
+    context: int | None,
+    tpot_ms: float,
+    measured: Path | None,
+    dtypes: tuple[bool, str, str],  # with --model: fp8, KV cache, state
+) -> None:
+    """The largest batch that keeps a time per token, from a measured table. Raises JetExportError without a table."""
+    from jet_export.memory import available_memory
+    from jet_export.speed import predict as p
+    from jet_export.speed.rows import precision_name, precision_of
+
+    if context is None or context < 1 or not tpot_ms > 0:
+        raise JetExportError("inspect --tpot-ms: needs --context and a positive time.", "--context 65536 --tpot-ms 20")
+    if bundle is not None:
+        m = Manifest.load(bundle)
+        name, c, precision, chunk = m.model["name"], m.config, precision_of(m), m.limits.prefill_chunk
+        names, weights = (m.dtype, m.kv_cache_dtype, m.state_dtype), m.files["weights.safetensors"]["bytes"]
+    else:
+        assert model is not None
+        fp8, kv, state = dtypes
+        name, c, chunk = model, load_config(model), 2048
+        names = ("bfloat16", "bfloat16" if kv == "auto" else _name(torch_dtype(kv)), state)
+        precision = precision_name(fp8, *names)
+        weights = weight_bytes(c, torch.bfloat16, fp8)
+    table = p.find_table(name, precision, measured)
+    available = p.device_bytes(table.device) or available_memory(torch.device("cpu"))
+    found = p.predict(c, names, weights, table, context, tpot_ms, available, chunk)
+    out = console()
+    for line in p.lines(found, table, context, tpot_ms):
+        out.print(line, markup=False)
+    if found.memory is not None:
+        out.print(memory_table(found.memory))
+
+
 def layer_precisions(bundle: Path) -> Table:
     """Every projection's precision and size, read from the weights file itself; equal layers share a row."""
     from safetensors import safe_open

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from jet_export.kernels.attention_prefill import LOG2E, attend_tiles, dot_operand, load_tile, page_of, softmax_step
 from jet_export.kernels.common import INTERPRET, dot_precision, fp32, wrap
+from jet_export.kernels.configs import lookup
 from jet_export.kernels.rope_append import check_layout, context_of, load_rope, quantize
 
 INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
@@ -35,13 +36,10 @@ class DecodeConfig(NamedTuple):
     programs_per_sm: int  # what the number of splits aims at where batches are large
 
 
-def decode_config(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> DecodeConfig:
-    """Tile sizes from dims alone."""
-    if dtype == torch.float32:
-        return DecodeConfig(min(page, 16), 4, 3, 8)
-    if cache_dtype == torch.float8_e4m3fn:
-        return DecodeConfig(min(page, 64), 4, 4, 8)
-    return DecodeConfig(min(page, 128 if head_dim <= 128 else 64), 4, 2, 8)
+def decode_config(head_dim: int, group: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> DecodeConfig:
+    """From the table (configs.py); group: query heads a key/value head. A tile is at most a page."""
+    use = lookup("attention_decode", head_dim=head_dim, group=group, dtype=dtype, cache_dtype=cache_dtype)
+    return DecodeConfig(**{**use, "BN": min(page, use["BN"])})
 
 
 def num_sms(device: torch.device) -> int:
@@ -234,7 +232,8 @@ def attention_decode_triton(
     """Append and attend, one token a sequence."""
     qkv = check_layout(qkv, kv_cache, head_dim)
     fp8, page = kv_cache.dtype == torch.float8_e4m3fn, kv_cache.shape[3]
-    BN, num_warps, num_stages, per_sm = config or decode_config(head_dim, qkv.dtype, kv_cache.dtype, page)
+    group = num_heads // num_kv_heads
+    BN, num_warps, num_stages, per_sm = config or decode_config(head_dim, group, qkv.dtype, kv_cache.dtype, page)
     N, M = block_table.shape
     keys = torch.sym_min(M * page, window) if window else M * page
     S = num_splits(N, num_kv_heads, keys, num_sms(qkv.device), per_sm)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import clamp, dot_precision, fp32, num_chunks, sequence_bounds, wrap
+from jet_export.kernels.configs import lookup
 from jet_export.kernels.rope_append import check_layout, context_of, find_sequence, load_rope, rope_append_triton
 
 LOG2E = 1.4426950408889634
@@ -33,15 +34,10 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
-def prefill_config(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> PrefillConfig:
-    """Tile sizes from dims alone."""
-    if dtype == torch.float32:
-        return PrefillConfig(32, min(page, 32 if head_dim <= 128 else 16), 8, 1)
-    if head_dim > 128:
-        return PrefillConfig(64, min(page, 64), 8, 2)
-    if cache_dtype == torch.float8_e4m3fn:
-        return PrefillConfig(128, min(page, 128), 8, 3)
-    return PrefillConfig(64, min(page, 64), 4, 3)
+def prefill_config(head_dim: int, group: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> PrefillConfig:
+    """From the table (configs.py); group: query heads a key/value head. A tile is at most a page."""
+    use = lookup("attention_prefill", head_dim=head_dim, group=group, dtype=dtype, cache_dtype=cache_dtype)
+    return PrefillConfig(**{**use, "BN": min(page, use["BN"])})
 
 
 @triton.jit
@@ -204,7 +200,8 @@ def attention_prefill_triton(
         num_heads, num_kv_heads, head_dim, k_scale, v_scale,
     )  # fmt: skip
     fp8, page = kv_cache.dtype == torch.float8_e4m3fn, kv_cache.shape[3]
-    BM, BN, num_warps, num_stages = config or prefill_config(head_dim, qkv.dtype, kv_cache.dtype, page)
+    group = num_heads // num_kv_heads
+    BM, BN, num_warps, num_stages = config or prefill_config(head_dim, group, qkv.dtype, kv_cache.dtype, page)
     T, (N, M) = qkv.shape[0], block_table.shape
     o = qkv.new_empty(T, num_heads * head_dim)
     wrap(attention_prefill_kernel)[(num_chunks(T * (num_heads // num_kv_heads), N, BM), num_kv_heads)](

@@ -28,6 +28,7 @@ from jet_export.kernels.common import (
     wrap,
     zero_padding,
 )
+from jet_export.kernels.configs import lookup
 
 
 def dynamic_conv_ref(
@@ -183,7 +184,8 @@ def dynamic_conv_triton(
     """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous; off_u: u's first column
     in the rows of the given tensor."""
     T, N, D, W = u.shape[0], slots.shape[0], conv_state.shape[2], conv_state.shape[1] + 1
-    BT, BD = 16, 64
+    use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W)
+    BT, BD = use["BT"], use["BD"]
     v = u.new_empty(T, D)
     S = conv_state.shape[0]
     tail = (cu_seqlens, slots, context_lens)

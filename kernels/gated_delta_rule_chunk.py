@@ -25,6 +25,7 @@ from jet_export.kernels.common import (
     softplus,
     wrap,
 )
+from jet_export.kernels.configs import lookup
 
 
 @triton.jit
@@ -215,16 +216,11 @@ def chunk_scan_kernel(
 
 
 def chunk_config(dtype: torch.dtype, head_k_dim: int) -> tuple[dict, dict]:
-    """Block sizes and launch options of the two kernels."""
-    BK = max(16, triton.next_power_of_2(head_k_dim))
-    if dtype == torch.float32:  # IEEE products run outside the tensor cores: small blocks keep them in registers
-        prepare = {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 1}
-        scan = {"BT": 16, "BK": BK, "BV": 16, "STAGES": 1, "num_warps": 4}
-    else:
-        wide = BK > 128
-        prepare = {"BT": 64, "BK": BK, "num_warps": 8 if wide else 4, "num_stages": 1}
-        scan = {"BT": 64, "BK": BK, "BV": 64, "STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
-    return prepare, scan
+    """Block sizes and launch options of the two kernels, from the table (configs.py)."""
+    facts = {"dtype": dtype, "head_k_dim": head_k_dim}
+    prepare = lookup("delta_rule_prepare", **facts)
+    blocks = {"BT": prepare["BT"], "BK": max(16, triton.next_power_of_2(head_k_dim))}
+    return {**blocks, **prepare}, {**blocks, **lookup("delta_rule_scan", **facts)}
 
 
 def chunk_delta_rule_triton(

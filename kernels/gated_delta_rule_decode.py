@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import slot_of, wrap
+from jet_export.kernels.configs import lookup
 from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state
 from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise
 from jet_export.kernels.gated_rms_norm import gated_norm_tile
@@ -96,10 +97,10 @@ def decode_kernel(
 
 
 def decode_config(state: Tensor, head_k_dim: int, head_v_dim: int) -> dict:
-    """Tiles of 32 columns: a row of one is 128 bytes of an fp32 state, 64 of a bf16 one."""
-    BV = 32
-    NV = triton.next_power_of_2(triton.cdiv(head_v_dim, BV))
-    return {"BK": triton.next_power_of_2(head_k_dim), "BV": BV, "NV": NV, "num_warps": 4}
+    """Tiles of BV columns, from the table (configs.py): a row of 32 is 128 bytes of an fp32 state, 64 of a bf16 one."""
+    use = lookup("delta_rule_decode", state_dtype=state.dtype, head_k_dim=head_k_dim, head_v_dim=head_v_dim)
+    tiles = triton.next_power_of_2(triton.cdiv(head_v_dim, use["BV"]))
+    return {"BK": triton.next_power_of_2(head_k_dim), "BV": use["BV"], "NV": tiles, "num_warps": use["num_warps"]}
 
 
 def decode_delta_rule_triton(

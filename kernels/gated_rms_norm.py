@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, by_rows, fp32, rows, silu, wrap
+from jet_export.kernels.configs import lookup
 
 
 def gated_rms_norm_ref(
@@ -56,7 +57,7 @@ def gated_rms_norm_triton(o: Tensor, w_o: Tensor, gate: Tensor, eps: float, off_
     """Launches the kernel. Rows of o [T, H, V] and gate are contiguous, any stride between them; off_gate: gate's
     first column in its rows."""
     T, H, V = o.shape
-    BR = 16
+    BR = lookup("gated_rms_norm", dtype=gate.dtype, head_v_dim=V)["BR"]
     out = gate.new_empty(T, H, V)
     wrap(gated_rms_norm_kernel)[(H, triton.cdiv(T, BR))](
         o, w_o, gate, out, T, o.stride(0), gate.stride(0), eps,

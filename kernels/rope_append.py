@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import clamp, fp32, num_chunks, sequence_bounds, wrap
+from jet_export.kernels.configs import lookup
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest finite float8_e4m3fn
 LAST_POSITION: tl.constexpr = tl.constexpr(1 << 30)  # positions and what is added to them stay in 32 bits
@@ -127,12 +128,12 @@ def rope_append_triton(
     v_scale: float,
 ) -> None:
     """Append the keys (after RoPE) and values of every sequence that is not padding."""
-    BT = 16
+    use = lookup("rope_append", head_dim=head_dim, dtype=qkv.dtype, cache_dtype=kv_cache.dtype)
     N, M = block_table.shape
-    wrap(rope_append_kernel)[(num_chunks(qkv.shape[0], N, BT), num_kv_heads)](
+    wrap(rope_append_kernel)[(num_chunks(qkv.shape[0], N, use["BT"]), num_kv_heads)](
         qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
         N, qkv.shape[0], M, cos_sin.shape[0], kv_cache.shape[0], k_scale, v_scale,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=triton.next_power_of_2(head_dim), PAGE=kv_cache.shape[3],
-        BT=BT, num_warps=4,
+        **use,
     )  # fmt: skip

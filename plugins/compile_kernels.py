@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jet_export.errors import JetExportError
+from jet_export.kernels.configs import use_sm
 from jet_export.plugins.cubin import parameters
 from jet_export.plugins.emit import emit
 from jet_export.plugins.kernel import Image, Kernel, kernel_of
@@ -96,7 +97,8 @@ def compile_cases(cases: list[Any], sms: list[int], folder: Path, progress: Any 
     functions: dict[Kernel, Any] = {}
     traces = []
     for case in cases:
-        forms = [case.trace(decode=False), case.trace(decode=True)]
+        with use_sm(sms[0] if len(sms) == 1 else None):  # one set of launches serves all SMs
+            forms = [case.trace(decode=False), case.trace(decode=True)]
         traces.append((case, forms))
         for launch in (launch for form in forms for launch in form.launches):
             functions.setdefault(kernel_of(launch), launch.kernel)

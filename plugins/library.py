@@ -134,7 +134,7 @@ def digest(spec: str, include: Path, compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     for text in (spec, triton.__version__, *FLAGS, compiler, version):
         h.update(text.encode() + b"\0")
-    files = [p for folder in own_folders() for p in sorted(folder.glob("*.py"))]
+    files = [p for folder in own_folders() for kind in ("*.py", "*.json") for p in sorted(folder.glob(kind))]
     for path in (*files, *sorted(SOURCES.iterdir()), *sorted(include.glob("NvInfer*.h"))):
         h.update(path.name.encode() + b"\0" + path.read_bytes())
     return h.hexdigest()[:24]

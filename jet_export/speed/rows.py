@@ -44,14 +44,19 @@ class Row:
 
 
 def precision_of(manifest: Manifest) -> str:
+    """As `precision_name`, of a bundle."""
+    quantised = bool((manifest.quantization or {}).get("fp8"))
+    return precision_name(quantised, manifest.dtype, manifest.kv_cache_dtype, manifest.state_dtype)
+
+
+def precision_name(fp8: bool, dtype: str, kv_cache_dtype: str, state_dtype: str) -> str:
     """ "fp8", "bf16+fp8 kv", ... of weights, then what differs from the usual cache and state."""
     short = {"bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "fp8"}
-    quantised = bool((manifest.quantization or {}).get("fp8"))
-    out = "fp8" if quantised else short.get(manifest.dtype, manifest.dtype)
-    if manifest.kv_cache_dtype != manifest.dtype:
-        out += f"+{short[manifest.kv_cache_dtype]} kv"
-    if manifest.state_dtype != "float32":
-        out += f"+{short[manifest.state_dtype]} state"
+    out = "fp8" if fp8 else short.get(dtype, dtype)
+    if kv_cache_dtype != dtype:
+        out += f"+{short[kv_cache_dtype]} kv"
+    if state_dtype != "float32":
+        out += f"+{short[state_dtype]} state"
     return out
 
 

@@ -1,0 +1,187 @@
+"""Which batch fits a time per token: predicted from a measured table (a bench.json), with the prediction's own error.
+
+    step = overhead + bytes / bandwidth + sequences * each,     bytes as roofline.step_bytes counts them
+
+is fitted to the table's decode steps by least squares of the relative error, no term negative; one table for one bundle
+on one device. `each` is the arithmetic that grows with the batch. The error is that of each row predicted from all the
+others. Memory is memory.py's; nothing is run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jet_export.bundle import Limits, torch_dtype
+from jet_export.errors import JetExportError
+from jet_export.memory import Memory, engine_memory, largest_batch
+from jet_export.model.cache import state_specs
+from jet_export.model.config import JetNemotronConfig
+from jet_export.speed.roofline import step_bytes
+from jet_export.speed.rows import Row, row_from_dict
+
+MIN_ROWS = 4  # to fit three numbers and be wrong about a fourth
+GPU_BYTES = {  # usable, for a device that is not here; data sheets, GB = 1e9
+    "H100 80GB": 80e9, "H100 PCIe": 80e9, "H200": 141e9, "A100-SXM4-80GB": 80e9, "A100 80GB": 80e9,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Seconds a step, seconds a byte, seconds a sequence; none negative."""
+
+    overhead: float
+    byte: float
+    each: float
+
+    def seconds(self, nbytes: float, batch: int) -> float:
+        return self.overhead + self.byte * nbytes + self.each * batch
+
+
+@dataclass(frozen=True)
+class Table:
+    """Measured steps of one bundle on one device, from one file."""
+
+    file: Path
+    device: str
+    date: str
+    model: str
+    precision: str
+    rows: tuple[Row, ...]
+
+    @property
+    def named(self) -> str:
+        return f"{self.model} {self.precision} on {self.device}, {self.date}, {self.file.name}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    batch: int  # the largest that meets the time and fits; 0: not one sequence does
+    seconds: float  # its step
+    bound: str  # "time" or "memory": what keeps it from being larger
+    memory: Memory | None
+    fit: Fit
+    errors: tuple[float, ...]  # relative, of each measured step predicted from the others
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch / self.seconds if self.batch else 0.0
+
+
+def read_tables(file: Path) -> list[Table]:
+    """Raises JetExportError where the file is no bench.json."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        e = values["environment"]
+        device = e["gpu"] if e["gpu"] != "none" else e.get("cpu", "a CPU")
+        return [
+            Table(file, device, e["date"], b["model"], rows[0].precision, tuple(rows))
+            for b in values["bundles"]
+            if (rows := [row_from_dict(r) for r in b["rows"]])
+        ]
+    except FileNotFoundError:
+        raise JetExportError(f"--measured {file}: no such file.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise JetExportError(f"--measured {file}: not a bench.json.", "Make one with jet-export bench.") from None
+
+
+def committed_tables() -> list[Path]:
+    """benchmarks/results/**/bench*.json of the repository, where the package is run from one."""
+    return sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("bench*.json"))
+
+
+def find_table(model: str, precision: str, measured: Path | None) -> Table:
+    """The table of this model and precision: from `measured`, or a committed one. Raises JetExportError, saying how
+    to make one, where there is none."""
+    files = [measured] if measured else committed_tables()
+    for file in reversed(files):
+        for table in read_tables(file):
+            if (table.model, table.precision) == (model, precision) and len(table.rows) >= MIN_ROWS:
+                return table
+    where = str(measured) if measured else "benchmarks/results"
+    raise JetExportError(
+        f"--tpot-ms: {where} has no measured table of {model} {precision} (at least {MIN_ROWS} decode steps).",
+        "Make one where it will run: jet-export bench BUNDLE --contexts 4096,65536 --batch N --output DIR for a few N "
+        "(or with --baseline, which tries every batch); then inspect --measured DIR/bench.json",
+    )
+
+
+def fit_steps(points: Sequence[tuple[float, int, float]]) -> Fit:
+    """(bytes, batch, seconds) -> the terms, none negative, that leave the least relative error: of the fits by least
+    squares with some terms left out, the best that is not negative."""
+    x = np.array([[1.0, nbytes, batch] for nbytes, batch, _ in points])
+    y = np.array([seconds for *_, seconds in points])
+    scale = x.max(axis=0)
+    weighted = x / scale / y[:, None]
+    best, least = np.zeros(3), float("inf")
+    for kept in ((0, 1, 2), (1, 2), (0, 1), (0, 2), (1,), (2,), (0,)):
+        part, *_ = np.linalg.lstsq(weighted[:, kept], np.ones(len(y)), rcond=None)
+        left = float(np.square(weighted[:, kept] @ part - 1).sum())
+        if part.min() >= 0 and left < least * (1 - 1e-9):
+            best, least = np.zeros(3), left
+            best[list(kept)] = part
+    return Fit(*(float(v) for v in best / scale))
+
+
+def left_out_errors(points: Sequence[tuple[float, int, float]]) -> tuple[float, ...]:
+    """Relative error of each step, predicted from the others."""
+    out = []
+    for i, (nbytes, batch, seconds) in enumerate(points):
+        others = [*points[:i], *points[i + 1 :]]
+        out.append(abs(fit_steps(others).seconds(nbytes, batch) - seconds) / seconds)
+    return tuple(out)
+
+
+def predict(
+    c: JetNemotronConfig, dtypes: tuple[str, str, str], weights: int, table: Table, context: int, tpot_ms: float,
+    available: int, chunk: int,
+) -> Prediction:  # fmt: skip
+    """dtypes: of the model, the KV cache and the state."""
+    points = [(float(r.step_bytes["total"]), r.batch, r.ms_per_token * 1e-3) for r in table.rows]
+    fit = fit_steps(points)
+    read = table.rows[0].step_bytes["weights"]
+    dtype, kv, state = (torch_dtype(d) for d in dtypes)
+    specs = state_specs(c, dtype, kv, state)
+
+    def seconds(batch: int) -> float:
+        return fit.seconds(step_bytes(c, specs, read, batch, context).total, batch)
+
+    most = largest_batch(c, context, min(chunk, context), dtype, kv, state, weights, available)
+    each = seconds(2) - seconds(1)
+    in_time = 0
+    if seconds(1) <= tpot_ms * 1e-3:
+        in_time = int((tpot_ms * 1e-3 - seconds(1)) / each + 1 + 1e-9) if each > 0 else most + 1
+    batch = min(in_time, most)
+    limits = Limits(max(batch, 1), context, min(chunk, context))
+    memory = engine_memory(c, limits, dtype, kv, state, weights) if batch else None
+    bound = "time" if in_time <= most else "memory"
+    return Prediction(batch, seconds(max(batch, 1)), bound, memory, fit, left_out_errors(points))
+
+
+def lines(p: Prediction, table: Table, context: int, tpot_ms: float) -> list[str]:
+    """What inspect prints."""
+    median, worst = statistics.median(p.errors), max(p.errors)
+    out = [f"from {len(table.rows)} measured decode steps: {table.named}",
+           f"step = {1e3 * p.fit.overhead:.3g} ms + {1e12 * p.fit.byte:.3g} ms/GB + {1e3 * p.fit.each:.3g} ms/seq.; "
+           f"each step predicted from the others is off by {median:.1%} (median), {worst:.1%} (worst)"]  # fmt: skip
+    seen = [r.context for r in table.rows]
+    if not min(seen) <= context <= max(seen):
+        out.append(f"context {context} lies outside the measured ones, {min(seen)} to {max(seen)}: extrapolated")
+    if not p.batch:
+        why = "one sequence takes longer" if p.bound == "time" else "not one sequence fits the memory"
+        return [*out, f"{tpot_ms:g} ms a token at context {context}: not reached: {why} ({1e3 * p.seconds:.3g} ms)"]
+    biggest = max(r.batch for r in table.rows)
+    if p.batch > biggest:
+        out.append(f"batch {p.batch} is beyond the largest measured, {biggest}: extrapolated")
+    return [*out, f"largest batch within {tpot_ms:g} ms a token at context {context}: {p.batch} (bound by {p.bound}); "
+            f"predicted {p.tokens_per_s:,.0f} tokens/s, {1e3 * p.seconds:.3g} ms a token"]  # fmt: skip
+
+
+def device_bytes(device: str) -> int | None:
+    """Memory of a named GPU that need not be here; None where it is not known."""
+    return next((int(0.92 * n) for name, n in GPU_BYTES.items() if name in device), None)

@@ -1,0 +1,141 @@
+"""The largest batch within a time per token, predicted from measured steps, and how wrong the prediction is."""
+
+import dataclasses
+import json
+import random
+import sys
+
+import pytest
+import torch
+from rows import row
+
+from jet_export import cli
+from jet_export.errors import JetExportError
+from jet_export.memory import weight_bytes
+from jet_export.model.cache import state_specs
+from jet_export.model.config import jet_2b
+from jet_export.speed.predict import Table, fit_steps, left_out_errors, lines, predict
+from jet_export.speed.roofline import step_bytes
+
+DTYPES = ("bfloat16", "bfloat16", "float32")
+WEIGHTS = weight_bytes(jet_2b(), torch.bfloat16, False)
+
+
+def nbytes(batch: int, context: float) -> int:
+    return step_bytes(jet_2b(), state_specs(jet_2b(), torch.bfloat16), WEIGHTS, batch, context).total
+
+
+def measured(batch: int, context: int, noise: float = 0.0):
+    """A step of 0.5 ms and 2.5 TB/s and 2 us a sequence."""
+    total = nbytes(batch, context + 64)
+    ms = (0.5 + total / 2.5e9 + 0.002 * batch) * (1 + noise)
+    return row(batch, 1e3 * batch / ms, context=context, step_bytes={"weights": WEIGHTS, "total": total})
+
+
+@pytest.fixture
+def table(tmp_path) -> Table:
+    rows = [measured(b, c) for b in (1, 16, 64) for c in (4096, 65536)]
+    return Table(tmp_path / "bench.json", "NVIDIA H100 80GB HBM3", "2026-01-01", "jet-2b", "bf16", tuple(rows))
+
+
+def test_the_fit_finds_what_made_the_steps(table) -> None:
+    fit = fit_steps([(r.step_bytes["total"], r.batch, r.ms_per_token * 1e-3) for r in table.rows])
+    assert (fit.overhead, 1 / fit.byte, fit.each) == pytest.approx((0.5e-3, 2.5e12, 2e-6), rel=1e-6)
+
+
+def test_no_term_is_negative() -> None:
+    fit = fit_steps([(1e9, 1, 0.9e-3), (2e9, 2, 2.1e-3), (3e9, 3, 3.1e-3), (4e9, 4, 4.2e-3)])
+    assert min(fit.overhead, fit.byte, fit.each) >= 0 and fit.seconds(2e9, 2) == pytest.approx(2e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("tpot", [2.5, 7.7, 20.0])
+def test_the_batch_is_the_largest_within_the_time(table, tpot) -> None:
+    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, tpot, int(1e13), 2048)
+
+    def ms(batch: int) -> float:
+        return 0.5 + nbytes(batch, 65536) / 2.5e9 + 0.002 * batch
+
+    want = max((b for b in range(1, 500) if ms(b) <= tpot), default=0)
+    assert p.batch == want and p.bound == "time" and p.memory.total > 0
+    assert p.tokens_per_s == pytest.approx(1e3 * want / ms(want))
+
+
+def test_memory_binds_where_time_does_not(table) -> None:
+    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, 1000, int(20e9), 2048)
+    assert p.bound == "memory" and p.memory.total <= 20e9
+    assert 0 < p.batch < predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, 1000, int(40e9), 2048).batch
+
+
+def test_what_cannot_be_met_is_said(table) -> None:
+    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, 0.1, int(1e12), 2048)
+    assert p.batch == 0 and p.memory is None
+    assert "not reached: one sequence takes longer" in lines(p, table, 65536, 0.1)[-1]
+
+
+def test_the_error_is_of_steps_left_out(table) -> None:
+    points = [(r.step_bytes["total"], r.batch, r.ms_per_token * 1e-3) for r in table.rows]
+    assert max(left_out_errors(points)) < 1e-6
+    rng = random.Random(0)
+    noisy = [(x, b, y * (1 + rng.uniform(-0.1, 0.1))) for x, b, y in points]
+    errors = left_out_errors(noisy)
+    fit = fit_steps(noisy[1:])
+    assert errors[0] == pytest.approx(abs(fit.seconds(*noisy[0][:2]) / noisy[0][2] - 1))
+    assert 0.005 < max(errors) < 0.5
+
+
+def test_extrapolation_is_marked(table) -> None:
+    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 131072, 50, int(1e13), 2048)
+    text = " ".join(lines(p, table, 131072, 50))
+    assert "lies outside the measured ones, 4096 to 65536: extrapolated" in text
+    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 4096, 50, int(1e13), 2048)
+    assert "beyond the largest measured, 64: extrapolated" in " ".join(lines(p, table, 4096, 50))
+
+
+def inspect(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["jet-export", "inspect", *args])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    out = capsys.readouterr()
+    return int(e.value.code or 0), out.out, out.err
+
+
+def bench_json(path, rows) -> str:
+    bundle = {"model": "jet-2b", "rows": [dataclasses.asdict(r) for r in rows]}
+    path.write_text(json.dumps({"environment": {"gpu": "NVIDIA H100 80GB HBM3", "date": "d"}, "bundles": [bundle]}))
+    return str(path)
+
+
+def test_inspect_prints_batch_speed_memory_and_error(table, tmp_path, monkeypatch, capsys) -> None:
+    file = bench_json(tmp_path / "bench.json", table.rows)
+    args = ("--model", "jet-2b", "--context", "65536", "--tpot-ms", "10", "--measured", file)
+    status, out, _ = inspect(monkeypatch, capsys, *args)
+    assert status == 0 and "is off by 0.0% (median)" in out and "largest batch within 10 ms" in out
+    assert "NVIDIA H100 80GB HBM3" in out and "KV cache, full attention" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--context", "65536", "--tpot-ms", "20", "--fp8"], "no measured table of jet-2b fp8"),
+        (["--tpot-ms", "20"], "needs --context and a positive time"),
+        (["--context", "65536", "--tpot-ms", "0"], "needs --context and a positive time"),
+    ],
+)
+def test_without_a_table_inspect_says_how_to_make_one(table, tmp_path, monkeypatch, capsys, args, message) -> None:
+    file = bench_json(tmp_path / "bench.json", table.rows)
+    status, _, err = inspect(monkeypatch, capsys, "--model", "jet-2b", *args, "--measured", file)
+    assert status == 2 and message in err
+    if "fp8" in message:
+        assert "jet-export bench BUNDLE" in err
+
+
+def test_files_that_are_no_tables(tmp_path, monkeypatch, capsys) -> None:
+    from jet_export.speed.predict import find_table
+
+    (tmp_path / "x.json").write_text('{"environment": {}}')
+    with pytest.raises(JetExportError, match=r"x.json: not a bench.json"):
+        find_table("jet-2b", "bf16", tmp_path / "x.json")
+    with pytest.raises(JetExportError, match="no such file"):
+        find_table("jet-2b", "bf16", tmp_path / "y.json")
+    with pytest.raises(JetExportError, match="at least 4 decode steps"):
+        find_table("jet-2b", "bf16", tmp_path / bench_json(tmp_path / "few.json", [measured(1, 4096)]))
