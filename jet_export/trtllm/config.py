@@ -14,7 +14,8 @@ from jet_export.model.config import JetNemotronConfig
 from jet_export.trtllm.adapt import excluded_modules, hybrid_fields
 from jet_export.trtllm.protocols import ModelConfigLike
 
-OWN = ("layer_types", "efficient_attention_config", "model_type")  # transformers knows other layer types only
+# Not for transformers: it knows other layer types, and takes a null rope_scaling for a request to change it.
+OWN = ("layer_types", "efficient_attention_config", "model_type", "rope_scaling")
 
 
 class JetNemotronHfConfig(PretrainedConfig):
@@ -37,7 +38,7 @@ class JetNemotronHfConfig(PretrainedConfig):
         self.num_hidden_layers, self.head_dim = c.num_hidden_layers, c.head_dim
         self.num_attention_heads, self.num_key_value_heads = c.num_attention_heads, c.num_key_value_heads
         self.max_position_embeddings, self.rope_theta = c.max_position_embeddings, c.rope_theta
-        self.rms_norm_eps, self.rope_scaling = c.rms_norm_eps, None
+        self.rms_norm_eps = c.rms_norm_eps
         for name, value in hybrid_fields(c).items():
             setattr(self, name, value)
 

@@ -182,7 +182,7 @@ class RopeParams:
 
     @staticmethod
     def from_config(config):
-        assert config.rope_scaling is None
+        assert getattr(config, "rope_scaling", None) is None
         return RopeParams(dim=config.head_dim, theta=config.rope_theta)
 
 
