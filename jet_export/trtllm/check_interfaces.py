@@ -178,9 +178,9 @@ class Module(ast.NodeVisitor):
 
     def _called(self, node: ast.Call) -> set[str]:
         f = node.func
-        if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Call) and self.bases:
-            if isinstance(f.value.func, ast.Name) and f.value.func.id == "super":
-                return {base if f.attr == "__init__" else f"{base}.{f.attr}" for base in self.bases[-1]}
+        inner = f.value.func if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Call) else None
+        if isinstance(f, ast.Attribute) and isinstance(inner, ast.Name) and inner.id == "super" and self.bases:
+            return {base if f.attr == "__init__" else f"{base}.{f.attr}" for base in self.bases[-1]}
         return self.resolve(f)
 
 
