@@ -34,7 +34,7 @@ class Metrics:
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
-    prefix_queries: int = 0  # requests that looked for their prompt's beginning in the prefix cache
+    prefix_queries: int = 0  # requests with a prompt long enough for the prefix cache
     prefix_hits: int = 0
     prefix_tokens: int = 0  # prompt tokens that were not run, thanks to it
     ttft: Histogram = field(default_factory=Histogram)  # seconds from arrival to the first token
@@ -76,7 +76,7 @@ class Metrics:
             ("jet_prompt_tokens_total", "Prompt tokens run.", self.prompt_tokens),
             ("jet_tokens_total", "Tokens made.", self.tokens),
             ("jet_steps_total", "Steps of the engine.", self.steps),
-            ("jet_prefix_queries_total", "Prompts looked for in the prefix cache.", self.prefix_queries),
+            ("jet_prefix_queries_total", "Prompts long enough for the prefix cache.", self.prefix_queries),
             ("jet_prefix_hits_total", "Of these, found at least in part.", self.prefix_hits),
             ("jet_prefix_tokens_total", "Prompt tokens not run, thanks to the prefix cache.", self.prefix_tokens),
         ):
