@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="jet-tiny, jet-2b, jet-4b, a checkpoint directory, config.json or a hub id.")]
+DETERMINISTIC = "The same bits for a prompt whatever else runs with it; slower."
 Bundle = Annotated[Path, typer.Argument(help="A directory made by `jet-export build`.", show_default=False)]
 
 
@@ -81,11 +82,13 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1 keeps every token.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC)] = False,
 ) -> None:
     """Generate text with a bundle."""
     from jet_export.generate import read_prompts, stream
 
-    stream(bundle, read_prompts(prompt, prompts), max_new_tokens, temperature, top_k, top_p, seed, ignore_eos)
+    texts = read_prompts(prompt, prompts)
+    stream(bundle, texts, max_new_tokens, temperature, top_k, top_p, seed, ignore_eos, deterministic)
 
 
 @app.command(epilog="Example: jet-export verify bundles/jet-tiny-fp8-inductor --json verify.json")
@@ -172,6 +175,10 @@ def serve(
     token_budget: Annotated[int | None, typer.Option(help="Tokens a step; default 512 on a CPU, else 2048.")] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 429.")] = 256,
     wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue; then 503.")] = 60.0,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC)] = False,
+    prefix_cache_bytes: Annotated[
+        str, typer.Option(help="Memory for what shared prompt prefixes left, e.g. 512M or 4G; 0: none is kept.")
+    ] = "0",
 ) -> None:
     """Answer many users at once over HTTP, until SIGTERM or Ctrl-C."""
     if not openai:
@@ -179,7 +186,9 @@ def serve(
     from jet_export.runtime.batching import Serving
     from jet_export.server.serve import serve as run_server
 
-    run_server(bundle, host, port, Serving(slots, kv_tokens, token_budget, max_waiting, wait_timeout), typer.echo)
+    prefix_bytes = parse_bytes(prefix_cache_bytes, "--prefix-cache-bytes")
+    serving = Serving(slots, kv_tokens, token_budget, max_waiting, wait_timeout, deterministic, prefix_bytes)
+    run_server(bundle, host, port, serving, typer.echo)
 
 
 @app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --fp8 --output jet-4b-fp8")
@@ -239,6 +248,16 @@ def search(
         resume, keep_engines,
     )  # fmt: skip
     run_command(options, dry_run, typer.echo)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """512M, 4G, or a number of bytes; K, M, G are powers of 1024. Raises JetExportError."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    unit = units.get(text[-1:].upper(), 1)
+    digits = text[:-1] if unit > 1 else text
+    if not digits.isascii() or not digits.isdigit():
+        raise JetExportError(f"{option} {text}: not a size.", "Give bytes, or a number with K, M or G, e.g. 512M.")
+    return int(digits) * unit
 
 
 def main() -> None:

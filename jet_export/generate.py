@@ -48,10 +48,11 @@ def stream(
     top_p: float,
     seed: int,
     ignore_eos: bool,
+    deterministic: bool = False,
 ) -> None:
     """Generate and print: one prompt streams, several are printed as each batch ends. Tokens/s go to standard error."""
     start = time.monotonic()
-    llm = LLM(bundle)
+    llm = LLM(bundle, deterministic=deterministic)
     loaded = time.monotonic() - start
     if isinstance(llm.tokenizer, ByteTokenizer):
         print("note: the bundle has no tokenizer; text goes in as bytes, ids come out", file=sys.stderr)

@@ -36,6 +36,10 @@ def serve(bundle: Path, host: str, port: int, serving: Serving, log: Callable[[s
     template = load_chat_template(bundle)
     c = llm.batching.scheduler.capacity
     log(f"{name}: {c.slots} sequences at once, {c.pages} KV pages of {c.page_size} tokens, {c.max_seq_len} a sequence")
+    if c.whole_chunks:
+        log("deterministic: a request's bits do not depend on the others")
+    if c.prefix_interval:
+        log(f"prefix cache: {c.prefix_bytes / 2**20:.0f} MiB, prompts share whole blocks of {c.prefix_interval} tokens")
     for path in ("completions", "chat/completions") if template else ("completions",):
         log(f"POST {url(listener)}/v1/{path}")
     log(f"GET  {url(listener)}/v1/models  /health  /metrics")

@@ -244,12 +244,18 @@ def test_command_line(monkeypatch, capsys, tmp_path) -> None:
         ((str(tmp_path),), "Give --openai"),
         ((str(tmp_path), "--openai", "--port", "0"), "not a bundle"),
         ((str(tmp_path), "--openai", "--port", "99999"), "--port 99999"),
+        ((str(tmp_path), "--openai", "--prefix-cache-bytes", "4GB"), "--prefix-cache-bytes 4GB: not a size"),
+        ((str(tmp_path), "--openai", "--prefix-cache-bytes", "-1"), "--prefix-cache-bytes -1: not a size"),
     ):
         status, out = run_cli(monkeypatch, capsys, *args)
         assert status == 2 and message in out and "Traceback" not in out
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     status, out = run_cli(monkeypatch, capsys, str(tmp_path), "--openai")
     assert status == 2 and "pip install 'jet-export[serve]'" in out
+
+
+def test_sizes() -> None:
+    assert [cli.parse_bytes(t, "x") for t in ("0", "123", "2K", "3m", "4G")] == [0, 123, 2048, 3 << 20, 4 << 30]
 
 
 def test_importing_jet_export_needs_no_server() -> None:
