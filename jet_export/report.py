@@ -17,6 +17,7 @@ from jet_export.memory import Memory, engine_memory, human, parameter_count, wei
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.hub import checkpoint_licence, load_config
 from jet_export.plan import BuildPlan
+from jet_export.trt.flavors import FLAVORS
 
 if TYPE_CHECKING:
     from jet_export.verify import Verification
@@ -116,6 +117,8 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     for warning in m.warnings:
         out.print(f"warning: {warning}", markup=False)
     out.print(layer_precisions(bundle))
+    if m.backend["name"] in FLAVORS:
+        print_engine(bundle, m, out)
     files = Table(box=None, header_style="bold")
     files.add_column("file")
     files.add_column("bytes", justify="right")
@@ -163,6 +166,26 @@ def print_prediction(
         out.print(line, markup=False)
     if found.memory is not None:
         out.print(memory_table(found.memory))
+
+
+def print_engine(bundle: Path, m: Manifest, out: Console) -> None:
+    """Of a TensorRT engine: whether it was verified, and the layers that it really has, by profile."""
+    from jet_export.trt.build import REPORT
+    from jet_export.trt.layers import LayerReport, rows
+    from jet_export.trt.profiles import NAMES
+
+    flavor = FLAVORS[m.backend["name"]]
+    verified = m.build["verified"]
+    how = f"verified at the build on {verified['device']}" if verified["passed"] else f"NOT verified: {verified['why']}"
+    out.print(f"{flavor.title} {m.backend[flavor.backend]}; {how}", markup=False)
+    table = Table(box=None, header_style="bold")
+    for column in ("layers of the engine", "node", "precision"):
+        table.add_column(column)
+    for name in NAMES:
+        table.add_column(name, justify="right")
+    for row in rows(LayerReport.load(bundle / REPORT)):
+        table.add_row(row.what, row.name, row.precision, *map(str, row.counts))
+    out.print(table)
 
 
 def layer_precisions(bundle: Path) -> Table:

@@ -89,7 +89,9 @@ def build_plan(
             raise JetExportError(f"{flavor.title}: the process that builds ended with {died}:\n{_tail(done.stderr)}")
         result = json.loads((Path(work) / builder.RESULT).read_text())
         if not result["built"]:
-            raise JetExportError(f"{flavor.title} {result['version']} built no engine:\n" + _said(result["errors"]))
+            plugins = [line for line in done.stderr.splitlines() if line.startswith("jet::")]  # where no logger is yet
+            said = _said(plugins + result["errors"])
+            raise JetExportError(f"{flavor.title} {result['version']} built no engine:\n{said}")
         (Path(work) / builder.PLAN).rename(directory / builder.PLAN)
         return read_dump((Path(work) / builder.LAYERS).read_text())
 

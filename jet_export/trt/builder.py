@@ -81,7 +81,10 @@ def build(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     network, _parser = parse(trt, builder, spec["graph"], logger)
     if network is not None:
         result["nodes"] = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
-        plan = builder.build_serialized_network(network, configure(trt, builder, spec))
+        try:
+            plan = builder.build_serialized_network(network, configure(trt, builder, spec))
+        except RuntimeError as e:
+            plan = logger.errors.append(str(e))
         if plan is not None:
             (directory / PLAN).write_bytes(plan)
             (directory / LAYERS).write_text(logger.layers)

@@ -67,13 +67,14 @@ class Flavor:
             )
 
     def set_targets(self, trt: Any, config: Any, sms: list[int]) -> None:
-        """Tell an IBuilderConfig the architectures. TensorRT builds for the GPU that it finds."""
+        """Name the architectures to an IBuilderConfig, RuntimeError for an unknown one. TensorRT has its GPU's."""
         if self.needs_gpu:
             return
         config.num_compute_capabilities = len(sms)
         for i, sm in enumerate(sms):
-            if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i):
-                raise RuntimeError(f"{self.title} does not take SM {sm_name(sm)}")
+            target = getattr(trt.ComputeCapability, f"SM{sm}", None)
+            if target is None or not config.set_compute_capability(target, i):
+                raise RuntimeError(f"it has no engines for SM {sm_name(sm)}")
 
     def create_context(self, trt: Any, engine: Any, decode: bool) -> Any:
         """An IExecutionContext whose activation memory the caller gives.

@@ -17,7 +17,8 @@ Sizes = tuple[int, int, int]  # least, likeliest, most
 Shapes = dict[str, list[tuple[int, ...]]]  # input -> its least, likeliest and most shape
 
 NAMES = ("prefill", "decode")  # by number
-ROWS = 4  # verify's steps have so many, and two pool rows of no sequence, whatever the limits
+ROWS = 4  # verify's steps have so many sequences whatever the limits, and two pool rows of none
+POOLS = 8  # how many times the rows that the limits need a pool may have: for kept prefixes, --kv-tokens
 LOGITS = 128  # rows of logits that verify asks for, at most
 SMALL_TOKENS = 32
 
@@ -34,9 +35,9 @@ def sizes(config: JetNemotronConfig, limits: Limits, decode: bool) -> dict[str, 
         "outputs": (1, n, rows) if decode else (1, min(n, 4), min(tokens, max(chunk, rows, LOGITS))),
         "table_pages": (1, pages, pages),
         "ring_pages": (1, ring, ring),
-        "slots": (1, n, rows + 2),
-        "pages": (1, n * pages, rows * pages + 2),
-        "window_pages": (1, n * ring, rows * ring + 2),
+        "slots": (1, n, POOLS * rows),
+        "pages": (1, n * pages, POOLS * rows * pages),
+        "window_pages": (1, n * ring, POOLS * rows * ring),
     }
     return out
 
