@@ -197,7 +197,7 @@ def export_hf(
     model: Model = "jet-tiny",
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 projections, calibrated by nvidia-modelopt.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Directory with the weights of --model.")] = None,
-    target: Annotated[str, typer.Option(help="hf.")] = "hf",
+    target: Annotated[str, typer.Option(help="hf, or trtllm-1.2 (legacy engine flow).")] = "hf",
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (the model dtype) or fp8: writes its scales.")] = "auto",
     keep: Annotated[list[str] | None, typer.Option(help="Leave layers in the model dtype, e.g. model.layers.7")] = None,
     fp8_lm_head: Annotated[bool, typer.Option("--fp8-lm-head", help="FP8 output projection too.")] = False,

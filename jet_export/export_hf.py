@@ -2,7 +2,8 @@
 
 Published tensor names, `weight_scale` and `input_scale` beside each FP8 weight, `k_scale` and `v_scale` for an FP8 KV
 cache, `hf_quant_config.json`, tokenizer and licence: see model/fp8_checkpoint.py. `from_pretrained` and
-`jet-export build --checkpoint` read it back to the same logits.
+`jet-export build --checkpoint` read it back to the same logits. `--target trtllm-1.2` is another, legacy format
+(trtllm/engine_flow.py), which they do not read.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.weights import checkpoint_layout, published_tensors, save_shards
 from jet_export.plan import BuildOptions, BuildPlan, make_plan
 from jet_export.quantize import linear_paths
+from jet_export.trtllm.engine_flow import LEGACY, save_engine_flow
 
-TARGETS = ("hf",)
+TARGETS = ("hf", "trtllm-1.2")
 MODELOPT = "0.47.0"  # whose format this is; the producer's version where modelopt is not installed
 
 
@@ -66,12 +68,14 @@ def run_export(options: BuildOptions, target: str = "hf", emit: Callable[[str], 
     tmp = options.output.parent / f".{options.output.name}.{os.getpid()}.tmp"
     tmp.mkdir()
     try:
-        write_export(plan, tmp, Progress(emit))
+        write_export(plan, target, tmp, Progress(emit))
         nbytes = sum(p.stat().st_size for p in tmp.glob("*.safetensors"))
         replace_directory(tmp, options.output)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     emit(f"{options.output}: {human(nbytes)} of weights")
+    if target != "hf":
+        emit(LEGACY)
     return options.output
 
 
@@ -85,13 +89,14 @@ def check_output(output: Path, force: bool) -> None:
         raise JetExportError(f"--output {output}: holds a checkpoint.", "Pass --force to replace it.")
 
 
-def write_export(plan: BuildPlan, directory: Path, progress: Progress) -> None:
+def write_export(plan: BuildPlan, target: str, directory: Path, progress: Progress) -> None:
     with progress.stage("load weights"):
         model = load_model(plan)
         copy_side_files(plan, directory)
     quantize_model(plan, model, directory, progress)
     with progress.stage("write weights"):
-        save_unified(model, directory, kv_fp8=plan.kv_dtype == torch.float8_e4m3fn)
+        save = save_unified if target == "hf" else save_engine_flow
+        save(model, directory, kv_fp8=plan.kv_dtype == torch.float8_e4m3fn)
 
 
 def save_unified(model: JetNemotronForCausalLM, directory: Path, kv_fp8: bool) -> dict[str, Any] | None:
