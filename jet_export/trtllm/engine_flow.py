@@ -101,7 +101,7 @@ def recurrent_fields(c: JetNemotronConfig) -> dict[str, Any]:
 
 
 def engine_flow_tensors(model: JetNemotronForCausalLM, kv_fp8: bool) -> dict[str, Tensor]:
-    """Our parameters under its names; an FP8 layer's scales are `weights_scaling_factor`, `activation_scaling_factor`."""
+    """Our parameters under its names; an FP8 layer has `weights_scaling_factor` and `activation_scaling_factor`."""
     out = {
         "transformer.vocab_embedding.weight": model.embed_tokens.weight.detach(),
         "transformer.ln_f.weight": model.norm.weight.detach(),
