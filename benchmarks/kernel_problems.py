@@ -1,0 +1,246 @@
+"""Small ragged problems for every kernel, on any device: what sanitize.py and the tests of the kernels' laws run.
+
+A problem has several sequences of unlike lengths, one of them padding, over pools with more rows than sequences, in
+which nobody's rows are NaN. `launch` takes fresh copies of the inputs, updates the states among them in place and
+returns the outputs; `reference` is the kernel's specification on the CPU in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from jet_export.kernels.attention import attention_ref
+from jet_export.kernels.attention_decode import attention_decode_triton
+from jet_export.kernels.attention_prefill import attention_prefill_triton
+from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
+from jet_export.kernels.gated_delta_rule import gated_delta_rule_triton, packed_gated_delta_rule_ref
+from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
+from jet_export.kernels.jet_block import jet_block_ref, jet_block_triton
+
+FP8 = torch.float8_e4m3fn
+PAGE = 16
+PADDING = 1  # the sequence that is padding
+Inputs = dict[str, Tensor]
+
+
+@dataclass
+class Problem:
+    """`tokens`, `slots`, `pages`: the inputs whose rows belong to a sequence's tokens, pool slots and cache pages."""
+
+    name: str
+    inputs: Inputs
+    launch: Callable[[Inputs], Tensor]
+    reference: Callable[[Inputs], Tensor]
+    tokens: tuple[str, ...]
+    slots: tuple[str, ...] = ()
+    pages: tuple[str, ...] = ()
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return self.slots + self.pages
+
+    def copies(self) -> Inputs:
+        return {n: x.clone() for n, x in self.inputs.items()}
+
+    def run(self) -> tuple[Tensor, Inputs]:
+        """(outputs, inputs with the states after) of one launch on copies."""
+        inputs = self.copies()
+        return self.launch(inputs), inputs
+
+    def rows(self, sequence: int) -> dict[str, Tensor]:
+        """input -> the indices of its rows that belong to a sequence."""
+        i = self.inputs
+        begin, end = i["cu_seqlens"][sequence : sequence + 2].tolist()
+        out = {n: torch.arange(begin, end) for n in self.tokens}
+        out |= {
+            n: i["slots"][sequence : sequence + 1].long().cpu() for n in self.slots if int(i["slots"][sequence]) >= 0
+        }
+        return out | {n: i["block_table"][sequence].long().cpu() for n in self.pages}
+
+    def disturbed(self, keep: int, seed: int = 1) -> Problem:
+        """The same problem with all that belongs to the other sequences replaced by other numbers."""
+        rng = torch.Generator().manual_seed(seed)
+        changed = self.copies()
+        for n in range(len(changed["slots"])):
+            for name, rows in self.rows(n).items() if n != keep else ():
+                x = changed[name]
+                noise = 3 * torch.randn(len(rows), *x.shape[1:], generator=rng)
+                raw(x)[rows.to(x.device)] = raw(noise.to(x.dtype)).to(x.device)
+        return Problem(self.name, changed, self.launch, self.reference, self.tokens, self.slots, self.pages)
+
+
+def raw(x: Tensor) -> Tensor:
+    """Indexing is not implemented for FP8: its bytes."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x
+
+
+@contextmanager
+def poisoned(value: float) -> Iterator[None]:
+    """Every output and workspace of a kernel starts as `value`: what is left unwritten shows."""
+    new_empty = Tensor.new_empty
+
+    def filled(self: Tensor, *shape, **kwargs) -> Tensor:
+        x = new_empty(self, *shape, **kwargs)
+        return x.fill_(value) if x.is_floating_point() and x.device.type != "meta" else x
+
+    with patch.object(Tensor, "new_empty", filled):
+        yield
+
+
+def i32(values: list[int], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def shape_of(decode: bool, large: bool) -> tuple[list[int], list[int]]:
+    """Tokens and tokens held of each sequence."""
+    if decode:
+        return [1, 1, 1, 1], [5, 4, 0, 40 if not large else 700]
+    return ([1, 2, 5, 18], [5, 4, 0, 3]) if not large else ([1, 2, 65, 300], [5, 4, 0, 383])
+
+
+def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tuple[int, int, int], large: bool):
+    """jet_block prefill and decode, and on the same numbers its parts: convolution, delta rule, gated norm."""
+    H, K, V = dims
+    D, W = H * V, 4
+    for decode in (False, True):
+        lens, context = shape_of(decode, large)
+        rng = torch.Generator().manual_seed(3)
+        T, N = sum(lens), len(lens)
+
+        def rand(*shape: int, dtype: torch.dtype = dtype, rng: torch.Generator = rng) -> Tensor:
+            return torch.randn(*shape, generator=rng).to(dtype).to(device)
+
+        slots = i32([N + 1, -1, 0, 2], device)
+        common = {
+            "cu_seqlens": i32([0, *torch.tensor(lens).cumsum(0).tolist()], device),
+            "slots": slots,
+            "context_lens": i32(context, device),
+        }
+        block = {
+            "qkuz": rand(T, 2 * H * K + 2 * D + 8), "ba": rand(T, 2 * H), "kappa": 0.5 * rand(T, D * W),
+            "A_log": torch.empty(H).uniform_(0.1, 8, generator=rng).log().to(device),
+            "dt_bias": rand(H, dtype=torch.float32) - 3, "w_o": 1 + 0.1 * rand(V),
+            "conv_state": nobodys_nan(rand(N + 2, W - 1, D), slots),
+            "recurrent_state": nobodys_nan(rand(N + 2, H, K, V, dtype=state), slots), **common,
+        }  # fmt: skip
+        names = list(block)
+
+        def block_args(i: Inputs, names: list[str] = names, decode: bool = decode) -> tuple:
+            return (*(i[n] for n in names), H, K, V, 1e-5, decode)
+
+        form = "decode" if decode else "prefill"
+        yield Problem(
+            f"jet_block {form}", block, lambda i, f=block_args: jet_block_triton(*f(i)),
+            lambda i, f=block_args: jet_block_ref(*f(i)), ("qkuz", "ba", "kappa"), ("conv_state", "recurrent_state"),
+        )  # fmt: skip
+        rule = {
+            "q": rand(T, H, K), "k": rand(T, H, K), "v": rand(T, H, V), "beta": rand(T, H).sigmoid(),
+            "g": -rand(T, H, dtype=torch.float32).abs(), "recurrent_state": block["recurrent_state"], **common,
+        }  # fmt: skip
+        yield Problem(
+            f"gated_delta_rule {form}", rule, lambda i, d=decode: gated_delta_rule_triton(*i.values(), d),
+            lambda i, d=decode: packed_gated_delta_rule_ref(*i.values(), d), ("q", "k", "v", "beta", "g"),
+            ("recurrent_state",),
+        )  # fmt: skip
+        if decode:
+            continue
+        conv = {"u": rand(T, D), "kappa": block["kappa"], "conv_state": block["conv_state"], **common}
+        yield Problem(
+            "dynamic_conv", conv, lambda i: dynamic_conv_triton(*i.values()), lambda i: dynamic_conv_ref(*i.values()),
+            ("u", "kappa"), ("conv_state",),
+        )  # fmt: skip
+        norm = {"o": rand(T, H, V), "w_o": block["w_o"], "gate": rand(T, H, V), **common}
+        yield Problem(
+            "gated_rms_norm", norm, lambda i: gated_rms_norm_triton(i["o"], i["w_o"], i["gate"], 1e-5),
+            lambda i: gated_rms_norm_ref(i["o"], i["w_o"], i["gate"], 1e-5), ("o", "gate"),
+        )  # fmt: skip
+
+
+def nobodys_nan(pool: Tensor, slots: Tensor) -> Tensor:
+    """The pool with NaN in every row that belongs to no sequence."""
+    mine = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
+    mine[slots[slots >= 0].long()] = True
+    pool[~mine] = float("nan")
+    return pool
+
+
+def attention_problems(device: str, dtype: torch.dtype, cache: torch.dtype, heads: tuple[int, int, int], large: bool):
+    """attention prefill (with rope_append) and decode, full and with a window."""
+    Hq, Hkv, Dh = heads
+    scale = 0.02 if cache == FP8 else 1.0
+    for decode in (False, True):
+        for window in (0, 9):
+            lens, context = shape_of(decode, large)
+            rng = torch.Generator().manual_seed(4)
+            N, longest = len(lens), max(a + b for a, b in zip(lens, context, strict=True))
+            M = -(-longest // PAGE)
+            angle = torch.arange(longest)[:, None] * 1e4 ** (-torch.arange(0, Dh, 2) / Dh)
+            table = torch.randperm(N * M + 2, generator=rng)[: N * M].view(N, M)
+            pages = torch.randn(N * M + 2, 2, Hkv, PAGE, Dh, generator=rng)
+            mine = torch.zeros(len(pages), dtype=torch.bool)
+            mine[table.flatten()] = True
+            pages[~mine] = float("nan")
+            inputs = {
+                "qkv": torch.randn(sum(lens), (Hq + 2 * Hkv) * Dh, generator=rng).to(dtype).to(device),
+                "cos_sin": torch.cat([angle.cos(), angle.sin()], 1).to(dtype).to(device),
+                "kv_cache": pages.to(cache).to(device), "block_table": table.int().to(device),
+                "cu_seqlens": i32([0, *torch.tensor(lens).cumsum(0).tolist()], device),
+                "slots": i32([3, -1, 0, 2], device), "context_lens": i32(context, device),
+            }  # fmt: skip
+
+            def launch(i: Inputs, decode: bool = decode, window: int = window) -> Tensor:
+                args = list(i.values())
+                sizes = (Hq, Hkv, Dh, window, scale, scale)
+                if decode:
+                    return attention_decode_triton(*args[:4], *args[5:], *sizes)
+                return attention_prefill_triton(*args, *sizes)
+
+            def reference(i: Inputs, window: int = window) -> Tensor:
+                return attention_ref(*i.values(), Hq, Hkv, Dh, window, scale, scale)
+
+            name = f"attention {'decode' if decode else 'prefill'}" + (f" window {window}" if window else "")
+            yield Problem(name, inputs, launch, reference, ("qkv",), (), ("kv_cache",))
+
+
+def problems(device: str, large: bool = False) -> dict[str, Problem]:
+    """Every kernel's problems by name. large: the heads of jet-2b and jet-4b, in the dtypes that engines use; otherwise
+    small heads in fp32, for the interpreter."""
+    out: dict[str, Problem] = {}
+    if not large:
+        fp32 = torch.float32
+        groups = {"": [*jet_problems(device, fp32, fp32, (1, 16, 32), False),
+                       *attention_problems(device, fp32, fp32, (2, 1, 16), False)]}  # fmt: skip
+    else:
+        bf16, fp32 = torch.bfloat16, torch.float32
+        groups = {}
+        for model, dims, heads in (("2b", (12, 96, 256), (12, 2, 128)), ("4b", (16, 128, 256), (16, 2, 128))):
+            groups |= {f"{model} state {n}": list(jet_problems(device, bf16, s, dims, True))
+                       for n, s in (("fp32", fp32), ("bf16", bf16))}  # fmt: skip
+            groups |= {f"{model} cache {n}": list(attention_problems(device, bf16, c, heads, True))
+                       for n, c in (("bf16", bf16), ("fp8", FP8))}  # fmt: skip
+    for group, members in groups.items():
+        out |= {f"{group} {p.name}".strip(): p for p in members}
+    return out
+
+
+def error_of(problem: Problem) -> float:
+    """Relative error of a launch with NaN in every output beforehand; NaN where an element was not written."""
+    with poisoned(float("nan")):
+        got, _ = problem.run()
+    inputs = {n: x.float().cpu() if x.is_floating_point() and x.dtype != FP8 else x.cpu()
+              for n, x in problem.copies().items()}  # fmt: skip
+    live = live_tokens(problem.inputs)
+    want = problem.reference(inputs).float().flatten(1)[live]
+    return float((got.float().cpu().flatten(1)[live] - want).norm() / want.norm())
+
+
+def live_tokens(inputs: Inputs) -> Tensor:
+    """[T] bool: tokens of sequences that are not padding."""
+    lens = inputs["cu_seqlens"].cpu().diff()
+    return (inputs["slots"].cpu() >= 0).repeat_interleave(lens)

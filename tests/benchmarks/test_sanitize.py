@@ -1,0 +1,76 @@
+"""benchmarks/sanitize.py: what counts as clean, with a stand-in for compute-sanitizer."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sanitize.py"
+
+
+@pytest.fixture(scope="module")
+def sanitize():
+    spec = importlib.util.spec_from_file_location("sanitize_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tool(tmp_path: Path, text: str, status: int = 0) -> str:
+    """A program in compute-sanitizer's place that prints this and exits so."""
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+RIGHT = "problem 2b attention decode: error 1.0e-03 ok\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "clean", "errors"),
+    [
+        (RIGHT + "========= ERROR SUMMARY: 0 errors", 0, True, 0),
+        (RIGHT + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True, 0),
+        (RIGHT + "========= ERROR SUMMARY: 3 errors", 9, False, 3),
+        (RIGHT + "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 0, False, 2),
+        ("problem x: error nan WRONG\n========= ERROR SUMMARY: 0 errors", 1, False, 0),
+        ("problem x: error nan WRONG\n========= ERROR SUMMARY: 0 errors", 0, False, 0),
+        ("========= ERROR SUMMARY: 0 errors", 0, False, 0),  # nothing ran
+        (RIGHT, 0, False, None),  # no summary
+        (RIGHT + "========= ERROR SUMMARY: 0 errors", 139, False, 0),  # died at the end
+    ],
+)
+def test_clean_means_counted_run_and_right(sanitize, tmp_path, text, status, clean, errors) -> None:
+    r = sanitize.run_tool(tool(tmp_path, text, status), "memcheck", "", 60)
+    assert (r["clean"], r["errors"]) == (clean, errors)
+    assert bool(r["reports"]) == (not clean and "=========" in text)
+
+
+def test_a_tool_that_hangs_is_not_clean(sanitize, tmp_path) -> None:
+    path = tmp_path / "compute-sanitizer"
+    path.write_text("#!/bin/sh\nexec sleep 30\n")
+    path.chmod(0o755)
+    r = sanitize.run_tool(str(path), "memcheck", "", 0.3)
+    assert r["timed_out"] and not r["clean"]
+
+
+def script(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, env=env)
+
+
+def test_what_cannot_run_says_so(tmp_path) -> None:
+    missing = script(PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
+    if "comes with the CUDA toolkit" in missing.stderr:  # not where /usr/local/cuda has one
+        assert missing.returncode == 2
+    assert script("--tools", "valgrind").returncode == 2
+
+
+def test_the_problems_run_on_a_cpu() -> None:
+    done = script("--problems", "--device", "cpu", "--only", "gated_rms_norm")
+    assert done.returncode == 0 and done.stdout.startswith("problem gated_rms_norm: error ")
+    assert done.stdout.strip().endswith("ok")

@@ -1,0 +1,90 @@
+"""Laws of every kernel: all outputs written, the same bits every time, and each sequence by itself. Interpreted where
+there is no GPU; the problems are those that benchmarks/sanitize.py runs under compute-sanitizer."""
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+
+def load():
+    path = Path(__file__).parents[2] / "benchmarks" / "kernel_problems.py"
+    spec = importlib.util.spec_from_file_location("kernel_problems", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_problems"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+kp = load()
+SMALL = kp.problems("cuda" if HAS_CUDA else "cpu")
+LIVE, KEPT = (0, 2, 3), 3  # the sequences that are not padding; one of them, of several chunks
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_element_is_written_and_right(name: str) -> None:
+    p = SMALL[name]
+    assert kp.error_of(p) < 1e-5
+    with kp.poisoned(7.0):
+        a, after_a = p.run()
+    b, after_b = once(name)
+    live = kp.live_tokens(p.inputs)
+    assert same(a[live], b[live])
+    assert all(same(after_a[n], after_b[n]) for n in p.states)
+
+
+@functools.cache
+def once(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return SMALL[name].run()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_results_repeat_bit_for_bit_and_rows_of_nobody_stay(name: str) -> None:
+    p = SMALL[name]
+    (a, after_a), (b, after_b) = once(name), p.run()
+    live = kp.live_tokens(p.inputs)
+    assert same(a[live], b[live])
+    for n in p.states:
+        assert same(after_a[n], after_b[n])
+        mine = torch.cat([p.rows(s)[n] for s in LIVE])
+        nobodys = [i for i in range(len(after_a[n])) if i not in mine]
+        assert nobodys and same(kp.raw(after_a[n])[nobodys], kp.raw(p.inputs[n])[nobodys])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_sequence_does_not_depend_on_the_others(name: str) -> None:
+    p = SMALL[name]
+    out, after = once(name)
+    other_out, other_after = p.disturbed(KEPT).run()
+    rows = p.rows(KEPT)
+    assert same(out[rows[p.tokens[0]]], other_out[rows[p.tokens[0]]])
+    for n in p.states:
+        assert same(kp.raw(after[n])[rows[n]], kp.raw(other_after[n])[rows[n]])
+    assert not same(out, other_out)  # the others did change
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no GPU")
+@pytest.mark.parametrize("name", kp.problems("cpu", large=True) if HAS_CUDA else ["models' sizes"])
+def test_models_sizes_on_a_gpu(name: str) -> None:
+    p = kp.problems("cuda", large=True)[name]
+    assert kp.error_of(p) < 2e-2
+    (a, after_a), (b, after_b) = p.run(), p.run()
+    live = kp.live_tokens(p.inputs)
+    assert same(a[live], b[live]) and all(same(after_a[n], after_b[n]) for n in p.states)
+    out, _ = p.disturbed(3).run()
+    rows = p.rows(3)[p.tokens[0]]
+    assert same(a[rows], out[rows])
