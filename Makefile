@@ -1,4 +1,4 @@
-# make demo | test | lint: each creates what it needs, a virtual environment in the tree first.
+# make demo | test | lint | verify-tensorrt: each creates what it needs, a virtual environment in the tree first.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch==2.11.0 ||
 READY  := $(VENV)/.ready
 DEMO   := bundles/jet-tiny-fp8-inductor
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types clean verify-tensorrt
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ demo: $(READY)
 	$(BIN)/jet-export build --model jet-tiny --fp8
 	$(BIN)/jet-export verify $(DEMO)
 	$(BIN)/jet-export generate $(DEMO) --prompt "def "
+
+# Every rung on this machine, with jet-tiny or BUNDLE=DIR. HEADERS=--fetch-headers where TensorRT's are not installed.
+verify-tensorrt: $(READY)
+	$(BIN)/jet-export verify --ladder $(BUNDLE) $(HEADERS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope

@@ -93,12 +93,26 @@ def generate(
 
 @app.command(epilog="Example: jet-export verify bundles/jet-tiny-fp8-inductor --json verify.json")
 def verify(
-    bundle: Bundle,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; --ladder builds jet-tiny without one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
     text: Annotated[Path | None, typer.Option(help="Held-out UTF-8 text for bits per byte and KL.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="Every check from the kernels up; stops at the first that fails.")
+    ] = False,
+    tensorrt_headers: Annotated[Path | None, typer.Option(help="--ladder: folder of NvInferRuntime.h.")] = None,
+    fetch_headers: Annotated[bool, typer.Option("--fetch-headers", help="--ladder: download TensorRT's.")] = False,
 ) -> None:
-    """Compare a bundle's engine with the PyTorch model, state by state; exit status 1 where it fails."""
+    """Compare a bundle's engine with the PyTorch model, state by state; exit status 1 where it fails, and with --ladder
+    3 where nothing failed but a rung could not run."""
+    if ladder:
+        from jet_export.ladder.command import run_ladder
+
+        raise typer.Exit(run_ladder(bundle, json_file, tensorrt_headers, fetch_headers, text, seed, typer.echo))
+    if bundle is None:
+        raise JetExportError("verify: which bundle?", "Name one made by `jet-export build`, or pass --ladder.")
+    if tensorrt_headers or fetch_headers:
+        raise JetExportError("verify: --tensorrt-headers and --fetch-headers belong to --ladder.")
     from jet_export.report import print_verification
     from jet_export.speed.verified import remember
     from jet_export.verify import verify_bundle

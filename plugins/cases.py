@@ -90,6 +90,16 @@ class AttentionCase:
 Case = JetBlockCase | AttentionCase
 
 
+def label(case: Case) -> str:
+    """For people: "JetBlock 12 x 96 x 256, bfloat16, state float32"."""
+    if isinstance(case, JetBlockCase):
+        sizes = f"{case.num_heads} x {case.head_k_dim} x {case.head_v_dim}, convolution {case.conv_size}"
+        return f"JetBlock {sizes}, {case.dtype}, state {case.state_dtype}"
+    window = f"window {case.window}" if case.window else "no window"
+    heads = f"{case.num_heads} / {case.num_kv_heads} heads of {case.head_dim}"
+    return f"Attention {heads}, pages of {case.page}, {window}, {case.dtype}, cache {case.cache_dtype}"
+
+
 def inputs_of(trace: Trace, *inputs: tuple[tuple, torch.dtype], states: dict[int, int]) -> list[Any]:
     """Stand-ins for the node's inputs; states are read and written at the output's address."""
     return [

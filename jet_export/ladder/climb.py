@@ -1,0 +1,201 @@
+"""Runs the rungs in order, each in a process of its own, stops at the first that fails, and writes one JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from jet_export import __version__
+from jet_export.bench import environment
+from jet_export.bundle import Manifest
+from jet_export.errors import JetExportError
+from jet_export.ladder.rungs import RUNGS, Site, why_skipped
+
+Emit = Callable[[str], None]
+PACKAGES = ("tensorrt", "tensorrt-rtx", "onnx", "onnxscript", "nvidia-modelopt", "numpy")
+PASSED, FAILED, INCOMPLETE = "passed", "failed", "incomplete"
+SHOWN = 3  # failures of a rung in the table
+FP8_SM = (8, 9)
+
+
+def climb(
+    bundle: Path | None,
+    report: Path,
+    emit: Emit,
+    headers: Path | None = None,
+    fetch_headers: bool = False,
+    text: Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run the ladder for a bundle, or for jet-tiny built here, and write `report`. Returns what was written.
+
+    outcome: "passed" where every rung did, "failed", or "incomplete": nothing failed, and a rung could not run.
+    """
+    report.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(TemporaryDirectory(prefix="jet-export-ladder-")))
+        rungs: list[dict[str, Any]] = []
+        if bundle is None:
+            bundle, build = build_tiny(work, headers, fetch_headers, emit)
+            rungs.append(build)
+        if bundle is not None:
+            site = Site(bundle, work, headers, fetch_headers, text, seed)
+            manifest = Manifest.load(bundle)  # refuses what is no bundle before anything runs
+            rungs += run_rungs(site, emit)
+        result = {
+            "outcome": outcome(rungs),
+            "rungs": rungs,
+            "bundle": about(bundle, manifest) if bundle is not None else None,
+            "environment": {**environment(), **versions()},
+        }
+    report.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def run_rungs(site: Site, emit: Emit) -> list[dict[str, Any]]:
+    """Every rung's result. After the first failure the rest are "not run"."""
+    out: list[dict[str, Any]] = []
+    failed = ""
+    for name in RUNGS:
+        if failed:
+            out.append({"rung": name, "status": "not run", "reason": f"{failed} failed"})
+            continue
+        emit(f"  {name} ...")
+        start = time.monotonic()
+        result = {
+            "rung": name,
+            **(why_skipped(name, site) or in_own_process(name, site, emit)),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        why = f": {result['reason']}" if "reason" in result else ""
+        emit(f"  {name}: {result['status']}{why} ({result['seconds']:.1f} s)")
+        out.append(result)
+        failed = name if result["status"] == FAILED else ""
+    return out
+
+
+def in_own_process(name: str, site: Site, emit: Emit) -> dict[str, Any]:
+    """What the rung found; a process that dies is a failure that says how."""
+    spec, result = site.work / "spec.json", site.work / "result.json"
+    spec.write_text(json.dumps(asdict(site), default=str))
+    result.unlink(missing_ok=True)
+    env = os.environ | {"TRITON_INTERPRET": "0" if site.device.type == "cuda" else "1"}
+    command = [sys.executable, "-u", "-m", "jet_export.ladder.rungs", name, str(spec), str(result)]
+    with (
+        TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        assert process.stdout
+        for line in process.stdout:
+            emit(f"    {line.strip()}")
+        process.wait()
+        errors.seek(0)
+        said = errors.read().strip()
+    if result.is_file():
+        return json.loads(result.read_text())
+    how = signal.Signals(-process.returncode).name if process.returncode < 0 else f"status {process.returncode}"
+    return {"status": FAILED, "failures": [f"its process ended with {how}:\n{said[-2000:]}"]}
+
+
+def outcome(rungs: list[dict[str, Any]]) -> str:
+    states = {rung["status"] for rung in rungs}
+    return FAILED if FAILED in states else PASSED if states == {PASSED} else INCOMPLETE
+
+
+def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tuple[Path | None, dict[str, Any]]:
+    """jet-tiny with the TensorRT that runs on this machine, else its ONNX graph; and the rung that this is."""
+    from importlib.util import find_spec
+
+    from jet_export.build import run_build
+    from jet_export.plan import BuildOptions, make_plan
+
+    backend, why = tensorrt_here()
+    fp8 = find_spec("modelopt") is not None
+    if torch.cuda.is_available():
+        fp8 = fp8 and torch.cuda.get_device_capability() >= FP8_SM
+    out = work / "jet-tiny"
+    given = {"tensorrt_headers": headers, "fetch_headers": fetch} if backend != "onnx" else {}
+    options = BuildOptions("jet-tiny", backend=backend, fp8=fp8, max_seq_len=1024, output=out, **given)  # type: ignore[arg-type]
+    emit(f"  build jet-tiny, {'FP8' if fp8 else 'bf16'}, {backend} ({why}) ...")
+    start = time.monotonic()
+    rung: dict[str, Any] = {"rung": "build", "figures": {"model": "jet-tiny", "backend": backend, "fp8": fp8}}
+    try:
+        run_build(make_plan(options), ["jet-export", "build", "--backend", backend], emit)
+    except JetExportError as e:
+        return None, {**rung, "status": FAILED, "failures": [str(e)]}
+    seconds = round(time.monotonic() - start, 1)
+    if backend == "onnx":
+        return out, {**rung, "status": "skipped", "reason": f"no TensorRT engine: {why}", "seconds": seconds}
+    return out, {**rung, "status": PASSED, "seconds": seconds}
+
+
+def tensorrt_here() -> tuple[str, str]:
+    """The backend to build jet-tiny with, and why."""
+    from jet_export.trt.flavors import FLAVORS
+
+    if not torch.cuda.is_available():
+        return "onnx", "no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    sm = 10 * major + minor
+    for flavor in FLAVORS.values():
+        if flavor.version() is not None and (not flavor.sms or sm in flavor.sms):
+            return flavor.backend, f"{flavor.title} {flavor.version()} is installed"
+    return "onnx", f"no TensorRT for SM {major}.{minor} is installed"
+
+
+def about(bundle: Path, m: Manifest) -> dict[str, Any]:
+    """What a reader of the report needs to know of the bundle; no path of this machine."""
+    source = m.model["source"]
+    return {
+        "name": bundle.name, "model": Path(m.model["name"]).name,
+        "source": Path(source).name if Path(source).is_absolute() else source, "backend": m.backend,
+        "target": m.target, "dtype": m.dtype, "kv_cache_dtype": m.kv_cache_dtype, "state_dtype": m.state_dtype,
+        "fp8_layers": len((m.quantization or {}).get("fp8", {})), "limits": asdict(m.limits),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    out = {"jet-export": __version__}
+    for name in PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def table(result: dict[str, Any]) -> Table:
+    out = Table(box=None, header_style="bold")
+    for column in ("rung", "", "seconds", "why"):
+        out.add_column(column, justify="right" if column == "seconds" else "left")
+    for rung in result["rungs"]:
+        failures = rung.get("failures", [])
+        more = [f"and {len(failures) - SHOWN} more"] if len(failures) > SHOWN else []
+        why = "\n".join([*failures[:SHOWN], *more]) or rung.get("reason", "")
+        seconds = f"{rung['seconds']:.1f}" if "seconds" in rung else ""
+        out.add_row(rung["rung"], rung["status"].upper() if failures else rung["status"], seconds, why)
+    return out
+
+
+def summary(result: dict[str, Any]) -> str:
+    rungs = result["rungs"]
+    passed = sum(rung["status"] == PASSED for rung in rungs)
+    if result["outcome"] == PASSED:
+        return f"PASSED: all {passed} rungs"
+    if result["outcome"] == FAILED:
+        return f"FAILED at: {next(rung['rung'] for rung in rungs if rung['status'] == FAILED)}"
+    return f"INCOMPLETE: {passed} of {len(rungs)} rungs passed, the others could not run here and are not verified"

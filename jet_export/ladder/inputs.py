@@ -1,0 +1,138 @@
+"""Random inputs of a jet node of given dimensions, and what the torch op and its reference make of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jet_export.kernels.attention import attention_ref
+from jet_export.kernels.jet_block import jet_block_ref
+from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
+
+STATES = {"JetBlock": [6, 7], "JetAttention": [2]}  # inputs that outputs 1, 2 continue
+BATCH = {"JetBlock": {"cu_seqlens": 8, "slots": 9, "context_lens": 10},
+         "JetAttention": {"block_table": 3, "cu_seqlens": 4, "slots": 5, "context_lens": 6}}  # fmt: skip
+# Tokens of each sequence, and those it holds. The second sequence of a batch is padding.
+RUNS: dict[str, tuple[list[int], list[int]]] = {
+    "prefill": ([200], [0]),
+    "ragged prefill": ([1, 63, 64, 65, 130], [0, 9, 0, 0, 0]),
+    "chunk of a longer prompt": ([64, 17, 30], [192, 5, 7]),
+    "chunk past the window": ([70, 3, 1], [1400, 2047, 128]),
+    "decode": ([1, 1, 1, 1, 1], [9, 130, 64, 0, 300]),
+    "decode past the window": ([1, 1, 1], [1500, 7, 2047]),
+}
+SMALLEST, LARGEST = -(2**31), 2**31 - 1
+HOSTILE = ("any", "near", "falling", "smallest", "largest")
+
+
+def node_of(case: Case) -> str:
+    return "JetBlock" if isinstance(case, JetBlockCase) else "JetAttention"
+
+
+def attributes_of(case: Case) -> dict[str, Any]:
+    """As a graph gives them."""
+    if isinstance(case, JetBlockCase):
+        return {"num_heads": case.num_heads, "head_k_dim": case.head_k_dim, "head_v_dim": case.head_v_dim,
+                "norm_eps": 1e-5}  # fmt: skip
+    fp8 = case.cache_dtype == "float8_e4m3fn"
+    return {"num_heads": case.num_heads, "num_kv_heads": case.num_kv_heads, "head_dim": case.head_dim,
+            "window": case.window, "k_scale": 0.25 if fp8 else 1.0, "v_scale": 0.5 if fp8 else 1.0}  # fmt: skip
+
+
+@dataclass
+class NodeInputs:
+    """A node's inputs in its order."""
+
+    case: Case
+    tensors: list[Tensor]
+    attributes: dict[str, Any]
+
+    @property
+    def node(self) -> str:
+        return node_of(self.case)
+
+    @property
+    def decode(self) -> bool:
+        return self.tensors[0].shape[0] == self.tensors[BATCH[self.node]["slots"]].shape[0]
+
+    def states(self) -> list[Tensor]:
+        return [self.tensors[i] for i in STATES[self.node]]
+
+    def op(self) -> list[Tensor]:
+        """The output and the states after it, by the torch op; the inputs stay as they are."""
+        tensors = [t.clone() for t in self.tensors]
+        op = torch.ops.jet.jet_block if self.node == "JetBlock" else torch.ops.jet.attention
+        return [op(*tensors, *self.attributes.values(), self.decode), *(tensors[i] for i in STATES[self.node])]
+
+    def reference(self) -> list[Tensor]:
+        """The same by the specification, on the CPU."""
+        tensors = [t.cpu().clone() for t in self.tensors]
+        reference: Any = attention_ref
+        given = [*tensors, *self.attributes.values()]
+        if self.node == "JetBlock":
+            reference, given = jet_block_ref, [*given, self.decode]
+        return [reference(*given), *(tensors[i] for i in STATES[self.node])]
+
+    def hostile(self, kind: str, seed: int) -> NodeInputs:
+        """The same with meaningless batch tensors: integers of any size, around what is valid, or all one extreme."""
+        tensors = list(self.tensors)
+        for i in BATCH[self.node].values():
+            tensors[i] = hostile_integers(kind, tensors[i], seed + i)
+        return NodeInputs(self.case, tensors, self.attributes)
+
+
+def hostile_integers(kind: str, like: Tensor, seed: int) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    if kind == "any":
+        out = torch.randint(SMALLEST, LARGEST, like.shape, generator=gen).int()
+    elif kind == "near":  # negative, not monotone, a little too large
+        out = torch.randint(-3, int(like.max()) + 20, like.shape, generator=gen).int()
+    elif kind == "falling":
+        out = like.flip(0).contiguous()
+    else:
+        out = torch.full(like.shape, {"smallest": SMALLEST, "largest": LARGEST}[kind], dtype=torch.int32)
+    return out.to(like.device)
+
+
+def random_inputs(
+    case: Case, lens: list[int], context: list[int], device: torch.device | str, seed: int = 0
+) -> NodeInputs:
+    """Ragged sequences over pools with more rows than sequences; the second of several is a padding row."""
+    gen = torch.Generator().manual_seed(seed)
+    N = len(lens)
+
+    def rand(*shape: int, dtype: str = case.dtype) -> Tensor:
+        return torch.randn(*shape, generator=gen).to(getattr(torch, dtype)).to(device)
+
+    def i32(values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int32).to(device)
+
+    slots = [-1 if n == 1 and N > 2 else N + 1 - n for n in range(N)]
+    rows = [i32([0, *lens]).cumsum(0).int(), i32(slots), i32(context)]
+    if isinstance(case, JetBlockCase):
+        H, K, V, W, T = case.num_heads, case.head_k_dim, case.head_v_dim, case.conv_size, sum(lens)
+        tensors = [
+            rand(T, 2 * H * (K + V) + 16), rand(T, 2 * H), rand(T, H * V * W) * 0.5,
+            torch.empty(H).uniform_(0.1, 8, generator=gen).log().to(device), rand(H, dtype="float32") - 3,
+            rand(V) * 0.1 + 1, rand(N + 2, W - 1, H * V), rand(N + 2, H, K, V, dtype=case.state_dtype), *rows,
+        ]  # fmt: skip
+    else:
+        tensors = attention_tensors(case, lens, context, rand, gen, device) + rows
+    return NodeInputs(case, tensors, attributes_of(case))
+
+
+def attention_tensors(
+    case: AttentionCase, lens: list[int], context: list[int], rand: Any, gen: torch.Generator, device: Any
+) -> list[Tensor]:
+    """qkv, cos_sin, kv_cache, block_table: pages in random order, three of them nobody's."""
+    Hq, Hkv, Dh, N = case.num_heads, case.num_kv_heads, case.head_dim, len(lens)
+    longest = max(n + c for n, c in zip(lens, context, strict=True))
+    M = -(-longest // case.page) + 1
+    angle = torch.arange(longest + 1)[:, None] * 1e6 ** (-torch.arange(0, Dh, 2) / Dh)
+    table = torch.randperm(N * M + 3, generator=gen)[: N * M].view(N, M).int()
+    cos_sin = torch.cat((angle.cos(), angle.sin()), 1).to(getattr(torch, case.dtype))
+    cache = rand(N * M + 3, 2, Hkv, case.page, Dh, dtype=case.cache_dtype)
+    return [rand(sum(lens), (Hq + 2 * Hkv) * Dh), cos_sin.to(device), cache, table.to(device)]
