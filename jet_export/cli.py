@@ -181,28 +181,48 @@ def inspect(
 @app.command(epilog="Example: jet-export serve bundles/jet-tiny-fp8-inductor --openai --port 8000")
 def serve(
     bundle: Bundle,
-    openai: Annotated[bool, typer.Option("--openai", help="The OpenAI-compatible HTTP endpoint.")] = False,
+    openai: Annotated[
+        bool, typer.Option("--openai", help="An OpenAI-compatible HTTP endpoint, without Triton.")
+    ] = False,
+    triton_repo: Annotated[Path | None, typer.Option(help="Only write a Triton model repository here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in --triton-repo.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; there is no authentication.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="With --openai; 0 picks a free one.")] = 8000,
+    http_port: Annotated[int, typer.Option(help="Triton's HTTP; 0 picks a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Triton's gRPC; 0 picks a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Triton's metrics; 0 picks a free one.")] = 8002,
+    instances: Annotated[int, typer.Option(help="Engines behind Triton: on the CPU, or on each of --gpus.")] = 1,
+    gpus: Annotated[str, typer.Option(help="GPUs that Triton uses, such as 0,1.")] = "0",
     slots: Annotated[int | None, typer.Option(help="Sequences at once; default the bundle's max_batch_size.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV room of all sequences; default the most they need.")] = None,
     token_budget: Annotated[int | None, typer.Option(help="Tokens a step; default 512 on a CPU, else 2048.")] = None,
-    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 429.")] = 256,
+    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429, Triton: 503).")] = 256,
     wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue; then 503.")] = 60.0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC)] = False,
     prefix_cache_bytes: Annotated[
         str, typer.Option(help="Memory for what shared prompt prefixes left, e.g. 512M or 4G; 0: none is kept.")
     ] = "0",
 ) -> None:
-    """Answer many users at once over HTTP, until SIGTERM or Ctrl-C."""
-    if not openai:
-        raise JetExportError("serve: which interface?", "Give --openai.")
+    """Answer many users at once, until SIGTERM or Ctrl-C: in Triton Inference Server, or over OpenAI's HTTP API."""
     from jet_export.runtime.batching import Serving
-    from jet_export.server.serve import serve as run_server
 
     prefix_bytes = parse_bytes(prefix_cache_bytes, "--prefix-cache-bytes")
     serving = Serving(slots, kv_tokens, token_budget, max_waiting, wait_timeout, deterministic, prefix_bytes)
-    run_server(bundle, host, port, serving, typer.echo)
+    if openai:
+        if triton_repo:
+            raise JetExportError("serve: --openai and --triton-repo exclude each other.")
+        from jet_export.server.serve import serve as run_openai
+
+        run_openai(bundle, host, port, serving, typer.echo)
+        return
+    from jet_export.server.triton_repo import Repository, gpu_indices, write_repository
+    from jet_export.server.tritonserver import Ports, run_triton
+
+    repository = Repository(bundle, serving, instances, gpu_indices(gpus))
+    if triton_repo:
+        write_repository(triton_repo, repository, force, typer.echo)
+    else:
+        run_triton(repository, host, Ports(http_port, grpc_port, metrics_port), typer.echo)
 
 
 @app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --fp8 --output jet-4b-fp8")

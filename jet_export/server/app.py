@@ -25,15 +25,19 @@ from jet_export.runtime.params import Output, Params
 from jet_export.runtime.scheduler import QueueFull
 from jet_export.server.answers import Answer, ChatAnswer, CompletionAnswer
 from jet_export.server.chat import ChatTemplate
-from jet_export.server.protocol import ApiError, ChatBody, Common, CompletionBody, parse, refusal
+from jet_export.server.protocol import (
+    FAILURES,
+    ApiError,
+    ChatBody,
+    Common,
+    CompletionBody,
+    max_prompt_bytes,
+    parse,
+    refusal,
+)
 
 Outputs = AsyncGenerator[tuple[int, Output], None]
 T = TypeVar("T")
-FAILURES = {
-    "timeout": (503, "The request waited too long in the queue. Try again later.", "queue_timeout"),
-    "cancelled": (503, "The server is shutting down.", "shutting_down"),
-    "error": (500, "The engine failed on this request.", "engine_error"),
-}
 
 
 class ClientGone(Exception):
@@ -46,8 +50,7 @@ class Api:
     def __init__(self, llm: AsyncLLM, name: str, template: ChatTemplate | None, max_body_bytes: int | None) -> None:
         self.llm, self.name, self.template = llm, name, template
         self.capacity = llm.batching.scheduler.capacity
-        # A token takes a few characters; the longest prompt fits several times over, as text or as JSON numbers.
-        self.max_body_bytes = max_body_bytes or (1 << 20) + 32 * self.capacity.max_seq_len
+        self.max_body_bytes = max_body_bytes or max_prompt_bytes(self.capacity.max_seq_len)
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await self._read(request))

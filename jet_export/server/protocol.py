@@ -30,6 +30,16 @@ Text = Annotated[str, AfterValidator(_is_text)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[int, Field(ge=1, le=1)]
 Ids = list[int]
+FAILURES = {  # finish reasons that are no answer: status, message, code
+    "timeout": (503, "The request waited too long in the queue. Try again later.", "queue_timeout"),
+    "cancelled": (503, "The server is shutting down.", "shutting_down"),
+    "error": (500, "The engine failed on this request.", "engine_error"),
+}
+
+
+def max_prompt_bytes(max_seq_len: int) -> int:
+    """A token takes a few characters; the longest prompt fits several times over, as text or as JSON numbers."""
+    return (1 << 20) + 32 * max_seq_len
 
 
 class ApiError(Exception):
@@ -149,14 +159,14 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate(values)
     except ValidationError as e:
-        raise ApiError(400, _first_error(e)) from None
+        raise ApiError(400, first_error(e)) from None
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def _first_error(e: ValidationError) -> str:
+def first_error(e: ValidationError) -> str:
     error = e.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(x) for x in error["loc"])
     if error["type"] == "extra_forbidden":

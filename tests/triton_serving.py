@@ -1,0 +1,139 @@
+"""A real Triton Inference Server as `jet-export serve BUNDLE` starts it, and requests to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+import numpy as np
+import pytest
+
+from jet_export.errors import JetExportError
+from jet_export.server.tritonserver import find_server
+
+TYPES = {"text_input": ("BYTES", object), "sampling_parameters": ("BYTES", object), "stop_words": ("BYTES", object),
+         "stream": ("BOOL", bool), "ignore_eos": ("BOOL", bool), "exclude_input_in_output": ("BOOL", bool),
+         "temperature": ("FP32", np.float32), "top_p": ("FP32", np.float32), "seed": ("UINT64", np.uint64)}  # fmt: skip
+
+
+def skip_without_server() -> None:
+    """Skips the module where no tritonserver can run, with the reason."""
+    for module in ("tritonclient.grpc.aio", "tritonclient.http", "pydantic"):
+        pytest.importorskip(module)
+    try:
+        with TemporaryDirectory() as scratch:
+            find_server(Path(scratch))
+    except JetExportError as e:
+        pytest.skip(str(e), allow_module_level=True)
+
+
+@dataclass
+class Server:
+    program: subprocess.Popen[str]
+    model: str
+    http: int
+    grpc: int
+    metrics: int
+    server_pid: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http}/v2/models/{self.model}"
+
+    def generate(self, timeout: float = 60, **body) -> httpx.Response:
+        return httpx.post(f"{self.url}/generate", json=body, timeout=timeout)
+
+    def values(self) -> dict[str, float]:
+        """Every sample on /metrics, by name and labels."""
+        text = httpx.get(f"http://127.0.0.1:{self.metrics}/metrics").text
+        return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in text.splitlines() if x and x[0] != "#")}
+
+    def total(self, name: str, *labels: str) -> float:
+        """Of all samples of this name with these labels."""
+        return sum(
+            v for k, v in self.values().items() if k.split("{")[0] == name and all(label in k for label in labels)
+        )
+
+    def wait_for(self, name: str, value: float, *labels: str, seconds: float = 30) -> None:
+        end = time.monotonic() + seconds
+        while self.total(name, *labels) != value:
+            assert time.monotonic() < end, (name, labels, self.total(name, *labels), value)
+            time.sleep(0.1)
+
+    def memory(self) -> int:
+        """Bytes of physical memory of the server and the processes of its backend."""
+        return sum(_resident(pid) for pid in [self.server_pid, *children(self.server_pid)])
+
+    def terminate(self) -> tuple[int, str]:
+        """SIGTERM -> exit status and what it printed on standard error."""
+        self.program.send_signal(signal.SIGTERM)
+        return self.finish()
+
+    def finish(self) -> tuple[int, str]:
+        _, err = self.program.communicate(timeout=60)
+        return self.program.returncode, err
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
+
+
+def _resident(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+@contextmanager
+def serving(bundle: Path, *options: str, program: tuple[str, ...] = ("-m", "jet_export.cli", "serve")):
+    """`jet-export serve BUNDLE OPTIONS` on free ports, ready."""
+    ports = [] if any("port" in o for o in options) else ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    command = [sys.executable, *program, str(bundle), *(ports if program[1] == "jet_export.cli" else []), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(4)]
+        found = re.findall(r"127\.0\.0\.1:(\d+)", "".join(lines))
+        assert len(found) == 4, process.communicate()
+        name = re.search(r"/v2/models/(\S+)/generate", lines[0])
+        assert name is not None
+        yield Server(process, name[1], int(found[0]), int(found[2]), int(found[3]), children(process.pid)[0])
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=60)
+
+
+def tensors(kind, **values) -> list:
+    """Inputs for tritonclient; `kind` is its InferInput."""
+    made = []
+    for name, value in values.items():
+        datatype, dtype = TYPES.get(name, ("INT32", np.int32))
+        array = np.array(value if isinstance(value, list) else [value], dtype)
+        made.append(kind(name, list(array.shape), datatype))
+        made[-1].set_data_from_numpy(array)
+    return made
+
+
+def main() -> None:
+    """BUNDLE INSTANCES GRACE: a server that lets requests run on for GRACE seconds after SIGTERM."""
+    from jet_export.server.triton_repo import Repository
+    from jet_export.server.tritonserver import Ports, run_triton
+
+    bundle, instances, grace = sys.argv[1:]
+    run_triton(Repository(Path(bundle), instances=int(instances)), "127.0.0.1", Ports(0, 0, 0),
+               lambda line: print(line, flush=True), grace=float(grace))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
