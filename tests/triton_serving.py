@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,17 +44,18 @@ class Server:
     grpc: int
     metrics: int
     server_pid: int
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http}/v2/models/{self.model}"
 
-    def generate(self, timeout: float = 60, **body) -> httpx.Response:
-        return httpx.post(f"{self.url}/generate", json=body, timeout=timeout)
+    def generate(self, **body) -> httpx.Response:
+        return self.client.post(f"{self.url}/generate", json=body)
 
     def values(self) -> dict[str, float]:
         """Every sample on /metrics, by name and labels."""
-        text = httpx.get(f"http://127.0.0.1:{self.metrics}/metrics").text
+        text = self.client.get(f"http://127.0.0.1:{self.metrics}/metrics").text
         return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in text.splitlines() if x and x[0] != "#")}
 
     def total(self, name: str, *labels: str) -> float:

@@ -29,7 +29,7 @@ from jet_export.runtime.scheduler import QueueFull
 from jet_export.server.protocol import FAILURES, max_prompt_bytes
 from jet_export.server.triton_metrics import TritonMetrics
 from jet_export.server.triton_request import Asked, ask
-from jet_export.server.triton_tensors import INPUTS, OUTPUTS, STOP_FILE
+from jet_export.server.triton_tensors import CONTROL, INPUTS, OUTPUTS
 
 log = logging.getLogger(__name__)
 CANCELLATIONS = 0.05  # seconds between looks for them
@@ -41,8 +41,8 @@ KINDS = {t.name: NUMPY[t.kind] for t in OUTPUTS}
 class Reply:
     """A request being answered. Outputs gather in `pending` until the sending thread takes them."""
 
-    def __init__(self, request: Any, asked: Asked, prompt: list[int]) -> None:
-        self.sender = request.get_response_sender()
+    def __init__(self, request: Any, sender: Any, asked: Asked, prompt: list[int]) -> None:
+        self.sender = sender
         self.asked, self.prompt, self.with_prompt = asked, prompt, asked.with_prompt
         self.wanted = set(request.requested_output_names()) - asked.unwanted()
         self.pending: list[Output] = []
@@ -67,22 +67,25 @@ class TritonModel:
         self.ready: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
         self.metrics = TritonMetrics(pb_utils, labels)
-        self.stop_file = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
+        self.control = Path(os.environ[CONTROL]) if CONTROL in os.environ else None
+        self.instance = args["model_instance_name"]
+        self._report_idle(False)
         self.batching.start()
         self.sending = threading.Thread(target=self._send_loop, name="jet-replies", daemon=True)
         self.sending.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
+            sender = request.get_response_sender()  # one a request: the server waits for every one there ever was
             try:
-                self._begin(request)
+                self._begin(request, sender)
             except QueueFull as e:
-                self._refuse(request, "UNAVAILABLE", str(e))
+                self._refuse(sender, "UNAVAILABLE", str(e))
             except JetExportError as e:
-                self._refuse(request, "INVALID_ARG", str(e))
+                self._refuse(sender, "INVALID_ARG", str(e))
             except Exception:
                 log.exception("a request failed")
-                self._refuse(request, "INTERNAL", "The server failed on this request.")
+                self._refuse(sender, "INTERNAL", "The server failed on this request.")
 
     def finalize(self) -> None:
         """Cancel what is left, answer it, and end the threads."""
@@ -90,12 +93,13 @@ class TritonModel:
         self.ready.put(None)
         self.sending.join()
         self.metrics.close()
+        self._report_idle(True)
 
-    def _begin(self, request: Any) -> None:
+    def _begin(self, request: Any, sender: Any) -> None:
         asked = ask(self._tensors(request), request.parameters())
         params, text = asked.params, asked.text_input
         prompt = self.batching.tokenizer.encode(text) if text is not None else asked.input_ids or []
-        reply = Reply(request, asked, prompt)
+        reply = Reply(request, sender, asked, prompt)
         with self.lock:
             self.open.add(reply)
         try:
@@ -130,10 +134,10 @@ class TritonModel:
         except UnicodeDecodeError as e:
             raise JetExportError(f"{name} is not UTF-8 (byte {e.start}).") from None
 
-    def _refuse(self, request: Any, code: str, message: str) -> None:
+    def _refuse(self, sender: Any, code: str, message: str) -> None:
         error = self.pb.TritonError(" ".join(message.splitlines()), getattr(self.pb.TritonError, code))
         final = self.pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        request.get_response_sender().send(self.pb.InferenceResponse(error=error), flags=final)
+        sender.send(self.pb.InferenceResponse(error=error), flags=final)
 
     def _tell(self, reply: Reply, output: Output) -> None:
         """Called by the engine's thread, or by whoever cancels."""
@@ -150,6 +154,7 @@ class TritonModel:
             now = time.monotonic()
             if now >= look:
                 self._quietly(self._look_for_cancellations)
+                self._quietly(self._look_for_the_end)
                 look = time.monotonic() + CANCELLATIONS
             if now >= show:
                 self._quietly(lambda: self.metrics.show(self.batching.render_metrics()))
@@ -169,8 +174,22 @@ class TritonModel:
             if reply.sender.is_cancelled():
                 reply.cancelled = True
                 self.batching.cancel(reply.sequence)  # type: ignore[arg-type]
-        if self.stop_file is not None and self.stop_file.exists():
+
+    def _look_for_the_end(self) -> None:
+        if self.control is None or not (self.control / "draining").exists():
+            return
+        if (self.control / "stop").exists():
             self.batching.close()
+        with self.lock:
+            idle = not self.open
+        self._report_idle(idle)
+
+    def _report_idle(self, idle: bool) -> None:
+        if self.control is None or not self.control.is_dir():
+            return
+        now, before = ("idle", "busy") if idle else ("busy", "idle")
+        (self.control / f"{self.instance}.{now}").touch()
+        (self.control / f"{self.instance}.{before}").unlink(missing_ok=True)
 
     def _quietly(self, chore: Callable[[], None]) -> None:
         """Answers go on where `chore` fails."""

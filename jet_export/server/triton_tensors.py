@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STOP_FILE = "JET_EXPORT_STOP_FILE"  # `jet-export serve` makes the file of this name when requests have to end
+# The directory where `jet-export serve` and the model's instances tell each other of the end, by files: the one makes
+# "draining" and, where requests have to end, "stop"; each of the others "<instance>.busy" or "<instance>.idle".
+CONTROL = "JET_EXPORT_CONTROL"
 
 
 @dataclass(frozen=True)

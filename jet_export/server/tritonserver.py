@@ -18,16 +18,18 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from jet_export.errors import JetExportError
 from jet_export.server.triton_repo import Repository, write_repository
-from jet_export.server.triton_tensors import STOP_FILE
+from jet_export.server.triton_tensors import CONTROL
 
 GRACE = 10  # seconds that running requests have to end in, after SIGTERM
 MARGIN = 20  # and after they have been told to end
+SETTLE = 4  # seconds that an idle server has to end in
 LOADING = 600  # seconds that a model may take to load
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 INSTALL = (
@@ -157,8 +159,8 @@ def run_triton(
     Raises JetExportError where no server is installed, a port is taken, the model does not load, or the server ends.
     """
     with tempfile.TemporaryDirectory(prefix="jet-export-triton-") as scratch:
-        server = find_server(Path(scratch))
         model = write_repository(Path(scratch) / "models", repository)
+        server = find_server(Path(scratch))
         ports = reserve(host, ports)
         run = Run(server, Path(scratch), host, ports, grace)
         before = {s: signal.signal(s, run.stop) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -186,7 +188,8 @@ class Run:
 
     def __init__(self, server: Installation, scratch: Path, host: str, ports: Ports, grace: float) -> None:
         self.server, self.host, self.ports, self.grace = server, host, ports, grace
-        self.stop_file = scratch / "stop"
+        self.control = scratch / "control"
+        self.control.mkdir()
         self.models = scratch / "models"
         self.region = f"jet-export-{os.getpid()}-"  # of the backend's shared memory
         self.lines: deque[str] = deque(maxlen=200)
@@ -215,7 +218,7 @@ class Run:
         return [str(self.server.binary), *words]
 
     def start(self) -> None:
-        environment = {**self.server.environment(), STOP_FILE: str(self.stop_file)}
+        environment = {**self.server.environment(), CONTROL: str(self.control)}
         self.process = subprocess.Popen(
             self.command(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True, preexec_fn=_end_with_parent,
@@ -264,8 +267,9 @@ class Run:
             return
         self.stopped = True
         if hasattr(self, "process"):
+            (self.control / "draining").touch()
             self.process.terminate()
-            self._later(self.grace, self.stop_file.touch)
+            self._later(self.grace, (self.control / "stop").touch)
             self._later(self.grace + MARGIN + 5, self.process.kill)
 
     def _later(self, seconds: float, what: Callable[[], None]) -> None:
@@ -275,8 +279,20 @@ class Run:
         self.timers.append(timer)
 
     def wait(self) -> None:
-        status = self.process.wait()
+        """Raises JetExportError where the server ends untold, or not as told."""
+        idle_since: float | None = None
+        while self.process.poll() is None:
+            time.sleep(0.05)
+            now = time.monotonic()
+            idle_since = (idle_since or now) if self.stopped and not any(self.control.glob("*.busy")) else None
+            if idle_since is not None and now > idle_since + SETTLE:
+                # Every request is answered. Triton waits on for clients that keep their connections, and for good
+                # where a gRPC stream was cancelled after a response: its frontend then never lets go of the model.
+                self.process.kill()
+                self.process.wait()
+                return
         self.reader.join(5)
+        status = self.process.returncode
         if not self.stopped or status != 0:
             how = f"killed by signal {-status}" if status < 0 else f"with status {status}"
             raise JetExportError(f"tritonserver ended {how}: {self._reason()}")
@@ -292,6 +308,9 @@ class Run:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        if hasattr(self, "process"):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # its backend's processes
         for path in Path("/dev/shm").glob(f"{self.region}*"):
             path.unlink(missing_ok=True)
 

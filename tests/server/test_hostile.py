@@ -241,7 +241,8 @@ def test_command_line(monkeypatch, capsys, tmp_path) -> None:
     status, out = run_cli(monkeypatch, capsys, "--help")
     assert status == 0 and "Example: jet-export serve" in out
     for args, message in (
-        ((str(tmp_path),), "Give --openai"),
+        ((str(tmp_path),), "not a bundle"),
+        ((str(tmp_path), "--openai", "--triton-repo", "x"), "exclude each other"),
         ((str(tmp_path), "--openai", "--port", "0"), "not a bundle"),
         ((str(tmp_path), "--openai", "--port", "99999"), "--port 99999"),
         ((str(tmp_path), "--openai", "--prefix-cache-bytes", "4GB"), "--prefix-cache-bytes 4GB: not a size"),

@@ -90,7 +90,9 @@ def test_generate_equals_llm_generate(server, reference) -> None:
     answer = server.generate(text_input=PROMPT, max_tokens=20, exclude_input_in_output=True, **hot).json()
     assert answer["text_output"] == sampled.text
     stop = sampled.text[8:11]
-    cut = server.generate(text_input=PROMPT, max_tokens=20, exclude_input_in_output=True, stop_words=[stop], **hot).json()
+    cut = server.generate(
+        text_input=PROMPT, max_tokens=20, exclude_input_in_output=True, stop_words=[stop], **hot
+    ).json()
     assert cut["text_output"] == sampled.text[: sampled.text.index(stop)] and cut["finish_reason"] == "stop"
     ended = server.generate(text_input=PROMPT, max_tokens=20, stop_token_ids=[sampled.token_ids[3]], **hot).json()
     assert ids(ended) == sampled.token_ids[: sampled.token_ids.index(sampled.token_ids[3]) + 1]
@@ -246,7 +248,7 @@ def test_clients_that_go_free_what_they_held(server) -> None:
     for sent in (b"", b"POST", head.encode() + body[:20], b"\x16\x03\x01\x00\xff" * 50):
         with socket.create_connection(("127.0.0.1", server.http)) as gone:
             gone.sendall(sent)
-    assert httpx.get(f"http://127.0.0.1:{server.http}/v2/health/ready").status_code == 200
+    assert server.client.get(f"http://127.0.0.1:{server.http}/v2/health/ready").status_code == 200
 
 
 BODIES = [
@@ -296,13 +298,13 @@ def raw_error(server, content: bytes) -> str:
 
 
 def test_bad_requests_get_a_reason_and_harm_nobody(server, reference) -> None:
-    (expected,) = reference.generate("abc", 200, ignore_eos=True)
+    (expected,) = reference.generate("abc", 100, ignore_eos=True)
 
     def good():
-        return server.generate(text_input="abc", max_tokens=200, ignore_eos=True, exclude_input_in_output=True)
+        return server.generate(text_input="abc", max_tokens=100, ignore_eos=True, exclude_input_in_output=True)
 
     def bad(body: bytes) -> httpx.Response:
-        return httpx.post(f"{server.url}/generate", content=body, timeout=60)
+        return server.client.post(f"{server.url}/generate", content=body)
 
     for _ in range(2):  # the second time, nothing has grown
         with ThreadPoolExecutor(2) as pool:
@@ -321,8 +323,8 @@ def test_bad_requests_get_a_reason_and_harm_nobody(server, reference) -> None:
 def test_killed_and_started_again_then_told_to_stop(bundle, reference) -> None:
     """Killed while it answers, it says so and leaves nothing; started again on the same ports it answers; SIGTERM lets
     it finish what runs."""
-    (expected,) = reference.generate("abc", 200, ignore_eos=True)
-    body = {"text_input": "abc", "max_tokens": 200, "stream": True, "ignore_eos": True}
+    (expected,) = reference.generate("abc", 100, ignore_eos=True)
+    body = {"text_input": "abc", "max_tokens": 100, "stream": True, "ignore_eos": True}
     with serving(bundle) as server, httpx.stream("POST", f"{server.url}/generate_stream", json=body) as answer:
         next(lines := answer.iter_lines())
         stubs = children(server.server_pid)
@@ -341,7 +343,7 @@ def test_killed_and_started_again_then_told_to_stop(bundle, reference) -> None:
             next(lines := answer.iter_lines())
             server.program.send_signal(signal.SIGTERM)
             last = [line for line in lines if line][-1]
-        assert '"finish_reason":"length"' in last and '"num_output_tokens":200' in last
+        assert '"finish_reason":"length"' in last and '"num_output_tokens":100' in last
         status, err = server.finish()
         assert status == 0 and "Traceback" not in err, err
     assert expected.token_ids[-1] == httpx.Response(200, text=last.removeprefix("data: ")).json()["output_ids"]
