@@ -1,25 +1,35 @@
-"""Speed of the JetBlock ops on this GPU, beside FLA's delta rule where it is installed.
+"""Speed of every kernel on this GPU in one table, beside FLA, SDPA's flash attention and FlashInfer where installed.
 
-    python benchmarks/kernels.py [--models 2b,4b] [--output benchmarks/results/kernels_jet.json]
+    python benchmarks/kernels.py [--models 2b,4b] [--parts block,attention] [--output benchmarks/results/kernels.json]
 
 Correctness comes first, and without it there are no figures. Prefill is timed per call, decode per layer in a CUDA
-graph that walks through several layers' states, so that they do not stay in L2. FLA's figures are its delta rule alone:
-no convolution, SiLU, normalisation of q and k, gates or gated norm. Attention: kernels_attention.py.
+graph that walks through several layers' states, so that they do not stay in L2. The roofline is the slower of moving
+the bytes that must be moved at copy speed and computing at the speed of a large bf16 product, both of this process.
+FLA's figures are its delta rule alone: no convolution, SiLU, normalisation of q and k, gates or gated norm; flash
+attention and FlashInfer get roped queries and a filled cache. Sweeps of attention: kernels_attention.py; of all:
+tune.py. JSON and a picture are written after every case.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kernels_attention as attention
 import torch
 from fla_pinned import import_fla, rule_inputs
+from kernels_table import KernelRow, draw, row, show, to_dicts
 from torch import Tensor
 
 from jet_export import bench
+from jet_export.kernels.attention import rope_ref
 from jet_export.kernels.jet_block import jet_block_ref
 
+DEVICE = "cuda"
 MODELS = {"2b": (12, 96, 256), "4b": (16, 128, 256)}  # H, K, V
 PREFILL = [(1, 2048), (16, 2048), (1, 16384), (1, 65536)]  # B, T
 DECODE = [1, 64, 128, 256, 512]
@@ -31,17 +41,17 @@ def block_inputs(lens: list[int], model: str, state_dtype: torch.dtype = torch.f
     N, T, D = len(lens), sum(lens), H * V
 
     def rand(*shape, dtype=torch.bfloat16):
-        return torch.randn(*shape, device="cuda", dtype=dtype)
+        return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
     def i32(x):
-        return torch.tensor(x, device="cuda", dtype=torch.int32)
+        return torch.tensor(x, device=DEVICE, dtype=torch.int32)
 
-    A_log = torch.empty(H, device="cuda").uniform_(1, 16).log()
-    dt = torch.empty(H, device="cuda").uniform_(-6.9, -2.3).exp()
+    A_log = torch.empty(H, device=DEVICE).uniform_(1, 16).log()
+    dt = torch.empty(H, device=DEVICE).uniform_(-6.9, -2.3).exp()
     return (
         rand(T, 2 * H * K + 2 * D + D // 8), rand(T, 2 * H), rand(T, 4 * D).mul_(0.5), A_log,
         dt + torch.log(-torch.expm1(-dt)), 1 + 0.1 * rand(V), rand(N, 3, D), rand(N, H, K, V, dtype=state_dtype),
-        i32([0, *lens]).cumsum(0, dtype=torch.int32), torch.arange(N, device="cuda", dtype=torch.int32),
+        i32([0, *lens]).cumsum(0, dtype=torch.int32), torch.arange(N, device=DEVICE, dtype=torch.int32),
         i32([context] * N), H, K, V, 1e-5,
     )  # fmt: skip
 
@@ -62,78 +72,197 @@ def correctness(model: str) -> dict[str, float]:
     return errors
 
 
-def prefill(model: str, fla: Any) -> list[dict]:
+def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[KernelRow]:
+    """jet_block and its parts, each beside its own roofline."""
     H, K, V = MODELS[model]
-    rows = []
+    D, out, ops = H * V, list[KernelRow](), torch.ops.jet
     for B, T in PREFILL:
         args = block_inputs([T] * B, model)
         q, k, v, beta, g = rule_inputs(B, T, H, K, V)
         q, k = (torch.nn.functional.normalize(x.float(), dim=-1).bfloat16() for x in (q, k))
         packed, state = [x.flatten(0, 1) for x in (q, k, v, beta, g)], args[7].clone()
+        u, kappa, conv_state = args[0][:, 2 * H * K : 2 * H * K + D], args[2], args[6]
+        gate = args[0][:, 2 * H * K + D : 2 * H * K + 2 * D].unflatten(1, (H, V))
         variants: dict[str, Callable[[], Any]] = {
-            "jet_block": lambda a=args: torch.ops.jet.jet_block(*a, False),
-            "delta rule": lambda p=packed, a=args, s=state: torch.ops.jet.gated_delta_rule(*p, s, *a[8:11], False),
+            "jet_block": lambda a=args: ops.jet_block(*a, False),
+            "gated_delta_rule": lambda p=packed, a=args, s=state: ops.gated_delta_rule(*p, s, *a[8:11], False),
+            "dynamic_conv": lambda u=u, c=kappa, s=conv_state, a=args: ops.dynamic_conv(u, c, s, *a[8:11]),
+            "gated_rms_norm": lambda p=packed, a=args, z=gate: ops.gated_rms_norm(p[2], a[5], z, 1e-5),
         }
         if fla is not None:
-            variants["fla delta rule"] = lambda q=q, k=k, v=v, beta=beta, g=g, s=state: fla.chunk_gated_delta_rule(
+            variants["fla"] = lambda q=q, k=k, v=v, beta=beta, g=g, s=state: fla.chunk_gated_delta_rule(
                 q, k, v, g, beta, initial_state=s, output_final_state=True
             )
         times = bench.compare(variants, graph=True, repeats=15)
-        tokens = B * T
-        moved = tokens * 2 * (2 * H * K + 7 * H * V)  # q, k, u, gate, kappa read, the result written
-        flops = tokens * H * (2 * 64 * (3 * K + V) + 2 * (64 * V + 3 * K * V))
-        split = bench.kernel_times(variants["jet_block"])
-        rows.append({"B": B, "T": T, "ms": {n: vars(t) for n, t in times.items()}, "kernels_ms": split,
-                     "bytes": moved, "flops": flops})  # fmt: skip
-        print(f"{model} prefill B{B} T{T}: " + "; ".join(f"{n} {t}" for n, t in times.items()))
-        print("   " + ", ".join(f"{n} {t:.3f}" for n, t in split.items()), flush=True)
-    return rows
+        n = B * T
+        rule_flops = n * H * (2 * 64 * (3 * K + V) + 2 * (64 * V + 3 * K * V))
+        work = {  # bytes read and written, FLOPs
+            "jet_block": (n * 2 * (2 * H * K + 7 * D), rule_flops),  # q, k, u, gate, kappa, the result
+            "gated_delta_rule": (n * 2 * (2 * H * K + 2 * D), rule_flops),
+            "dynamic_conv": (n * 2 * 6 * D, 0),
+            "gated_rms_norm": (n * 2 * 3 * D, 0),
+        }
+        split = ", ".join(f"{name} {ms:.3f}" for name, ms in bench.kernel_times(variants["jet_block"]).items())
+        for name, t in times.items():
+            case = (model, f"B{B} T{T}", "bf16, state fp32")
+            if name == "fla":
+                nothing = (0.0, 0.0, *peaks)
+                for ours in ("jet_block", "gated_delta_rule"):
+                    out.append(row(ours, *case, "fla 0.6.0", t, *nothing, "its delta rule alone", same_work=False))
+            else:
+                note = split if name == "jet_block" else ""
+                out.append(row(name, *case, "jet", t, *work[name], *peaks, note))
+    return out
 
 
-def decode(model: str, fla: Any, copy: float) -> list[dict]:
+def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[KernelRow]:
     H, K, V = MODELS[model]
-    rows = []
+    out = []
     for B in DECODE:
         for dtype in (torch.float32, torch.bfloat16):
             moved = 2 * B * H * K * V * dtype.itemsize
             layers = max(2, min(24, int(4e8 / moved)))
             sets = [block_inputs([1] * B, model, dtype, context=4) for _ in range(layers)]
-            variants = {"jet_block": lambda s=sets: [torch.ops.jet.jet_block(*a, True) for a in s]}
+            variants = {"jet": lambda s=sets: [torch.ops.jet.jet_block(*a, True) for a in s]}
             if fla is not None and dtype == torch.float32:
                 q, k, v, beta, g = rule_inputs(B, 1, H, K, V)
-                variants["fla delta rule"] = lambda s=sets, q=q, k=k, v=v, g=g, b=beta: [
+                variants["fla 0.6.0"] = lambda s=sets, q=q, k=k, v=v, g=g, b=beta: [
                     fla.fused_recurrent_gated_delta_rule(
                         q, k, v, g=g, beta=b, initial_state=a[7], output_final_state=True, use_qk_l2norm_in_kernel=True
                     )
                     for a in s
                 ]
             times = bench.compare(variants, graph=True, repeats=15, calls=layers)
-            share = {n: moved / (t.median * 1e-3) / copy for n, t in times.items()}
-            rows.append({"B": B, "state": str(dtype).removeprefix("torch."), "state_bytes": moved,
-                         "ms": {n: vars(t) for n, t in times.items()}, "share_of_copy": share})  # fmt: skip
-            shown = "; ".join(f"{n} {t}, {share[n]:.1%} of copy" for n, t in times.items())
-            print(f"{model} decode B{B} {dtype}: {shown}", flush=True)
-    return rows
+            for name, t in times.items():
+                note = "" if name == "jet" else "its delta rule alone"
+                state = "fp32" if dtype == torch.float32 else "bf16"
+                case = ("jet_block decode", model, f"B{B}", f"bf16, state {state}", name)
+                out.append(row(*case, t, moved, 0, *peaks, note))
+    return out
+
+
+def attention_prefill(model: str, peaks: tuple[float, float]) -> list[KernelRow]:
+    heads, out = attention.HEADS[model], []
+    for B, T, context in attention.PREFILL:
+        args = attention.make(B, T, context, heads)
+        attention.prefill(args)  # appends, so that flash sees the same keys
+        flash, _ = attention.flash(args, T, context)
+        fp8 = [*args[:2], args[2].to(attention.FP8), *args[3:]]
+        variants = {
+            ("bf16", "jet"): lambda args=args: attention.prefill(args),
+            ("bf16", "sdpa flash"): flash,
+            ("bf16, cache fp8", "jet"): lambda args=fp8: attention.prefill(args),
+        }
+        flops = 4 * attention.DH * heads[0] * B * (T * context + T * (T + 1) // 2)
+        keys = 2 * heads[1] * attention.DH * B * (context + T)
+        times = bench.compare({str(name): fn for name, fn in variants.items()}, repeats=15, graph=True)
+        for dtypes, name in variants:
+            nbytes = keys * (1 if "fp8" in dtypes else 2) + 4 * B * T * heads[0] * attention.DH
+            case = ("attention prefill", model, f"B{B} T{T}+{context}", dtypes, name)
+            out.append(row(*case, times[str((dtypes, name))], nbytes, flops, *peaks))
+    return out
+
+
+def attention_decode(model: str, peaks: tuple[float, float]) -> list[KernelRow]:
+    heads, out = attention.HEADS[model], []
+    cases = [(b, n, 0) for n in (4096, 65536) for b in (1, 64, 128)] + [(1, 262144, 0), (32, 262144, 0)]
+    cases += [(64, 65536, w) for w in (1152, 2048)]
+    for cache in (attention.BF16, attention.FP8):
+        pool = attention.random_cache(66560, heads[1], cache)
+        for B, context, window in cases:
+            if B * (context // attention.PAGE + 1) > pool.shape[0]:
+                continue
+            size = B * min(context, window or context) * 2 * heads[1] * attention.DH * cache.itemsize
+            calls = max(1, min(20, int(4e8 / size), pool.shape[0] // (B * (context // attention.PAGE + 1))))
+            sets = [attention.make(B, 1, context - 1, heads, cache=pool) for _ in range(calls)]
+            variants: dict[str, Callable[[], Any]] = {
+                "jet": lambda s=sets, w=window: [attention.decode(a, w) for a in s]
+            }
+            note = ""
+            try:
+                runs = [flashinfer_decode(a) for a in sets] if not window else []
+                if runs:
+                    bench.capture(runs[0])
+                    variants["flashinfer"] = lambda r=runs: [run() for run in r]
+            except ImportError:
+                pass  # said by main
+            except Exception as e:
+                note = f"flashinfer: {type(e).__name__}: {str(e)[:60]}"
+            shape = f"B{B} {context}" + (f" window {window}" if window else "")
+            for name, t in bench.compare(variants, repeats=15, graph=True, calls=calls).items():
+                dtypes = f"bf16, cache {attention.NAMES[cache]}"
+                case = ("attention decode", model, shape, dtypes, name)
+                out.append(row(*case, t, size, 0, *peaks, note if name == "jet" else ""))
+        del pool
+    return out
+
+
+def flashinfer_decode(args: list) -> Callable[[], Tensor]:
+    """FlashInfer's paged decode over the same cache (its HND layout is ours), after our append. Raises where it is not
+    installed, does not take these sizes, or gives another result than ours (1 %)."""
+    import flashinfer
+
+    want = attention.decode(args)  # appends the new key
+    qkv, cos_sin, cache, block_table, _, _, context_lens, Hq, Hkv, Dh = args
+    lens = context_lens + 1
+    pages = (lens + attention.PAGE - 1) // attention.PAGE
+    indptr = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
+    indices = torch.cat([block_table[i, :n] for i, n in enumerate(pages.tolist())])
+    q = rope_ref(qkv.view(len(lens), -1, Dh)[:, :Hq], cos_sin[context_lens.long()]).contiguous()
+    workspace = torch.empty(2**28, dtype=torch.uint8, device=qkv.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+    last = (lens - 1) % attention.PAGE + 1
+    wrapper.plan(
+        indptr, indices, last.int(), Hq, Hkv, Dh, attention.PAGE, q_data_type=q.dtype, kv_data_type=cache.dtype
+    )
+    difference = rel(wrapper.run(q, cache).flatten(1), want.double())
+    if not difference < 1e-2:
+        raise ValueError(f"its result differs by {difference:.1e}")
+    return lambda: wrapper.run(q, cache)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="2b,4b")
-    parser.add_argument("--output", default=Path(__file__).parent / "results/kernels_jet.json")
+    parser.add_argument("--parts", default="block,attention")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/kernels.json")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("kernels.py times kernels on a GPU, and torch sees none.", file=sys.stderr)
+        return 2
     torch.manual_seed(0)
-    models = options.models.split(",")
-    result: dict[str, Any] = {"errors": {model: correctness(model) for model in models}}
-    print(result["errors"])
-    if not all(e < 1e-2 for errors in result["errors"].values() for e in errors.values()):
-        print("wrong results: no speed to report")
+    models, parts = options.models.split(","), options.parts.split(",")
+    result: dict[str, Any] = {"errors": {model: correctness(model) for model in models if "block" in parts}}
+    checks = [attention.check(*c) for c in attention.CHECKS] if "attention" in parts else []
+    result["attention_checks"] = checks
+    right = all(e < 1e-2 for errors in result["errors"].values() for e in errors.values())
+    if not (right and all(c["ok"] for c in checks)):
+        print(f"wrong results: no speed to report: {result}", file=sys.stderr)
         return 1
-    fla, copy = import_fla(), bench.copy_speed()
-    result["copy_bytes_per_s"] = copy
-    print(f"copy: {copy / 1e12:.2f} TB/s", flush=True)
+    fla = import_fla() if "block" in parts else None
+    if "attention" in parts and importlib.util.find_spec("flashinfer") is None:
+        print("FlashInfer is not compared with: it is not installed")
+    copy, matmul = bench.copy_speed(), bench.matmul_speed(torch.bfloat16)
+    result |= {"copy_bytes_per_s": copy, "matmul_flop_per_s": matmul}
+    print(f"copy {copy / 1e12:.2f} TB/s, bf16 product {matmul / 1e12:.0f} TFLOP/s", flush=True)
+    rows: list[KernelRow] = []
     for model in models:
-        result[model] = {"prefill": prefill(model, fla), "decode": decode(model, fla, copy)}
-        bench.write_result(options.output, result)
+        steps: list[Callable[[], list[KernelRow]]] = []
+        if "block" in parts:
+            steps += [lambda m=model: block_prefill(m, fla, (copy, matmul)),
+                      lambda m=model: block_decode(m, fla, (copy, matmul))]  # fmt: skip
+        if "attention" in parts:
+            steps += [lambda m=model: attention_prefill(m, (copy, matmul)),
+                      lambda m=model: attention_decode(m, (copy, matmul))]  # fmt: skip
+        for step in steps:
+            rows += step()
+            bench.write_result(options.output, {**result, "rows": to_dicts(rows)})
+            torch.cuda.empty_cache()
+    show(rows)
+    try:
+        draw(options.output.with_suffix(".png"), rows, bench.environment())
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install 'jet-export[bench]')")
     return 0
 
 
