@@ -2,9 +2,9 @@
 
     python -m jet_export.plugins.compile_kernels SPEC.json DIRECTORY        (with Triton's interpreter off)
 
-SPEC holds {"cases": [...], "sms": [90, ...]}; DIRECTORY gets kernels.inc (the table and the launches), kernels.json and
-one .cubin a kernel and SM. A kernel that needs more shared memory than an SM has is compiled with fewer pipeline stages
-for that SM; if one stage is too many, the build fails.
+SPEC holds {"cases": [...], "sms": [90, ...]}; DIRECTORY gets kernels.inc (the table and the launches), kernels.json,
+kernels.md (the table for people) and one .cubin a kernel and SM. A kernel that needs more shared memory than an SM has
+is compiled with fewer pipeline stages for that SM; if one stage is too many, the build fails.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jet_export.kernels.configs import use_sm
 from jet_export.plugins.cubin import parameters
 from jet_export.plugins.emit import emit
 from jet_export.plugins.kernel import Image, Kernel, kernel_of
+from jet_export.plugins.table import TABLE, readable_table
 from jet_export.plugins.targets import FIRST_FP8, SHARED, known_sms, sm_name
 
 PARAMETER_BYTES = {"fp32": 4, "i32": 4}  # pointers: 8
@@ -116,6 +117,7 @@ def compile_cases(cases: list[Any], sms: list[int], folder: Path, progress: Any 
         report.append({**asdict(kernel), "parameters": expected_sizes(kernel), "images": found})
     (folder / "kernels.json").write_text(json.dumps(report, indent=1))
     (folder / "kernels.inc").write_text(emit(traces, images))
+    (folder / TABLE).write_text(readable_table(traces, images))
 
 
 def main(spec: str, folder: str) -> int:

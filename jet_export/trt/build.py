@@ -16,6 +16,7 @@ from jet_export.errors import JetExportError
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.plugins.library import NAME as LIBRARY
 from jet_export.plugins.library import library_for, require_tools
+from jet_export.plugins.table import TABLE
 from jet_export.trt import builder
 from jet_export.trt.flavors import FLAVORS, Flavor
 from jet_export.trt.layers import LayerReport, check, expected, read_dump
@@ -55,6 +56,7 @@ def write_engine(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, prog
             o.tensorrt_headers, o.fetch_headers, lambda line: progress.emit(f"    {line}"),
         )  # fmt: skip
         shutil.copyfile(folder / LIBRARY, tmp / LIBRARY)
+        shutil.copyfile(folder / TABLE, tmp / f"plugin_{TABLE}")
     with progress.stage("export and check the ONNX graph"):
         tokens = max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk)
         graph = write_onnx(model, tmp, plan.kv_dtype, plan.state_dtype, tokens, limits.max_batch_size)

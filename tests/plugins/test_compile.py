@@ -1,6 +1,7 @@
 """Tracing of launchers, the choice of stages, and where headers and compilers come from."""
 
 import json
+import re
 import zipfile
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from jet_export.plugins.cases import (
     JetBlockCase,
     case_from_dict,
     case_to_dict,
+    label,
     model_cases,
 )
 from jet_export.plugins.kernel import Kernel
@@ -167,3 +169,23 @@ def test_the_table_is_readable(mini):
     assert "// SM, shared memory, threads, cluster size, cubin" in text
     assert "// chunk_scan_kernel(q_in, k_out, w, solve, attn, keep, v, o, recurrent_state," in text
     assert len(text) < 20_000
+
+
+def test_the_table_for_people_agrees_with_the_cubins(mini):
+    """Every kernel and SM of kernels.json is a cell of kernels.md, and every launch of kernels.inc a number there."""
+    kernels = json.loads((mini.folder / "kernels.json").read_text())
+    lines = (mini.folder / "kernels.md").read_text().splitlines()
+    assert "| | kernel | configuration | SM 8.9 | SM 9.0 |" in lines
+    for i, kernel in enumerate(kernels):
+        (row,) = [line for line in lines if line.startswith(f"| {i} | {kernel['name']} | ")]
+        for name, value in (*kernel["constexprs"], *kernel["options"]):
+            assert f"{name} {value}" in row
+        cells = row.strip("| ").split(" | ")[3:]
+        for cell, image in zip(cells, sorted(kernel["images"], key=lambda image: image["sm"]), strict=True):
+            assert cell.startswith(f"{image['shared'] / 1024:.1f} KB, {image['threads'] // 32} warps")
+            assert ("fewer" in cell) == bool(image["fewer_stages"])
+    text = (mini.folder / "kernels.inc").read_text()
+    for n, case in enumerate(mini.cases):
+        launched = [re.findall(r"p.launch\(kernels\[(\d+)\]", text.split(f"void case_{n}_{form}(")[1].split("\n}")[0])
+                    for form in ("prefill", "decode")]  # fmt: skip
+        assert f"| {label(case)} | {' | '.join(', '.join(found) for found in launched)} |" in lines
