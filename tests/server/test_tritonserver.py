@@ -2,6 +2,7 @@
 many; bad input gets an error and harms nobody; what a request held is free again however it ends."""
 
 import asyncio
+import importlib.util
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -26,6 +28,7 @@ from jet_export import LLM  # noqa: E402
 
 PROMPT = "def mean(values):\n    "
 TEXT = "def mean(values):\n    total = 0\n    for v in values:\n        total += v\n    return total / len(values)\n"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 HELD = ("jet_slots_used", "jet_kv_pages_used", "jet_window_pages_used", "jet_requests_running", "jet_requests_waiting")
 ROUNDING = 2.0**-7  # of the largest logit: two logits, each off by a rounding to bf16
 
@@ -139,6 +142,26 @@ def test_streams_are_the_whole_in_parts(server, reference) -> None:
     assert b"".join(r.as_numpy("text_output")[0] for r in got).decode() == expected.text
     assert got[0].as_numpy("output_ids") is None  # not asked for
     client.close()
+
+
+def test_the_example_client(server, reference, capsys) -> None:
+    spec = importlib.util.spec_from_file_location("triton_client", EXAMPLES / "triton_client.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    grpc, http = f"--grpc=127.0.0.1:{server.grpc}", f"--http=127.0.0.1:{server.http}"
+    (a, b), hot = reference.generate([PROMPT, "class "], 9), reference.generate("class ", 9, temperature=0.7, seed=1)[0]
+    example.main([PROMPT, grpc, "--max-tokens=9"])
+    captured = capsys.readouterr()
+    assert captured.out == a.text and captured.err == "\n[length]\n"
+    for way in (grpc, http):
+        example.main([PROMPT, "class ", way, "--max-tokens=9"])
+        assert capsys.readouterr().out == f"--- {PROMPT}\n{a.text}\n--- class \n{b.text}\n"
+        with pytest.raises(SystemExit, match=r"refused: .*empty"):
+            example.main(["", way])
+    example.main(["class ", grpc, "--max-tokens=9", "--temperature=0.7", "--seed=1"])
+    assert capsys.readouterr().out == hot.text
+    with pytest.raises(SystemExit, match="Is the server running"):
+        example.main(["a", "--http=127.0.0.1:1"])
 
 
 def test_metadata_and_metrics(server) -> None:
