@@ -27,6 +27,7 @@ from jet_export.speed.serving import ServingRow, serve_burst
 from jet_export.speed.verified import Verdict, require_verified
 
 Emit = Callable[[str], None]
+SWEEP_TOKENS = 40  # decode steps of a sweep's case, the dropped ones included
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def with_sweep(cases: Sequence[Case], room: Room) -> list[Case]:
         have = {c.batch for c in cases if c.context == case.context}
         most = min(room.largest(case.tokens, case.chunk), room.manifest.limits.max_batch_size)
         batches = {2**i for i in range(most.bit_length())} | {most}
-        out += [replace(case, batch=b, fill="synthetic", repeats=1) for b in sorted(batches - have - {0})]
+        fast = replace(case, fill="synthetic", repeats=1, new_tokens=min(case.new_tokens, SWEEP_TOKENS))
+        out += [replace(fast, batch=b) for b in sorted(batches - have - {0})]
     return out
 
 
