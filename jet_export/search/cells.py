@@ -51,7 +51,11 @@ class Cell:
         if self.kind in ("attn", "swa"):
             window = f" window {self.config.window_size}" if self.kind == "swa" else ""
             return f"{self.kind}{window} {precision}" + (", kv fp8" if self.kv_cache_dtype == "fp8" else "")
-        return "base" if self.kind == "base" else f"whole {self.key} {precision}"
+        if self.kind == "base":
+            return "base"
+        c = self.config
+        sizes = dict.fromkeys(str(c.jet_dims(i)) for i, kind in enumerate(c.layer_types) if kind == "jet")
+        return f"whole model of {', '.join(sizes) or 'attention'} {precision}"
 
 
 def plain(config: JetNemotronConfig) -> JetNemotronConfig:

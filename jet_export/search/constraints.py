@@ -78,7 +78,8 @@ class Scene:
     def sizes(self, config: JetNemotronConfig, point: Point) -> str | None:
         cache, allowed = self.cache_bytes(config, point), self.allowed_cache_bytes(point)
         if allowed is not None and cache > allowed:
-            over = f"{100 * (cache / allowed - 1):.2g} % over"
+            excess = 100 * (cache / allowed - 1)
+            over = f"{excess:,.0f} % over" if excess >= 10 else f"{excess:.2g} % over"
             return f"cache {human(cache)} a sequence at {self.space.target_context} tokens, {over} {human(allowed)}"
         least, most = self.space.parameters
         parameters = parameter_count(config)

@@ -146,7 +146,7 @@ class Database:
             yield
         except (sqlite3.Error, OSError) as e:
             raise JetExportError(
-                f"{self.path}: not a usable measurement database ({e}).",
+                f"{self.path}: not a usable measurement database ({' '.join(str(e).split())}).",
                 f"It only saves measuring again: move it away (mv {self.path} {self.path}.bad), or pass another "
                 "--database FILE.",
             ) from None

@@ -84,7 +84,7 @@ def sample(
     study = open_study(sampler, space, study_file, name, seed)
     grid = sampler == "grid"
     replay(study, space, preset, evaluate)
-    while (left := trials - len(study.get_trials(deepcopy=False))) > 0 and not stop():
+    while (left := trials - len(looked_at(study))) > 0 and not stop():
         if grid and study.sampler.is_exhausted(study):
             break
         asked = [study.ask() for _ in range(1 if grid else min(batch, left))]
@@ -107,19 +107,23 @@ def tell(study: Any, trial: Any, values: Values) -> None:
             raise
 
 
+def looked_at(study: Any) -> list[Any]:
+    """The trials that came to an end of their own: with values, or refused."""
+    return [t for t in study.get_trials(deepcopy=False) if t.values or "refused" in t.user_attrs]
+
+
 def replay(
     study: Any, space: Space, preset: JetNemotronConfig, evaluate: Callable[[list[Point]], list[Values]]
 ) -> None:
-    """Look again at what earlier runs asked for (their measurements are kept), and end what a kill left open."""
+    """Look again at what earlier runs looked at (it is measured), and ask again for what a kill left open."""
     from optuna.trial import FixedTrial, TrialState
 
-    done = study.get_trials(deepcopy=False)
-    points = [suggest(FixedTrial(t.params), space, preset.num_hidden_layers) for t in done if t.state.is_finished()]
+    points = [suggest(FixedTrial(t.params), space, preset.num_hidden_layers) for t in looked_at(study)]
     if points:
         evaluate(list(dict.fromkeys(points)))
-    for t in done:
-        if not t.state.is_finished():
-            study.tell(t.number, state=TrialState.FAIL)
+    for t in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(t.number, state=TrialState.FAIL)
+        study.enqueue_trial(t.params)
 
 
 def open_study(sampler: str, space: Space, study_file: Path, name: str, seed: int) -> Any:

@@ -1,0 +1,161 @@
+"""The database and the locks: nothing is lost, nothing is mixed up, damage is named."""
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from eager_bundle import mini_config
+
+from jet_export.errors import JetExportError
+from jet_export.search import locks
+from jet_export.search.cells import Cell, base_cell
+from jet_export.search.database import Bench, Database, Entry, kernel_hash, machine
+
+BENCH = Bench({"device": "some", "driver": "1", "kernels": "abc"}, "inductor", "bfloat16", 64, 16, "auto")
+
+
+def entries(ms: float, batch: int = 1, context: int = 128) -> list[Entry]:
+    return [Entry(batch, context, phase, ms, 2 * ms, {"filled_by": "prefill"}) for phase in ("decode", "prefill")]
+
+
+def test_what_was_put_is_found_by_the_next(tmp_path) -> None:
+    cell = base_cell(mini_config())
+    Database(tmp_path / "m.db").put(BENCH, cell, entries(1.5))
+    again = Database(tmp_path / "m.db").get(BENCH, cell, 1, 128)
+    assert {p: e.median_ms for p, e in again.items()} == {"decode": 1.5, "prefill": 1.5}
+    assert again["decode"].details == {"filled_by": "prefill"}
+    with sqlite3.connect(tmp_path / "m.db") as db:
+        assert db.execute("pragma journal_mode").fetchone() == ("wal",)
+
+
+CELL = base_cell(mini_config())
+OTHERS: list[tuple[Bench, Cell, int, int]] = [
+    (replace(BENCH, machine={**BENCH.machine, "device": "other"}), CELL, 1, 128),
+    (replace(BENCH, machine={**BENCH.machine, "driver": "2"}), CELL, 1, 128),
+    (replace(BENCH, machine={**BENCH.machine, "kernels": "abd"}), CELL, 1, 128),
+    (replace(BENCH, backend="tensorrt"), CELL, 1, 128),
+    (replace(BENCH, dtype="float32"), CELL, 1, 128),
+    (replace(BENCH, chunk=32), CELL, 1, 128),
+    (BENCH, replace(CELL, fp8=True), 1, 128),
+    (BENCH, replace(CELL, state_dtype="bfloat16"), 1, 128),
+    (BENCH, replace(CELL, config=replace(CELL.config, hidden_size=2 * CELL.config.hidden_size)), 1, 128),
+    (BENCH, CELL, 2, 128),
+    (BENCH, CELL, 1, 256),
+]
+
+
+@pytest.mark.parametrize("n", range(len(OTHERS)))
+def test_another_machine_engine_or_case_is_another_number(tmp_path, n: int) -> None:
+    database = Database(tmp_path / "m.db")
+    database.put(BENCH, CELL, entries(1.0))
+    bench, cell, batch, context = OTHERS[n]
+    assert database.get(bench, cell, batch, context) == {}
+
+
+def test_this_machine_is_named() -> None:
+    import torch
+
+    found = machine(torch.device("cpu"))
+    assert found["device"] and found["threads"] == torch.get_num_threads()
+    assert found["torch"] == torch.__version__ and found["kernels"] == kernel_hash()
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "middle", "foreign", "directory"])
+def test_a_damaged_database_is_one_message(tmp_path, damage: str) -> None:
+    path = tmp_path / "m.db"
+    if damage == "text":
+        path.write_text("not a database, but longer than the header that SQLite looks at " * 9)
+    elif damage == "directory":
+        path.mkdir()
+    elif damage == "foreign":
+        with sqlite3.connect(path) as db:
+            db.execute("create table measurements (a)")
+    else:
+        database = Database(path)
+        for i in range(64):
+            database.put(BENCH, CELL, entries(1.0, batch=i + 1))
+        database.local.db.execute("pragma wal_checkpoint(truncate)")
+        database.local.db.close()
+        content = bytearray(path.read_bytes())
+        content = content[: len(content) // 2] if damage == "truncated" else content
+        content[4096 : 4096 + 2048] = b"\xff" * len(content[4096 : 4096 + 2048])
+        path.write_bytes(content)
+    with pytest.raises(
+        JetExportError, match=r"m\.db: not a usable measurement database \(.*\)\.\n.*mv .*--database FILE"
+    ):
+        Database(path).get(BENCH, CELL, 1, 128)
+
+
+def test_another_schema_is_refused(tmp_path) -> None:
+    with sqlite3.connect(tmp_path / "m.db") as db:
+        db.execute("pragma user_version=7")
+    with pytest.raises(JetExportError, match="schema 7, this one reads 1"):
+        Database(tmp_path / "m.db")
+
+
+def write_forever(path: Path, first: int) -> None:
+    database = Database(path)
+    for i in range(first, first + 10**6):
+        database.put(BENCH, CELL, entries(float(i), batch=i))
+        Path(f"{path}.{first}").write_text(str(i))
+
+
+def test_two_writers_killed_lose_nothing_that_was_written(tmp_path) -> None:
+    path = tmp_path / "m.db"
+    Database(path)
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_forever, args=(path, first)) for first in (1, 10**7)]
+    for w in writers:
+        w.start()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not all(Path(f"{path}.{n}").exists() for n in (1, 10**7)):
+        time.sleep(0.05)
+    time.sleep(0.3)
+    for w in writers:
+        assert w.pid is not None
+        os.kill(w.pid, signal.SIGKILL)
+        w.join()
+    database = Database(path)
+    for first in (1, 10**7):
+        last = int(Path(f"{path}.{first}").read_text() or first)
+        assert last >= first
+        for i in (first, last):
+            assert database.get(BENCH, CELL, i, 128)["decode"].median_ms == i
+
+
+def test_builds_run_together_and_measurements_alone() -> None:
+    inside: list[str] = []
+    seen: list[tuple[str, ...]] = []
+    guard = threading.Lock()
+
+    def work(kind: str) -> None:
+        with locks.building() if kind == "build" else locks.measuring():
+            with guard:
+                inside.append(kind)
+                seen.append(tuple(inside))
+            time.sleep(0.02)
+            with guard:
+                inside.remove(kind)
+
+    threads = [threading.Thread(target=work, args=(kind,)) for kind in ["build"] * 6 + ["measure"] * 4 + ["build"] * 4]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+    assert len(seen) == 14
+    assert all(now == ("measure",) for now in seen if "measure" in now)
+    assert max(map(len, seen)) > 1
+
+
+def test_a_claim_is_one_searches(tmp_path) -> None:
+    first = locks.Claim.take(tmp_path / "c.lock")
+    assert first is not None
+    assert locks.Claim.take(tmp_path / "c.lock") is None
+    first.release()
+    assert locks.Claim.take(tmp_path / "c.lock") is not None

@@ -1,0 +1,87 @@
+"""Optuna's samplers over a space: every trial is a point of it, a study goes on where it stopped."""
+
+import hashlib
+import json
+
+import pytest
+from fake_hands import SPACE, prepared, searched
+
+from jet_export.errors import JetExportError
+from jet_export.search.points import all_points
+from jet_export.search.sampling import choose_sampler, open_study
+
+PLACED = (
+    SPACE + '[attention]\nlayout = {attn = [0, 1], swa = [1]}\n[precision]\nstate_dtype = ["float32", "bfloat16"]\n'
+)
+
+
+def trials(search) -> list:
+    name = hashlib.sha256(json.dumps(search.identity(), sort_keys=True).encode()).hexdigest()[:16]
+    return open_study(search.sampler, search.space, search.output / "study.db", name, 0).get_trials()
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_trials_are_points_of_the_space(tmp_path, sampler: str) -> None:
+    search = prepared(tmp_path, PLACED, sampler=sampler, trials=8, whole=0)
+    searched(search)
+    assert len(trials(search)) == 8
+    assert set(search.evaluations) <= set(all_points(search.space, search.preset))
+    assert len(search.evaluations) > 3
+    assert search.chosen is not None
+
+
+def test_the_grid_is_the_whole_space(tmp_path) -> None:
+    search = prepared(tmp_path, SPACE, sampler="grid", trials=99, whole=0)
+    searched(search)
+    exact = prepared(tmp_path, SPACE, output=tmp_path / "exact", whole=0)
+    searched(exact)
+    assert set(search.evaluations) == set(exact.evaluations)
+    assert search.chosen is not None and exact.chosen is not None
+    assert search.chosen.point == exact.chosen.point
+
+
+def test_a_killed_study_goes_on(tmp_path) -> None:
+    options = {"sampler": "tpe", "trials": 10, "whole": 0, "jobs": 2}
+    with pytest.raises(KeyboardInterrupt):
+        searched(prepared(tmp_path, PLACED, **options), die_after=9)
+    search = prepared(tmp_path, PLACED, resume=True, **options)
+    searched(search)
+    states = [t.state.name for t in trials(search)]
+    assert states.count("COMPLETE") == 10
+    assert not {"RUNNING", "WAITING"} & set(states)
+    assert search.chosen is not None
+    again = searched(prepared(tmp_path, PLACED, resume=True, **options))
+    assert not again.built
+
+
+def test_refused_trials_say_why(tmp_path) -> None:
+    space = PLACED.replace('"16x32x4"', '"128x128x8"')
+    search = prepared(tmp_path, space, sampler="tpe", trials=8, whole=0)
+    searched(search)
+    refused = [t for t in trials(search) if t.state.name == "FAIL"]
+    assert refused
+    assert all("cache" in t.user_attrs["refused"] for t in refused)
+
+
+def test_small_spaces_are_enumerated(tmp_path) -> None:
+    search = prepared(tmp_path)
+    assert search.sampler == "exact"
+    assert choose_sampler("auto", search.space, search.preset, 2) == "tpe"
+    assert prepared(tmp_path, sampler="grid").sampler == "grid"
+    with pytest.raises(JetExportError, match=r"--sampler anneal: not known.\nKnown: auto, exact, grid, tpe, nsga2"):
+        prepared(tmp_path, sampler="anneal")
+    with pytest.raises(JetExportError, match="--sampler grid: cannot search layouts under a count"):
+        prepared(tmp_path, PLACED, sampler="grid")
+    many = SPACE.replace("[measure]", 'share = "each"\n[precision]\nstate_dtype = ["float32", "bfloat16"]\n[measure]')
+    many = many.replace('"32x32x2"', '"32x32x2", "32x16x2", "16x16x2", "16x48x2", "48x16x2"')
+    with pytest.raises(JetExportError, match=r"--sampler exact: the space has [\d,]+ points"):
+        prepared(tmp_path, many, sampler="exact")
+
+
+def test_a_damaged_study_is_one_message(tmp_path) -> None:
+    search = prepared(tmp_path, PLACED, sampler="tpe", trials=4)
+    search.output.mkdir()
+    (search.output / "search.json").write_text(json.dumps(search.identity()))
+    (search.output / "study.db").write_text("not a study " * 99)
+    with pytest.raises(JetExportError, match=r"study.db: not a usable Optuna study .*\n.*mv "):
+        searched(prepared(tmp_path, PLACED, sampler="tpe", trials=4, resume=True))

@@ -1,0 +1,175 @@
+"""The space file: what it takes, what it refuses by name, and the points that it spans."""
+
+import re
+from pathlib import Path
+
+import pytest
+from eager_bundle import mini_config
+from fake_hands import prepared
+
+from jet_export.errors import JetExportError
+from jet_export.model.config import JetDims, jet_2b, jet_4b
+from jet_export.search.constraints import Scene
+from jet_export.search.points import Point, all_points, count_points
+from jet_export.search.run import judge
+from jet_export.search.space import SPACES, default_space, layout_of, read_space
+
+
+def space_of(tmp_path: Path, text: str, config=None):
+    path = tmp_path / "space.toml"
+    path.write_text(text)
+    return read_space(path, config or mini_config())
+
+
+def test_the_default_space_is_the_papers_table() -> None:
+    import torch
+
+    preset = jet_2b()
+    space = read_space(default_space("jet-2b"), preset)
+    assert len(space.sizes) == 9
+    scene = Scene(preset, space, torch.bfloat16, None)
+    points = list(all_points(space, preset))
+    assert [scene.refusal(p) for p in points] == [None] * 9
+    caches = {scene.cache_bytes(p.config(preset, space), p) for p in points}
+    assert caches == {scene.allowed_cache_bytes(points[0])}  # one state, and the preset's own
+    taps = {scene.memory(p.config(preset, space), p, 1).conv_states for p in points}
+    assert len(taps) > 1  # which is why the bound leaves them out
+    assert JetDims(12, 96, 256) in space.sizes and (space.target_batch, space.target_context) == (128, 65536)
+
+
+@pytest.mark.parametrize("path", sorted(SPACES.glob("*.toml")) + sorted(Path("benchmarks/spaces").glob("*.toml")))
+def test_every_committed_space_is_read(path: Path) -> None:
+    if path.name == "paper_scores.toml":
+        return
+    from jet_export.model.hub import load_config
+
+    preset = load_config("jet-tiny") if "tiny" in path.name else jet_2b()
+    assert count_points(read_space(path, preset), preset) > 1
+
+
+def test_jet_tiny_has_a_space_of_its_own() -> None:
+    import torch
+
+    from jet_export.model.hub import load_config
+
+    preset = load_config("jet-tiny")
+    space = read_space(default_space("jet-tiny"), preset)
+    scene = Scene(preset, space, torch.bfloat16, None)
+    assert [scene.refusal(p) for p in all_points(space, preset)] == [None] * count_points(space, preset)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[jet", "not valid TOML"),
+        ("[jets]\nsizes = []", r"\[jets\] is not known"),
+        ("[jet]\nsize = 3", "jet.size is not known"),
+        ('[jet]\nsizes = ["96x256"]', "jet.sizes holds '96x256'"),
+        ('[jet]\nsizes = ["0x16x2"]', "jet.sizes holds '0x16x2'"),
+        ("[jet]\nsizes = []", "jet.sizes is empty"),
+        ('[jet]\nsizes = ["preset"]\nnum_heads = [2]', "jet.sizes and jet.num_heads exclude each other"),
+        ("[jet]\nhead_k_dim = [0]", "jet.head_k_dim holds 0"),
+        ("[jet]\nhead_k_dim = [true]", "jet.head_k_dim holds True"),
+        ('[jet]\nshare = "some"', "jet.share is 'some'"),
+        ("[jet]\nshare = [[0, 0]]", "names a layer twice"),
+        ("[jet]\nshare = [[99]]", "one that is not there.\nLayers are 0 to"),
+        ("[precision]\nfp8 = [1]", "precision.fp8 holds 1"),
+        ('[precision]\nstate_dtype = ["int8"]', "precision.state_dtype holds 'int8'.\nIt takes float32, bfloat16"),
+        ("[attention]\nwindow_size = [0]", "attention.window_size holds 0"),
+        ('[attention]\nlayout = ["jj"]', "attention.layout holds 'jj'.\nIt takes 4 letters"),
+        ('[attention]\nlayout = ["jjjx"]', "attention.layout holds 'jjjx'"),
+        ("[attention]\nlayout = {attn = 9}", "attention.layout.attn is 9.\nIt takes counts from 0 to 4"),
+        ("[attention]\nlayout = {jet = 2}", "attention.layout counts attn and swa only"),
+        ('[constraints]\ncache_bytes = "some"', "constraints.cache_bytes is 'some'"),
+        ("[constraints]\nparameters = [2, 1]", r"constraints.parameters is \[2, 1\]"),
+        ("[constraints]\ndecode_ms = -1", "constraints.decode_ms is -1"),
+        ("[constraints]\ndecode_ms = nan", "constraints.decode_ms is nan"),
+        ("[measure]\nbatch = [1]\n[target]\nbatch = 2", "target.batch 2 is not measured.\nAdd it to measure.batch"),
+        ('[measure]\nfill = "zeros"', "measure.fill holds 'zeros'"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path, text: str, message: str) -> None:
+    with pytest.raises(JetExportError, match="--space .*space.toml: .*" + re.sub("\n", "\n", message)):
+        space_of(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(JetExportError, match=r"nowhere.toml: no such file.\ndocs/search.md"):
+        read_space(tmp_path / "nowhere.toml", mini_config())
+
+
+def test_dimensions_may_be_crossed(tmp_path) -> None:
+    space = space_of(tmp_path, "[jet]\nhead_k_dim = [16, 32]\nhead_v_dim = [16, 48, 64]\nnum_heads = [2]")
+    assert set(space.sizes) == {JetDims(2, k, v) for k in (16, 32) for v in (16, 48, 64)}
+
+
+TEXT = '[jet]\nsizes = ["16x32x2", "32x16x2", "16x16x4"]\n'
+
+
+def test_layers_that_share_have_one_choice(tmp_path) -> None:
+    config = mini_config()
+    jets = [i for i, kind in enumerate(config.layer_types) if kind == "jet"]
+    every = {"all": 3, "each": 3 ** len(jets), [jets[:1], jets[1:]].__repr__(): 3**2}
+    for share, n in every.items():
+        value = f'"{share}"' if share in ("all", "each") else share
+        space = space_of(tmp_path, TEXT + f"share = {value}\n")
+        points = list(all_points(space, config))
+        assert len(points) == len(set(points)) == n
+        for p in points:
+            dims = p.jet_dims(space)
+            assert set(dims) == set(jets)
+            if share == "all":
+                assert len(set(dims.values())) == 1
+    rest = {tuple(p.jet_dims(space)[i] for i in jets[1:]) for p in points}
+    assert rest == {(d,) * len(jets[1:]) for d in space.sizes}
+
+
+def test_a_jet_layer_in_no_group_is_refused(tmp_path) -> None:
+    search = prepared(tmp_path, TEXT + "share = [[0]]\n[measure]\nbatch = 1\ncontext = 128\n")
+    reasons = {judge(search, p).refused for p in all_points(search.space, search.preset)}
+    assert len(reasons) == 1 and "is a jet layer and in no group of jet.share" in (reasons.pop() or "")
+
+
+def test_layouts_under_a_count_are_all_of_them(tmp_path) -> None:
+    space = space_of(tmp_path, '[jet]\nsizes = ["preset"]\n[attention]\nlayout = {attn = [0, 1], swa = 1}')
+    layouts = [p.layout for p in all_points(space, mini_config())]
+    assert len(layouts) == len(set(layouts)) == 4 + 4 * 3
+    assert {(x.count("a"), x.count("s")) for x in layouts} == {(0, 1), (1, 1)}
+    assert count_points(space, mini_config()) == len(layouts)
+
+
+def test_what_a_layout_does_not_use_is_no_choice(tmp_path) -> None:
+    text = '[precision]\nkv_cache_dtype = ["auto", "fp8"]\n[attention]\nlayout = ["jjjj"]\nwindow_size = [64, 128]'
+    points = list(all_points(space_of(tmp_path, text), mini_config()))
+    assert len(points) == 1
+
+
+def test_the_bound_is_the_presets_at_the_points_precision(tmp_path) -> None:
+    import torch
+
+    text = '[precision]\nstate_dtype = ["float32", "bfloat16"]\nkv_cache_dtype = ["auto", "fp8"]\n'
+    preset = jet_4b()
+    space = space_of(tmp_path, text + "[measure]\nbatch = 2\ncontext = 4096", preset)
+    scene = Scene(preset, space, torch.bfloat16, None)
+    bounds = {}
+    for p in all_points(space, preset):
+        assert scene.refusal(p) is None
+        bounds[p.state_dtype, p.kv_cache_dtype] = scene.allowed_cache_bytes(p)
+        assert scene.cache_bytes(p.config(preset, space), p) == scene.allowed_cache_bytes(p)
+    assert len(set(bounds.values())) == 4
+    states = 26 * 16 * 128 * 256
+    assert bounds["float32", "auto"] - bounds["bfloat16", "auto"] == 2 * states
+
+
+def test_labels_tell_points_apart(tmp_path) -> None:
+    text = (
+        TEXT + 'share = "each"\n[precision]\nstate_dtype = ["float32", "bfloat16"]\n[attention]\nlayout = {swa = [1]}'
+    )
+    config = mini_config()
+    space = space_of(tmp_path, text, config)
+    points = list(all_points(space, config))
+    assert len({p.label(space, config) for p in points}) == len(points)
+    alike = Point((JetDims(2, 16, 32),) * 4, layout_of(config), config.window_size, False, "float32", "auto")
+    assert alike.label(space, config).startswith("16x32x2 state fp32")
+    two = Point((JetDims(2, 16, 32),) * 2 + (JetDims(2, 32, 16),) * 2, "jjjj", 0, False, "float32", "auto")
+    assert two.label(space, config) == "2*16x32x2+2*32x16x2 state fp32 jjjj"
