@@ -60,11 +60,11 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
     if serving.prefix_cache_bytes < 0:
         raise JetExportError(f"prefix_cache_bytes is {serving.prefix_cache_bytes}.", "0 keeps no prefixes.")
     interval = math.lcm(chunk, PAGE) if serving.prefix_cache_bytes else 0
-    if interval > limits.max_seq_len:
+    if interval and interval + 2 > limits.max_seq_len:
         raise JetExportError(
-            f"prefix_cache_bytes: prefixes are kept every {interval} tokens (whole chunks of {chunk} and pages of "
-            f"{PAGE}); max_seq_len is {limits.max_seq_len}.",
-            f"Set a token_budget of {slots + PAGE} or more, or build with a --prefill-chunk that {PAGE} divides.",
+            f"prefix_cache_bytes: prefixes would be kept every {interval} tokens (whole chunks of {chunk} and pages of "
+            f"{PAGE}), and no prompt is longer: max_seq_len is {limits.max_seq_len}.",
+            f"Set a token_budget that makes chunks shorter, or build with a --prefill-chunk that {PAGE} divides.",
         )
     page_bytes = sum(s.row_bytes for s in engine.specs if s.rows == "pages")
     return Capacity(
