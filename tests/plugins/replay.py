@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(1, str(Path(__file__).parents[1]))  # tests, for checked_memory
 from plugin_harness import FakeGpu
 
 MODULES = ["dynamic_conv", "gated_delta_rule_chunk", "gated_delta_rule_decode", "gated_rms_norm", "rope_append",
@@ -98,5 +100,49 @@ def evaluate(job: dict) -> dict:
     return {"nodes": nodes, "end_to_end": max(whole), "launches": replay.count}
 
 
+def enqueued(job: dict) -> dict:
+    """Plugins against their references, states apart and in place, and what hostile inputs make them touch."""
+    from checked_memory import checked_memory
+
+    from jet_export.ladder.inputs import HOSTILE, attributes_of, node_of, random_inputs
+    from jet_export.ladder.rungs import relative
+    from jet_export.plugins.cases import case_from_dict, label
+    from jet_export.plugins.harness.build import harness_library
+    from jet_export.plugins.harness.nodes import PluginNode
+    from jet_export.plugins.harness.objects import Harness
+    from jet_export.plugins.library import NAME
+
+    folder = Path(job["folder"])
+    replay = Replay(folder, Path(job["fake"]), job["sm"])
+    harness = Harness(harness_library(job["headers"]), folder / NAME)
+    out: dict[str, Any] = {"errors": {}, "lost": [], "hostile": 0}
+    for case in map(case_from_dict, job["cases"]):
+        node = PluginNode(harness, node_of(case), attributes_of(case), replay)
+        for run, (lens, context) in job["runs"].items():
+            inputs = random_inputs(case, lens, context, "cpu")
+            want, before = inputs.reference(), [t.clone() for t in inputs.tensors]
+            o, *states = node(*inputs.tensors)
+            what = f"{label(case)}: {run}"
+            out["errors"][f"{what}: apart"] = max(map(relative, (o, *states), want))
+            if not all(torch.equal(a, b) for a, b in zip(inputs.tensors, before, strict=True)):
+                out["lost"].append(f"{what}: an input changed")
+            for state, old, new in zip(states, inputs.states(), want[1:], strict=True):
+                kept = (old == new).flatten(1).all(1)  # rows that the reference leaves as they were
+                if not kept.any() or not torch.equal(state[kept], old[kept]):
+                    out["lost"].append(f"{what}: rows outside the slots")
+            tensors = inputs.tensors
+            node.enqueue(tensors, [o.fill_(torch.nan), *inputs.states()])
+            out["errors"][f"{what}: in place"] = max(map(relative, (o, *inputs.states()), want))
+            for seed, kind in enumerate(HOSTILE):
+                held = random_inputs(case, lens, context, "cpu").hostile(kind, seed)
+                workspace = node.workspace(held.tensors)
+                with checked_memory([*held.tensors, o, workspace]):
+                    node.enqueue(held.tensors, [o, *held.states()], workspace)
+                out["hostile"] += 1
+        node.close()
+    return out
+
+
 if __name__ == "__main__":
-    print(json.dumps(evaluate(json.loads(Path(sys.argv[1]).read_text()))))
+    job = json.loads(Path(sys.argv[1]).read_text())
+    print(json.dumps((evaluate if "graph" in job else enqueued)(job)))

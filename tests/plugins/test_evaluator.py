@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import replay
@@ -12,11 +13,19 @@ from eager_bundle import mini_config
 from onnx_models import export
 
 from jet_export.kernels import common
+from jet_export.ladder.rungs import SMALL_RUNS
 from jet_export.model.cache import state_specs
 from jet_export.model.jet_nemotron import random_model
+from jet_export.plugins.cases import case_to_dict, model_cases
 from jet_export.plugins.library import library_for
 
 SM = 90
+
+
+@pytest.fixture(scope="module")
+def library(headers) -> Path:
+    """Of the small model of `mini_config`, in fp32, which Triton's interpreter computes rightly."""
+    return library_for(mini_config(), [SM], "float32", "float32", "float32", headers)
 
 
 def evaluated(job: dict, tmp_path) -> dict:
@@ -31,11 +40,10 @@ def evaluated(job: dict, tmp_path) -> dict:
 @pytest.mark.skipif(
     not common.INTERPRET, reason="the CPU's stand-in for a GPU; with one, the test below is the real thing"
 )
-def test_the_plugins_own_launches_compute_the_graph(headers, tools, tmp_path):
+def test_the_plugins_own_launches_compute_the_graph(headers, tools, library, tmp_path):
     """Plugin objects created from the graph's attributes, enqueued on the evaluator's tensors, their launches run by
     Triton's interpreter: every value of the model is the model's own, forced and end to end, prefill and decode."""
     config = mini_config()
-    library = library_for(config, [SM], "float32", "float32", "float32", headers)
     model = random_model(config, torch.float32, "cpu", 0, 256)
     job = {"config": str(tmp_path / "mini.json"), "folder": str(library), "headers": str(headers), "sm": SM,
            "fake": str(tools[1]), "graph": str(export(model, tmp_path / "graph"))}  # fmt: skip
@@ -47,3 +55,16 @@ def test_the_plugins_own_launches_compute_the_graph(headers, tools, tmp_path):
     assert max(max(step.values()) for step in (prefill, decode)) < 1e-5
     assert found["end_to_end"] < 1e-5
     assert found["launches"] > 20
+
+
+@pytest.mark.skipif(not common.INTERPRET, reason="the CPU's stand-in for a GPU; test_on_gpu.py is the real thing")
+def test_plugins_compute_what_their_references_do(headers, tools, library, tmp_path):
+    """Prefill, chunks and decode, with a window, states in place and apart: then rows outside `slots` survive and no
+    input changes. With meaningless batch tensors every load and store stays in the inputs, outputs and workspace."""
+    cases = model_cases(mini_config(), "float32")
+    job = {"folder": str(library), "headers": str(headers), "sm": SM, "fake": str(tools[1]), "runs": SMALL_RUNS,
+           "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
+    found = evaluated(job, tmp_path)
+    assert len(found["errors"]) == 2 * len(cases) * len(SMALL_RUNS) and found["hostile"] > 20
+    assert max(found["errors"].values()) < 1e-5, found["errors"]
+    assert not found["lost"]
