@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -236,13 +237,14 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
         save_file({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
     backend: dict[str, Any] = {"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)}
+    (_write_packages if plan.backend.name == "inductor" else _write_graph)(plan, model, tmp, progress)
     if plan.backend.name in FLAVORS:
         from jet_export.trt.build import write_engine
 
-        write_engine(plan, model, tmp, progress, list((quantization or {}).get("fp8", {})))
+        del model, tensors  # TensorRT reads the weights from their file
+        gc.collect()
+        write_engine(plan, tmp, progress, list((quantization or {}).get("fp8", {})))
         backend["library_in_plan"] = True
-    else:
-        (_write_graph if plan.backend.name == "onnx" else _write_packages)(plan, model, tmp, progress)
     return Manifest(
         model={"name": plan.options.model, "source": plan.source, "licence": licence, "config": plan.config.to_dict()},
         backend=backend,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jet_export.bundle import dtype_name
 from jet_export.errors import JetExportError
-from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.onnx_export import GRAPH, require_onnx
 from jet_export.plugins.library import NAME as LIBRARY
 from jet_export.plugins.library import library_for, require_tools
 from jet_export.plugins.table import TABLE
@@ -32,23 +32,19 @@ SHOWN = 6
 
 def require(plan: BuildPlan) -> None:
     """What a build needs, before it begins. Raises JetExportError naming what is missing."""
-    from jet_export.onnx_export import require_onnx
-
     o = plan.options
     FLAVORS[plan.backend.name].require(f"--backend {plan.backend.name}")
     require_onnx()
     require_tools(o.tensorrt_headers, o.fetch_headers)
 
 
-def write_engine(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress, fp8: list[str]) -> None:
-    """Plan, plugin library and layer report into `tmp`, beside the weights. `fp8`: published names of the FP8 layers.
+def write_engine(plan: BuildPlan, tmp: Path, progress: Progress, fp8: list[str]) -> None:
+    """Plan, plugin library and layer report into `tmp`, from the graph and the weights there. `fp8`: published names of
+    the FP8 layers.
 
     Raises JetExportError where TensorRT fails, or builds something other than the graph asks for.
     """
-    from jet_export.onnx_export import GRAPH, write_onnx
-    from jet_export.runtime.runner import max_prefill_tokens
-
-    o, limits = plan.options, plan.limits
+    o, graph = plan.options, tmp / GRAPH
     flavor = FLAVORS[plan.backend.name]
     with progress.stage("compile the plugin library"):
         folder = library_for(
@@ -57,11 +53,10 @@ def write_engine(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, prog
         )  # fmt: skip
         shutil.copyfile(folder / LIBRARY, tmp / LIBRARY)
         shutil.copyfile(folder / TABLE, tmp / f"plugin_{TABLE}")
-    with progress.stage("export and check the ONNX graph"):
-        tokens = max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk)
-        graph = write_onnx(model, tmp, plan.kv_dtype, plan.state_dtype, tokens, limits.max_batch_size)
     with progress.stage(f"{flavor.title}: parse and build"):
-        report = build_plan(flavor, graph, tmp / LIBRARY, list(plan.sms), profiles(graph, plan.config, limits), tmp)
+        report = build_plan(
+            flavor, graph, tmp / LIBRARY, list(plan.sms), profiles(graph, plan.config, plan.limits), tmp
+        )
     problems = check(report, expected(graph, fp8))
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -71,7 +66,7 @@ def write_engine(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, prog
         )
     report.save(tmp / REPORT)
     if not o.keep_onnx:
-        (tmp / GRAPH).unlink()
+        graph.unlink()
 
 
 def build_plan(

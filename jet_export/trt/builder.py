@@ -46,7 +46,8 @@ def make_logger(trt: Any) -> Any:
 
 def parse(trt: Any, builder: Any, graph: str, logger: Any) -> tuple[Any, Any]:
     """The network, or None, and the parser, which holds its weights; the parser's own errors go to the logger."""
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # without it all networks are
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(graph):
         return network, parser

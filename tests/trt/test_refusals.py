@@ -125,9 +125,10 @@ def quick(tmp_path_factory, monkeypatch, tmp_path):
     """A build whose engine is one that was built before, on a machine that has its GPU."""
     built = rtx_bundle(tmp_path_factory, "jet-tiny bf16")
 
-    def write_engine(plan, model, tmp, progress, fp8) -> None:
+    def write_engine(plan, tmp, progress, fp8) -> None:
         for name in ("engine.plan", "libjet_plugins.so", "layers.json"):
             shutil.copyfile(built / name, tmp / name)
+        (tmp / "model.onnx").unlink()
 
     monkeypatch.setattr(trt_build, "write_engine", write_engine)
     monkeypatch.setattr(builds, "host_target", lambda device: {"arch": "sm_89"})
