@@ -131,7 +131,7 @@ def bench(
     bundle: Bundle,
     protocol: Annotated[str, typer.Option(help="latency, paper (its batches and chunks) or serving.")] = "latency",
     contexts: Annotated[str | None, typer.Option(help="Tokens held, e.g. 1024,4096,64k.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Sequences at once, or auto: the most that fit.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences at once, e.g. 1,8; auto: the most that fit.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Decode steps of each case.")] = 128,
     baseline: Annotated[list[str] | None, typer.Option(help="qwen3-1.7b, qwen3-1.7b:fp8, or a bundle.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for bench.json, bench.csv and bench.png.")] = None,
@@ -139,11 +139,11 @@ def bench(
 ) -> None:
     """Measure speed and memory, beside the roofline; verified first, and nothing is timed where that fails."""
     from jet_export.speed.command import BenchOptions, run_bench
-    from jet_export.speed.protocols import Asked, parse_batch, parse_contexts
+    from jet_export.speed.protocols import Asked, parse_batches, parse_contexts
 
     if new_tokens < 2:
         raise JetExportError(f"--new-tokens {new_tokens}: must be at least 2.")
-    asked = Asked(protocol, parse_contexts(contexts), parse_batch(batch), new_tokens)
+    asked = Asked(protocol, parse_contexts(contexts), parse_batches(batch), new_tokens)
     options = BenchOptions(bundle, asked, tuple(baseline or ()), output, fill_seconds)
     run_bench(options, ["jet-export", *(shlex.quote(a) for a in sys.argv[1:])], typer.echo)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ class BundleRun:
     manifest: Manifest
     verdict: Verdict
     peaks: Peaks
+    load_seconds: float  # engine and weights, the check of the files included
     rows: list[Row]
     skipped: list[Skipped]
     notes: list[str]
@@ -66,6 +68,7 @@ class BundleRun:
             "limits": asdict(m.limits),
             "build_command": m.rebuild_command,
             "verify": {"passed": self.verdict.passed, "date": self.verdict.date},
+            "load_seconds": round(self.load_seconds, 2),
             "copy_bytes_per_s": self.peaks.copy,
             "matmul_flop_per_s": {str(d).removeprefix("torch."): s for d, s in self.peaks.matmul.items()},
             "rows": [asdict(r) for r in self.rows],
@@ -114,13 +117,15 @@ def run_bundle(
 ) -> BundleRun:
     """Verify and measure one bundle; `keep` sees what there is after every case."""
     verdict = require_verified(bundle, emit)
-    engine, manifest = load_engine(bundle, check=False)  # verify has checked the files
+    begin = time.monotonic()
+    engine, manifest = load_engine(bundle)  # the files' hashes too: the verdict may be an older one
+    load_seconds = time.monotonic() - begin
     weights = bundle_weights(bundle)
     room = Room(manifest, weights.resident, available_memory(engine.device) + weights.resident)
     peaks = measure_peaks(engine.device, product_dtypes(manifest))
-    run = BundleRun(bundle, manifest, verdict, peaks, [], [], [], [])
+    run = BundleRun(bundle, manifest, verdict, peaks, load_seconds, [], [], [], [])
     emit(
-        f"copy {peaks.copy / 1e9:,.1f} GB/s, products "
+        f"loaded in {load_seconds:.1f} s; copy {peaks.copy / 1e9:,.1f} GB/s, products "
         + ", ".join(f"{str(d).removeprefix('torch.')} {s / 1e12:.3g} TFLOP/s" for d, s in peaks.matmul.items())
     )
     cases, run.skipped, run.notes = plan_cases(options.asked, room)

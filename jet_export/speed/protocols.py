@@ -26,11 +26,11 @@ FIRST_TOKENS = 10  # fills of a latency case, each of which gives a time to firs
 
 @dataclass(frozen=True)
 class Asked:
-    """The command line's choice. batch None: the protocol's own; 0: auto, the largest that fits."""
+    """The command line's choice. batches None: the protocol's own; 0: auto, the largest that fits."""
 
     protocol: str
     contexts: tuple[int, ...] | None = None
-    batch: int | None = None
+    batches: tuple[int, ...] | None = None
     new_tokens: int = NEW_TOKENS
 
 
@@ -81,15 +81,14 @@ def parse_contexts(text: str | None) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(contexts))
 
 
-def parse_batch(text: str | None) -> int | None:
-    """ "auto" -> 0, "8" -> 8. Raises JetExportError."""
+def parse_batches(text: str | None) -> tuple[int, ...] | None:
+    """ "auto" -> (0,), "1,8" -> (1, 8). Raises JetExportError."""
     if text is None:
         return None
-    if text == "auto":
-        return 0
-    if not text.isdigit() or int(text) < 1:
-        raise JetExportError(f"--batch {text}: neither auto nor a positive number.")
-    return int(text)
+    words = text.split(",")
+    if any(w != "auto" and not (w.isdigit() and int(w)) for w in words):
+        raise JetExportError(f"--batch {text}: neither auto nor positive numbers.")
+    return tuple(dict.fromkeys(0 if w == "auto" else int(w) for w in words))
 
 
 def wanted(asked: Asked, limits: Limits) -> list[tuple[int, int, int]]:
@@ -102,9 +101,8 @@ def wanted(asked: Asked, limits: Limits) -> list[tuple[int, int, int]]:
                 f"--protocol paper: the paper has no context of {unknown[0]} tokens.",
                 f"It has {', '.join(map(str, PAPER))}; --protocol latency takes any.",
             )
-        return [(c, PAPER[c][0] if asked.batch is None else asked.batch, PAPER[c][1]) for c in contexts]
-    batch = 1 if asked.batch is None else asked.batch
-    return [(c, batch, min(c, limits.prefill_chunk)) for c in asked.contexts or CONTEXTS]
+        return [(c, b, PAPER[c][1]) for c in contexts for b in asked.batches or (PAPER[c][0],)]
+    return [(c, b, min(c, limits.prefill_chunk)) for c in asked.contexts or CONTEXTS for b in asked.batches or (1,)]
 
 
 def plan_cases(asked: Asked, room: Room) -> tuple[list[Case], list[Skipped], list[str]]:

@@ -36,7 +36,7 @@ def bundle(tmp_path, monkeypatch):
         build={"command": ["jet-export", "build", "--model", "mini.json"]}, files=describe_files(directory),
     )  # fmt: skip
     manifest.save(directory)
-    monkeypatch.setattr(command, "load_engine", lambda path, check: (engine, manifest))
+    monkeypatch.setattr(command, "load_engine", lambda path: (engine, manifest))
     peaks = Peaks(1e10, {torch.float32: 1e11})
     monkeypatch.setattr(command, "measure_peaks", lambda device, dtypes: peaks)
     return directory
@@ -116,7 +116,7 @@ def test_rows_and_files(bundle, outcome, tmp_path) -> None:
 
 def test_batch_auto_takes_the_bundles_limit(bundle, outcome) -> None:
     lines: list[str] = []
-    result = run(bundle, 32, batch=0, lines=lines)
+    result = run(bundle, 32, batches=(0,), lines=lines)
     assert [r["batch"] for r in result["bundles"][0]["rows"]] == [4]
     assert any("batch 4 is the bundle's max_batch_size" in line for line in lines)
 
@@ -130,7 +130,7 @@ def test_a_baseline_is_swept_and_compared(bundle, outcome) -> None:
 
 
 def test_serving_finishes_every_request(bundle, outcome) -> None:
-    result = run(bundle, 40, protocol="serving", batch=2)
+    result = run(bundle, 40, protocol="serving", batches=(2,))
     (r,) = result["bundles"][0]["serving"]
     assert (r["slots"], r["requests"], r["new_tokens"]) == (2, 8, 6)
     assert 0 < r["ttft_p50"] <= r["ttft_p99"] and 0 < r["ms_per_token_p50"] <= r["ms_per_token_p99"]

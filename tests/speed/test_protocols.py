@@ -12,7 +12,7 @@ from jet_export.speed.command import with_sweep
 from jet_export.speed.protocols import (
     Asked,
     Room,
-    parse_batch,
+    parse_batches,
     parse_contexts,
     plan_cases,
     rebuild,
@@ -73,15 +73,15 @@ def test_a_case_beyond_the_memory_says_which_batch_fits() -> None:
     (s,) = skipped
     most = r.largest(65536 + 128, 2048)
     assert s.reason.endswith("20.0 GB are free") and s.remedy == f"--batch {most} fits"
-    cases, skipped, _ = plan_cases(Asked("paper", (65536,), batch=most), r)
+    cases, skipped, _ = plan_cases(Asked("paper", (65536,), batches=(most,)), r)
     assert [c.batch for c in cases] == [most] and not skipped
 
 
 def test_auto_is_the_largest_that_memory_and_limits_allow() -> None:
-    cases, _, notes = plan_cases(Asked("latency", (4096,), batch=0), room(1e12))
+    cases, _, notes = plan_cases(Asked("latency", (4096,), batches=(0,)), room(1e12))
     assert [c.batch for c in cases] == [64]
     assert "max_batch_size; the memory holds" in notes[0] and "--max-batch-size" in notes[0]
-    cases, _, notes = plan_cases(Asked("latency", (4096,), batch=0), room(6e9))
+    cases, _, notes = plan_cases(Asked("latency", (4096,), batches=(0,)), room(6e9))
     assert 1 < cases[0].batch < 64 and not notes
 
 
@@ -120,10 +120,10 @@ def test_an_unchanged_limit_is_not_in_the_command() -> None:
 
 def test_contexts_and_batches_as_typed() -> None:
     assert parse_contexts("1024,4k,1024") == (1024, 4096) and parse_contexts(None) is None
-    assert (parse_batch("auto"), parse_batch("8"), parse_batch(None)) == (0, 8, None)
+    assert (parse_batches("auto"), parse_batches("8,1"), parse_batches(None)) == ((0,), (8, 1), None)
     for text in ("", "1k,x", "0", "-1"):
         with pytest.raises(JetExportError, match="not a list of positive numbers"):
             parse_contexts(text)
-    for text in ("0", "many", "-3", "1.5"):
-        with pytest.raises(JetExportError, match="neither auto nor a positive number"):
-            parse_batch(text)
+    for text in ("0", "many", "-3", "1.5", "1,", ""):
+        with pytest.raises(JetExportError, match="neither auto nor positive numbers"):
+            parse_batches(text)
