@@ -115,6 +115,11 @@ class Sequence:
         self.finish_reason: str | None = None
 
     @property
+    def reads_logits(self) -> bool:
+        """Its logits, or its state as it is when it ends, are looked at: no step may be launched over them."""
+        return self.keep is not None or self.keep_logits or self.params.logprobs is not None
+
+    @property
     def last(self) -> int:
         """The token to feed next."""
         return (self.tokens or self.prompt)[-1]
@@ -131,7 +136,9 @@ class BatchingEngine:
         serving: Serving | None = None,
         cuda_graphs: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        ahead: bool | None = None,  # launch a step before the last one's tokens are read; default: on a GPU
     ) -> None:
+        self.ahead = engine.device.type == "cuda" if ahead is None else ahead
         c = capacity(engine, serving or Serving())
         table, _ = pages_per_sequence(engine.config, c.max_seq_len, c.prefill_chunk)
         pools = PoolSize(c.slots, c.pages, c.window_pages, table, c.ring_pages)
@@ -144,6 +151,7 @@ class BatchingEngine:
         self.work = threading.Condition(self.lock)
         self.thread: threading.Thread | None = None
         self.stopping = False
+        self.flight: _Flight | None = None  # launched ahead
         self.failure: Exception | None = None  # the last one
 
     def submit(
@@ -195,38 +203,83 @@ class BatchingEngine:
             self._end(sequence, Output(None, finish_reason=reason))
 
     def step(self) -> bool:
-        """Run one step; False where there is nothing to run."""
+        """Run one step; False where there is nothing to run.
+
+        On a GPU the next decode step is launched before this one's tokens are looked at, so that the device does not
+        wait for the host. A sequence that turns out to have ended was then decoded once for nothing: its slot's next
+        owner comes later in the stream.
+        """
         with self.lock:
             for request in self.scheduler.expire(self.clock()):
                 self.cancel(self.sequences[request], "timeout")
-            plan = self.scheduler.plan()
-            step = self._collect(plan)
-        if plan.empty:
-            return False
+        flight, self.flight = self.flight, None
+        if flight is None:
+            with self.lock:
+                plan = self.scheduler.plan()
+                step = self._collect(plan)
+            if plan.empty:
+                return False
+            flight = self._launch(plan, step)
+        if flight is not None:
+            if self.ahead:
+                self.flight = self._launch_ahead(flight)
+            self._land(flight)
+        return True
+
+    def _launch(self, plan: Plan, step: _Step) -> _Flight | None:
+        """Hand a step to the device; None where that fails, and its requests have ended with an error."""
         try:
             logits = self._run(step)
-            chosen = self._choose(step.makers, logits)
+            drawn = self._choose(step.makers, logits)
             kept = logits.float().cpu() if any(s.keep_logits for s in step.makers) else None
+            return _Flight(plan, step, logits, drawn, fetch(drawn), kept)
         except Exception as e:
-            log.exception("step failed; its requests end with an error")
-            self.failure = e
-            with self.lock:
-                for sequence in step.everyone:
-                    self._end(sequence, Output(None, finish_reason="error"))
-            return True
+            self._failed(step, e)
+            return None
+
+    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+        """The decode step after `flight`, fed with its tokens on the device; None where there is none to foresee."""
         with self.lock:
-            made = self.scheduler.advance(plan)
-            self._keep_prefixes(plan)
+            plan = self.scheduler.plan_ahead(flight.plan)
+            goes_on = set(plan.decode)
+            makers = [s for s in flight.step.makers if s.request in goes_on]
+            if not makers or any(s.reads_logits for s in flight.step.makers):
+                return None
+            slots = [s.request.slot for s in makers]
+        tokens = flight.drawn.clamp_min(0)  # -1: ends with an error
+        if len(makers) < len(flight.step.makers):
+            rows = [i for i, s in enumerate(flight.step.makers) if s.request in goes_on]
+            tokens = tokens[torch.tensor(rows, device=tokens.device)]
+        return self._launch(plan, _Step([], [], [], [], slots, tokens, makers, makers))
+
+    def _land(self, flight: _Flight) -> None:
+        """Wait for a step's tokens and hand them out."""
+        step = flight.step
+        try:
+            chosen = flight.tokens()
+        except Exception as e:
+            self._failed(step, e)
+            return
+        with self.lock:
+            made = self.scheduler.advance(flight.plan)
+            self._keep_prefixes(flight.plan)
             now = self.clock()
-            self.metrics.step(now, plan.tokens - len(plan.decode), len(made))
+            self.metrics.step(now, flight.plan.tokens - len(flight.plan.decode), len(made))
             row_of = {s.request: i for i, s in enumerate(step.makers)}
             for request in made:
                 if request in self.sequences:  # else a listener has just cancelled it
                     sequence, row = self.sequences[request], row_of[request]
-                    if kept is not None and sequence.keep_logits:
-                        sequence.logits.append(kept[row])
-                    self._report(sequence, chosen[row], logits[row], now)
-        return True
+                    if flight.kept is not None and sequence.keep_logits:
+                        sequence.logits.append(flight.kept[row])
+                    logits = flight.logits[row] if sequence.reads_logits else None
+                    self._report(sequence, chosen[row], logits, now)
+
+    def _failed(self, step: _Step, e: Exception) -> None:
+        log.error("step failed; its requests end with an error", exc_info=e)
+        self.failure = e
+        with self.lock:
+            for sequence in step.everyone:
+                self._end(sequence, Output(None, finish_reason="error"))
 
     def _collect(self, plan: Plan) -> _Step:
         """What the plan feeds, taken under the lock: a cancellation meanwhile changes the requests."""
@@ -291,22 +344,22 @@ class BatchingEngine:
         if step.drawn:
             rows.append(torch.stack(step.drawn))
         if step.decode_slots:
-            tokens = torch.tensor(step.decode_tokens, dtype=torch.int64, device=self.engine.device)
+            tokens = step.decode_tokens
+            if not isinstance(tokens, Tensor):
+                tokens = torch.tensor(tokens, dtype=torch.int64, device=self.engine.device)
             rows.append(self.runner.decode(step.decode_slots, tokens))
         if not rows:
             return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
-        """The next token of each; -1 where its distribution is not one (the model gave NaN)."""
-        if not sequences:
-            return []
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
+        """The next token of each [n] int64; -1 where its distribution is not one (the model gave NaN)."""
         drawn = logits.argmax(-1)  # of all at once
         for i, sequence in enumerate(sequences):
             assert sequence.chooser is not None
             if not sequence.chooser.plain:
                 drawn[i] = self._draw(sequence.chooser, logits[i])
-        return drawn.tolist()
+        return drawn
 
     def _draw(self, chooser: Chooser, logits: Tensor) -> Tensor:
         try:
@@ -316,12 +369,13 @@ class BatchingEngine:
             self.failure = e
             return torch.tensor(-1, device=logits.device)
 
-    def _report(self, sequence: Sequence, token: int, logits: Tensor, now: float) -> None:
-        """One more token: its text, and whether the request ends by it."""
+    def _report(self, sequence: Sequence, token: int, logits: Tensor | None, now: float) -> None:
+        """One more token: its text, and whether the request ends by it. `logits`: where the sequence reads them."""
         if token < 0:
             self._end(sequence, Output(None, finish_reason="error"))
             return
         if sequence.keep == "prompt":
+            assert logits is not None
             sequence.snapshot = self._snapshot(sequence, logits.clone())
             self._end(sequence, Output(None, finish_reason="length"))
             return
@@ -331,7 +385,8 @@ class BatchingEngine:
             self.metrics.ttft.observe(now - sequence.request.arrival)
         text, reason = self._text(sequence, token)
         assert sequence.chooser is not None
-        output = Output(token, text, sequence.chooser.logprob(logits, token), reason)
+        logprob = None if logits is None else sequence.chooser.logprob(logits, token)
+        output = Output(token, text, logprob, reason)
         if reason:
             if sequence.keep == "end":
                 sequence.snapshot = self._snapshot(sequence)
@@ -444,6 +499,34 @@ class _Step:
     prefill_ends: list[int]  # rows of the prefill call that end a prompt
     drawn: list[Tensor]  # logits that came with a snapshot
     decode_slots: list[int]
-    decode_tokens: list[int]
+    decode_tokens: list[int] | Tensor  # [n] int64 on the device
     makers: list[Sequence]  # sequences that make a token: of prefill_ends, drawn and decode in turn
     everyone: list[Sequence]
+
+
+@dataclass
+class _Flight:
+    """A step that the device has been given."""
+
+    plan: Plan
+    step: _Step
+    logits: Tensor  # [len(step.makers), vocab]; the next flight may overwrite them
+    drawn: Tensor  # [len(step.makers)] int64, on the device
+    tokens: Callable[[], list[int]]  # the same; waits for them
+    kept: Tensor | None
+
+
+def fetch(values: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy from the device; the result waits for these values, and not for what is launched after them."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return wait

@@ -208,6 +208,15 @@ class Scheduler:
                 budget -= n
         return Plan(tuple(prefill), decode, tuple(r for r in ready if not r.made))
 
+    def plan_ahead(self, plan: Plan) -> Plan:
+        """The decode step after `plan`, which is still running: of its requests that another token is sure to be asked
+        of, unless that step ends them. Empty where prompts are to be fed first."""
+        decoding = set(plan.decode)
+        if plan.prefill or plan.drawn or any(r not in decoding for r in self.running):
+            return Plan((), ())
+        more = (r for r in plan.decode if r.status is Status.RUNNING and r.made + 1 < r.max_new_tokens)
+        return Plan((), tuple(more))
+
     def _chunk(self, request: Request, budget: int) -> int:
         """How many tokens of its prompt a request is fed next."""
         c = self.capacity

@@ -25,9 +25,19 @@ def llm(device):
     return eager_llm(LIMITS, device=device)
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "ahead"])
+def ahead(request, monkeypatch) -> bool:
+    """Every law holds too where steps are launched before the last one's tokens are read, as on a GPU."""
+    monkeypatch.setattr(f"{__name__}.AHEAD", request.param)
+    return request.param
+
+
+AHEAD = False
+
+
 def batching(llm, eos: int = -1, **serving) -> BatchingEngine:
     values = {"token_budget": 48, "kv_tokens": 5 * PAGE, **serving}
-    return BatchingEngine(llm.engine, llm.tokenizer, eos, Serving(**values))
+    return BatchingEngine(llm.engine, llm.tokenizer, eos, Serving(**values), ahead=AHEAD)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -133,6 +143,36 @@ def test_prompts_are_cut_by_the_budget_and_decode_goes_on(llm) -> None:
         steps += 1
         assert len(short) == before + 1
     assert steps == -(-200 // 15)
+
+
+def test_steps_launched_ahead_are_those_that_come(llm, ahead) -> None:
+    """Over logits in one buffer, as a CUDA graph has them. Only what ends without notice is decoded once too often."""
+    rows = prompts(5, 9, 30)
+    alone = [c.token_ids for c in llm.generate(rows, 12)]
+    engine = batching(llm)
+    buffer, steps = torch.full((4, llm.engine.config.vocab_size), torch.nan), []
+    decode = engine.runner.decode
+
+    def reused(slots, tokens):
+        steps.append(len(slots))
+        return buffer[: len(slots)].copy_(decode(slots, tokens))
+
+    engine.runner.decode = reused
+    heard = [ask(engine, row, max_new_tokens=12) for row in rows]
+    finish(engine)
+    assert [h.tokens for h in heard] == alone
+    decoded = sum(steps)
+    assert decoded == 3 * 11 and unused(engine)  # each ends by its length, which is known
+
+    hot = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5, seed=5)}
+    whole = ask(engine, rows[0], **hot)
+    finish(engine)
+    before = next(j for j in range(1, 12) if whole.tokens[j] not in whole.tokens[:j])
+    steps.clear()
+    heard = ask(engine, rows[0], stop_ids=(whole.tokens[before],), **hot)
+    finish(engine)
+    assert heard.tokens == whole.tokens[: before + 1] and heard.reason == "stop" and unused(engine)
+    assert sum(steps) == before + ahead
 
 
 def test_a_seed_decides_whatever_the_company(llm) -> None:

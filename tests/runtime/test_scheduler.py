@@ -128,6 +128,19 @@ class Life(RuleBasedStateMachine):
             self.check_plan(plan)
             self.run(plan, set())
 
+    @rule()
+    def step_and_the_one_foreseen(self) -> None:
+        """The step that is launched before the tokens of the one before are known is the one that then comes."""
+        plan = self.s.plan()
+        self.note_admissions()
+        ahead = self.s.plan_ahead(plan)
+        self.run(plan, set())
+        then = self.s.plan()
+        self.note_admissions()
+        if not ahead.empty:
+            assert ahead.decode == then.decode and not ahead.prefill and not ahead.drawn
+            self.run(ahead, set())
+
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def step_with_a_cancellation_inside(self, data) -> None:
