@@ -53,3 +53,9 @@ class Composer:
         """Of a whole model's cell."""
         have = self.workshop.known.get(cell, {})
         return {case: e.median_ms for case, e in have.items()} if have and not self.workshop.missing(cell) else None
+
+    def noisy(self, above: float = 0.1) -> tuple[int, int]:
+        """(measurements whose repeats differ by more than `above`, those that were repeated)."""
+        repeated = [e.details["every_ms"] for known in self.workshop.known.values() for e in known.values()
+                    if len(e.details.get("every_ms", ())) > 1]  # fmt: skip
+        return sum(sorted(r)[1] > (1 + above) * min(r) for r in repeated), len(repeated)

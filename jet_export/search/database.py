@@ -59,6 +59,7 @@ class Bench:
     dtype: str
     chunk: int
     new_tokens: int
+    repeats: int
     fill: str
 
     def identity(self, cell: Cell, batch: int, context: int, phase: str) -> str:

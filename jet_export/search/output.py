@@ -138,6 +138,7 @@ def results_dict(search: Search) -> dict[str, Any]:
         "sampler": search.sampler,
         "seconds": round(search.seconds, 1),
         "timed_out": search.timed_out,
+        "noisy_measurements": {"over 10 %": search.noisy[0], "of": search.noisy[1]},
         "choice": {"point": best.label, "why": search.why, "build": build_command(search, best)},
         "spread_percent": spread_percent(speeds),
         "paper": {k: remarks[k] for k in ("source", "gpu", "cache_mb", "spread_percent")},
@@ -191,6 +192,9 @@ def summary_lines(search: Search) -> list[str]:
     lines += [f"refused: {e.label}: {e.refused}" for e in refused[:SHOWN]]
     lines += [f"refused: {len(refused) - SHOWN} more, in points.csv"] if len(refused) > SHOWN else []
     lines += [f"failed: {reason}" for reason in search.failed.values()]
+    noisy, repeated = search.noisy
+    lines += [f"noise: {noisy} of {repeated} measurements are over 10 % quicker than the next of their repeats; is the "
+              "machine in use?"] if noisy else []  # fmt: skip
     lines += ["out of time: not all points are measured; --resume goes on"] if search.timed_out else []
     precision = f"state {short(best.point.state_dtype)}" + (", FP8 weights" if best.point.fp8 else "")
     lines += [f"choice: {best.label} ({precision}): {search.why}", f"report: {search.output / 'report.html'}"]

@@ -79,6 +79,7 @@ class Search:
     base: dict[tuple[int, int, str], float] = field(default_factory=dict)
     failed: dict[Cell, str] = field(default_factory=dict)
     why: str = ""
+    noisy: tuple[int, int] = (0, 0)  # measurements that repeats do not confirm within 10 %, of all
     timed_out: bool = False
     seconds: float = 0.0
 
@@ -135,7 +136,9 @@ def prepare(options: SearchOptions) -> Search:
     sampler = choose_sampler(options.sampler, space, preset, options.trials)
     score = load_score(options.scores)
     gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    bench = Bench(machine(device), backend.name, options.dtype, space.prefill_chunk, space.new_tokens, space.fill)
+    bench = Bench(
+        machine(device), backend.name, options.dtype, space.prefill_chunk, space.new_tokens, space.repeats, space.fill
+    )
     output = options.output or Path("searches") / f"{Path(options.model).name.removesuffix('.json')}-{backend.name}"
     database = options.database or output.parent / "measurements.db"
     jobs = options.jobs or max(1, min(4, (os.cpu_count() or 1) // 2))
@@ -299,6 +302,7 @@ def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callabl
         e.measured = composer.measured(cell)
     search.failed = workshop.failed
     search.timed_out = workshop.out_of_time
+    search.noisy = composer.noisy()
     best, search.why = choose(front, b, c, search.space.slack_percent)
     best.chosen = True
 

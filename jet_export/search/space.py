@@ -20,7 +20,7 @@ KEYS: dict[str, set[str]] = {
     "precision": {"fp8", "state_dtype", "kv_cache_dtype"},
     "attention": {"window_size", "layout"},
     "constraints": {"cache_bytes", "gpu_memory", "parameters", "decode_ms", "tokens_per_s", "prefill_tokens_per_s"},
-    "measure": {"batch", "context", "prefill_chunk", "new_tokens", "layers", "fill"},
+    "measure": {"batch", "context", "prefill_chunk", "new_tokens", "layers", "repeats", "fill"},
     "target": {"batch", "context", "slack_percent"},
 }
 
@@ -55,6 +55,7 @@ class Space:
     prefill_chunk: int
     new_tokens: int
     layers: int  # equal layers in an engine that measures one
+    repeats: int  # measurements of a case, of which the quickest counts
     fill: str
     target_batch: int
     target_context: int
@@ -166,6 +167,7 @@ class _Reader:
             prefill_chunk=self.count("measure", "prefill_chunk", 2048),
             new_tokens=self.count("measure", "new_tokens", 64),
             layers=self.count("measure", "layers", 2),
+            repeats=self.count("measure", "repeats", 3),
             fill=self.many("measure", "fill", ["auto"], str, ("auto", "prefill", "synthetic"))[0],
             target_batch=target_batch,
             target_context=target_context,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,11 +47,17 @@ class Processes:
     max_seq_len: int
     running: set[subprocess.Popen] = field(default_factory=set)
 
+    @cached_property
+    def home(self) -> Path:
+        """Bundles of this very machine, these kernels and limits: those of others are not taken for them."""
+        same = json.dumps([asdict(self.bench), self.max_batch_size, self.max_seq_len], sort_keys=True)
+        return self.directory / hashlib.sha256(same.encode()).hexdigest()[:12]
+
     def bundle(self, cell: Cell) -> Path:
-        return self.directory / cell.key
+        return self.home / cell.key
 
     def build(self, cell: Cell) -> None:
-        for left in self.directory.glob(f".{cell.key}.*"):  # of a build that was killed
+        for left in self.home.glob(f".{cell.key}.*"):  # of a build that was killed
             shutil.rmtree(left, ignore_errors=True)
         if (self.bundle(cell) / "manifest.json").exists():
             return  # built before the search was killed, and renamed as its last step

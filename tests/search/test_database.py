@@ -17,7 +17,7 @@ from jet_export.search import locks
 from jet_export.search.cells import Cell, base_cell
 from jet_export.search.database import Bench, Database, Entry, kernel_hash, machine
 
-BENCH = Bench({"device": "some", "driver": "1", "kernels": "abc"}, "inductor", "bfloat16", 64, 16, "auto")
+BENCH = Bench({"device": "some", "driver": "1", "kernels": "abc"}, "inductor", "bfloat16", 64, 16, 3, "auto")
 
 
 def entries(ms: float, batch: int = 1, context: int = 128) -> list[Entry]:

@@ -1,0 +1,83 @@
+"""`jet-export search` as users run it: jet-tiny's layers as real CPU engines, killed in the middle, and resumed."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jet_export.model.config import JetDims, JetNemotronConfig
+
+SPACE = """
+[jet]
+sizes = ["128x64x2", "256x256x4"]
+[attention]
+layout = ["jjjjjjj"]
+[measure]
+batch = [2]
+context = [128]
+prefill_chunk = 64
+new_tokens = 16
+layers = 1
+"""
+
+
+def command(*more: str) -> list[str]:
+    main = "from jet_export.cli import main; main()"
+    words = ["search", "--model", "jet-tiny", "--device", "cpu", "--space", "space.toml", "--whole", "0", "--jobs", "1"]
+    return [sys.executable, "-c", main, *words, *more]
+
+
+def rows(database: Path) -> dict[tuple[str, str], tuple[float, str]]:
+    if not database.exists():
+        return {}
+    with sqlite3.connect(database, timeout=60) as db:
+        try:
+            found = db.execute("select kind, phase, median_ms, measured_at from measurements").fetchall()
+        except sqlite3.OperationalError:  # not created yet
+            return {}
+    return {(kind, phase): (ms, at) for kind, phase, ms, at in found}
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
+    (tmp_path / "space.toml").write_text(SPACE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    database = tmp_path / "searches" / "measurements.db"
+    first = subprocess.Popen(
+        command(), cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while len(rows(database)) < 2 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.0)  # into the next build
+    first.send_signal(signal.SIGKILL)
+    _, err = first.communicate()
+    kept = rows(database)
+    assert set(kept) == {("base", "decode"), ("base", "prefill")}, err.decode()
+    assert not (tmp_path / "searches" / "jet-tiny-inductor" / "best.json").exists()
+
+    second = subprocess.run(
+        command("--resume"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 0, second.stderr
+    after = rows(database)
+    assert {k: after[k] for k in kept} == kept  # not measured again
+    assert set(after) == {(kind, phase) for kind in ("base", "jet") for phase in ("decode", "prefill")}
+    assert after["jet", "decode"][0] > after["base", "decode"][0] > 0
+
+    out = tmp_path / "searches" / "jet-tiny-inductor"
+    results = json.loads((out / "results.json").read_text())
+    able, refused = results["points"]
+    base, layer = (after[kind, "decode"][0] for kind in ("base", "jet"))
+    assert able["decode_ms"] == pytest.approx(base + 7 * (layer - base))
+    assert able["chosen"] and able["point"].startswith("128x64x2")
+    assert "cache" in refused["refused"] and refused["decode_ms"] is None
+    best = JetNemotronConfig.from_json_file(out / "best.json")
+    assert best.jet_dims(0) == JetDims(2, 128, 64) and set(best.layer_types) == {"jet"}
+    assert [p.name for p in (tmp_path / "searches" / "measurements.db.engines").rglob("*.pt2")] == []
