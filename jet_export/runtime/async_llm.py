@@ -40,6 +40,23 @@ class AsyncLLM(Sessions):
     def stop(self) -> None:
         self.batching.stop()
 
+    async def session(self, prompt: Sequence[int]) -> Session:
+        """A new session that holds `prompt`, at least one token id; nothing is generated yet.
+
+        Raises JetExportError for a prompt that could never run and where it did not, QueueFull where too many wait.
+        """
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        running = self.batching.submit(
+            list(prompt), Params(1), lambda _: loop.call_soon_threadsafe(ended.set), keep="prompt", text=False
+        )
+        try:
+            await ended.wait()
+        finally:
+            self.batching.cancel(running)
+        if running.snapshot is None:
+            raise JetExportError(f"The prompt did not run ({running.finish_reason}).", "Try again.")
+        return Session(running.snapshot, self.fingerprint)
+
     async def stream(
         self, prompts: Sequence[Sequence[int]], params: Params, sessions: Sequence[Session] | None = None
     ) -> AsyncGenerator[tuple[int, Output], None]:

@@ -244,6 +244,7 @@ def test_async_sessions(llm, tmp_path) -> None:
 
     sessions = [served.new_session(), served.new_session()]
     try:
+        held = asyncio.run(served.session(rows[0]))
         first = asyncio.run(turn(rows, sessions))
         second = asyncio.run(turn([[3], []], sessions))
         served.save_session(sessions[0], tmp_path / "s")
@@ -251,6 +252,7 @@ def test_async_sessions(llm, tmp_path) -> None:
         served.stop()
     assert sessions[0].tokens == [*rows[0], *first[0], 3, *second[0]]
     assert sessions[1].tokens == [*rows[1], *first[1], *second[1]]
+    assert llm.generate([[]], 4, session=held)[0].token_ids == first[0]
     again = llm.new_session()
     assert llm.generate([rows[1]], 4, session=again)[0].token_ids == first[1]
     assert llm.generate([[]], 4, session=again)[0].token_ids == second[1]
