@@ -250,7 +250,7 @@ class BatchingEngine:
         if len(makers) < len(flight.step.makers):
             rows = [i for i, s in enumerate(flight.step.makers) if s.request in goes_on]
             tokens = tokens[torch.tensor(rows, device=tokens.device)]
-        return self._launch(plan, _Step([], [], [], [], slots, tokens, makers, makers))
+        return self._launch(plan, _Step([], [], [], [], slots, [], makers, makers, tokens))
 
     def _land(self, flight: _Flight) -> None:
         """Wait for a step's tokens and hand them out."""
@@ -344,9 +344,9 @@ class BatchingEngine:
         if step.drawn:
             rows.append(torch.stack(step.drawn))
         if step.decode_slots:
-            tokens = step.decode_tokens
-            if not isinstance(tokens, Tensor):
-                tokens = torch.tensor(tokens, dtype=torch.int64, device=self.engine.device)
+            tokens = step.foreseen
+            if tokens is None:
+                tokens = torch.tensor(step.decode_tokens, dtype=torch.int64, device=self.engine.device)
             rows.append(self.runner.decode(step.decode_slots, tokens))
         if not rows:
             return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device)
@@ -499,9 +499,10 @@ class _Step:
     prefill_ends: list[int]  # rows of the prefill call that end a prompt
     drawn: list[Tensor]  # logits that came with a snapshot
     decode_slots: list[int]
-    decode_tokens: list[int] | Tensor  # [n] int64 on the device
+    decode_tokens: list[int]  # unless `foreseen`
     makers: list[Sequence]  # sequences that make a token: of prefill_ends, drawn and decode in turn
     everyone: list[Sequence]
+    foreseen: Tensor | None = None  # the tokens to decode, [n] int64 on the device, not known here yet
 
 
 @dataclass
