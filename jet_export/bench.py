@@ -147,7 +147,9 @@ def environment() -> dict[str, str]:
     """What a result was measured with. The commit: $JET_COMMIT, or git's."""
     commit = os.environ.get("JET_COMMIT", "")
     if not commit:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        git = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
         commit = git.stdout.strip() or "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
