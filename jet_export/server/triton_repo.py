@@ -108,7 +108,8 @@ def write_repository(
         shutil.rmtree(old, ignore_errors=True)
     for path in files:
         log(f"wrote {model / path}")
-    log(f"Next: tritonserver --model-repository {directory}")
+    turns = " --rate-limit=execution_count" if repository.instances * len(repository.gpus) > 1 else ""
+    log(f"Next: tritonserver --model-repository={directory}{turns}")
     return model
 
 

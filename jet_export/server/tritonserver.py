@@ -177,7 +177,7 @@ def run_triton(
 
 def show_endpoints(name: str, host: str, ports: Ports, log: Callable[[str], None]) -> None:
     host = f"[{host}]" if ":" in host else host
-    log(f"POST http://{host}:{ports.http}/v2/models/{name}/generate  /generate_stream  /infer")
+    log(f"POST http://{host}:{ports.http}/v2/models/{name}/generate  /generate_stream")
     log(f"GET  http://{host}:{ports.http}/v2/models/{name}/config  /v2/health/ready")
     log(f"gRPC {host}:{ports.grpc}  model {name}, ModelStreamInfer")
     log(f"GET  http://{host}:{ports.metrics}/metrics")

@@ -76,7 +76,7 @@ def test_written_again_replaced_and_refused(bundle, tmp_path) -> None:
     other.mkdir(parents=True)
     (repo / "other" / "config.pbtxt").write_text("")
     model = write_repository(repo, Repository(bundle), log=lines.append)
-    assert lines[-1] == f"Next: tritonserver --model-repository {repo}"
+    assert lines[-1] == f"Next: tritonserver --model-repository={repo}"
     before = (model / "config.pbtxt").stat().st_mtime_ns
     write_repository(repo, Repository(bundle), log=lines.append)
     assert "up to date" in lines[-1] and (model / "config.pbtxt").stat().st_mtime_ns == before
@@ -96,6 +96,12 @@ def test_written_again_replaced_and_refused(bundle, tmp_path) -> None:
         with pytest.raises(JetExportError, match="exists and is not a model repository"):
             write_repository(place, changed, force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home", "repo"]  # nothing half-written
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "triton.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 5]
+    assert rows == [f"| `{t.name}` | {t.kind} | [{t.dim}] | {t.text} |" for t in (*INPUTS, *OUTPUTS)]
 
 
 def test_requests_say_one_thing_in_three_places() -> None:
@@ -207,7 +213,7 @@ def test_command_line(bundle, tmp_path, monkeypatch, capsys) -> None:
         return int(e.value.code or 0), captured.out + captured.err
 
     status, out = run("--triton-repo", str(tmp_path / "repo"), "--instances", "2")
-    assert status == 0 and (tmp_path / "repo/mini/1/model.py").is_file() and "Next: tritonserver" in out
+    assert status == 0 and (tmp_path / "repo/mini/1/model.py").is_file() and "--rate-limit=execution_count" in out
     for args, message in (
         (("--instances", "0"), "--instances 0"),
         (("--triton-repo", str(tmp_path)), "not a model repository"),
