@@ -46,9 +46,11 @@ class AsyncLLM(Sessions):
         Raises JetExportError for a prompt that could never run and where it did not, QueueFull where too many wait.
         """
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
-        running = self.batching.submit(
-            list(prompt), Params(1), lambda _: loop.call_soon_threadsafe(ended.set), keep="prompt", text=False
-        )
+
+        def tell(_: Output) -> None:
+            loop.call_soon_threadsafe(ended.set)
+
+        running = self.batching.submit(list(prompt), Params(1), tell, keep="prompt", text=False)
         try:
             await ended.wait()
         finally:

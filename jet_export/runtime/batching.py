@@ -283,7 +283,8 @@ class BatchingEngine:
 
     def _collect(self, plan: Plan) -> _Step:
         """What the plan feeds, taken under the lock: a cancellation meanwhile changes the requests."""
-        step = _Step([], [], [], [], [], [], [], [])
+        fed: list[int] = []  # tokens of decode
+        step = _Step([], [], [], [], [], fed, [], [])
         for request, first, n in plan.prefill:
             sequence = self._begun(request)
             step.prefill_slots.append(request.slot)
@@ -301,7 +302,7 @@ class BatchingEngine:
         for request in plan.decode:
             sequence = self._begun(request)
             step.decode_slots.append(request.slot)
-            step.decode_tokens.append(sequence.last)
+            fed.append(sequence.last)
             step.makers.append(sequence)
             step.everyone.append(sequence)
         return step
