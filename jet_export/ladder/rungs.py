@@ -199,6 +199,8 @@ def plugin_objects(site: Site) -> Outcome:
             expect(case, "read back, it answers otherwise", same and harness.workspace(node, again, inputs) == size)
         descs = harness.with_outputs(node, plugin, inputs)
         expect(case, "refuses its own dtypes", all(harness.supports(node, plugin, i, descs) for i in range(len(descs))))
+        other = [harness.supports(node, plugin, i, descs, layout=1) for i in range(len(descs))]
+        expect(case, "takes a tensor that is not laid out linearly", not any(other))
         expect(case, "is not configured", harness.configure(node, plugin, inputs) == 0)
         wrong = [("float16", inputs[0][1]), *inputs[1:]]
         expect(case, "takes a dtype it has no kernels for", harness.configure(node, plugin, wrong) != 0)

@@ -90,8 +90,11 @@ class Harness:
     def with_outputs(self, node: str, plugin: int, inputs: list) -> list:
         return [*inputs, *self.outputs(node, plugin, inputs)]
 
-    def supports(self, node: str, plugin: int, pos: int, descs: list) -> bool:
-        return bool(self.c.supports(plugin, pos, tensors_of(descs), *NODES[node]))
+    def supports(self, node: str, plugin: int, pos: int, descs: list, layout: int = 0) -> bool:
+        """Whether tensor `pos` may come so; `layout`: its nvinfer1::TensorFormat, 0 is linear."""
+        tensors = tensors_of(descs)
+        tensors[pos].format = layout
+        return bool(self.c.supports(plugin, pos, tensors, *NODES[node]))
 
     def configure(self, node: str, plugin: int, inputs: list) -> int:
         return self.c.configure(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])

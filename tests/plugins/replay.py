@@ -47,6 +47,9 @@ def value_of(kind: str, bits: int) -> Any:
     return struct.unpack("<f" if kind == "fp32" else "<i", packed)[0]
 
 
+TOKENS = 3  # of the steps that faults are seeded in
+
+
 class Replay:
     def __init__(self, folder: Path, fake: Path, sm: int) -> None:
         self.kernels = json.loads((folder / "kernels.json").read_text())
@@ -54,6 +57,8 @@ class Replay:
         self.gpu = FakeGpu(fake, self.kernels)
         self.gpu.c.fake_device(sm // 10, sm % 10, 132)
         self.count = 0
+        self.fault = ""  # see spoil
+        self.stale = torch.full((64,), 3, dtype=torch.int32)
 
     def __call__(self) -> None:
         """Run what was launched since the last call, in order."""
@@ -64,12 +69,24 @@ class Replay:
             else:
                 self.run(self.images[launch["image"]], launch)
 
+    def spoil(self, kernel: str, given: dict[str, Any]) -> None:
+        """Seeded faults of a launch."""
+        for name in ("stride_t", "stride_kappa"):
+            if self.fault == "transposed stride" and name in given:
+                given[name] = TOKENS  # a row's stride where the tensor lies the other way round
+        if self.fault == "wrong FP8 scale" and "s2" in given:
+            given["s2"] *= 1.05  # it holds k_scale
+        if self.fault == "stale context_lens" and "context_lens" in given:
+            given["context_lens"] = self.stale
+
     def run(self, kernel: dict, launch: dict) -> None:
         found = (getattr(importlib.import_module(f"jet_export.kernels.{m}"), kernel["name"], None) for m in MODULES)
         function = next(f for f in found if f is not None)
         dynamic = [(name, kind) for name, kind in kernel["signature"] if kind != "constexpr"]
         assert launch["args"][len(dynamic) :] == [0, 0]
         given = {name: value_of(kind, bits) for (name, kind), bits in zip(dynamic, launch["args"], strict=False)}
+        if self.fault:
+            self.spoil(kernel["name"], given)
         function[tuple(launch["grid"])](**given, **dict(kernel["constexprs"]))
 
 
@@ -143,6 +160,37 @@ def enqueued(job: dict) -> dict:
     return out
 
 
+def faulty(job: dict) -> dict:
+    """The largest error of each node under each fault."""
+    from jet_export.ladder.inputs import attributes_of, node_of, random_inputs
+    from jet_export.ladder.rungs import relative
+    from jet_export.plugins.cases import case_from_dict
+    from jet_export.plugins.harness.build import harness_library
+    from jet_export.plugins.harness.nodes import PluginNode
+    from jet_export.plugins.harness.objects import Harness
+    from jet_export.plugins.library import NAME
+
+    folder = Path(job["folder"])
+    replay = Replay(folder, Path(job["fake"]), job["sm"])
+    harness = Harness(harness_library(job["headers"]), folder / NAME)
+    out: dict[str, dict[str, float]] = {}
+    for fault in ("", *job["faults"]):
+        for case in map(case_from_dict, job["cases"]):
+            inputs = random_inputs(case, [1] * TOKENS, [9, 30, 0], "cpu")
+            replay.fault = fault
+            node = PluginNode(harness, node_of(case), attributes_of(case), replay)
+            tensors = list(inputs.tensors)
+            if fault == "missing reformat":  # the memory of the other layout, taken as it lies
+                tensors[0] = tensors[0].t().contiguous().view(tensors[0].shape)
+            if fault == "swapped state binding":
+                i = 7 if inputs.node == "JetBlock" else 2
+                tensors[i] = tensors[i].flip(0)
+            errors = map(relative, node(*tensors), inputs.reference())
+            found = out.setdefault(fault, {})
+            found[inputs.node] = max([found.get(inputs.node, 0.0), *(1e9 if e != e else e for e in errors)])
+    return out
+
+
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    print(json.dumps((evaluate if "graph" in job else enqueued)(job)))
+    print(json.dumps((evaluate if "graph" in job else faulty if "faults" in job else enqueued)(job)))
