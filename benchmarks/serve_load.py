@@ -152,6 +152,8 @@ async def join_part(client: Client, work: Workload) -> dict[str, Any]:
     traces = [Trace(time.perf_counter()) for _ in others]
     tasks = [asyncio.create_task(client.run(a, t)) for a, t in zip(others, traces, strict=True)]
     while not all(len(t.times) > 1 for t in traces):
+        if any(task.done() for task in tasks):
+            sys.exit(f"join: a stream ended early ({[t.error for t in traces if t.error] or 'no reason given'}).")
         await asyncio.sleep(0.01)
     begin = time.perf_counter()
     await asyncio.sleep(args.join_seconds)

@@ -13,6 +13,7 @@ from jet_export.errors import JetExportError
 from jet_export.model.cache import PAGE
 from jet_export.runtime.batching import BatchingEngine, Sequence, Serving
 from jet_export.runtime.params import Output, Params
+from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import ByteTokenizer
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=5 * PAGE, prefill_chunk=64)
@@ -132,3 +133,27 @@ def test_sizes_that_cannot_work_are_refused(engine) -> None:
     odd = eager_engine(Limits(4, 5 * PAGE, 63))
     with pytest.raises(JetExportError, match="prefixes would be kept every 8064 tokens"):
         batching(odd, prefix_cache_bytes=MANY)
+
+
+def test_with_steps_launched_ahead(engine) -> None:
+    """As on a GPU: a sequence that has ended is decoded once more while its pages change hands."""
+    shared, rng = tokens(2 * PAGE + 5, 0), random.Random(1)
+    prompts = [shared[: rng.choice([PAGE, 2 * PAGE + 5])] + tokens(rng.randint(1, 60), i) for i in range(9)]
+    made = []
+    for ahead in (False, True):
+        batching = BatchingEngine(
+            engine, ByteTokenizer(), 7, Serving(deterministic=True, prefix_cache_bytes=MANY, kv_tokens=8 * PAGE),
+            ahead=ahead,
+        )  # fmt: skip
+        running = []
+        for i, prompt in enumerate(prompts):
+            params = Params(20 + i, Sampling(temperature=2.0, seed=i))
+            running.append(batching.submit(prompt, params, lambda _: None))
+            batching.step()
+        batching.cancel(running[3])
+        while batching.step():
+            pass
+        assert batching.metrics.prefix_hits > 2
+        assert batching.scheduler.pages.used == len(batching.scheduler.prefixes.held)
+        made.append([s.tokens for i, s in enumerate(running) if i != 3])
+    assert made[0] == made[1]
