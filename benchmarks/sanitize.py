@@ -5,8 +5,9 @@
 The problems are kernel_problems.py's, in the heads and dtypes of jet-2b and jet-4b. Each tool runs one child process
 over all of them: outputs and workspaces start as NaN, results are compared with the reference, and torch's caching
 allocator is off, so that every tensor is an allocation of its own and a read past its end is seen. Kernels are compiled
-before, without a tool. compute-sanitizer comes with the CUDA toolkit: on the PATH, in $CUDA_HOME/bin, or named by
---sanitizer. Exit status 0: no error and every result right; 1 otherwise; 2 where it cannot run.
+before, without a tool. compute-sanitizer comes with the CUDA toolkit: on the PATH, in $CUDA_HOME, or named by
+--sanitizer or $COMPUTE_SANITIZER. The plugins under hostile inputs: hostile_enqueues.py. Exit status 0: no error and
+every result right; 1 otherwise; 2 where it cannot run.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def run_problems(only: str, device: str, large: bool) -> int:
 
 
 def find_sanitizer(named: str | None) -> str | None:
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    places = [named, shutil.which("compute-sanitizer"), *(f"{h}/bin/compute-sanitizer" for h in homes if h)]
+    homes = [h for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
+    places = [named or os.environ.get("COMPUTE_SANITIZER"), shutil.which("compute-sanitizer")]
+    places += [f"{h}/{sub}/compute-sanitizer" for h in homes for sub in ("bin", "compute-sanitizer")]
     return next((p for p in places if p and Path(p).is_file()), None)
 
 
