@@ -54,7 +54,7 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await self._read(request))
-        self._check_model(body)
+        self.check_model(body.model)
         if body.echo and body.logprobs is not None:
             raise ApiError(400, "echo and logprobs together are not supported.")
         asked = body.prompts
@@ -70,7 +70,7 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = parse(ChatBody, await self._read(request))
-        self._check_model(body)
+        self.check_model(body.model)
         template = self.template
         if template is None:
             raise ApiError(400, f"{self.name}'s tokenizer has no chat template; use /v1/completions.")
@@ -96,9 +96,9 @@ class Api:
                 raise ApiError(413, f"The body is longer than {self.max_body_bytes} bytes.")
         return bytes(raw)
 
-    def _check_model(self, body: Common) -> None:
-        if body.model != self.name:
-            raise ApiError(404, f"Model {body.model[:100]!r} is not served here; {self.name!r} is.", "model_not_found")
+    def check_model(self, asked: str) -> None:
+        if asked != self.name:
+            raise ApiError(404, f"Model {asked[:100]!r} is not served here; {self.name!r} is.", "model_not_found")
 
     def _ids(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, str):
@@ -212,11 +212,17 @@ def create_app(
     app.add_api_route("/v1/completions", api.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
 
+    limit = api.capacity.max_seq_len
+    model = {"id": name, "object": "model", "created": created, "owned_by": "jet-export", "max_model_len": limit}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        limit = api.capacity.max_seq_len
-        model = {"id": name, "object": "model", "created": created, "owned_by": "jet-export", "max_model_len": limit}
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def one_model(asked: str) -> dict[str, Any]:
+        api.check_model(asked)
+        return model
 
     @app.get("/health")
     async def health() -> Response:

@@ -156,6 +156,8 @@ def parse(kind: type[Body], raw: bytes) -> Body:
         raise ApiError(400, f"The body is not UTF-8 (byte {e.start}).") from None
     except (ValueError, RecursionError) as e:
         raise ApiError(400, f"The body is not JSON ({str(e)[:200]}).") from None
+    if isinstance(values, dict):  # null asks for nothing, also where the field is not supported
+        values = {k: v for k, v in values.items() if v is not None}
     try:
         return kind.model_validate(values)
     except ValidationError as e:

@@ -57,6 +57,8 @@ def test_completion_equals_generate(client, reference) -> None:
     assert answer.choices[0].finish_reason == "length"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (5, 12, 17)
     assert answer.object == "text_completion" and answer.model == "mini"
+    nothing = greedy(client, "hello", 12, extra_body={"logit_bias": None, "suffix": None})
+    assert nothing.choices[0].text == expected.text
 
 
 def test_stream_is_the_whole_in_parts(client) -> None:
@@ -131,6 +133,9 @@ def test_chat_goes_through_the_template(client, reference) -> None:
 
 def test_models_health_and_metrics(client, address) -> None:
     assert [m.id for m in client.models.list()] == ["mini"]
+    assert client.models.retrieve("mini").id == "mini"
+    with pytest.raises(openai.NotFoundError, match="'org/other' is not served here"):
+        client.models.retrieve("org/other")
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
     greedy(client, "abc", 3)
     text = httpx.get(f"{address}/metrics").text
