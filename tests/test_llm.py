@@ -124,3 +124,34 @@ def test_cuda_graph_decode_equals_plain_decode(device) -> None:
     for a, b in zip(with_graphs, plain.generate(rows, max_new_tokens=20, return_logits=True), strict=True):
         assert a.token_ids == b.token_ids
         assert torch.allclose(a.logits, b.logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_failure_is_raised_and_leaves_nothing_behind(llm, monkeypatch) -> None:
+    """Of the engine, and of the caller's on_token; the next call finds every slot free."""
+
+    def broken(*_):
+        raise RuntimeError("the device is gone")
+
+    def stop(i: int, token: int) -> None:
+        raise KeyboardInterrupt
+
+    before = llm.generate(prompts(5, 9), 6)
+    with monkeypatch.context() as m:
+        m.setattr(llm.engine, "decode", broken)
+        with pytest.raises(JetExportError, match=r"prompt 0: the engine failed \(the device is gone\)"):
+            llm.generate(prompts(5, 9), 6)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts(5, 9), 6, on_token=stop)
+    with pytest.raises(JetExportError, match="max_seq_len"):
+        llm.generate([*prompts(5), [1] * 199], 6)
+    scheduler = llm.batching.scheduler
+    assert scheduler.slots.used == scheduler.pages.used == 0 and not llm.batching.sequences
+    assert [c.token_ids for c in llm.generate(prompts(5, 9), 6)] == [c.token_ids for c in before]
+
+
+def test_a_prompt_s_sample_depends_on_its_own_seed(llm) -> None:
+    row = prompts(20)[0]
+    hot = {"max_new_tokens": 8, "temperature": 1.5}
+    together = [c.token_ids for c in llm.generate([row, row, row], seed=4, **hot)]
+    assert together == [llm.generate([row], seed=4 + i, **hot)[0].token_ids for i in range(3)]
+    assert together[0] != together[1]
