@@ -156,8 +156,7 @@ class _Run:
 
     def reset(self, context: int = 0) -> None:
         for slot in self.slots:
-            self.runner.reset(slot)
-            self.runner.context_lens[slot] = context
+            self.runner.hold(slot, context)
 
     def warm_up(self) -> None:
         """One call of every kind: lazy initialisation, CUDA graph capture."""

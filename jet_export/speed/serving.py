@@ -14,6 +14,7 @@ import torch
 
 from jet_export.bench import percentile
 from jet_export.errors import JetExportError
+from jet_export.model.cache import PAGE, cdiv
 from jet_export.runtime.batching import BatchingEngine, Serving
 from jet_export.runtime.engine import Engine
 from jet_export.runtime.params import Output, Params
@@ -55,7 +56,9 @@ def serve_burst(
 ) -> ServingRow:
     """ROUNDS requests a slot, random prompts of `context` tokens. Raises JetExportError where one does not finish."""
     requests = ROUNDS * slots
-    batching = BatchingEngine(engine, tokenizer, -1, Serving(slots=slots, max_waiting=requests, wait_timeout=1e9))
+    pages = slots * cdiv(context + new_tokens, PAGE)  # not max_seq_len's for every slot
+    serving = Serving(slots=slots, kv_tokens=pages * PAGE, max_waiting=requests, wait_timeout=1e9)
+    batching = BatchingEngine(engine, tokenizer, -1, serving)
     rng = torch.Generator().manual_seed(seed)
     prompts = torch.randint(engine.config.vocab_size, (requests + slots, context), generator=rng).tolist()
     params = Params(max_new_tokens=new_tokens, ignore_eos=True)

@@ -129,6 +129,16 @@ def test_a_baseline_is_swept_and_compared(bundle, outcome) -> None:
     assert all((r["ratio"] is None) == (r["baseline_of_roofline"] < 0.7) for r in result["ratios"])
 
 
+def test_serving_takes_memory_for_its_own_requests_only(bundle, outcome, monkeypatch) -> None:
+    from jet_export.runtime import batching
+
+    seen = []
+    capacity = batching.capacity
+    monkeypatch.setattr(batching, "capacity", lambda *a: seen.append(capacity(*a)) or seen[-1])
+    run(bundle, 8, protocol="serving", batches=(3,))
+    assert (seen[0].slots, seen[0].pages) == (3, 3)
+
+
 def test_serving_finishes_every_request(bundle, outcome) -> None:
     result = run(bundle, 40, protocol="serving", batches=(2,))
     (r,) = result["bundles"][0]["serving"]
