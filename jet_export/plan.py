@@ -118,8 +118,8 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         fp8=fp8,
         memory=memory,
         download_bytes=0 if directory or options.random_weights else full,
-        disk_bytes=weights + 20_000_000,
-        build_memory=2 * full + 1_500_000_000,
+        disk_bytes=(2 if sms else 1) * weights + 20_000_000,  # a TensorRT plan holds them once more
+        build_memory=max(2 * full, 4 * weights if sms else 0) + 1_500_000_000,
         seconds=expected_seconds(config, full, backend.name),
         warnings=warnings,
         sms=sms,
@@ -187,10 +187,10 @@ def tensorrt_target(host: dict[str, Any], backend: str, sms: tuple[int, ...]) ->
 
 
 def expected_seconds(config: JetNemotronConfig, nbytes: int, backend: str) -> float:
-    """Two Inductor compilations or one ONNX export, which grow with the number of layers, and a few passes over the
-    weights."""
-    compiling = 25 + 2.5 * config.num_hidden_layers if backend == "inductor" else 5 + 0.5 * config.num_hidden_layers
-    return compiling + nbytes / 2e8
+    """What grows with the number of layers - two Inductor compilations; an ONNX export; one, a plugin library and
+    TensorRT's build - and a few passes over the weights."""
+    base, a_layer, speed = {"inductor": (25, 2.5, 2e8), "onnx": (5, 0.5, 2e8)}.get(backend, (25, 1.5, 1e8))
+    return base + a_layer * config.num_hidden_layers + nbytes / speed
 
 
 def default_output(options: BuildOptions, fp8: bool) -> Path:

@@ -64,7 +64,9 @@ def tiny(**options) -> JetNemotronForCausalLM:
 MAKERS: dict[str, Callable[[Path], None]] = {
     "jet-tiny bf16": lambda output: build(output, "jet-tiny"),
     "jet-tiny fp8": lambda output: build_fp8(output, tiny()),
-    "jet-4b fp8, 2 layers": lambda output: build_fp8(output, four_b(), kv_cache_dtype="fp8", state_dtype="bfloat16"),
+    "jet-4b fp8, 2 layers": lambda output: build_fp8(
+        output, four_b(), kv_cache_dtype="fp8", state_dtype="bfloat16", sm="8.9"
+    ),
 }
 
 

@@ -43,7 +43,6 @@ def failures(engine, bundle) -> list[str]:
     return next((s.failures for s in stages if s.failures), [])
 
 
-@both
 def test_verifies(fake, bundle) -> None:
     engine, manifest = load_engine(bundle)
     assert isinstance(engine, TensorRTEngine)
@@ -232,3 +231,15 @@ def test_the_fake_refuses_what_the_bindings_lack(fake, bundle, call) -> None:
     engine, _ = load_engine(bundle)
     with pytest.raises(Refused):
         call(engine.contexts[0].context)
+
+
+@pytest.mark.parametrize("library_in_plan", [True, False])
+def test_the_real_bindings_up_to_the_gpu(tmp_path_factory, library_in_plan) -> None:
+    """Logger, registry, library and mapped plan go to TensorRT for RTX itself, which then misses a driver."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    bundle = rtx_bundle(tmp_path_factory, "jet-tiny bf16")
+    m, flavor = Manifest.load(bundle), FLAVORS["tensorrt-rtx"]
+    m.backend["library_in_plan"] = library_in_plan
+    with pytest.raises(JetExportError, match=r"engine.plan: TensorRT for RTX could not load the engine: .*CUDA driver"):
+        TensorRTEngine(flavor.load(), flavor, bundle, m, torch.device("cpu"))
