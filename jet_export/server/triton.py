@@ -188,7 +188,7 @@ class TritonModel:
         if self.control is None or not self.control.is_dir():
             return
         now, before = ("idle", "busy") if idle else ("busy", "idle")
-        (self.control / f"{self.instance}.{now}").touch()
+        (self.control / f"{self.instance}.{now}").write_text(str(os.getpid()))
         (self.control / f"{self.instance}.{before}").unlink(missing_ok=True)
 
     def _quietly(self, chore: Callable[[], None]) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # The directory where `jet-export serve` and the model's instances tell each other of the end, by files: the one makes
-# "draining" and, where requests have to end, "stop"; each of the others "<instance>.busy" or "<instance>.idle".
+# "draining" and, where requests have to end, "stop"; each of the others "<instance>.busy" or "<instance>.idle", which
+# holds its process id.
 CONTROL = "JET_EXPORT_CONTROL"
 
 

@@ -31,6 +31,9 @@ GRACE = 10  # seconds that running requests have to end in, after SIGTERM
 MARGIN = 20  # and after they have been told to end
 SETTLE = 4  # seconds that an idle server has to end in
 LOADING = 600  # seconds that a model may take to load
+LOAD_FAILURE = re.compile(
+    r"failed to load '.*?' version \d+: \w[\w ]*: (?:TritonModelException: )?(.*?)(?:\\n\\nAt:.*)?\"?$"
+)
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 INSTALL = (
     "Install one: pip install 'jet-export[serve]' brings nvidia-pytriton's, for Linux on x86-64 and Python up to 3.12; "
@@ -248,16 +251,16 @@ class Run:
                     raise JetExportError(f"tritonserver was not ready after {LOADING} s.") from None
                 time.sleep(0.05)
         if not self.stopped:
-            self.reader.join(5)
+            self.reader.join(1)
             raise JetExportError(f"tritonserver does not start: {self._reason()}")
         return False
 
     def _reason(self) -> str:
         """What the server said of its failure: the model's own message where there is one."""
         for line in self.lines:
-            found = re.search(r"failed to load '.*?' version \d+: (?:Internal|Invalid argument): (.*)", line)
+            found = LOAD_FAILURE.search(line)
             if found:
-                return found[1].strip('" ')
+                return found[1].replace("\\n", "\n")
         errors = [line for line in self.lines if re.match(r"E\d{4} |error", line)]
         return " | ".join((errors or list(self.lines))[-3:]) or f"status {self.process.returncode}"
 
@@ -279,19 +282,23 @@ class Run:
         self.timers.append(timer)
 
     def wait(self) -> None:
-        """Raises JetExportError where the server ends untold, or not as told."""
+        """Raises JetExportError where the server ends untold or not as told, or where an instance of the model dies."""
         idle_since: float | None = None
         while self.process.poll() is None:
             time.sleep(0.05)
             now = time.monotonic()
-            idle_since = (idle_since or now) if self.stopped and not any(self.control.glob("*.busy")) else None
+            busy = list(self.control.glob("*.busy"))
+            idle_since = (idle_since or now) if self.stopped and not busy else None
             if idle_since is not None and now > idle_since + SETTLE:
                 # Every request is answered. Triton waits on for clients that keep their connections, and for good
                 # where a gRPC stream was cancelled after a response: its frontend then never lets go of the model.
                 self.process.kill()
                 self.process.wait()
                 return
-        self.reader.join(5)
+            dead = next((p for p in busy if not _lives(p)), None)
+            if dead is not None and self.process.poll() is None:
+                raise JetExportError(f"{dead.stem}, an instance of the model, has died.", "Start the server again.")
+        self.reader.join(1)
         status = self.process.returncode
         if not self.stopped or status != 0:
             how = f"killed by signal {-status}" if status < 0 else f"with status {status}"
@@ -301,18 +308,25 @@ class Run:
         """No process and no shared memory stays behind, however this ends."""
         for timer in self.timers:
             timer.cancel()
-        if hasattr(self, "process") and self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(MARGIN)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
         if hasattr(self, "process"):
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # its backend's processes
+                os.killpg(self.process.pid, signal.SIGKILL)  # it and its backend's processes
+            self.process.wait()
         for path in Path("/dev/shm").glob(f"{self.region}*"):
             path.unlink(missing_ok=True)
+
+
+def _lives(busy: Path) -> bool:
+    """Whether the process lives whose id the file holds. A file that goes meanwhile tells of none that died."""
+    try:
+        pid = busy.read_text()
+    except FileNotFoundError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return not pid  # still being written
+    return state not in "ZX"
 
 
 def _end_with_parent() -> None:

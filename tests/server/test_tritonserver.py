@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from bundles import tiny_bundle
-from triton_serving import children, serving, skip_without_server, tensors
+from triton_serving import alive, children, serving, skip_without_server, tensors
 
 skip_without_server()
 
@@ -357,7 +357,7 @@ def test_killed_and_started_again_then_told_to_stop(bundle, reference) -> None:
         status, err = server.finish()
         assert status == 2 and "tritonserver ended killed by signal 9" in err and "Traceback" not in err
         end = time.monotonic() + 30
-        while any(os.path.exists(f"/proc/{pid}") for pid in stubs):
+        while any(alive(pid) for pid in stubs):
             assert time.monotonic() < end, "the backend outlives its server"
             time.sleep(0.1)
     ports = ["--http-port", server.http, "--grpc-port", server.grpc, "--metrics-port", server.metrics]
