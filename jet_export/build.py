@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from jet_export import __version__
 from jet_export.bundle import (
@@ -40,7 +39,7 @@ from jet_export.model.hub import (
     resolve_checkpoint,
 )
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
-from jet_export.model.weights import CheckpointFiles
+from jet_export.model.weights import CheckpointFiles, save_tensors
 from jet_export.plan import BuildPlan
 from jet_export.plugins.targets import sm_name, sm_of_arch
 from jet_export.runtime.runner import max_prefill_tokens
@@ -235,7 +234,7 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
     quantization = quantize_model(plan, model, tmp, progress)
     with progress.stage("write weights"):
         tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
-        save_file({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
+        save_tensors({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
     backend: dict[str, Any] = {"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)}
     (_write_packages if plan.backend.name == "inductor" else _write_graph)(plan, model, tmp, progress)
     if plan.backend.name in FLAVORS:

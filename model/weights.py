@@ -243,6 +243,14 @@ def save_checkpoint(model: JetNemotronForCausalLM, directory: Path) -> None:
     model.config.save(directory / "config.json")
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """save_file, with the permissions of any new file: safetensors 0.8 leaves 0600, unreadable to other users."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
 def save_shards(tensors: dict[str, Tensor], directory: Path) -> None:
     """model.safetensors, or shards of at most 4 GiB and their index. From a CPU nothing is copied in memory."""
     shards: list[list[str]] = [[]]
@@ -257,7 +265,7 @@ def save_shards(tensors: dict[str, Tensor], directory: Path) -> None:
     for i, names in enumerate(shards):
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file({n: tensors[n].cpu() for n in names}, directory / file, metadata={"format": "pt"})
+        save_tensors({n: tensors[n].cpu() for n in names}, directory / file, {"format": "pt"})
         file_of.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": file_of}

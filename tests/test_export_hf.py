@@ -247,6 +247,7 @@ def test_nothing_fp8_writes_no_quantisation(tmp_path) -> None:
     assert save_unified(model, tmp_path, kv_fp8=False) is None
     assert not (tmp_path / "hf_quant_config.json").exists()
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # safetensors' own is 0600
     again = JetNemotronForCausalLM.from_pretrained(tmp_path, max_positions=256)
     assert torch.equal(logits(again, torch.bfloat16), logits(model, torch.bfloat16))
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from jet_export import __version__
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.model.weights import save_tensors
 
 LEGACY = (
     "Legacy: for TensorRT-LLM's engine flow (1.2.1 to 1.3.0rc20), which needs a model by --model_cls_file; "
@@ -45,7 +45,7 @@ GATED = ("mlp.fc", "mlp.gate")  # its GatedMLP is act(fc(x)) * gate(x): our gate
 
 def save_engine_flow(model: JetNemotronForCausalLM, directory: Path, kv_fp8: bool) -> None:
     tensors = engine_flow_tensors(model, kv_fp8)
-    save_file({name: t.cpu() for name, t in tensors.items()}, directory / "rank0.safetensors")
+    save_tensors({name: t.cpu() for name, t in tensors.items()}, directory / "rank0.safetensors")
     config = engine_flow_config(model, kv_fp8)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -33,6 +33,7 @@ def model() -> JetNemotronForCausalLM:
 def saved(model, directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     save_engine_flow(model, directory, kv_fp8=True)
     assert {p.name for p in directory.iterdir()} == {"config.json", "rank0.safetensors"}
+    assert len({p.stat().st_mode for p in directory.iterdir()}) == 1
     return json.loads((directory / "config.json").read_text()), load_file(directory / "rank0.safetensors")
 
 
