@@ -56,7 +56,7 @@ class Table:
 
     @property
     def named(self) -> str:
-        return f"{self.model} {self.precision} on {self.device}, {self.date}, {self.file.name}"
+        return f"{self.model} {self.precision} on {self.device}, {self.date}, {self.file.parent.name}/{self.file.name}"
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def find_table(model: str, precision: str, measured: Path | None) -> Table:
     where = str(measured) if measured else "benchmarks/results"
     raise JetExportError(
         f"--tpot-ms: {where} has no measured table of {model} {precision} (at least {MIN_ROWS} decode steps).",
-        "Make one where it will run: jet-export bench BUNDLE --contexts 4096,65536 --batch N --output DIR for a few N "
-        "(or with --baseline, which tries every batch); then inspect --measured DIR/bench.json",
+        "Make one where it will run: jet-export bench BUNDLE --contexts 4096,65536 --batch 1,8,64 --output DIR, "
+        "then add --measured DIR/bench.json",
     )
 
 

@@ -57,8 +57,13 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
+    """Cases that one build would allow share a line."""
+    groups: dict[tuple[int, int, str, str], list[int]] = {}
+    for s in skipped:
+        groups.setdefault((s.context, s.chunk, s.reason, s.remedy), []).append(s.batch)
     return [
-        f"skipped: context {s.context}, batch {s.batch}, chunk {s.chunk}: {s.reason}\n  {s.remedy}" for s in skipped
+        f"skipped: context {context}, batch {', '.join(map(str, batches))}, chunk {chunk}: {reason}\n  {remedy}"
+        for (context, chunk, reason, remedy), batches in groups.items()
     ]
 
 

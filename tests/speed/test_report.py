@@ -5,7 +5,8 @@ import csv
 import pytest
 from rows import row
 
-from jet_export.speed.report import draw, footnotes, milliseconds, series, table, write_csv
+from jet_export.speed.protocols import Skipped
+from jet_export.speed.report import draw, footnotes, milliseconds, series, skipped_lines, table, write_csv
 
 
 def test_csv_has_every_figure(tmp_path) -> None:
@@ -26,6 +27,11 @@ def test_a_line_for_each_model_precision_and_batch() -> None:
     rows = [row(1, 5, context=8), row(1, 9, context=4), row(2, 7), row(1, 3, precision="fp8")]
     assert series(rows, "decode")["jet-2b bf16, batch 1"] == [(4, 9), (8, 5)]
     assert len(series(rows, "prefill")) == 3 and series(rows, "prefill")["jet-2b fp8, batch 1"] == [(4096, 6)]
+
+
+def test_skipped_cases_that_one_build_allows_share_a_line() -> None:
+    cases = [Skipped(4096, b, 256, "too long", "jet-export build") for b in (1, 8)]
+    assert skipped_lines(cases) == ["skipped: context 4096, batch 1, 8, chunk 256: too long\n  jet-export build"]
 
 
 def test_table_marks_contexts_beyond_the_positions() -> None:
