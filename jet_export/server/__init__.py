@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server; needs the extra `[serve]`."""
+"""An OpenAI-compatible HTTP server, and the model behind Triton Inference Server; needs the extra `[serve]`."""

@@ -76,7 +76,7 @@ class TritonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = request.get_response_sender()  # one a request: the server waits for every one there ever was
+            sender = request.get_response_sender()  # one a request, whatever becomes of it
             try:
                 self._begin(request, sender)
             except QueueFull as e:
