@@ -62,7 +62,9 @@ class Layer:
 @dataclass
 class LayerReport:
     layers: list[Layer]
-    bindings: list[dict[str, Any]] = field(default_factory=list)  # name, output, dtype, dims, profiles: min opt max
+    bindings: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # name, output, host, dtype, dims, profiles: min opt max
 
     def to_dict(self) -> dict[str, Any]:
         return {"layers": [asdict(layer) for layer in self.layers], "bindings": self.bindings}
@@ -150,6 +152,7 @@ def _read_binding(line: str) -> dict[str, Any]:
     return {
         "name": _after(line, "Name: "),
         "output": _after(line, "IOMode: ") == "Output",
+        "host": ", Location: Host" in line,
         "dtype": DTYPES.get(_after(line, "DataType: "), "?"),
         "dims": _ints(dims[1]) if dims else (),
         "profiles": [[_ints(shape) for shape in shapes] for shapes in shapes],
@@ -184,7 +187,8 @@ def check(report: LayerReport, want: Expected) -> list[str]:
     """What is not as it must be, a line each; empty where all is well."""
     if not report.layers:
         return ["TensorRT logged no layers, so that nothing can be said of the engine"]
-    return [f for profile in range(len(NAMES)) for f in _check_profile(report, want, profile)]
+    hosts = [f"{b['name']} is bound on the host, which no call here does" for b in report.bindings if b["host"]]
+    return hosts + [f for profile in range(len(NAMES)) for f in _check_profile(report, want, profile)]
 
 
 def _check_profile(report: LayerReport, want: Expected, profile: int) -> Iterator[str]:

@@ -146,6 +146,8 @@ def test_the_check_wants_every_layer_once(tmp_path_factory) -> None:
     assert f"decode: {plugins[-1].name} is 2 plugin layers, not one" in twice
     assert "decode: 1 plugin layers more than the graph has jet nodes" in twice
     assert check(LayerReport([]), want) == ["TensorRT logged no layers, so that nothing can be said of the engine"]
+    table = {**next(b for b in report.bindings if b["name"] == "slots"), "host": True}
+    assert check(LayerReport(report.layers, [table]), want) == ["slots is bound on the host, which no call here does"]
     fewer = expected(bundle / "model.onnx", fp8_of(bundle)[1:])
     assert [p.split(", and is")[0] for p in check(report, fewer)] == [
         f"{mode}: {fp8_of(bundle)[0].removeprefix('model.')} must not be an FP8 GEMM" for mode in ("prefill", "decode")
