@@ -20,9 +20,9 @@ RUNS: dict[str, tuple[list[int], list[int]]] = {
     "prefill": ([200], [0]),
     "ragged prefill": ([1, 63, 64, 65, 130], [0, 9, 0, 0, 0]),
     "chunk of a longer prompt": ([64, 17, 30], [192, 5, 7]),
-    "chunk past the window": ([70, 3, 1], [1400, 2047, 128]),
+    "chunk past the window": ([70, 3, 1], [2300, 1151, 128]),
     "decode": ([1, 1, 1, 1, 1], [9, 130, 64, 0, 300]),
-    "decode past the window": ([1, 1, 1], [1500, 7, 2047]),
+    "decode past the window": ([1, 1, 1], [2400, 7, 1500]),
 }
 SMALLEST, LARGEST = -(2**31), 2**31 - 1
 HOSTILE = ("any", "near", "falling", "smallest", "largest")

@@ -32,7 +32,7 @@ CASES: list[Case] = [
     AttentionCase(12, 2, 128, 128, 0, BF16, BF16),
     AttentionCase(12, 2, 128, 128, 1152, BF16, BF16),
     AttentionCase(16, 2, 128, 128, 0, BF16, FP8),
-    AttentionCase(16, 2, 128, 128, 1152, BF16, FP8),
+    AttentionCase(16, 2, 128, 128, 2048, BF16, FP8),
 ]
 STREAMS = 4
 
