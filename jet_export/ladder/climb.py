@@ -14,7 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -24,6 +24,9 @@ from jet_export.bench import environment
 from jet_export.bundle import Manifest
 from jet_export.errors import JetExportError
 from jet_export.ladder.rungs import RUNGS, Site, why_skipped
+
+if TYPE_CHECKING:
+    from jet_export.plan import BuildPlan
 
 Emit = Callable[[str], None]
 PACKAGES = ("tensorrt", "tensorrt-rtx", "onnx", "onnxscript", "nvidia-modelopt", "numpy")
@@ -133,14 +136,28 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
     emit(f"  build jet-tiny, {'FP8' if fp8 else 'bf16'}, {backend} ({why}) ...")
     start = time.monotonic()
     rung: dict[str, Any] = {"rung": "build", "figures": {"model": "jet-tiny", "backend": backend, "fp8": fp8}}
+    plan = make_plan(options)
+    require(plan)  # what is missing is said, and is no failure
     try:
-        run_build(make_plan(options), ["jet-export", "build", "--backend", backend], emit)
+        run_build(plan, ["jet-export", "build", "--backend", backend], emit)
     except JetExportError as e:
         return None, {**rung, "status": FAILED, "failures": [str(e)]}
     seconds = round(time.monotonic() - start, 1)
     if backend == "onnx":
         return out, {**rung, "status": "skipped", "reason": f"no TensorRT engine: {why}", "seconds": seconds}
     return out, {**rung, "status": PASSED, "seconds": seconds}
+
+
+def require(plan: BuildPlan) -> None:
+    """What the build needs. Raises JetExportError naming what is missing."""
+    from jet_export.build import check_requirements
+    from jet_export.onnx_export import require_onnx
+    from jet_export.trt.build import require as require_tensorrt
+
+    require_onnx()
+    check_requirements(plan)
+    if plan.sms:
+        require_tensorrt(plan)
 
 
 def tensorrt_here() -> tuple[str, str]:
