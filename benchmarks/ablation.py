@@ -80,8 +80,9 @@ class Result:
 def parse_cases(text: str, new_tokens: int) -> list[Case]:
     """Raises JetExportError for what is not batch:context:chunk."""
     try:
-        return [Case(*(int(n) for n in part.split(":", 2)), new_tokens) for part in text.split(",")]
-    except (ValueError, TypeError):
+        sizes = [tuple(int(n) for n in part.split(":")) for part in text.split(",")]
+        return [Case(batch, context, chunk, new_tokens) for batch, context, chunk in sizes]
+    except ValueError:
         raise JetExportError(
             f"--cases {text}: not a list of batch:context:chunk.", "For example: 1:1024:1024"
         ) from None
