@@ -64,13 +64,15 @@ class Scene:
         return self.kernels(config, point) or self.sizes(config, point)
 
     def kernels(self, config: JetNemotronConfig, point: Point) -> str | None:
+        """What cannot be computed. bf16 points have to fit FP8 too, so that best.json builds with and without it."""
         for i in (i for i, kind in enumerate(config.layer_types) if kind == "jet"):
-            reason = fp8_refusal(config.hidden_size, config.dconv_generator_reduction, config.conv_size,
-                                 config.jet_dims(i)) if point.fp8 else None  # fmt: skip
-            if reason:
-                return f"layer {i}: {reason}"
-            if config.jet_dims(i).value_dim < config.dconv_generator_reduction:
-                return f"layer {i}: D {config.jet_dims(i).value_dim} leaves the kernel generator no width"
+            dims = config.jet_dims(i)
+            if dims.value_dim < config.dconv_generator_reduction:
+                return f"layer {i}: D {dims.value_dim} leaves the kernel generator no width"
+            if self.dtype == torch.bfloat16:
+                reason = fp8_refusal(config.hidden_size, config.dconv_generator_reduction, config.conv_size, dims)
+                if reason:
+                    return f"layer {i}: {reason}"
         if "swa" in config.layer_types and config.window_size < 1:
             return "swa layers need a window_size"
         return None

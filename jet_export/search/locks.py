@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +19,17 @@ def machine_lock() -> Path:
 
 
 @contextmanager
-def held(path: Path, alone: bool) -> Iterator[None]:
-    """Wait for the lock, hold it inside the block."""
+def held(path: Path, alone: bool, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Wait for the lock, hold it inside the block. `waiting` is called where it is not free at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
     with path.open("a") as f:
-        fcntl.flock(f, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        try:
+            fcntl.flock(f, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(f, kind)
         yield
 
 
@@ -41,9 +47,9 @@ def building() -> Iterator[None]:
 
 
 @contextmanager
-def measuring() -> Iterator[None]:
+def measuring(waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Alone: waits for the builds that run, and lets no other begin."""
-    with held(machine_lock().with_suffix(".gate"), alone=True), held(machine_lock(), alone=True):
+    with held(machine_lock().with_suffix(".gate"), alone=True), held(machine_lock(), True, waiting):
         yield
 
 

@@ -142,7 +142,7 @@ class Workshop:
     def ensure(self, cells: Iterable[Cell]) -> None:
         """Measure what is missing. A cell that fails is named in `failed`, and not tried again."""
         waiting = [c for c in dict.fromkeys(cells) if c not in self.failed and self.missing(c)]
-        total = len(waiting)
+        total, told = len(waiting), False
         while waiting and not self.out_of_time:
             mine: dict[Cell, Claim] = {}
             for cell in waiting:
@@ -155,7 +155,10 @@ class Workshop:
                 for claim in mine.values():
                     claim.release()
             if not mine:
-                time.sleep(0.5)  # another search has them all
+                if not told:
+                    self.emit(f"  {len(waiting)} engines are another search's: waits for them")
+                told = True
+                time.sleep(0.5)
             waiting = [c for c in waiting if c not in self.failed and self.missing(c)]
 
     def work(self, cells: list[Cell], total: int, before: int) -> None:
@@ -190,7 +193,7 @@ class Workshop:
 
     def measure(self, cell: Cell) -> None:
         try:
-            with measuring():
+            with measuring(lambda: self.emit(f"  {cell}: waits for another search, to be measured alone")):
                 self.hands.measure(cell, self.missing(cell))
             if self.missing(cell):
                 raise JetExportError(f"{cell}: measured, and the database does not have it.")

@@ -153,6 +153,26 @@ def test_builds_run_together_and_measurements_alone() -> None:
     assert max(map(len, seen)) > 1
 
 
+def test_who_waits_to_measure_says_so() -> None:
+    said: list[str] = []
+    with locks.measuring(lambda: said.append("first")):
+        other = threading.Thread(target=lambda: measure_once(said))
+        with pytest.raises(AssertionError), locks.held(locks.machine_lock(), True, lambda: refuse()):
+            pass
+    other.start()
+    other.join(10)
+    assert said == []
+
+
+def refuse() -> None:
+    raise AssertionError("the lock is not free")
+
+
+def measure_once(said: list[str]) -> None:
+    with locks.measuring(lambda: said.append("waits")):
+        pass
+
+
 def test_a_claim_is_one_searches(tmp_path) -> None:
     first = locks.Claim.take(tmp_path / "c.lock")
     assert first is not None

@@ -81,3 +81,18 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
     best = JetNemotronConfig.from_json_file(out / "best.json")
     assert best.jet_dims(0) == JetDims(2, 128, 64) and set(best.layer_types) == {"jet"}
     assert [p.name for p in (tmp_path / "searches" / "measurements.db.engines").rglob("*.pt2")] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+def test_a_search_on_a_gpu_predicts_the_whole_model(tmp_path) -> None:
+    space = SPACE.replace('["128x64x2", "256x256x4"]', '["64x64x4", "128x64x2"]').replace("layers = 1", "layers = 2")
+    (tmp_path / "space.toml").write_text(space)
+    words = ["--device", "cuda", "--whole", "1", "--jobs", "2"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command(*words), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "searches" / "jet-tiny-inductor" / "results.json").read_text())
+    errors = {p["phase"]: abs(p["error"]) for p in results["predictions"]}
+    assert set(errors) == {"decode", "prefill"}
+    assert errors["decode"] < 0.25  # a sum of layers that is no prediction would be off by a layer or more

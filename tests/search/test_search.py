@@ -226,8 +226,8 @@ def test_a_missed_target_leaves_the_front(tmp_path) -> None:
         searched(none)
 
 
-def test_fp8_points_that_fp8_cannot_take_are_refused(tmp_path) -> None:
-    space = SPACE.replace('"16x32x4"', '"16x48x1"') + "[precision]\nfp8 = [true]\n"
+def test_bf16_points_that_fp8_cannot_take_are_refused(tmp_path) -> None:
+    space = SPACE.replace('"16x32x4"', '"16x48x1"')
     search = prepared(tmp_path, space, dtype="bfloat16", whole=0)
     reasons = [judge(search, p).refused for p in all_points(search.space, search.preset)]
     assert any("16x48x1 in FP8" in (r or "") and "not a multiple of 16" in (r or "") for r in reasons)

@@ -173,3 +173,12 @@ def test_labels_tell_points_apart(tmp_path) -> None:
     assert alike.label(space, config).startswith("16x32x2 state fp32")
     two = Point((JetDims(2, 16, 32),) * 2 + (JetDims(2, 32, 16),) * 2, "jjjj", 0, False, "float32", "auto")
     assert two.label(space, config) == "2*16x32x2+2*32x16x2 state fp32 jjjj"
+
+
+def test_the_bound_is_tight(tmp_path) -> None:
+    config = mini_config()
+    K, V, H = config.head_k_dim, config.head_v_dim, config.jet_num_heads
+    search = prepared(tmp_path, f'[jet]\nsizes = ["preset", "{K}x{V + 16}x{H}"]\n[measure]\nbatch = 1\ncontext = 128\n')
+    refused = [judge(search, p).refused for p in all_points(search.space, search.preset)]
+    assert refused[0] is None
+    assert re.search(r"cache .* a sequence at 128 tokens, [\d.]+ % over", refused[1] or "")
