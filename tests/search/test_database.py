@@ -66,7 +66,7 @@ def test_this_machine_is_named() -> None:
     assert found["torch"] == torch.__version__ and found["kernels"] == kernel_hash()
 
 
-@pytest.mark.parametrize("damage", ["text", "truncated", "middle", "foreign", "directory"])
+@pytest.mark.parametrize("damage", ["text", "truncated", "middle", "end", "foreign", "directory"])
 def test_a_damaged_database_is_one_message(tmp_path, damage: str) -> None:
     path = tmp_path / "m.db"
     if damage == "text":
@@ -84,7 +84,8 @@ def test_a_damaged_database_is_one_message(tmp_path, damage: str) -> None:
         database.local.db.close()
         content = bytearray(path.read_bytes())
         content = content[: len(content) // 2] if damage == "truncated" else content
-        content[4096 : 4096 + 2048] = b"\xff" * len(content[4096 : 4096 + 2048])
+        where = slice(len(content) - 4096, len(content)) if damage == "end" else slice(4096, 4096 + 2048)
+        content[where] = b"\xff" * len(content[where])
         path.write_bytes(content)
     with pytest.raises(
         JetExportError, match=r"m\.db: not a usable measurement database \(.*\)\.\n.*mv .*--database FILE"

@@ -48,6 +48,9 @@ def test_a_killed_study_goes_on(tmp_path) -> None:
     searched(search)
     states = [t.state.name for t in trials(search)]
     assert states.count("COMPLETE") == 10
+    left_open = [t.params for t in trials(search) if t.state.name == "FAIL"]
+    assert left_open
+    assert all(any(t.params == params for t in trials(search) if t.values) for params in left_open)
     assert not {"RUNNING", "WAITING"} & set(states)
     assert search.chosen is not None
     again = searched(prepared(tmp_path, PLACED, resume=True, **options))

@@ -18,7 +18,7 @@ from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.plan import BuildOptions, make_plan
 from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
 from jet_export.search.choose import Evaluation, choose, pareto
-from jet_export.search.output import write_results
+from jet_export.search.output import build_command, write_results
 from jet_export.search.points import Point, all_points
 from jet_export.search.run import judge, plan_lines, run_search
 
@@ -172,6 +172,16 @@ def test_best_json_builds_at_once(tmp_path, monkeypatch) -> None:
     assert plan.config == config
     command = json.loads(best.read_text())["jet_export_search"]["build"]
     assert command.startswith(f"jet-export build --model {best} --random-weights")
+
+
+def test_the_build_command_says_the_precision(tmp_path) -> None:
+    space = SPACE + '[precision]\nfp8 = [true]\nstate_dtype = "bfloat16"\nkv_cache_dtype = "fp8"\n'
+    search = prepared(tmp_path, space, dtype="bfloat16", whole=0)
+    searched(search)
+    assert search.chosen is not None
+    words = build_command(search, search.chosen)
+    assert "--fp8 --kv-cache-dtype fp8 --state-dtype bfloat16 --max-batch-size 4 --max-seq-len 320" in words
+    assert "--dtype" not in words.replace("--state-dtype", "").replace("--kv-cache-dtype", "")
 
 
 def test_nothing_is_created_where_every_point_is_refused(tmp_path) -> None:
