@@ -127,19 +127,20 @@ def replay(
 
 
 def open_study(sampler: str, space: Space, study_file: Path, name: str, seed: int) -> Any:
+    """A resumed study's sampler has a seed of its own: it would ask for its first points again."""
     optuna = require_optuna()
     samplers = {
-        "grid": lambda: optuna.samplers.GridSampler(axes(space), seed=seed),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=24),
+        "grid": lambda seed: optuna.samplers.GridSampler(axes(space), seed=seed),
+        "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+        "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=24),
     }
     try:
-        return optuna.create_study(
-            storage=f"sqlite:///{study_file}", study_name=name, directions=["maximize", "maximize"],
-            sampler=samplers[sampler](), load_if_exists=True,
-        )  # fmt: skip
+        study = optuna.create_study(storage=f"sqlite:///{study_file}", study_name=name,
+                                    directions=["maximize", "maximize"], load_if_exists=True)  # fmt: skip
+        study.sampler = samplers[sampler](seed + len(study.get_trials(deepcopy=False)))
     except Exception as e:  # SQLAlchemy's and Optuna's own kinds
         first = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
         raise JetExportError(
             f"{study_file}: not a usable Optuna study ({first}).", f"Move it away: mv {study_file} {study_file}.bad"
         ) from None
+    return study
