@@ -148,9 +148,16 @@ def test_the_sm_in_use_is_the_gpus_unless_named(monkeypatch) -> None:
 def test_a_library_for_one_sm_takes_its_rules_and_for_several_those_of_any(monkeypatch, tmp_path) -> None:
     """One set of launches serves all SMs of a plugin library."""
     from jet_export.plugins import compile_kernels
+    from jet_export.plugins.cases import JetBlockCase
 
-    seen = []
-    case = SimpleNamespace(trace=lambda decode: seen.append(configs.current_sm()) or SimpleNamespace(launches=[]))
+    seen: list[int | None] = []
+
+    def trace(self, decode: bool) -> SimpleNamespace:
+        seen.append(configs.current_sm())
+        return SimpleNamespace(launches=[])
+
+    case = JetBlockCase(2, 32, 64, 4, "bfloat16", "float32")
+    monkeypatch.setattr(JetBlockCase, "trace", trace)
     monkeypatch.setattr(configs, "_device_sm", lambda: 90)
     monkeypatch.setattr(compile_kernels, "emit", lambda traces, images: "")
     compile_kernels.compile_cases([case], [89], tmp_path)
