@@ -81,7 +81,7 @@ class TensorRTEngine(Engine):
         self.logger = make_logger(trt)
         self.again = f"Build it again here: {manifest.rebuild_command} --force"
         self.engine = self._deserialize(directory, bool(manifest.backend.get("library_in_plan")))
-        self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        self.dtypes = self._dtypes()
         self._check_bindings(directory)
         self.contexts = [self._context(i) for i in range(len(NAMES))]
         self.rows: dict[int, Tensor] = {}  # logit_indices of decode steps, by batch
@@ -110,14 +110,20 @@ class TensorRTEngine(Engine):
         self.logger.errors.clear()
         return JetExportError(f"{what}{': ' + said if said else ''}.", todo)
 
+    def _dtypes(self) -> dict[str, torch.dtype | None]:
+        """Of the engine's inputs and outputs, by name."""
+        known = {getattr(self.trt.DataType, theirs): ours for ours, theirs in DTYPES.items()}
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        return {name: known.get(self.engine.get_tensor_dtype(name)) for name in names}
+
     def _check_bindings(self, directory: Path) -> None:
         """The engine's states are the model's, in the dtypes that the pools have."""
         wanted = {n: s.dtype for s in self.specs for n in (s.name, f"{s.name}_out")} | {"logits": self.dtype}
         for name, dtype in wanted.items():
-            if name not in self.names:
+            if name not in self.dtypes:
                 raise JetExportError(f"{directory / PLAN}: has no tensor {name}.", self.again)
-            found = self.engine.get_tensor_dtype(name)
-            if found != getattr(self.trt.DataType, DTYPES[dtype]):
+            if self.dtypes[name] != dtype:
+                found = self.dtypes[name]
                 raise JetExportError(f"{directory / PLAN}: {name} is {found}, the model's is {dtype}.", self.again)
 
     def _context(self, profile: int) -> Context:
@@ -155,13 +161,15 @@ class TensorRTEngine(Engine):
         current.wait_stream(self.side)
 
     def _bind(self, c: Context, name: str, tensor: Tensor, shape: bool = True) -> None:
-        """Give a context a tensor; `shape`: it is an input."""
+        """Give a context a tensor, of which it knows the address and the shape alone; `shape`: it is an input."""
+        if not tensor.is_contiguous():
+            raise JetExportError(f"{c.name}: {name} is not contiguous (strides {tensor.stride()}).")
+        if tensor.dtype != self.dtypes[name]:
+            raise JetExportError(f"{c.name}: {name} is {tensor.dtype}, the engine takes {self.dtypes[name]}.")
         now = tensor.data_ptr(), tuple(tensor.shape)
         old = c.bound.get(name)
         if old == now:
             return
-        if not tensor.is_contiguous():
-            raise JetExportError(f"{c.name}: {name} is not contiguous (strides {tensor.stride()}).")
         if tensor.device.type != self.device.type:
             raise JetExportError(f"{c.name}: {name} is on {tensor.device}, the engine on {self.device}.")
         if shape and (old is None or old[1] != now[1]) and not c.context.set_input_shape(name, now[1]):
@@ -178,7 +186,7 @@ class TensorRTEngine(Engine):
     def _run(self, profile: int, inputs: dict[str, Tensor]) -> Tensor:
         c = self.contexts[profile]
         for name, tensor in inputs.items():
-            if name in self.names:
+            if name in self.dtypes:
                 self._bind(c, name, tensor)
         for spec in self.specs:
             self._bind(c, f"{spec.name}_out", inputs[spec.name], shape=False)

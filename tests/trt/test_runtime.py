@@ -154,6 +154,9 @@ def test_calls_that_do_not_fit(fake, bundle) -> None:
     pool = torch.zeros(6, states[0].shape[2], states[0].shape[1], dtype=states[0].dtype).transpose(1, 2)
     with pytest.raises(JetExportError, match=r"decode: layers\.0\.conv_state is not contiguous"):
         engine.decode(ids, batch(engine), [pool, *states[1:]])
+    wide = batch(engine)._replace(slots=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(JetExportError, match=r"decode: slots is torch.int64, the engine takes torch.int32"):
+        engine.decode(ids, wide, states)
     short = batch(engine)._replace(context_lens=torch.zeros(1, dtype=torch.int32))
     with pytest.raises(
         JetExportError, match=r"decode: TensorRT for RTX could not run a step of 2 tokens of 2 seq.*conte"
