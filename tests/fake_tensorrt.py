@@ -191,7 +191,7 @@ class Engine:
         return self.trt.wrap("IRuntimeConfig", RuntimeConfig())
 
     def create_execution_context(self, how: Any) -> Checked:
-        self.trt.contexts.append(Context(self))
+        self.trt.contexts.append(Context(self, how))
         return self.trt.wrap("IExecutionContext", self.trt.contexts[-1])
 
 
@@ -206,8 +206,8 @@ class RuntimeConfig:
 class Context:
     """Executes by evaluating the graph on the bound memory."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.trt = engine, engine.trt
+    def __init__(self, engine: Engine, how: Any) -> None:
+        self.engine, self.trt, self.how = engine, engine.trt, how
         self.fail = engine.runtime.fail
         self.profile: int | None = None
         self.memory = 0

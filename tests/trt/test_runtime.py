@@ -73,6 +73,21 @@ def test_a_state_has_one_address(fake, bundle) -> None:
     assert [c.profile for c in fake.contexts] == [0, 1]
 
 
+def test_both_kinds_of_tensorrt_run_the_same_code(fake, bundle) -> None:
+    """They differ in how a context is made; RTX is told when to compile kernels for the shapes that it sees."""
+    m, logits = Manifest.load(bundle), []
+    for flavor in FLAVORS.values():
+        runner = Runner(TensorRTEngine(fake, flavor, bundle, m))
+        logits.append([runner.prefill([0], [[1, 2, 3]]), runner.decode([0], torch.tensor([4]))])
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+    strategy = fake.ExecutionContextAllocationStrategy.USER_MANAGED
+    kinds = fake.DynamicShapesKernelSpecializationStrategy
+    assert [c.how for c in fake.contexts[:2]] == [strategy] * 2  # TensorRT
+    configs = [c.how.parts[2] for c in fake.contexts[2:]]
+    assert [c.strategy for c in configs] == [strategy] * 2
+    assert [c.dynamic_shapes_kernel_specialization_strategy for c in configs] == [kinds.NONE, kinds.EAGER]
+
+
 class Faulty(TensorRTEngine):
     """Binds something else."""
 
