@@ -188,7 +188,10 @@ def main() -> int:
             results.append(run_row(row, args, cases, limits))
         except (JetExportError, subprocess.CalledProcessError, RuntimeError) as e:  # out of memory is one
             results.append(Result(row, {}, {}, {}, left_out=str(e).splitlines()[0][:200]))
-        found: dict[str, Any] = {"model": args.model, "command": shlex.join(["python", *sys.argv])}
+        found: dict[str, Any] = {
+            "model": args.model,
+            "command": shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]]),
+        }
         bench.write_result(args.output, {**found, "cases": [asdict(c) for c in cases],
                                          "rows": [asdict(r) for r in results]})  # fmt: skip
         gc.collect()

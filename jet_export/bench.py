@@ -158,6 +158,7 @@ def environment() -> dict[str, str]:
         driver = "unknown"
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu_bytes": str(torch.cuda.get_device_properties().total_memory) if torch.cuda.is_available() else "0",
         "driver": driver,
         "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),

@@ -141,7 +141,6 @@ def print_prediction(
     dtypes: tuple[bool, str, str],  # with --model: fp8, KV cache, state
 ) -> None:
     """The largest batch that keeps a time per token, from a measured table. Raises JetExportError without a table."""
-    from jet_export.memory import available_memory
     from jet_export.speed import predict as p
     from jet_export.speed.rows import precision_name, precision_of
 
@@ -159,8 +158,7 @@ def print_prediction(
         precision = precision_name(fp8, *names)
         weights = weight_bytes(c, torch.bfloat16, fp8)
     table = p.find_table(name, precision, measured)
-    available = p.device_bytes(table.device) or available_memory(torch.device("cpu"))
-    found = p.predict(c, names, weights, table, context, tpot_ms, available, chunk)
+    found = p.predict(c, names, weights, table, context, tpot_ms, table.available(), chunk)
     out = console()
     for line in p.lines(found, table, context, tpot_ms):
         out.print(line, markup=False)

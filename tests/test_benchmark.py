@@ -122,3 +122,14 @@ def test_sizes_and_fills_are_checked(engine):
 def test_measuring_on_a_gpu():
     (m,) = measure_engine(eager_engine(LIMITS, device="cuda"), [Case(2, 40, 16, 12)])
     assert m.step.median > 0 and m.peak_bytes > m.state_bytes > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_peaks_of_a_gpu():
+    """Any GPU that runs this copies at over 100 GB/s and multiplies at over 1 TFLOP/s; FP8 no slower than bf16."""
+    assert 1e11 < bench.copy_speed(2**28) < 1e14
+    bf16 = bench.matmul_speed(torch.bfloat16)
+    assert 1e12 < bf16 < 1e16
+    if torch.cuda.get_device_capability() >= (8, 9):
+        assert bench.matmul_speed(torch.float8_e4m3fn) > 0.9 * bf16

@@ -16,19 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from jet_export.bundle import Limits, torch_dtype
 from jet_export.errors import JetExportError
-from jet_export.memory import Memory, engine_memory, largest_batch
+from jet_export.memory import Memory, available_memory, engine_memory, largest_batch
 from jet_export.model.cache import state_specs
 from jet_export.model.config import JetNemotronConfig
 from jet_export.speed.roofline import step_bytes
 from jet_export.speed.rows import Row, row_from_dict
 
 MIN_ROWS = 4  # to fit three numbers and be wrong about a fourth
-GPU_BYTES = {  # usable, for a device that is not here; data sheets, GB = 1e9
-    "H100 80GB": 80e9, "H100 PCIe": 80e9, "H200": 141e9, "A100-SXM4-80GB": 80e9, "A100 80GB": 80e9,
-}  # fmt: skip
+USABLE = 0.92  # of a GPU's memory, as memory.available_memory
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,11 @@ class Table:
     model: str
     precision: str
     rows: tuple[Row, ...]
+    gpu_bytes: int = 0  # of the device's memory; 0: a CPU
+
+    def available(self) -> int:
+        """Bytes that batches may take there: of the GPU that was measured, or of this host."""
+        return int(USABLE * self.gpu_bytes) if self.gpu_bytes else available_memory(torch.device("cpu"))
 
     @property
     def named(self) -> str:
@@ -79,8 +83,9 @@ def read_tables(file: Path) -> list[Table]:
         values = json.loads(file.read_text(encoding="utf-8"))
         e = values["environment"]
         device = e["gpu"] if e["gpu"] != "none" else e.get("cpu", "a CPU")
+        memory = int(e["gpu_bytes"]) if e["gpu"] != "none" else 0
         return [
-            Table(file, device, e["date"], b["model"], rows[0].precision, tuple(rows))
+            Table(file, device, e["date"], b["model"], rows[0].precision, tuple(rows), memory)
             for b in values["bundles"]
             if (rows := [row_from_dict(r) for r in b["rows"]])
         ]
@@ -180,8 +185,3 @@ def lines(p: Prediction, table: Table, context: int, tpot_ms: float) -> list[str
         out.append(f"batch {p.batch} is beyond the largest measured, {biggest}: extrapolated")
     return [*out, f"largest batch within {tpot_ms:g} ms a token at context {context}: {p.batch} (bound by {p.bound}); "
             f"predicted {p.tokens_per_s:,.0f} tokens/s, {1e3 * p.seconds:.3g} ms a token"]  # fmt: skip
-
-
-def device_bytes(device: str) -> int | None:
-    """Memory of a named GPU that need not be here; None where it is not known."""
-    return next((int(0.92 * n) for name, n in GPU_BYTES.items() if name in device), None)

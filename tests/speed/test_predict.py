@@ -17,6 +17,7 @@ from jet_export.model.config import jet_2b
 from jet_export.speed.predict import Table, fit_steps, left_out_errors, lines, predict
 from jet_export.speed.roofline import step_bytes
 
+GPU = {"gpu": "NVIDIA H100 80GB HBM3", "gpu_bytes": str(85_520_809_984)}
 DTYPES = ("bfloat16", "bfloat16", "float32")
 WEIGHTS = weight_bytes(jet_2b(), torch.bfloat16, False)
 
@@ -101,7 +102,7 @@ def inspect(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
 
 def bench_json(path, rows) -> str:
     bundle = {"model": "jet-2b", "rows": [dataclasses.asdict(r) for r in rows]}
-    path.write_text(json.dumps({"environment": {"gpu": "NVIDIA H100 80GB HBM3", "date": "d"}, "bundles": [bundle]}))
+    path.write_text(json.dumps({"environment": {**GPU, "date": "d"}, "bundles": [bundle]}))
     return str(path)
 
 
@@ -127,6 +128,13 @@ def test_without_a_table_inspect_says_how_to_make_one(table, tmp_path, monkeypat
     assert status == 2 and message in err
     if "fp8" in message:
         assert "jet-export bench BUNDLE" in err
+
+
+def test_memory_is_that_of_the_gpu_that_was_measured(table, tmp_path) -> None:
+    from jet_export.speed.predict import read_tables
+
+    (read,) = read_tables(tmp_path / bench_json(tmp_path / "bench.json", table.rows))
+    assert read.available() == int(0.92 * 85_520_809_984) and read.device == GPU["gpu"]
 
 
 def test_files_that_are_no_tables(tmp_path, monkeypatch, capsys) -> None:
