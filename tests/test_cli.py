@@ -64,7 +64,7 @@ def edit(bundle: Path, **changes) -> None:
 
 
 def test_help_of_each_command_shows_an_example(monkeypatch, capsys) -> None:
-    for command in ("build", "verify", "generate", "inspect"):
+    for command in ("build", "verify", "generate", "inspect", "search"):
         status, out, _ = run(monkeypatch, capsys, command, "--help")
         assert status == 0
         assert f"Example: jet-export {command}" in out

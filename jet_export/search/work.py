@@ -118,6 +118,7 @@ class Workshop:
         self.database, self.bench, self.hands, self.cases = database, bench, hands, cases
         self.claims, self.jobs, self.emit, self.deadline, self.keep = claims, max(1, jobs), emit, deadline, keep
         self.failed: dict[Cell, str] = {}
+        self.swept: set[Cell] = set()
         self.known: dict[Cell, dict[tuple[int, int, str], Entry]] = {}
         self.spent = 0.0  # seconds of builds and measurements
         self.done = 0  # cells that took them
@@ -141,7 +142,9 @@ class Workshop:
 
     def ensure(self, cells: Iterable[Cell]) -> None:
         """Measure what is missing. A cell that fails is named in `failed`, and not tried again."""
-        waiting = [c for c in dict.fromkeys(cells) if c not in self.failed and self.missing(c)]
+        wanted = list(dict.fromkeys(cells))
+        waiting = [c for c in wanted if c not in self.failed and self.missing(c)]
+        self.sweep(c for c in wanted if not self.missing(c))
         total, told = len(waiting), False
         while waiting and not self.out_of_time:
             mine: dict[Cell, Claim] = {}
@@ -160,6 +163,17 @@ class Workshop:
                 told = True
                 time.sleep(0.5)
             waiting = [c for c in waiting if c not in self.failed and self.missing(c)]
+
+    def sweep(self, measured: Iterable[Cell]) -> None:
+        """Remove what a kill between measurement and removal left of cells that are measured."""
+        for cell in measured:
+            if self.keep or cell in self.swept:
+                continue
+            self.swept.add(cell)
+            claim = Claim.take(self.claims / f"{cell.key}.lock")
+            if claim is not None:
+                self.hands.discard(cell)
+                claim.release()
 
     def work(self, cells: list[Cell], total: int, before: int) -> None:
         """Build these together, then measure one after the other."""
