@@ -13,12 +13,12 @@ import os
 import random
 import statistics
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from load_clients import CLOCK
 
 from jet_export.bench import write_result
 from jet_export.runtime.batching import BatchingEngine, Sequence, Serving
@@ -30,9 +30,9 @@ from jet_export.runtime.tokenizer import load_tokenizer
 def first_token(batching: BatchingEngine, prompt: list[int], new: int = 1) -> tuple[float, Sequence]:
     """Seconds to the first token, and the finished request."""
     times: list[float] = []
-    begin = time.perf_counter()
+    begin = CLOCK.now()
     request = batching.submit(
-        prompt, Params(new, ignore_eos=True), lambda _: times.append(time.perf_counter()), keep_logits=new > 1
+        prompt, Params(new, ignore_eos=True), lambda _: times.append(CLOCK.now()), keep_logits=new > 1
     )
     while batching.step():
         pass
@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cache-bytes", type=int, default=4 << 30)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: see load_clients.Clock")
     args = parser.parse_args()
+    CLOCK.cpu = args.clock == "cpu"
     load = os.getloadavg()
     engine, manifest = load_engine(args.bundle)
     tokenizer, rng = load_tokenizer(args.bundle), random.Random(0)
@@ -83,7 +85,7 @@ def main() -> None:
     m = batching.metrics
     result: dict[str, Any] = {
         "model": manifest.model["name"], "precision": "fp8" if manifest.quantization else manifest.dtype,
-        "limits": asdict(manifest.limits), "shared_tokens": shared_len, "own_tokens": args.own,
+        "limits": asdict(manifest.limits), "clock": args.clock, "shared_tokens": shared_len, "own_tokens": args.own,
         "interval": batching.scheduler.capacity.prefix_interval, "tokens_saved_a_hit": m.prefix_tokens // m.prefix_hits,
         "cache_bytes_a_prompt": sizes[0], "entries_a_prompt": len(batching.scheduler.prefixes.entries),  # type: ignore
         "miss_ms": [round(1e3 * t, 2) for t in misses], "hit_ms": [round(1e3 * t, 2) for t in hits],

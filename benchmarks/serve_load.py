@@ -19,13 +19,12 @@ import math
 import os
 import random
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from load_clients import Ask, Client, Http, InProcess, Trace, http_server
+from load_clients import CLOCK, Ask, Client, Http, InProcess, Trace, http_server
 from rich.console import Console
 from rich.table import Table
 
@@ -60,15 +59,18 @@ class Workload:
 
 
 async def ask_all(client: Client, asks: list[Ask], due: list[float]) -> list[Trace]:
-    """Each at its time, seconds from now."""
-    start = time.perf_counter()
+    """Each at its time, seconds from now, in order."""
+    start = CLOCK.now()
     traces = [Trace(start + d) for d in due]
-
-    async def one(ask: Ask, trace: Trace) -> None:
-        await asyncio.sleep(max(0.0, trace.due - time.perf_counter()))
-        await client.run(ask, trace)
-
-    await asyncio.gather(*(one(a, t) for a, t in zip(asks, traces, strict=True)))
+    tasks: list[asyncio.Task] = []
+    for ask, trace in zip(asks, traces, strict=True):
+        while (wait := trace.due - CLOCK.now()) > 0:
+            if CLOCK.cpu and all(task.done() for task in tasks):
+                CLOCK.skip(trace.due)
+            else:
+                await asyncio.sleep(0.002 if CLOCK.cpu else wait)
+        tasks.append(asyncio.create_task(client.run(ask, trace)))
+    await asyncio.gather(*tasks)
     return traces
 
 
@@ -78,7 +80,7 @@ async def in_flight(client: Client, asks: list[Ask], concurrency: int) -> list[T
 
     async def worker() -> None:
         for ask in left:
-            traces.append(Trace(time.perf_counter()))
+            traces.append(Trace(CLOCK.now()))
             await client.run(ask, traces[-1])
 
     await asyncio.gather(*(worker() for _ in range(concurrency)))
@@ -149,15 +151,15 @@ async def join_part(client: Client, work: Workload) -> dict[str, Any]:
     prompts = [work.ask(rng, args.prompt_tokens, 4 * work.max_seq_len) for _ in range(args.join_streams)]
     new = work.max_seq_len - args.prompt_tokens - 1
     others = [Ask(work.ask(rng, args.prompt_tokens, 1).prompt, new) for _ in prompts]
-    traces = [Trace(time.perf_counter()) for _ in others]
+    traces = [Trace(CLOCK.now()) for _ in others]
     tasks = [asyncio.create_task(client.run(a, t)) for a, t in zip(others, traces, strict=True)]
     while not all(len(t.times) > 1 for t in traces):
         if any(task.done() for task in tasks):
             sys.exit(f"join: a stream ended early ({[t.error for t in traces if t.error] or 'no reason given'}).")
         await asyncio.sleep(0.01)
-    begin = time.perf_counter()
+    begin = CLOCK.now()
     await asyncio.sleep(args.join_seconds)
-    long = Trace(time.perf_counter())
+    long = Trace(CLOCK.now())
     await client.run(work.ask(rng, length, 1), long)
     for task in tasks:
         task.cancel()
@@ -235,12 +237,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slots", type=int)
     parser.add_argument("--token-budget", type=int)
     parser.add_argument("--http", action="store_true", help="through jet-export serve --openai on loopback")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: see load_clients.Clock")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    CLOCK.cpu = args.clock == "cpu"
+    if CLOCK.cpu and args.http:
+        sys.exit("--clock cpu counts this process's time; with --http the engine is in another.")
     serving = Serving(args.slots, None, args.token_budget, max_waiting=100_000, wait_timeout=1e9)
     load = os.getloadavg()
     manifest = Manifest.load(args.bundle)
@@ -249,7 +255,7 @@ def main() -> None:
         "command": " ".join(["python", *(a if a != str(args.bundle) else args.bundle.name for a in sys.argv)]),
         "model": manifest.model["name"], "precision": "fp8" if manifest.quantization else manifest.dtype,
         "limits": asdict(manifest.limits),
-        "through": "http" if args.http else "AsyncLLM",
+        "through": "http" if args.http else "AsyncLLM", "clock": args.clock,
     }  # fmt: skip
     slo = (args.slo_ttft_ms, args.slo_tpot_ms)
     if args.http:
