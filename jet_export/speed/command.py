@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from jet_export.bench import environment
-from jet_export.benchmark import Case
+from jet_export.benchmark import Case, check_case
 from jet_export.bundle import Limits, Manifest, sha256_file
 from jet_export.errors import JetExportError
 from jet_export.memory import available_memory
@@ -121,6 +121,7 @@ def run_bundle(
     engine, manifest = load_engine(bundle)  # the files' hashes too: the verdict may be an older one
     load_seconds = time.monotonic() - begin
     weights = bundle_weights(bundle)
+    free_cached(engine.device)  # what verify has left
     room = Room(manifest, weights.resident, available_memory(engine.device) + weights.resident)
     peaks = measure_peaks(engine.device, product_dtypes(manifest))
     run = BundleRun(bundle, manifest, verdict, peaks, load_seconds, [], [], [], [])
@@ -135,29 +136,38 @@ def run_bundle(
             run.serving.append(serve_burst(engine, load_tokenizer(bundle), case.context, case.new_tokens, slots))
             keep(run)
         return run
-    for case in with_sweep(cases, room) if sweep else cases:
+    for case in with_sweep(cases, run.skipped, room, options.asked.new_tokens) if sweep else cases:
         try:
             run.rows += measure_rows(engine, room, weights, peaks, [case], bundle, options.fill_seconds, emit)
         except torch.OutOfMemoryError:
             run.skipped.append(Skipped(case.context, case.batch, case.chunk, "out of memory", "a smaller --batch"))
         keep(run)
     del engine
-    gc.collect()
-    if manifest.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_cached(manifest.device)
     return run
 
 
-def with_sweep(cases: Sequence[Case], room: Room) -> list[Case]:
+def free_cached(device: torch.device) -> None:
+    """Give memory that nothing holds back to the GPU, so that it counts as free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, new_tokens: int) -> list[Case]:
     """The cases, and at each context every power of two of sequences up to the largest that fits, on synthetic states:
-    what ratios at an equal batch and at an equal time per token are read from."""
+    what ratios at an equal batch and at an equal time per token are read from. Contexts of which only the protocol's
+    own batch does not fit are swept too."""
     out = list(cases)
-    for case in {c.context: c for c in cases}.values():
-        have = {c.batch for c in cases if c.context == case.context}
-        most = min(room.largest(case.tokens, case.chunk), room.manifest.limits.max_batch_size)
+    asked = [(c.context, c.chunk) for c in cases] + [(s.context, s.chunk) for s in skipped]
+    for context, chunk in dict.fromkeys(asked):
+        one = Case(1, context, chunk, min(new_tokens, SWEEP_TOKENS), "synthetic")
+        if check_case(one, room.manifest.limits) is not None:
+            continue
+        have = {c.batch for c in cases if c.context == context}
+        most = min(room.largest(context + new_tokens, chunk), room.manifest.limits.max_batch_size)
         batches = {2**i for i in range(most.bit_length())} | {most}
-        fast = replace(case, fill="synthetic", repeats=1, new_tokens=min(case.new_tokens, SWEEP_TOKENS))
-        out += [replace(fast, batch=b) for b in sorted(batches - have - {0})]
+        out += [replace(one, batch=b) for b in sorted(batches - have - {0})]
     return out
 
 

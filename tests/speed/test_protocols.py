@@ -104,10 +104,20 @@ def test_latency_runs_one_sequence_and_repeats_short_fills() -> None:
 
 
 def test_the_sweep_has_every_power_of_two_once_and_the_largest() -> None:
-    r = room(1e13, batch=100)
-    cases = with_sweep([Case(16, 4096, 256)], r)
+    cases = with_sweep([Case(16, 4096, 256)], [], room(1e13, batch=100), 128)
     assert [c.batch for c in cases] == [16, 1, 2, 4, 8, 32, 64, 100]
     assert [c.fill for c in cases] == ["auto"] + 7 * ["synthetic"]
+
+
+def test_a_context_is_swept_where_the_papers_batch_does_not_fit() -> None:
+    """A full-attention baseline holds far fewer sequences than the paper's batch."""
+    r = room(20e9, batch=1024, seq=70_000)
+    cases, skipped, _ = plan_cases(Asked("paper", (65536,)), r)
+    assert not cases and skipped
+    swept = [c.batch for c in with_sweep(cases, skipped, r, 128)]
+    most = r.largest(65536 + 128, 2048)
+    assert swept[:2] == [1, 2] and swept[-1] == most < 128
+    assert with_sweep([], skipped, room(20e9, batch=1024, seq=60_000), 128) == []  # longer than max_seq_len
 
 
 def test_contexts_beyond_the_positions_are_throughput_only() -> None:
