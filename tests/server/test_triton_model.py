@@ -99,7 +99,7 @@ class Request:
         self.done = flags == 1
 
     def wait(self):
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not self.done:
             assert time.monotonic() < end
             time.sleep(0.005)
@@ -126,14 +126,14 @@ def run(model, *requests: Request) -> None:
 
 
 def test_slow_readers_get_fewer_larger_responses(model) -> None:
-    slow = Request(text_input=b"abc", max_tokens=200, stream=True)
-    slow.slow = 0.05
-    whole = Request(text_input=b"abc", max_tokens=200, outputs=["output_ids"])
+    slow = Request(text_input=b"abc", max_tokens=60, stream=True)
+    slow.slow = 0.2
+    whole = Request(text_input=b"abc", max_tokens=60, outputs=["output_ids"])
     run(model, slow, whole)
     slow.wait()
-    assert 2 <= len(slow.responses) < 100
+    assert 2 <= len(slow.responses) < 60
     tokens = np.concatenate([r.values["output_ids"] for r in slow.responses])
-    assert tokens.tolist() == whole.wait().values["output_ids"].tolist() and len(tokens) == 200
+    assert tokens.tolist() == whole.wait().values["output_ids"].tolist() and len(tokens) == 60
     assert list(whole.responses[0].values) == ["output_ids"] and len(whole.responses) == 1
 
 
