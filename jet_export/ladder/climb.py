@@ -195,6 +195,12 @@ def versions() -> dict[str, str]:
     return out
 
 
+def brief(failure: str) -> str:
+    """A traceback's first and last line; the report has it all."""
+    first, *_, last = [*failure.splitlines(), ""] if "\n" not in failure else failure.splitlines()
+    return f"{first} {last}".rstrip()
+
+
 def table(result: dict[str, Any]) -> Table:
     out = Table(box=None, header_style="bold")
     for column in ("rung", "", "seconds", "why"):
@@ -202,7 +208,7 @@ def table(result: dict[str, Any]) -> Table:
     for rung in result["rungs"]:
         failures = rung.get("failures", [])
         more = [f"and {len(failures) - SHOWN} more"] if len(failures) > SHOWN else []
-        why = "\n".join([*failures[:SHOWN], *more]) or rung.get("reason", "")
+        why = "\n".join([*map(brief, failures[:SHOWN]), *more]) or rung.get("reason", "")
         seconds = f"{rung['seconds']:.1f}" if "seconds" in rung else ""
         out.add_row(rung["rung"], rung["status"].upper() if failures else rung["status"], seconds, why)
     return out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jet_export.ladder.climb import FAILED, PASSED, climb, summary, table
 from jet_export.report import console
+from jet_export.verify import read_text
 
 REPORT = Path("ladder.json")
 STATUS = {PASSED: 0, FAILED: 1}
@@ -24,6 +25,8 @@ def run_ladder(
 ) -> int:
     """Climb, print the rungs and where the report is. Returns the exit status."""
     report = report or REPORT
+    if text is not None:
+        read_text(text)  # refused before anything runs
     result = climb(bundle, report, emit, headers, fetch_headers, text, seed)
     out = console()
     out.print(table(result))

@@ -6,6 +6,7 @@ python -m jet_export.ladder.rungs NAME SPEC.json RESULT.json        a rung in a 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -90,7 +91,11 @@ class Site:
             return self.bundle / GRAPH
         require_onnx()
         if not (self.work / WEIGHTS).exists():
-            (self.work / WEIGHTS).symlink_to((self.bundle / WEIGHTS).resolve())
+            shutil.copyfile(self.bundle / WEIGHTS, self.work / WEIGHTS)  # onnx's checker takes no links
+        head, embedding = self.eager.model.lm_head, self.eager.model.embed_tokens
+        held = getattr(head, "weight", None)
+        if held is not None and held.data_ptr() == embedding.weight.data_ptr():
+            head.weight = embedding.weight  # one initializer, as the file has one tensor
         m, limits = self.manifest, self.manifest.limits
         tokens = max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk)
         dtypes = torch_dtype(m.kv_cache_dtype), torch_dtype(m.state_dtype)

@@ -150,6 +150,10 @@ API void* round_trip(void* creator, void* plugin, char const* alter) {
 }
 
 API void* clone(void* plugin) { return static_cast<IPluginV3*>(plugin)->clone(); }
+// As for an execution context of its own.
+API void* attach(void* plugin) {
+    return capability<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
+}
 API void destroy(void* plugin) { delete static_cast<IPluginV3*>(plugin); }
 
 API int supports(void* plugin, int pos, Tensor const* tensors, int inputs, int outputs) {

@@ -40,6 +40,7 @@ class Harness:
              POINTER(c_int32), c_int),
             ("round_trip", c_void_p, c_void_p, c_void_p, c_char_p),
             ("clone", c_void_p, plugin),
+            ("attach", c_void_p, plugin),
             ("destroy", None, plugin),
             ("supports", c_int, plugin, c_int, tensors, c_int, c_int),
             ("configure", c_int, plugin, tensors, c_int, c_int),

@@ -42,7 +42,7 @@ def evaluated(job: dict, tmp_path) -> dict:
 )
 def test_the_plugins_own_launches_compute_the_graph(headers, tools, library, tmp_path):
     """Plugin objects created from the graph's attributes, enqueued on the evaluator's tensors, their launches run by
-    Triton's interpreter: every value of the model is the model's own, forced and end to end, prefill and decode."""
+    Triton's interpreter: every value is the model's own, prefill and decode, and a decode step end to end."""
     config = mini_config()
     model = random_model(config, torch.float32, "cpu", 0, 256)
     job = {"config": str(tmp_path / "mini.json"), "folder": str(library), "headers": str(headers), "sm": SM,
@@ -63,8 +63,8 @@ def test_plugins_compute_what_their_references_do(headers, tools, library, tmp_p
     input changes. With meaningless batch tensors every load and store stays in the inputs, outputs and workspace."""
     cases = model_cases(mini_config(), "float32")
     job = {"folder": str(library), "headers": str(headers), "sm": SM, "fake": str(tools[1]), "runs": SMALL_RUNS,
-           "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
+           "kinds": ["any", "near"], "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
     found = evaluated(job, tmp_path)
-    assert len(found["errors"]) == 2 * len(cases) * len(SMALL_RUNS) and found["hostile"] > 20
+    assert len(found["errors"]) == found["hostile"] == 2 * len(cases) * len(SMALL_RUNS)
     assert max(found["errors"].values()) < 1e-5, found["errors"]
     assert not found["lost"]

@@ -1,12 +1,14 @@
 """`jet-export verify --ladder`: what runs here passes, what cannot is skipped, not passed; the first failure stops."""
 
 import json
+import sys
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 
+from jet_export import cli
 from jet_export.build import run_build
 from jet_export.bundle import describe_files
 from jet_export.errors import JetExportError
@@ -48,6 +50,20 @@ def test_jet_tiny_climbs_as_far_as_a_cpu_goes(bundle, headers, tmp_path, capsys)
     assert 0 <= onnx_rung["decode"]["logits"] < 0.1 and {"prefill", "chunked prefill"} <= onnx_rung.keys()
     assert result["environment"]["torch"] == torch.__version__ and result["environment"]["gpu"] == "none"
     assert result["bundle"]["model"] == "jet-tiny" and str(bundle.parent) not in report.read_text()
+
+
+def test_a_bundle_without_a_graph_has_its_model_exported_again(bundle, tmp_path):
+    """Tied embeddings stay one tensor; the graph is the one that the bundle was built with."""
+    other, work = tmp_path / "other", tmp_path / "work"
+    other.mkdir(), work.mkdir()
+    for file in bundle.iterdir():
+        if file.name != "model.onnx":
+            (other / file.name).symlink_to(file)
+    again = Site(other, work).graph()
+    assert again.parent == work
+    names = [{t.name for t in onnx.load(p, load_external_data=False).graph.initializer}
+             for p in (again, bundle / "model.onnx")]  # fmt: skip
+    assert names[0] == names[1]
 
 
 def spoil(bundle: Path, to: Path) -> Path:
@@ -160,3 +176,21 @@ def test_random_inputs_reach_past_a_window_and_hold_padding():
         assert o[1:64].abs().max() == 0  # the padding row's
         for state, before in zip(states, inputs.states(), strict=True):
             assert not torch.equal(state, before)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["verify"], "verify: which bundle?\nName one made by `jet-export build`, or pass --ladder."),
+        (["verify", "x", "--fetch-headers"], "--tensorrt-headers and --fetch-headers belong to --ladder."),
+        (["verify", "--ladder", "x"], "x: not a bundle (no manifest.json)."),
+        (["verify", "--ladder", "x", "--text", "y.txt"], "--text y.txt: no such file."),
+    ],
+)
+def test_bad_input_is_one_message(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["jet-export", *arguments])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

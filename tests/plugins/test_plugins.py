@@ -76,10 +76,12 @@ def test_serialisation_round_trip(harness, mini, node):
     again = harness.round_trip(node, plugin)
     assert again, harness.messages()
     twice = harness.round_trip(node, harness.c.clone(again))
-    for p in (again, twice):
+    attached = harness.c.attach(again)  # to a context of its own
+    assert len({plugin, again, twice, attached}) == 4
+    for p in (again, twice, attached):
         assert harness.outputs(node, p, inputs) == harness.outputs(node, plugin, inputs)
         assert harness.workspace(node, p, inputs) == harness.workspace(node, plugin, inputs) > 0
-    for p in (plugin, again, twice):
+    for p in (plugin, again, twice, attached):
         harness.c.destroy(p)
 
 
