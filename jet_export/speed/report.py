@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -135,10 +136,10 @@ def draw(path: Path, rows: Sequence[Row], environment: dict[str, str]) -> None:
             if x.kind == kind:
                 _mark(axis, x)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        scale_speeds(axis)
         contexts = sorted({r.context for r in rows} | {x.context for x in references if x.context and x.kind == kind})
         axis.set_xticks(contexts, [f"{c // 1024}K" if c % 1024 == 0 else str(c) for c in contexts], fontsize=8)
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.set_xlabel("context, tokens")
         axis.set_ylabel(f"{kind}, tokens/s, all sequences together")
         axis.grid(True, which="both", alpha=0.3)
@@ -148,6 +149,20 @@ def draw(path: Path, rows: Sequence[Row], environment: dict[str, str]) -> None:
     figure.suptitle(f"{', '.join(sorted(models))}: {device}, torch {e['torch']}, {e['date']}, commit {e['commit']}")
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
+
+
+def scale_speeds(axis: Any) -> None:
+    """Speeds from 0 where they are within a factor of ten, else their logarithms; with numbers either way."""
+    low, high = axis.dataLim.intervaly
+    if high < 10 * low:
+        axis.set_ylim(0, 1.05 * high)
+        ticks = axis.get_yticks()
+    else:
+        axis.set_yscale("log")
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low / 2 <= m * 10.0**d <= 2 * high]
+    axis.set_yticks(ticks, [f"{t:,.0f}" for t in ticks], fontsize=8)
+    axis.yaxis.minorticks_off()
 
 
 def series(rows: Sequence[Row], kind: str) -> dict[str, list[tuple[int, float]]]:

@@ -56,3 +56,20 @@ def test_the_picture_names_the_source_of_every_reference(tmp_path, monkeypatch) 
     paper = [x for x in labels if "2,885" in x]
     assert paper and "arXiv 2508.15884" in paper[0] and "H100" in paper[0]
     assert any("published code as we ran it" in x for x in labels)
+
+
+@pytest.mark.parametrize("speeds", [(82.0, 394.0), (82.0, 9e4), (3681.0, 4288.0), (5.0, 5.0)])
+def test_speeds_have_numbers_at_the_axis(speeds: tuple[float, float]) -> None:
+    """At least three, in tokens/s, as wide as what is drawn; from 0 unless it is over a factor of ten."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from jet_export.speed.report import pyplot, scale_speeds
+
+    figure, axis = pyplot().subplots()
+    axis.plot([256, 1024], speeds)
+    scale_speeds(axis)
+    shown = [float(t.get_text().replace(",", "")) for t in axis.get_yticklabels()]
+    low, high = axis.get_ylim()
+    visible = [t for t in shown if low <= t <= high]
+    assert len(visible) >= 3 and low <= min(speeds) and max(speeds) <= high
+    assert (low == 0) == (max(speeds) < 10 * min(speeds))
+    pyplot().close(figure)
