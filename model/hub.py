@@ -17,6 +17,7 @@ PRESETS: dict[str, Callable[[], JetNemotronConfig]] = {
     "jet-4b": jet_4b,
     "qwen3-1.7b": qwen3_1_7b,  # a shape to compare speeds with, no checkpoint
 }
+CARD = "README.md"
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
 
 
@@ -48,20 +49,29 @@ def load_config(name: str) -> JetNemotronConfig:
 
 
 def licence_files(directory: Path) -> list[Path]:
-    """Files that a copy of the weights takes along."""
-    return sorted(p for p in directory.iterdir() if p.is_file() and p.name.upper().startswith(("LICENSE", "NOTICE")))
+    """Files that a copy of the weights takes along: LICENSE and NOTICE, or the model card where it alone names one."""
+    texts = _licence_texts(directory)
+    return texts if texts or _card_licence(directory) is None else [directory / CARD]
 
 
 def checkpoint_licence(directory: Path) -> str | None:
     """The checkpoint's licence: the first line of its LICENSE, or `license:` at the head of its model card."""
-    for path in licence_files(directory):
+    for path in _licence_texts(directory):
         return path.read_text(errors="replace").strip().partition("\n")[0].strip()
-    card = directory / "README.md"
-    if card.is_file():
-        head = card.read_text(errors="replace").split("---")
-        fields = head[1].splitlines() if len(head) > 2 and not head[0].strip() else []
-        return next((f.partition(":")[2].strip() for f in fields if f.startswith("license:")), None)
-    return None
+    return _card_licence(directory)
+
+
+def _licence_texts(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.iterdir() if p.is_file() and p.name.upper().startswith(("LICENSE", "NOTICE")))
+
+
+def _card_licence(directory: Path) -> str | None:
+    card = directory / CARD
+    if not card.is_file():
+        return None
+    head = card.read_text(errors="replace").split("---")
+    fields = head[1].splitlines() if len(head) > 2 and not head[0].strip() else []
+    return next((f.partition(":")[2].strip() for f in fields if f.startswith("license:")), None)
 
 
 def hub_id_of(name: str) -> str | None:

@@ -21,7 +21,7 @@ from jet_export.build import run_build
 from jet_export.bundle import Manifest, check_bundle
 from jet_export.errors import JetExportError
 from jet_export.memory import engine_memory, weight_bytes
-from jet_export.model.hub import checkpoint_licence
+from jet_export.model.hub import checkpoint_licence, licence_files
 from jet_export.plan import BuildOptions, make_plan
 from jet_export.runtime.engine import load_weights
 
@@ -136,9 +136,14 @@ def test_checkpoint_build_copies_tokenizer_and_licence(quick, tmp_path) -> None:
 def test_licence_of_a_model_card(tmp_path) -> None:
     assert checkpoint_licence(tmp_path) is None
     (tmp_path / "README.md").write_text("# A model\n\n---\nlicense: not-here\n---\n")
-    assert checkpoint_licence(tmp_path) is None
-    (tmp_path / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# A model\n")
+    assert checkpoint_licence(tmp_path) is None and licence_files(tmp_path) == []
+    card = tmp_path / "README.md"
+    card.write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# A model\n")
     assert checkpoint_licence(tmp_path) == "apache-2.0"
+    assert licence_files(tmp_path) == [card]  # goes along: nothing else names the licence
+    (tmp_path / "LICENSE").write_text("The Licence, version 1\n")
+    assert checkpoint_licence(tmp_path) == "The Licence, version 1"
+    assert licence_files(tmp_path) == [tmp_path / "LICENSE"]
 
 
 def test_more_positions_than_trained_is_a_warning_in_the_manifest(quick, tmp_path) -> None:

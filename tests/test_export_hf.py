@@ -309,7 +309,7 @@ def test_jet_tiny_and_a_build_from_the_export(tmp_path) -> None:
     out = tmp_path / "out/checkpoint"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["checkpoint"]
     names = {p.name for p in out.iterdir()}
-    assert names == {"config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json",
+    assert names == {"README.md", "config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json",
                      "tokenizer_config.json"}  # fmt: skip
 
     plan = make_plan(BuildOptions(str(out), device="cpu", kv_cache_dtype="fp8", max_seq_len=256))
