@@ -64,6 +64,16 @@ class Server:
             v for k, v in self.values().items() if k.split("{")[0] == name and all(label in k for label in labels)
         )
 
+    def settled(self, name: str, *labels: str, seconds: float = 3) -> float:
+        """`total` once it has stood still for so long: Triton's /metrics follow the engine's about once a second."""
+        value, since = self.total(name, *labels), time.monotonic()
+        while time.monotonic() - since < seconds:
+            time.sleep(0.2)
+            now = self.total(name, *labels)
+            if now != value:
+                value, since = now, time.monotonic()
+        return value
+
     def wait_for(self, name: str, value: float, *labels: str, seconds: float = 30) -> None:
         end = time.monotonic() + seconds
         while self.total(name, *labels) != value:

@@ -169,7 +169,7 @@ def test_metadata_and_metrics(server) -> None:
     assert client.is_server_ready() and client.is_model_ready(server.model)
     config = client.get_model_config(server.model)
     assert config["model_transaction_policy"] == {"decoupled": True} and config["max_batch_size"] == 0
-    before = server.total("jet_requests_total", 'reason="length"')
+    before = server.settled("jet_requests_total", 'reason="length"')
     tokens = server.total("jet_tokens_total")
     server.generate(text_input="abc", max_tokens=3)
     server.wait_for("jet_requests_total", before + 1, 'reason="length"')
@@ -253,7 +253,7 @@ def test_sixty_four_streams_at_once(server, reference) -> None:
 
 
 def test_clients_that_go_free_what_they_held(server) -> None:
-    before = server.total("jet_requests_total", 'reason="cancelled"')
+    before = server.settled("jet_requests_total", 'reason="cancelled"')
     client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}")
     client.start_stream(lambda result, error: None)
     for n in range(6):  # four run, two wait
