@@ -125,7 +125,9 @@ def test_a_baseline_is_swept_and_compared(bundle, outcome) -> None:
     options = BenchOptions(bundle, Asked("latency", (32,), None, 6), baselines=(str(bundle),))
     result = run_bench(options, ["jet-export"], lambda line: None)
     assert [sorted(r["batch"] for r in b["rows"]) for b in result["bundles"]] == [[1, 2, 4]] * 2
-    assert {r["at"] for r in result["ratios"]} == {"equal batch", "equal time per token", "largest batch"}
+    ours, theirs = ({r["batch"]: r["ms_per_token"] for r in b["rows"]} for b in result["bundles"])
+    in_time = {"equal time per token"} if min(ours.values()) <= theirs[4] else set()  # real times: either may happen
+    assert {r["at"] for r in result["ratios"]} == {"equal batch", "largest batch"} | in_time
     assert all((r["ratio"] is None) == (r["baseline_of_roofline"] < 0.7) for r in result["ratios"])
 
 
