@@ -74,20 +74,22 @@ def main() -> None:
     if not same_bits(make, tokens(shared_len), tokens(args.own)):
         sys.exit("A hit and a miss differ: nothing is timed.")
     batching, hits, misses, sizes = make(), [], [], []
+    prefixes = batching.scheduler.prefixes
+    assert prefixes is not None  # same_bits had a hit
     first_token(batching, tokens(args.own))  # warm-up
     for _ in range(args.repeats):
-        while batching.scheduler.prefixes and batching.scheduler.prefixes.evict():
+        while prefixes.evict():
             pass
         shared = tokens(shared_len)
         misses.append(first_token(batching, shared + tokens(args.own))[0])
-        sizes.append(batching.scheduler.prefixes.size if batching.scheduler.prefixes else 0)
+        sizes.append(prefixes.size)
         hits.append(first_token(batching, shared + tokens(args.own))[0])
     m = batching.metrics
     result: dict[str, Any] = {
         "model": manifest.model["name"], "precision": "fp8" if manifest.quantization else manifest.dtype,
         "limits": asdict(manifest.limits), "clock": args.clock, "shared_tokens": shared_len, "own_tokens": args.own,
         "interval": batching.scheduler.capacity.prefix_interval, "tokens_saved_a_hit": m.prefix_tokens // m.prefix_hits,
-        "cache_bytes_a_prompt": sizes[0], "entries_a_prompt": len(batching.scheduler.prefixes.entries),  # type: ignore
+        "cache_bytes_a_prompt": sizes[0], "entries_a_prompt": len(prefixes.entries),
         "miss_ms": [round(1e3 * t, 2) for t in misses], "hit_ms": [round(1e3 * t, 2) for t in hits],
         "load_average": {"before": load, "after": os.getloadavg()},
     }  # fmt: skip

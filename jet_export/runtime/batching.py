@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -250,7 +250,7 @@ class BatchingEngine:
         if len(makers) < len(flight.step.makers):
             rows = [i for i, s in enumerate(flight.step.makers) if s.request in goes_on]
             tokens = tokens[torch.tensor(rows, device=tokens.device)]
-        return self._launch(plan, _Step([], [], [], [], slots, [], makers, makers, tokens))
+        return self._launch(plan, _Step(decode_slots=slots, foreseen=tokens, makers=makers, everyone=makers))
 
     def _land(self, flight: _Flight) -> None:
         """Wait for a step's tokens and hand them out."""
@@ -283,8 +283,7 @@ class BatchingEngine:
 
     def _collect(self, plan: Plan) -> _Step:
         """What the plan feeds, taken under the lock: a cancellation meanwhile changes the requests."""
-        fed: list[int] = []  # tokens of decode
-        step = _Step([], [], [], [], [], fed, [], [])
+        step = _Step()
         for request, first, n in plan.prefill:
             sequence = self._begun(request)
             step.prefill_slots.append(request.slot)
@@ -302,7 +301,7 @@ class BatchingEngine:
         for request in plan.decode:
             sequence = self._begun(request)
             step.decode_slots.append(request.slot)
-            fed.append(sequence.last)
+            step.decode_tokens.append(sequence.last)
             step.makers.append(sequence)
             step.everyone.append(sequence)
         return step
@@ -495,14 +494,16 @@ class BatchingEngine:
 class _Step:
     """A plan as the runner takes it."""
 
-    prefill_slots: list[int]
-    prefill_tokens: list[list[int]]
-    prefill_ends: list[int]  # rows of the prefill call that end a prompt
-    drawn: list[Tensor]  # logits that came with a snapshot
-    decode_slots: list[int]
-    decode_tokens: list[int]  # unless `foreseen`
-    makers: list[Sequence]  # sequences that make a token: of prefill_ends, drawn and decode in turn
-    everyone: list[Sequence]
+    prefill_slots: list[int] = field(default_factory=list)
+    prefill_tokens: list[list[int]] = field(default_factory=list)
+    prefill_ends: list[int] = field(default_factory=list)  # rows of the prefill call that end a prompt
+    drawn: list[Tensor] = field(default_factory=list)  # logits that came with a snapshot
+    decode_slots: list[int] = field(default_factory=list)
+    decode_tokens: list[int] = field(default_factory=list)  # unless `foreseen`
+    makers: list[Sequence] = field(
+        default_factory=list
+    )  # those that make a token: of prefill_ends, drawn, decode in turn
+    everyone: list[Sequence] = field(default_factory=list)
     foreseen: Tensor | None = None  # the tokens to decode, [n] int64 on the device, not known here yet
 
 

@@ -18,20 +18,11 @@ from typing import Any
 import torch
 
 sys.path.insert(1, str(Path(__file__).parents[1]))  # tests, for checked_memory
-from plugin_harness import FakeGpu
+from plugin_harness import FakeGpu, image_hash
 
 MODULES = ["dynamic_conv", "gated_delta_rule_chunk", "gated_delta_rule_decode", "gated_rms_norm", "rope_append",
            "attention_prefill", "attention_decode"]  # fmt: skip
 DTYPES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i32": torch.int32, "*fp8e4nv": torch.float8_e4m3fn}
-
-
-def image_hash(cubin: bytes) -> int:
-    """As fake_cuda.cpp has it."""
-    (end,) = struct.unpack_from("<Q", cubin, 40)
-    h = 14695981039346656037
-    for byte in cubin[:end]:
-        h = ((h ^ byte) * 1099511628211) & (2**64 - 1)
-    return h
 
 
 def tensor_at(address: int, dtype: torch.dtype) -> torch.Tensor:

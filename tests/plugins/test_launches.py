@@ -86,15 +86,6 @@ def kernel_entry(kernels: list[dict], name: str, given: dict, options: dict) -> 
     raise AssertionError(f"{name} {options} was not compiled")
 
 
-def image_hash(cubin: bytes) -> int:
-    """As fake_cuda.cpp has it."""
-    (end,) = struct.unpack_from("<Q", cubin, 40)
-    h = 14695981039346656037
-    for byte in cubin[:end]:
-        h = ((h ^ byte) * 1099511628211) & (2**64 - 1)
-    return h
-
-
 def bits(value) -> int:
     return struct.unpack("<I", struct.pack("<f", value) if isinstance(value, float) else struct.pack("<i", value))[0]
 
@@ -137,7 +128,7 @@ class Expectation:
         given = dict(zip(names, args, strict=False)) | {n: options.pop(n) for n in names if n in options}
         i = kernel_entry(self.kernels, got["name"], given, options)
         image = next(image for image in self.kernels[i]["images"] if image["sm"] == self.sm)
-        assert got["image"] == image_hash((self.built.folder / f"{i}_{self.sm}.cubin").read_bytes())
+        assert got["image"] == plugin_harness.image_hash((self.built.folder / f"{i}_{self.sm}.cubin").read_bytes())
         assert got["grid"] == list(grid)
         assert got["block"] == [32 * options.get("num_warps", 4), 1, 1]
         assert got["shared"] == image["shared"]
