@@ -2,9 +2,10 @@
 
     python benchmarks/end_to_end.py --models jet-2b jet-4b --output benchmarks/results/end-to-end-h200.json
 
-Each (model, precision) is built by its own `jet-export build` process, all at once; then, one after the other, verified
-by `jet-export verify` and timed: load to first token, and greedy decoding of one sequence and of a full batch through
-`LLM` (CUDA graphs, sampling and detokenising included). A bundle that fails verification is not timed.
+Each (model, precision) is built by its own `jet-export build` process, all at once, and verified by `jet-export verify`
+as soon as it is there, --verify-jobs at a time. Then, one after the other with nothing beside it, it is timed: load to
+first token, and greedy decoding of one sequence and of a full batch through `LLM` (CUDA graphs, sampling and
+detokenising included). A bundle that fails verification is not timed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 CLI = [sys.executable, "-m", "jet_export.cli"]
@@ -77,23 +80,31 @@ def run(args: list[str], log: Path) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def check(bundle: Path, prompt_tokens: int) -> dict[str, Any]:
-    """Verify, then time; the figures of one bundle."""
-    result: dict[str, Any] = {}
-    start = time.monotonic()
-    report = Path(f"{bundle}.verify.json")
-    result["verify_exit_status"], _ = run(
-        [*CLI, "verify", str(bundle), "--json", str(report)], Path(f"{bundle}.verify.log")
-    )
-    result["verify_s"] = round(time.monotonic() - start, 1)
+def build_and_verify(case: tuple[str, str], job: dict[str, Any], verifying: Semaphore) -> dict[str, Any]:
+    """Wait for a build, then verify its bundle."""
+    bundle: Path = job["bundle"]
+    result: dict[str, Any] = {"model": case[0], "precision": case[1], **finish_build(job)}
+    print(f"{case[0]} {case[1]}: built in {result['build_s']} s", flush=True)
+    if result["build_exit_status"]:
+        return result
+    with verifying:
+        start = time.monotonic()
+        report = Path(f"{bundle}.verify.json")
+        result["verify_exit_status"], _ = run(
+            [*CLI, "verify", str(bundle), "--json", str(report)], Path(f"{bundle}.verify.log")
+        )
+        result["verify_s"] = round(time.monotonic() - start, 1)
     if report.exists():
         result["verify"] = json.loads(report.read_text())
-    if result["verify_exit_status"] != 0:
-        return result
+    return result
+
+
+def time_bundle(bundle: Path, prompt_tokens: int) -> dict[str, Any]:
+    """The figures of one verified bundle."""
+    result: dict[str, Any] = {}
     status, out = run([sys.executable, "-c", TIMING, str(bundle), str(prompt_tokens)], Path(f"{bundle}.timing.log"))
     if status == 0:
-        result["timing"] = json.loads(out.strip().splitlines()[-1])
-        result["timing"]["prompt_tokens"] = prompt_tokens
+        result["timing"] = {**json.loads(out.strip().splitlines()[-1]), "prompt_tokens": prompt_tokens}
     result["bundle_bytes"] = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file())
     return result
 
@@ -105,6 +116,7 @@ def main() -> None:
     parser.add_argument("--max-batch-size", type=int, default=64)
     parser.add_argument("--max-seq-len", type=int, default=4096)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--verify-jobs", type=int, default=2, help="bundles verified side by side")
     parser.add_argument("--directory", type=Path, help="keep bundles and logs here")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -114,13 +126,12 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     cases = [(m, p) for m in args.models for p in args.precisions]
     jobs = [start_build(m, p == "fp8", args.max_batch_size, args.max_seq_len, directory) for m, p in cases]
-    results = []
-    for (model, precision), job in zip(cases, jobs, strict=True):
-        results.append({"model": model, "precision": precision, **finish_build(job)})
-        print(f"{model} {precision}: built in {results[-1]['build_s']} s", flush=True)
+    verifying = Semaphore(args.verify_jobs)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        results = list(pool.map(build_and_verify, cases, jobs, [verifying] * len(cases)))
     for r, job in zip(results, jobs, strict=True):
-        if r["build_exit_status"] == 0:
-            r.update(check(job["bundle"], args.prompt_tokens))
+        if r.get("verify_exit_status") == 0:
+            r.update(time_bundle(job["bundle"], args.prompt_tokens))
         print(summary(r), flush=True)
         args.output.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
     sys.exit(any(r.get("verify_exit_status", 1) for r in results))

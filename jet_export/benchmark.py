@@ -99,7 +99,7 @@ def measure_case(engine: Engine, case: Case, seed: int, fill_seconds: float, cud
         gc.collect()  # an earlier case's pools and graphs
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(engine.device)
-    run = _Run(engine, case, seed, cuda_graphs)
+    run = Run(engine, case, seed, cuda_graphs)
     run.warm_up()
     filled, fill = "synthetic", None
     if case.fill != "synthetic":
@@ -123,7 +123,7 @@ def measure_case(engine: Engine, case: Case, seed: int, fill_seconds: float, cud
     )  # fmt: skip
 
 
-class _Run:
+class Run:
     """One case's pools, random tokens and clock."""
 
     def __init__(self, engine: Engine, case: Case, seed: int, cuda_graphs: bool) -> None:

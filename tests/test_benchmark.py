@@ -75,9 +75,9 @@ def test_prefill_speed_and_time_to_first_token_are_of_one_fill(engine):
 
 
 def test_synthetic_states_are_finite_and_not_zero(engine):
-    from jet_export.benchmark import _Run
+    from jet_export.benchmark import Run
 
-    run = _Run(engine, Case(2, 64, 16, 4), 0, False)
+    run = Run(engine, Case(2, 64, 16, 4), 0, False)
     run.synthesise()
     assert all(s.isfinite().all() and (s != 0).any(dim=-1).all() for s in run.runner.states)
     assert engine.decode(run.next, run.runner.batch([0, 1], [1, 1]), run.runner.states).isfinite().all()
