@@ -100,7 +100,7 @@ def steps(out: Path, bundles: Path) -> list[Step]:
         Step("latency", "one sequence, 1K to 128K, jet-2b FP8", 300,
              {"bench": bench("jet-2b-fp8", "latency")}, built("jet-2b-fp8")),
         Step("search", "the paper's nine JetBlocks at 64K, batch 128: layers, and whole models on the front", 1200,
-             {"search": [*CLI, "search", "--model", "jet-2b", "--device", "cuda", "--jobs", "4", "--resume",
+             {"search": [*CLI, "search", "--model", "jet-2b", "--device", "cuda", "--jobs", "13", "--resume",
                          "--space", str(HERE / "spaces" / "paper-h100.toml"), "--output", str(out / "search"),
                          "--database", str(bundles / "measurements.db")]}),
         Step("tune", "configurations of the kernels", 540,

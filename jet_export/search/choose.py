@@ -72,13 +72,15 @@ def choose(candidates: list[Evaluation], batch: int, context: int, slack_percent
     return best, why
 
 
-def to_build_whole(front: list[Evaluation], most: int, batch: int, context: int, slack: float) -> list[Evaluation]:
-    """The likely choice, both ends of the front, then points spread between them."""
+def to_build_whole(
+    front: list[Evaluation], most: int, batch: int, context: int, slack: float, ahead: list[Evaluation]
+) -> list[Evaluation]:
+    """The likely choice, what is built already, both ends of the front, then points spread between them."""
     if len(front) <= most:
         return front
     n = len(front)
     spread = [front[round(i * (n - 1) / max(1, most - 1))] for i in range(most)]
-    wanted = [choose(front, batch, context, slack)[0], front[0], front[-1], *spread]
+    wanted = [choose(front, batch, context, slack)[0], *ahead, front[0], front[-1], *spread]
     picked: list[Evaluation] = []
     for e in wanted:
         if not any(e is p for p in picked):

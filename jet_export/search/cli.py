@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from jet_export.report import console
 from jet_export.search.output import results_table, summary_lines, write_results
-from jet_export.search.run import SearchOptions, plan_lines, prepare, run_search
+from jet_export.search.run import SearchOptions, build_engines, plan_lines, prepare, run_search
 
 
 def run_command(options: SearchOptions, dry_run: bool, emit: Callable[[str], None]) -> None:
@@ -15,6 +15,9 @@ def run_command(options: SearchOptions, dry_run: bool, emit: Callable[[str], Non
     for line in plan_lines(search):
         emit(line)
     if dry_run:
+        return
+    if options.build_only:
+        build_engines(search, emit)
         return
     run_search(search, emit)
     write_results(search)

@@ -55,6 +55,7 @@ class SearchOptions:
     database: Path | None = None
     resume: bool = False
     keep_engines: bool = False
+    build_only: bool = False
 
 
 @dataclass
@@ -198,6 +199,15 @@ def run_search(search: Search, emit: Callable[[str], None], hands: Hands | None 
     database = Database(search.database_file)
     open_output(search)
     workshop = open_workshop(search, database, hands, emit)
+    try:
+        search_with(search, workshop, emit)
+    finally:
+        workshop.hands.stop()
+    search.seconds = time.monotonic() - start
+    return search
+
+
+def search_with(search: Search, workshop: Workshop, emit: Callable[[str], None]) -> None:
     composer = Composer(workshop, search.preset, search.space)
 
     def evaluate(points: list[Point]) -> list[Values]:
@@ -209,8 +219,29 @@ def run_search(search: Search, emit: Callable[[str], None], hands: Hands | None 
         search.options.trials or TRIALS, 4 * search.jobs, search.options.seed, lambda: workshop.out_of_time,
     )  # fmt: skip
     finish(search, workshop, composer, emit)
-    search.seconds = time.monotonic() - start
-    return search
+
+
+def build_engines(search: Search, emit: Callable[[str], None], hands: Hands | None = None) -> None:
+    """Build what a search of an enumerated space measures, and nothing else: the layers and, where --whole allows one,
+    the best score's point, which nothing on the front can beat. Raises JetExportError where an engine fails."""
+    if search.sampler != "exact":
+        raise JetExportError("--build-only: the points of a sampled space are not known before others are measured.",
+                             "Leave it out, or make the space smaller.")  # fmt: skip
+    refuse_all(search)
+    able = [e for e in search.evaluations.values() if not e.refused and e.score is not None]
+    cells = [c for e in able for c in cells_of(e.point, search.preset, search.space)]
+    if able and search.options.whole:
+        best = max(able, key=lambda e: e.score or 0.0)
+        assert best.config is not None
+        cells.insert(0, whole_cell(best.point, best.config))  # the longest
+    workshop = open_workshop(search, Database(search.database_file), hands, emit)
+    try:
+        built, failed = workshop.build_ahead(cells)
+    finally:
+        workshop.hands.stop()
+    emit(f"built      {built} engines, not measured: the same command without --build-only measures them")
+    if failed:
+        raise JetExportError(f"{failed} engines could not be built (above).")
 
 
 def open_workshop(search: Search, database: Database, hands: Hands | None, emit: Callable[[str], None]) -> Workshop:
@@ -218,7 +249,7 @@ def open_workshop(search: Search, database: Database, hands: Hands | None, emit:
     scratch = search.database_file.parent / f"{search.database_file.name}.engines"
     if hands is None:
         hands = Processes(database, search.bench, str(search.device), scratch, max(s.batch),
-                          max(s.context) + s.new_tokens)  # fmt: skip
+                          max(s.context) + s.new_tokens, search.jobs)  # fmt: skip
     timeout = search.options.timeout
     deadline = None if timeout is None else time.monotonic() + timeout
     return Workshop(database, search.bench, hands, search.cases, scratch / "claims", search.jobs, emit, deadline,
@@ -286,14 +317,15 @@ def values_of(search: Search, workshop: Workshop, composer: Composer, e: Evaluat
 def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callable[[str], None]) -> None:
     """The front, whole engines of its points, the choice."""
     b, c = search.target
-    search.timed_out = workshop.out_of_time
+    search.timed_out = out_of_time(search, workshop, [])
     front = pareto(list(search.evaluations.values()), b, c)
     keep_layers(search, workshop, composer)
     if not front:
         raise no_front(search, workshop)
     for e in front:
         e.front = True
-    wanted = to_build_whole(front, search.options.whole, b, c, search.space.slack_percent)
+    ahead = [e for e in front if e.config is not None and workshop.hands.built(whole_cell(e.point, e.config))]
+    wanted = to_build_whole(front, search.options.whole, b, c, search.space.slack_percent, ahead)
     cells = {whole_cell(e.point, e.config): e for e in wanted if e.config is not None}
     if cells:
         emit(f"building {len(cells)} of {len(front)} points on the front whole")
@@ -301,10 +333,18 @@ def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callabl
     for cell, e in cells.items():
         e.measured = composer.measured(cell)
     search.failed = workshop.failed
-    search.timed_out = workshop.out_of_time
+    search.timed_out = out_of_time(search, workshop, wanted)
     search.noisy = composer.noisy()
     best, search.why = choose(front, b, c, search.space.slack_percent)
     best.chosen = True
+
+
+def out_of_time(search: Search, workshop: Workshop, wanted: list[Evaluation]) -> bool:
+    """Whether --timeout left anything out, of the points or of those `wanted` whole."""
+    missing = search.sampler != "exact" or any(
+        e.predicted is None and not e.refused and e.score is not None for e in search.evaluations.values()
+    )
+    return workshop.out_of_time and (missing or any(e.measured is None for e in wanted))
 
 
 def keep_layers(search: Search, workshop: Workshop, composer: Composer) -> None:

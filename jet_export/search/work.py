@@ -1,4 +1,8 @@
-"""Building cells in parallel and measuring them alone, each in a process of its own; what is measured is kept."""
+"""Building cells in parallel and measuring them alone, in processes of their own; what is measured is kept.
+
+A build is a process. Measurements share one, since starting it takes longer than most of them; it ends with the first
+that fails, and the next cell gets a fresh one.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from jet_export.errors import JetExportError
 from jet_export.search.cells import Cell
@@ -28,11 +35,67 @@ LONGEST = 3600  # seconds of one build or measurement
 class Hands(Protocol):
     """What builds and measures one cell. Both raise JetExportError where it cannot."""
 
+    def built(self, cell: Cell) -> bool: ...
+
     def build(self, cell: Cell) -> None: ...
 
     def measure(self, cell: Cell, cases: list[tuple[int, int]]) -> None: ...
 
     def discard(self, cell: Cell) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Measurer:
+    """The process that measures: a line of JSON to it is a task, a line from it is the answer."""
+
+    process: subprocess.Popen
+    errors: IO[str]  # what it says on standard error
+
+    @classmethod
+    def start(cls) -> Measurer:
+        errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by `end`)
+        command = [sys.executable, "-m", "jet_export.search.worker", "measure"]
+        pipe = subprocess.PIPE
+        return cls(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True), errors)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ask(self, task: dict[str, Any], seconds: float) -> str | None:
+        """Its answer's line, "" where it died of the task; None where it took too long, and was killed."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps(task) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
+        return None if late.is_set() else line
+
+    def said(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.errors):
+            if file is not None:
+                with suppress(BrokenPipeError):
+                    file.close()
 
 
 @dataclass
@@ -45,7 +108,9 @@ class Processes:
     directory: Path
     max_batch_size: int
     max_seq_len: int
+    jobs: int = 1  # builds side by side
     running: set[subprocess.Popen] = field(default_factory=set)
+    measurer: Measurer | None = None
 
     @cached_property
     def home(self) -> Path:
@@ -56,30 +121,56 @@ class Processes:
     def bundle(self, cell: Cell) -> Path:
         return self.home / cell.key
 
+    def built(self, cell: Cell) -> bool:
+        """Built ahead, or before the search was killed: a build renames its directory as its last step."""
+        return (self.bundle(cell) / "manifest.json").exists()
+
     def build(self, cell: Cell) -> None:
         for left in self.home.glob(f".{cell.key}.*"):  # of a build that was killed
             shutil.rmtree(left, ignore_errors=True)
-        if (self.bundle(cell) / "manifest.json").exists():
-            return  # built before the search was killed, and renamed as its last step
+        if self.built(cell):
+            return
         self.run("build", cell, {"backend": self.bench.backend, "device": self.device, "dtype": self.bench.dtype,
                                  "max_batch_size": self.max_batch_size, "max_seq_len": self.max_seq_len,
                                  "prefill_chunk": self.bench.chunk})  # fmt: skip
 
     def measure(self, cell: Cell, cases: list[tuple[int, int]]) -> None:
-        self.run("measure", cell, {"database": str(self.database.path), "bench": asdict(self.bench), "cases": cases})
+        task = self.told(cell, {"database": str(self.database.path), "bench": asdict(self.bench), "cases": cases})
+        if self.measurer is not None and not self.measurer.alive:  # killed from outside, between two cells
+            self.end_measurer()
+        self.measurer = self.measurer or Measurer.start()
+        try:
+            line = self.measurer.ask(task, LONGEST)
+            if line is None:
+                raise JetExportError(f"{cell}: measure took over {LONGEST} s.")
+            if json.loads(line or "null") != {}:
+                code = 1 if line else self.measurer.process.wait()
+                raise JetExportError(f"{cell}: measure failed: {why(code, line, self.measurer.said())}")
+        except BaseException:
+            self.end_measurer()
+            raise
+
+    def end_measurer(self) -> None:
+        if self.measurer is not None:
+            self.measurer.end()
+        self.measurer = None
 
     def discard(self, cell: Cell) -> None:
         shutil.rmtree(self.bundle(cell), ignore_errors=True)
         self.bundle(cell).with_suffix(".json").unlink(missing_ok=True)
 
+    def told(self, cell: Cell, more: dict[str, Any]) -> dict[str, Any]:
+        return {"cell": cell.describe(), "bundle": str(self.bundle(cell)), "parent": os.getpid(), **more}
+
     def run(self, task: str, cell: Cell, more: dict[str, Any]) -> None:
-        told = {"cell": cell.describe(), "bundle": str(self.bundle(cell)), "parent": os.getpid(), **more}
         command = [sys.executable, "-m", "jet_export.search.worker", task]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # else each build starts one a core
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
             self.running.add(process)
             try:
-                out, err = process.communicate(json.dumps(told), timeout=LONGEST)
+                out, err = process.communicate(json.dumps(self.told(cell, more)), timeout=LONGEST)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise JetExportError(f"{cell}: {task} took over {LONGEST} s.") from None
@@ -94,6 +185,7 @@ class Processes:
     def stop(self) -> None:
         for process in list(self.running):
             process.kill()
+        self.end_measurer()
 
 
 def why(returncode: int, out: str, err: str) -> str:
@@ -143,10 +235,10 @@ class Workshop:
     def ensure(self, cells: Iterable[Cell]) -> None:
         """Measure what is missing. A cell that fails is named in `failed`, and not tried again."""
         wanted = list(dict.fromkeys(cells))
-        waiting = [c for c in wanted if c not in self.failed and self.missing(c)]
         self.sweep(c for c in wanted if not self.missing(c))
+        waiting = self.left(wanted)
         total, told = len(waiting), False
-        while waiting and not self.out_of_time:
+        while waiting:
             mine: dict[Cell, Claim] = {}
             for cell in waiting:
                 claim = Claim.take(self.claims / f"{cell.key}.lock") if len(mine) < self.jobs else None
@@ -162,7 +254,25 @@ class Workshop:
                     self.emit(f"  {len(waiting)} engines are another search's: waits for them")
                 told = True
                 time.sleep(0.5)
-            waiting = [c for c in waiting if c not in self.failed and self.missing(c)]
+            waiting = self.left(waiting)
+
+    def left(self, cells: list[Cell]) -> list[Cell]:
+        """Those that can still be measured: when time is up, what is built already."""
+        left = [c for c in cells if c not in self.failed and self.missing(c)]
+        return [c for c in left if self.hands.built(c)] if self.out_of_time else left
+
+    def build_ahead(self, cells: Iterable[Cell]) -> tuple[int, int]:
+        """Build what is not measured, and leave it for a later search to measure: (built, failed)."""
+        mine: dict[Cell, Claim] = {}
+        try:
+            for cell in dict.fromkeys(cells):
+                claim = Claim.take(self.claims / f"{cell.key}.lock") if self.missing(cell) else None
+                if claim is not None:
+                    mine[cell] = claim
+            return sum(self.build_all(list(mine))), len(self.failed)
+        finally:
+            for claim in mine.values():
+                claim.release()
 
     def sweep(self, measured: Iterable[Cell]) -> None:
         """Remove what a kill between measurement and removal left of cells that are measured."""
@@ -180,12 +290,7 @@ class Workshop:
         if not cells:
             return
         start = time.monotonic()
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                built = [c for c, ok in zip(cells, pool.map(self.build, cells), strict=True) if ok]
-            except BaseException:
-                getattr(self.hands, "stop", lambda: None)()
-                raise
+        built = [c for c, ok in zip(cells, self.build_all(cells), strict=True) if ok]
         for i, cell in enumerate(built):
             self.measure(cell)
             self.spent += time.monotonic() - start
@@ -196,7 +301,18 @@ class Workshop:
                     f"  [{before + i + 1}/{total}] {cell}: {self.figures(cell)}{self.eta(total - before - i - 1)}"
                 )
 
+    def build_all(self, cells: list[Cell]) -> list[bool]:
+        """Side by side: which of them are there."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return list(pool.map(self.build, cells))
+            except BaseException:
+                self.hands.stop()
+                raise
+
     def build(self, cell: Cell) -> bool:
+        if self.out_of_time and not self.hands.built(cell):
+            return False
         try:
             with building():
                 self.hands.build(cell)

@@ -1,16 +1,19 @@
-"""One cell's build or measurement, in a process of its own: `python -m jet_export.search.worker build|measure`.
+"""Builds a cell or measures cells, in a process of its own: `python -m jet_export.search.worker build|measure`.
 
-The task is JSON on standard input, the answer one JSON line on standard output: {} or {"error": ...}. Measurements go
-to the database case by case. The process ends with its parent.
+A task is a line of JSON on standard input, its answer one on standard output: {} or {"error": ...}. A build's process
+takes one task; that of measurements goes on until one fails: what comes after an error on a GPU cannot be trusted.
+Measurements go to the database case by case. The process ends with its parent.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +58,7 @@ def measure(task: dict[str, Any]) -> None:
     from jet_export.search.database import Bench, Database
 
     database, bench, cell = Database(Path(task["database"])), Bench(**task["bench"]), Cell.from_dict(task["cell"])
+    gc.collect()  # the cell before
     engine, _ = load_engine(Path(task["bundle"]))
     for batch, context in task["cases"]:
         case = Case(batch, context, min(bench.chunk, context), bench.new_tokens, bench.fill)
@@ -84,21 +88,31 @@ def entry(m: Measurement, phase: str, median: float, p90: float, every: list[flo
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    work, parent = {"build": build, "measure": measure}[sys.argv[1]], None
+    for line in sys.stdin:
+        task = json.loads(line)
+        if parent is None:
+            parent = task["parent"]
+            end_with_parent(parent)
+        error = tried(work, task)
+        print(json.dumps({"error": error} if error else {}), file=answers, flush=True)
+        if error:
+            sys.exit(1)
+
+
+def tried(work: Callable[[dict[str, Any]], None], task: dict[str, Any]) -> str | None:
+    """Why it failed."""
     from jet_export.errors import JetExportError
 
-    task = json.load(sys.stdin)
-    end_with_parent(task["parent"])
     try:
-        {"build": build, "measure": measure}[sys.argv[1]](task)
+        work(task)
     except JetExportError as e:
-        print(json.dumps({"error": str(e).replace("\n", " ")}), flush=True)
-        sys.exit(1)
+        return str(e).replace("\n", " ")
     except Exception as e:  # out of memory, a compiler's failure: the search goes on without this cell
-        print(
-            json.dumps({"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"}), flush=True
-        )
-        sys.exit(1)
-    print("{}", flush=True)
+        return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
+    return None
 
 
 if __name__ == "__main__":

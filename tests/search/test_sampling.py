@@ -54,7 +54,7 @@ def test_a_killed_study_goes_on(tmp_path) -> None:
     assert not {"RUNNING", "WAITING"} & set(states)
     assert search.chosen is not None
     again = searched(prepared(tmp_path, PLACED, resume=True, **options))
-    assert not again.built
+    assert not again.builds
 
 
 def test_refused_trials_say_why(tmp_path) -> None:

@@ -34,7 +34,7 @@ def test_a_table_scores_the_points_it_has(tmp_path, name: str) -> None:
     assert scores == {"32x32x2": 1.0, "16x64x2": 5.0, "64x16x2": None, "16x32x4": None}
     missed = [e.missed for e in search.evaluations.values() if e.score is None]
     assert all("known" in (m or "") for m in missed)
-    assert len(hands.built) == 2 + 2 + 1  # nothing is built for points without a score
+    assert len(hands.builds) == 2 + 2 + 1  # nothing is built for points without a score
 
 
 def test_a_callable_scores(tmp_path) -> None:

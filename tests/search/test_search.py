@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from eager_bundle import mini_config
-from fake_hands import SPACE, engine_ms, prepared, searched
+from fake_hands import SPACE, FakeHands, engine_ms, prepared, searched
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,9 +18,10 @@ from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.plan import BuildOptions, make_plan
 from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
 from jet_export.search.choose import Evaluation, choose, pareto
+from jet_export.search.database import Database
 from jet_export.search.output import build_command, write_results
 from jet_export.search.points import Point, all_points
-from jet_export.search.run import judge, plan_lines, run_search
+from jet_export.search.run import build_engines, judge, plan_lines, run_search
 
 CELLS = 4 + 2 + 1  # the jet sizes, attn and swa layers, the base
 
@@ -45,8 +46,8 @@ def test_each_engine_is_built_and_measured_once(tmp_path) -> None:
     points = list(all_points(search.space, search.preset))
     cells = {c.key for p in points for c in cells_of(p, search.preset, search.space)}
     assert len(cells) == CELLS
-    assert set(hands.built) == cells
-    assert set(hands.built.values()) == {1}
+    assert set(hands.builds) == cells
+    assert set(hands.builds.values()) == {1}
     assert set(hands.measured.values()) == {1}
     assert len(hands.measured) == len(cells) * 4
 
@@ -91,7 +92,7 @@ def test_a_second_search_measures_nothing_again(tmp_path) -> None:
     searched(prepared(tmp_path))
     other = prepared(tmp_path, output=tmp_path / "other", scores="parameters", seed=1)
     hands = searched(other)
-    assert not hands.built
+    assert not hands.builds
     assert other.chosen is not None
 
 
@@ -201,7 +202,7 @@ def test_refused_points_are_not_built(tmp_path) -> None:
     assert re.search(r"cache .* a sequence at 256 tokens, .* % over", refused["128x128x8"] or "")
     assert "head_k_dim of the jet layers is 24" in (refused["24x32x2"] or "")
     assert "multiples of 16 up to 256" in (refused["512x16x1"] or "")
-    assert len(hands.built) == CELLS
+    assert len(hands.builds) == CELLS
     assert any(line.startswith("refused    128x128x8") for line in plan_lines(search))
 
 
@@ -248,7 +249,7 @@ def test_timeout_keeps_what_is_measured(tmp_path) -> None:
     with pytest.raises(JetExportError, match=r"--timeout 0: no point is measured completely yet.*\n.*--resume"):
         searched(search)
     hands = searched(prepared(tmp_path, resume=True))
-    assert sum(hands.built.values()) > 0
+    assert sum(hands.builds.values()) > 0
 
 
 def test_another_search_is_not_resumed(tmp_path) -> None:
@@ -311,3 +312,35 @@ def test_the_choice_is_the_best_score_within_the_slack() -> None:
 def test_noise_is_not_a_speed(tmp_path) -> None:
     e = Evaluation(POINT, "x", predicted={(1, 1, "decode"): -1.0})
     assert math.isnan(e.tokens_per_s(1, 1))
+
+
+def test_engines_built_ahead_are_measured_later(tmp_path) -> None:
+    lines: list[str] = []
+    first = prepared(tmp_path, jobs=3, whole=1)
+    hands = FakeHands(Database(first.database_file), first.bench)
+    build_engines(first, lines.append, hands)
+    assert len(hands.builds) == CELLS + 1 and not hands.measured  # the best score's whole engine too
+    assert "8 engines" in lines[-1] and not first.output.exists()
+
+    later = prepared(tmp_path, whole=2)
+    again = searched(later)
+    whole = [e for e in later.front if e.measured]
+    assert later.front[-1] in whole and len(whole) == min(2, len(later.front))
+    assert sum(again.builds.values()) == len(whole) - 1
+    assert len(again.measured) == 4 * (CELLS + len(whole))
+    assert not list(again.bundles.iterdir())
+
+
+def test_what_is_built_is_measured_when_time_is_up(tmp_path) -> None:
+    first = prepared(tmp_path, whole=1)
+    build_engines(first, print, FakeHands(Database(first.database_file), first.bench))
+    late = prepared(tmp_path, whole=3, timeout=0)
+    hands = searched(late)
+    assert not hands.builds and late.chosen is not None
+    assert [e.measured is not None for e in late.front] == [False] * (len(late.front) - 1) + [True]
+
+
+def test_a_sampled_space_is_not_built_ahead(tmp_path) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(JetExportError, match="--build-only: the points of a sampled space"):
+        build_engines(prepared(tmp_path, sampler="tpe", trials=3), print)
