@@ -133,13 +133,14 @@ async def concurrency_part(client: Client, work: Workload, slo, static: bool) ->
 
 async def poisson_part(client: Client, work: Workload, slo, capacity: float) -> list[dict[str, Any]]:
     """Arrivals at shares of `capacity`, requests/s."""
-    rows = []
+    rows, seconds = [], work.args.poisson_seconds
     for load in work.args.loads:
         rng, rate, due, now = random.Random(f"{work.args.seed} {load}"), load * capacity, [], 0.0
-        for _ in range(work.args.requests):
+        requests = max(1, round(rate * seconds)) if seconds else work.args.requests
+        for _ in range(requests):
             due.append(now)
             now += rng.expovariate(rate)
-        traces = await ask_all(client, work.asks(work.args.requests, 10**6), due)
+        traces = await ask_all(client, work.asks(requests, 10**6), due)
         rows.append({"load": load, "rate": rate, **summary(traces, slo)})
     return rows
 
@@ -148,9 +149,8 @@ async def join_part(client: Client, work: Workload) -> dict[str, Any]:
     """`--join-streams` requests decode; then one long prompt comes. Gaps that end before it, and until its token."""
     args, rng = work.args, random.Random(work.args.seed)
     length = min(args.long_prompt, work.max_seq_len - 2)
-    prompts = [work.ask(rng, args.prompt_tokens, 4 * work.max_seq_len) for _ in range(args.join_streams)]
     new = work.max_seq_len - args.prompt_tokens - 1
-    others = [Ask(work.ask(rng, args.prompt_tokens, 1).prompt, new) for _ in prompts]
+    others = [Ask(work.ask(rng, args.prompt_tokens, 1).prompt, new) for _ in range(args.join_streams)]
     traces = [Trace(CLOCK.now()) for _ in others]
     tasks = [asyncio.create_task(client.run(a, t)) for a, t in zip(others, traces, strict=True)]
     while not all(len(t.times) > 1 for t in traces):
@@ -175,15 +175,29 @@ async def join_part(client: Client, work: Workload) -> dict[str, Any]:
             "before_ms": gaps(begin, long.due), "while_it_joins_ms": gaps(long.due, long.times[0])}  # fmt: skip
 
 
-def measure(client: Client, work: Workload, result: dict[str, Any]) -> None:
+async def warm_up(client: Client, work: Workload) -> None:
+    """Every power of two of requests at once, a few tokens each: decode's CUDA graphs are captured when first used."""
+    rng, most, n = random.Random(99), max(*work.args.concurrency, work.args.join_streams + 1), 1
+    while True:
+        await in_flight(client, [work.ask(rng, 16, 4) for _ in range(n)], n)
+        if n >= most:
+            return
+        n = min(2 * n, most)
+
+
+def measure(client: Client, work: Workload, result: dict[str, Any], keep: Callable[[], None]) -> None:
+    """`keep` is called after every part."""
     slo = (work.args.slo_ttft_ms, work.args.slo_tpot_ms)
 
     async def everything() -> None:
-        await in_flight(client, work.asks(4, 99), 4)  # warm-up
+        await warm_up(client, work)
         result["concurrency"] = await concurrency_part(client, work, slo, static=True)
+        keep()
         capacity = max(r["requests_per_s"] for r in result["concurrency"] if r["batching"] == "in flight")
         result["poisson"] = await poisson_part(client, work, slo, capacity)
+        keep()
         result["join"] = await join_part(client, work)
+        keep()
 
     asyncio.run(everything())
 
@@ -229,6 +243,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="requests a place, in the concurrency part")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 1.1], help="of the largest throughput")
     parser.add_argument("--requests", type=int, default=60, help="of each Poisson run")
+    parser.add_argument("--poisson-seconds", type=float, help="instead: arrivals for so long, whatever the throughput")
     parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=100.0)
     parser.add_argument("--long-prompt", type=int, default=32768, help="at most max_seq_len - 2")
@@ -258,23 +273,28 @@ def main() -> None:
         "through": "http" if args.http else "AsyncLLM", "clock": args.clock,
     }  # fmt: skip
     slo = (args.slo_ttft_ms, args.slo_tpot_ms)
+    result["slo_ms"] = {"ttft": slo[0], "tpot": slo[1]}
+
+    def keep() -> None:
+        result["load_average"] = {"before": load, "after": os.getloadavg()}
+        write_result(args.output, result)
+
     if args.http:
         with http_server(args.bundle, serving) as (url, model):
-            measure(Http(url, model), work, result)
+            measure(Http(url, model), work, result, keep)
     else:
         engine, _ = load_engine(args.bundle)
         tokenizer = load_tokenizer(args.bundle)
         with InProcess(engine, tokenizer, serving) as client:
-            measure(client, work, result)
+            measure(client, work, result, keep)
         fixed = Serving(args.slots, None, args.token_budget, 100_000, 1e9, deterministic=True)
         with InProcess(engine, tokenizer, fixed) as client:
+            asyncio.run(warm_up(client, work))
             rows = asyncio.run(concurrency_part(client, work, slo, static=False))
         result["deterministic"] = [{**r, "batching": "deterministic"} for r in rows]
-    result["slo_ms"] = {"ttft": slo[0], "tpot": slo[1]}
-    result["load_average"] = {"before": load, "after": os.getloadavg()}
     failed = sum(r["failed"] for part in ("concurrency", "poisson") for r in result[part])
     print_tables(result, slo)
-    write_result(args.output, result)
+    keep()
     if failed:
         sys.exit(f"{failed} requests failed.")
 

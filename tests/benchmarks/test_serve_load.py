@@ -76,6 +76,25 @@ def test_the_seed_decides_the_work(load) -> None:
     assert 9 < mean < 11 and len({x.new for x in a}) > 5
 
 
+def args_of(**values):
+    return type("Args", (), {"seed": 3, "prompt_tokens": 20, "output_tokens": 2, **values})()
+
+
+def test_a_poisson_run_lasts_as_long_at_every_load(load) -> None:
+    work = load.Workload(args_of(loads=[0.5, 1.0], requests=7, poisson_seconds=0.5), vocab=128, max_seq_len=100)
+    rows = asyncio.run(load.poisson_part(Fake(), work, (1e3, 1e3), 40.0))
+    assert [r["requests"] for r in rows] == [10, 20]
+    work.args.poisson_seconds = None
+    assert [r["requests"] for r in asyncio.run(load.poisson_part(Fake(), work, (1e3, 1e3), 40.0))] == [7, 7]
+
+
+def test_warm_up_sees_every_number_at_once(load) -> None:
+    client = Fake()
+    work = load.Workload(args_of(concurrency=[1, 6], join_streams=2), vocab=128, max_seq_len=100)
+    asyncio.run(load.warm_up(client, work))
+    assert client.seen == [n for most in (1, 2, 4, 6) for n in range(1, most + 1)]
+
+
 def test_every_part_runs_on_an_engine(load, tmp_path, monkeypatch, capsys) -> None:
     from eager_bundle import eager_engine
 
@@ -92,7 +111,11 @@ def test_every_part_runs_on_an_engine(load, tmp_path, monkeypatch, capsys) -> No
     options = "--concurrency 1 3 --rounds 1 --requests 5 --loads 0.5 --prompt-tokens 10 --output-tokens 4 " \
               "--join-streams 2 --join-seconds 0.1"  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["serve_load.py", "b", "--output", str(tmp_path / "r.json"), *options.split()])
+    kept: list[list[str]] = []
+    write = load.write_result
+    monkeypatch.setattr(load, "write_result", lambda path, result: (kept.append(list(result)), write(path, result)))
     load.main()
+    assert ["poisson" in k for k in kept] == [False, True, True, True]  # a run that is cut short leaves what it has
     result = json.loads((tmp_path / "r.json").read_text())
     kinds = [(r["concurrency"], r["batching"]) for r in result["concurrency"] + result["deterministic"]]
     assert kinds == [(1, "in flight"), (1, "static"), (3, "in flight"), (3, "static"), (1, "deterministic"),
