@@ -222,18 +222,16 @@ def search_with(search: Search, workshop: Workshop, emit: Callable[[str], None])
 
 
 def build_engines(search: Search, emit: Callable[[str], None], hands: Hands | None = None) -> None:
-    """Build what a search of an enumerated space measures, and nothing else: the layers and, where --whole allows one,
-    the best score's point, which nothing on the front can beat. Raises JetExportError where an engine fails."""
+    """Build what a search of an enumerated space measures, and nothing else: the layers and, whole, the --whole points
+    of the best scores: the first of them is on the front for certain. Raises JetExportError where an engine fails."""
     if search.sampler != "exact":
         raise JetExportError("--build-only: the points of a sampled space are not known before others are measured.",
                              "Leave it out, or make the space smaller.")  # fmt: skip
     refuse_all(search)
     able = [e for e in search.evaluations.values() if not e.refused and e.score is not None]
-    cells = [c for e in able for c in cells_of(e.point, search.preset, search.space)]
-    if able and search.options.whole:
-        best = max(able, key=lambda e: e.score or 0.0)
-        assert best.config is not None
-        cells.insert(0, whole_cell(best.point, best.config))  # the longest
+    best = sorted(able, key=lambda e: -(e.score or 0.0))[: search.options.whole]
+    cells = [whole_cell(e.point, e.config) for e in best if e.config is not None]  # first: they take longest
+    cells += [c for e in able for c in cells_of(e.point, search.preset, search.space)]
     workshop = open_workshop(search, Database(search.database_file), hands, emit)
     try:
         built, failed = workshop.build_ahead(cells)
