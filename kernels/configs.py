@@ -27,7 +27,7 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "attention_prefill": ({"dtype", "cache_dtype", "head_dim", "group"}, {"BM", "BN", "num_warps", "num_stages"}),
     "rope_append": ({"dtype", "cache_dtype", "head_dim"}, {"BT", "num_warps"}),
     "delta_rule_prepare": ({"dtype", "head_k_dim"}, {"BT", "num_warps", "num_stages"}),
-    "delta_rule_scan": ({"dtype", "head_k_dim"}, {"BV", "STAGES", "num_warps"}),  # its BT is prepare's
+    "delta_rule_scan": ({"dtype", "head_k_dim", "many_heads"}, {"BV", "STAGES", "num_warps"}),  # its BT is prepare's
     "delta_rule_decode": ({"state_dtype", "head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
     "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),

@@ -30,26 +30,15 @@ from jet_export.kernels.configs import lookup
 
 @triton.jit
 def unit_lower_inverse(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 of a strictly lower triangular A [BT, BT] in fp32.
+    """(I + A)^-1 of a strictly lower triangular A [BT, BT] in fp32, by blocks of twice the size at a time.
 
-    Forward substitution in the 16 x 16 blocks on the diagonal, all at once; then blocks twice the size from
-    (D + M)^-1 = X - X M X, X = D^-1, exact because M, which leads from the first half to the second, has M X M = 0."""
-    NB: tl.constexpr = BT // 16
-    o_b = tl.arange(0, NB)
-    o_i = tl.arange(0, 16)
-    m_diag = o_b[:, None, None, None] == o_b[None, None, :, None]
-    b_L = tl.sum(tl.where(m_diag, tl.reshape(b_A, [NB, 16, NB, 16]), 0.0), 2)  # [NB, 16, 16]
-    b_X = tl.where((o_i[:, None] == o_i[None, :])[None, :, :], 1.0, 0.0) + tl.zeros([NB, 16, 16], tl.float32)
-    for i in range(1, 16):
-        m_i = (o_i == i)[None, :, None]
-        b_row = tl.sum(tl.where(m_i, b_L, 0.0), 1)  # [NB, 16]: L[i, :]
-        b_sub = tl.sum(b_row[:, :, None] * b_X, 1)  # [NB, 16]: L[i, :] X
-        b_X = tl.where(m_i, b_X - b_sub[:, None, :], b_X)
-    b_X = tl.reshape(tl.where(m_diag, b_X[:, :, None, :], 0.0), [BT, BT])
-    o_t = tl.arange(0, BT)
-    for level in tl.static_range(4, 7):
+    (D + M)^-1 = X - X M X, X = D^-1 the inverse of the blocks on the diagonal: exact because M, which leads from the
+    first half of each new block to the second, has M X M = 0."""
+    o_i, o_j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    b_X = tl.where(o_i == o_j, 1.0, 0.0) - tl.where((o_i // 2 == o_j // 2) & (o_i > o_j), b_A, 0.0)
+    for level in tl.static_range(1, 7):
         if 2**level < BT:
-            half_i, half_j = (o_t // 2**level)[:, None], (o_t // 2**level)[None, :]
+            half_i, half_j = o_i // 2**level, o_j // 2**level
             b_M = tl.where((half_i // 2 == half_j // 2) & (half_i > half_j), b_A, 0.0)
             b_MX = tl.dot(b_M, b_X, input_precision=PRECISION)
             b_X -= tl.dot(b_X, b_MX, input_precision=PRECISION)
@@ -176,9 +165,13 @@ def scan_chunk(
 def chunk_scan_kernel(
     q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, T, S, stride_v,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FEW_HEADS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V tiles, H, N). The o of a padding row is zero."""
+    """Grid (V tiles, H, N). The o of a padding row is zero. FEW_HEADS: up to so many heads in the batch the form that is
+    not MANY does the work, beyond that the one that is; 0: there is one form."""
+    if FEW_HEADS > 0:
+        if (tl.num_programs(2) * H > FEW_HEADS) != MANY:
+            return
     i_v = tl.program_id(0) * BV
     i_h = tl.program_id(1)
     i_n = tl.program_id(2)
@@ -215,12 +208,26 @@ def chunk_scan_kernel(
     tl.store(p_S, b_S.to(recurrent_state.dtype.element_ty), mask=m_s)
 
 
-def chunk_config(dtype: torch.dtype, head_k_dim: int) -> tuple[dict, dict]:
-    """Block sizes and launch options of the two kernels, from the table (configs.py)."""
+ONE_WAVE = 132  # programs that a large GPU runs at once where each takes a multiprocessor to itself
+
+
+def chunk_config(dtype: torch.dtype, head_k_dim: int, head_v_dim: int) -> tuple[dict, list[dict]]:
+    """Block sizes and launch options of prepare, and of the forms of the scan, from the table (configs.py).
+
+    A tile of V is a program of the scan. With few heads (of all sequences together) narrow tiles fill the GPU; with many
+    wide ones read k, q and w less often. How many there are is known when a graph runs, so both forms are launched
+    where they differ, and one of them leaves at once."""
     facts = {"dtype": dtype, "head_k_dim": head_k_dim}
     prepare = lookup("delta_rule_prepare", **facts)
     blocks = {"BT": prepare["BT"], "BK": max(16, triton.next_power_of_2(head_k_dim))}
-    return {**blocks, **prepare}, {**blocks, **lookup("delta_rule_scan", **facts)}
+    few, many = (
+        {**blocks, "FEW_HEADS": 0, "MANY": False, **lookup("delta_rule_scan", **facts, many_heads=many)}
+        for many in (False, True)
+    )
+    if few == many:
+        return {**blocks, **prepare}, [few]
+    limit = max(1, ONE_WAVE // triton.cdiv(head_v_dim, few["BV"]))
+    return {**blocks, **prepare}, [few | {"FEW_HEADS": limit}, many | {"FEW_HEADS": limit, "MANY": True}]
 
 
 def chunk_delta_rule_triton(
@@ -234,7 +241,7 @@ def chunk_delta_rule_triton(
     raw_gates = (A_log, dt_bias): then q, k are before their SiLU, and beta, g are the projections b, a."""
     T, N = q.shape[0], slots.shape[0]
     H, K, V = head_dims
-    prepare, scan = chunk_config(q.dtype, K)
+    prepare, scans = chunk_config(q.dtype, K, V)
     BT, precision = prepare["BT"], dot_precision(q.dtype)
     A_log, dt_bias = raw_gates or (g, g)
     off_q, off_k, off_g = offsets
@@ -248,8 +255,9 @@ def chunk_delta_rule_triton(
         q.stride(0), k.stride(0), beta.stride(0), g.stride(0), OFF_Q=off_q, OFF_K=off_k, OFF_G=off_g,
         H=H, K=K, RAW=raw_gates is not None, PRECISION=precision, **prepare,
     )  # fmt: skip
-    wrap(chunk_scan_kernel)[(triton.cdiv(V, scan["BV"]), H, N)](
-        q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens,
-        T, recurrent_state.shape[0], v.stride(0), H=H, K=K, V=V, PRECISION=precision, **scan,
-    )  # fmt: skip
+    for scan in scans:
+        wrap(chunk_scan_kernel)[(triton.cdiv(V, scan["BV"]), H, N)](
+            q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens,
+            T, recurrent_state.shape[0], v.stride(0), H=H, K=K, V=V, PRECISION=precision, **scan,
+        )  # fmt: skip
     return o

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -116,7 +118,7 @@ class Runner:
         if self.deterministic and len(slots) > 1:
             return torch.cat([self.prefill([s], [t], all_logits) for s, t in zip(slots, tokens, strict=True)])
         batch = self.batch(slots, [len(t) for t in tokens])
-        ids = torch.tensor([t for row in tokens for t in row], dtype=torch.int64, device=self.device)
+        ids = torch.frombuffer(array("q", chain.from_iterable(tokens)), dtype=torch.int64).to(self.device)
         last = batch.cu_seqlens[1:] - 1
         rows = torch.arange(len(ids), dtype=torch.int32, device=self.device) if all_logits else last
         logits = self.engine.prefill(ids, batch, rows, self.states)
@@ -134,6 +136,10 @@ class Runner:
             logits = self.engine.decode(tokens, self.batch(slots, [1] * len(slots)), self.states)
         self._advance(slots, [1] * len(slots))
         return logits
+
+    def captured(self, n: int) -> bool:
+        """A decode step of n rows needs no graph to be captured first, which takes as long as many steps."""
+        return not self.cuda_graphs or self._bucket(n) in self.graphs
 
     def _decode_padded(self, slots: list[int], tokens: Tensor) -> Tensor:
         batch, n, bucket = self.batch(slots, [1] * len(slots)), len(slots), self._bucket(len(slots))

@@ -76,9 +76,19 @@ def test_attention_is_configured_as_before_the_table(any_sm) -> None:
 
 def test_the_delta_rule_is_configured_as_before_the_table(any_sm) -> None:
     for dtype, K in itertools.product((BF16, torch.float16, FP32), range(16, 257, 16)):
-        assert gated_delta_rule_chunk.chunk_config(dtype, K) == old_chunk(dtype, K)
+        prepare, scan = old_chunk(dtype, K)
+        scan |= {"FEW_HEADS": 0, "MANY": False}
+        assert gated_delta_rule_chunk.chunk_config(dtype, K, 256) == (prepare, [scan])
         for V, state in itertools.product((16, 40, 64, 256, 512, 576), (FP32, BF16)):
             assert delta_decode.decode_config(torch.empty(0, dtype=state), K, V) == old_delta_decode(K, V)
+
+
+def test_the_scan_has_two_forms_where_they_differ() -> None:
+    """On SM 9.0 wide tiles take over when narrow ones no longer run all at once."""
+    with configs.use_sm(90):
+        _, (few, many) = gated_delta_rule_chunk.chunk_config(BF16, 96, 256)
+    assert (few["BV"], few["MANY"], many["BV"], many["MANY"]) == (64, False, 128, True)
+    assert few["FEW_HEADS"] == many["FEW_HEADS"] == gated_delta_rule_chunk.ONE_WAVE // 4
 
 
 def test_the_other_kernels_are_configured_as_before_the_table(any_sm) -> None:

@@ -40,7 +40,7 @@ def exact(p: Packed, decode: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
 def big_chunks(monkeypatch):
     """fp32 kernels with the chunks of the 16-bit ones: the interpreter is right in fp32 only."""
     config = gated_delta_rule_chunk.chunk_config
-    monkeypatch.setattr(gated_delta_rule_chunk, "chunk_config", lambda dtype, K: config(torch.bfloat16, K))
+    monkeypatch.setattr(gated_delta_rule_chunk, "chunk_config", lambda dtype, K, V: config(torch.bfloat16, K, V))
 
 
 # The references, by law
@@ -160,6 +160,32 @@ def test_packed_is_one_by_one_bit_for_bit(device, rule):
         alone = rule(*inputs, state, bounds, slots[n : n + 1], context[n : n + 1], False)
         assert torch.equal(alone, packed[s:e])
     assert torch.equal(state, packed_state)
+
+
+def test_the_scans_two_forms_share_out_the_batches(device, monkeypatch):
+    """Up to a number of heads one form does all the work, beyond it the other; a sequence's bits do not tell which."""
+    config, forms = gated_delta_rule_chunk.chunk_config, []
+
+    def two_forms(dtype, K, V):
+        prepare, (scan,) = config(dtype, K, V)
+        forms[:] = [scan | {"BV": 16, "FEW_HEADS": 6}, scan | {"BV": 32, "FEW_HEADS": 6, "MANY": True}]
+        return prepare, [forms[0 if only is None else only]] if only is not None else forms
+
+    monkeypatch.setattr(gated_delta_rule_chunk, "chunk_config", two_forms)
+    p = Packed([17, 3, 40, 16], H=2, K=32, V=48, device=device)
+    results = {}
+    for n, only in ((3, None), (4, None), (3, 0), (4, 1), (3, 1), (4, 0)):  # 6 heads, 8 heads
+        q, k, v, beta, g, state, cu, slots, context, _ = p.rule_args(False)
+        end = int(cu[n])
+        args = (*(x[:end] for x in (q, k, v, beta, g)), state, cu[: n + 1], slots[:n], context[:n])
+        with nan_filled():
+            results[n, only] = gated_delta_rule_triton(*args, False), state
+    end = int(p.rule_args(False)[6][3])
+    assert torch.equal(results[3, None][0], results[4, None][0][:end])
+    for n, only in ((3, 0), (4, 1)):
+        assert all(torch.equal(a, b) for a, b in zip(results[n, only], results[n, None], strict=True))
+    for n, only in ((3, 1), (4, 0)):  # the form that is not meant leaves everything as it was
+        assert results[n, only][0].isnan().all() and torch.equal(results[n, only][1], p.rule_args(False)[5])
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
