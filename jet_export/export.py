@@ -1,7 +1,8 @@
 """torch.export of the model's two graphs and their AOTInductor packages.
 
 prefill(input_ids [T], cu_seqlens [N+1], slots [N], context_lens [N], block_table [N, P], window_block_table [N, R],
-        logit_indices [M], states) -> logits [M, vocab];   decode is the same without logit_indices and with T == N.
+        logit_indices [M], states) -> logits [M, vocab];   decode is the same without logit_indices and with T == N,
+        decode_one is decode with N == 1, whose linear layers read every weight once (kernels/gemv.py).
 All sizes but the model's are dynamic, the number of rows of every pool included. States are graph inputs, updated in
 place. Weights are left out of the packages: both graphs are given one copy when they are loaded.
 """
@@ -23,6 +24,7 @@ from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.mode import graph_mode
 
 MODES = ("prefill", "decode")
+ONE_ROW = "decode_one"  # decode of one sequence, which GPU bundles have too
 MAX_ROWS = 2**20  # upper bound of pool rows and table widths in the exported ranges
 
 
@@ -52,12 +54,12 @@ class EngineGraph(nn.Module):
 def example_inputs(
     model: JetNemotronForCausalLM, kv_dtype: torch.dtype, state_dtype: torch.dtype, mode: str
 ) -> tuple[Any, ...]:
-    """Inputs to trace with: three sequences, pools of sizes that are all different."""
-    device, n = model.device, 3
-    lens = [1] * n if mode == "decode" else [5, 9, 3]
+    """Inputs to trace with: three sequences (one for decode_one), pools of sizes that are all different."""
+    device, n = model.device, 1 if mode == ONE_ROW else 3
+    lens = [5, 9, 3] if mode == "prefill" else [1] * n
     pages, ring = pages_per_sequence(model.config, 640, 256)
     specs = state_specs(model.config, model.dtype, kv_dtype, state_dtype)
-    states = allocate_states(specs, {"slots": 7, "pages": n * pages + 2, "window_pages": n * ring + 3}, device)
+    states = allocate_states(specs, {"slots": 7, "pages": 3 * pages + 2, "window_pages": 3 * ring + 3}, device)
 
     def i32(values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -68,21 +70,21 @@ def example_inputs(
     for length in lens:
         ends.append(ends[-1] + length)
     ids = torch.zeros(sum(lens), dtype=torch.int64, device=device)
-    indices = None if mode == "decode" else i32([e - 1 for e in ends[1:]])
+    indices = i32([e - 1 for e in ends[1:]]) if mode == "prefill" else None
     return ids, i32(ends), i32(range(n)), i32([0] * n), table, window, indices, states
 
 
 def dynamic_shapes(model: JetNemotronForCausalLM, max_tokens: int, max_batch: int, mode: str) -> tuple[Any, ...]:
-    n = Dim("sequences", min=1, max=max(max_batch, 4))
-    t = n if mode == "decode" else Dim("tokens", min=1, max=max(max_tokens, 32))
+    n = None if mode == ONE_ROW else Dim("sequences", min=1, max=max(max_batch, 4))
+    t = Dim("tokens", min=1, max=max(max_tokens, 32)) if mode == "prefill" else n
     pages, ring = Dim("table_pages", min=1, max=MAX_ROWS), Dim("ring_pages", min=1, max=MAX_ROWS)
     rows = {name: Dim(name, min=1, max=MAX_ROWS) for name in ("slots", "pages", "window_pages")}
     pools = [{0: rows[s.rows]} for s in state_specs(model.config, model.dtype)]
     kinds = set(model.config.layer_types)
-    indices = None if mode == "decode" else {0: Dim("outputs", min=1, max=max(max_tokens, 32))}
+    indices = {0: Dim("outputs", min=1, max=max(max_tokens, 32))} if mode == "prefill" else None
     table = {0: n, 1: pages if "attn" in kinds else Dim.AUTO}
     window = {0: n, 1: ring if "swa" in kinds else Dim.AUTO}
-    return {0: t}, {0: n + 1}, {0: n}, {0: n}, table, window, indices, pools
+    return {0: t}, {0: n + 1 if n else None}, {0: n}, {0: n}, table, window, indices, pools
 
 
 @contextmanager
@@ -112,8 +114,8 @@ def export_graph(
     """torch.export of one graph; `jet::` ops stay nodes."""
     args = example_inputs(model, kv_dtype, state_dtype, mode)
     shapes = dynamic_shapes(model, max_tokens, max_batch, mode)
-    graph = EngineGraph(model, decode=mode == "decode").eval()
-    with torch.no_grad(), quiet_inductor(), graph_mode("inductor"):
+    graph = EngineGraph(model, decode=mode != "prefill").eval()
+    with torch.no_grad(), quiet_inductor(), graph_mode("inductor", one_row=mode == ONE_ROW):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 
 

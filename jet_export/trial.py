@@ -91,6 +91,7 @@ def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
         Scenario((
             Stage("ragged batch", ragged),
             Stage("decode", decode),
+            Stage("decode, one sequence", tuple(Call((row,), (1,), True) for row in (2, 0, 2))),
             Stage("one decode step", (decode_step(),), forced=True),
             Stage("one prefill step", (prefill_step(limits),), forced=True),
         )),

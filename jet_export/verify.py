@@ -28,7 +28,10 @@ from jet_export.trial import SEQUENCES, random_prompts, scenarios
 
 GRAPH_STEPS = 4
 PROBES = "reads, to the bit"
-STAGES = ("prefill", "chunked prefill", "ragged batch", "decode", "one decode step", "one prefill step", PROBES)
+STAGES = (
+    "prefill", "chunked prefill", "ragged batch", "decode", "decode, one sequence", "one decode step",
+    "one prefill step", PROBES,
+)  # fmt: skip
 
 
 @dataclass

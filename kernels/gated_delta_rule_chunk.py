@@ -167,9 +167,9 @@ def chunk_scan_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, FEW_HEADS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V tiles, H, N). The o of a padding row is zero. FEW_HEADS: up to so many heads in the batch the form that is
-    not MANY does the work, beyond that the one that is; 0: there is one form."""
-    if FEW_HEADS > 0:
+    """Grid (V tiles, H, N). The o of a padding row is zero. FEW_HEADS: up to so many heads in the batch the form that
+    is not MANY does the work, beyond that the one that is; 0: there is one form."""
+    if FEW_HEADS > 0:  # noqa: SIM102  a constant, and a value
         if (tl.num_programs(2) * H > FEW_HEADS) != MANY:
             return
     i_v = tl.program_id(0) * BV
@@ -214,9 +214,9 @@ ONE_WAVE = 132  # programs that a large GPU runs at once where each takes a mult
 def chunk_config(dtype: torch.dtype, head_k_dim: int, head_v_dim: int) -> tuple[dict, list[dict]]:
     """Block sizes and launch options of prepare, and of the forms of the scan, from the table (configs.py).
 
-    A tile of V is a program of the scan. With few heads (of all sequences together) narrow tiles fill the GPU; with many
-    wide ones read k, q and w less often. How many there are is known when a graph runs, so both forms are launched
-    where they differ, and one of them leaves at once."""
+    A tile of V is a program of the scan. With few heads (of all sequences together) narrow tiles fill the GPU; with
+    many, wide ones read k, q and w less often. How many there are is known when a graph runs, so both forms are
+    launched where they differ, and one of them leaves at once."""
     facts = {"dtype": dtype, "head_k_dim": head_k_dim}
     prepare = lookup("delta_rule_prepare", **facts)
     blocks = {"BT": prepare["BT"], "BK": max(16, triton.next_power_of_2(head_k_dim))}

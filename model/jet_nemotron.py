@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jet_export.kernels import attention as _attention  # noqa: F401  registers jet::attention
+from jet_export.kernels import gemv as _gemv  # noqa: F401  registers jet::gemv
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
 from jet_export.model.config import JetDims, JetNemotronConfig
+from jet_export.model.fp8 import project
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
 
@@ -45,8 +47,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        gate, up = project(self.gate_up_proj, x).chunk(2, dim=-1)
+        return project(self.down_proj, F.silu(gate) * up)
 
 
 class JetBlock(nn.Module):
@@ -67,16 +69,16 @@ class JetBlock(nn.Module):
         self.o_proj = nn.Linear(D, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool) -> Tensor:
-        qkuz = self.in_proj(x)  # [T, 2HK + 2D + R]
-        kappa = self.w2(F.silu(qkuz[:, -self.generator_dim :]))  # [T, D * W]
+        qkuz = project(self.in_proj, x)  # [T, 2HK + 2D + R]
+        kappa = project(self.w2, F.silu(qkuz[:, -self.generator_dim :]))  # [T, D * W]
         conv_state, recurrent_state = state
         args = (
-            qkuz, self.ba_proj(x), kappa, self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
+            qkuz, project(self.ba_proj, x), kappa, self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
             batch.cu_seqlens, batch.slots, batch.context_lens,
             self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps,
         )  # fmt: skip
         o = jet_block_node(*args) if onnx_mode() else torch.ops.jet.jet_block(*args, decode)
-        return self.o_proj(o)
+        return project(self.o_proj, o)
 
 
 class Attention(nn.Module):
@@ -98,14 +100,14 @@ class Attention(nn.Module):
         self, x: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool
     ) -> Tensor:
         (kv_cache,) = state
-        qkv = self.normed(self.qkv_proj(x))
+        qkv = self.normed(project(self.qkv_proj, x))
         args = (
             qkv, cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
             batch.cu_seqlens, batch.slots, batch.context_lens,
             self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale,
         )  # fmt: skip
         o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args, decode)
-        return self.o_proj(o)
+        return project(self.o_proj, o)
 
     def normed(self, qkv: Tensor) -> Tensor:  # [T, (Hq + 2 Hkv) * Dh]
         """With qk-norm (Qwen3): every head of q and of k normalised over head_dim. Without: qkv itself."""
@@ -251,7 +253,7 @@ class JetNemotronForCausalLM(nn.Module):
                 kept.append(h)
         if logit_indices is not None:
             h = h.index_select(0, logit_indices)
-        return PackedOutput(self.lm_head(self.norm(h)), kept)
+        return PackedOutput(project(self.lm_head, self.norm(h)), kept)
 
 
 def rope_table(config: JetNemotronConfig, positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
-"""For which engine the model is being traced: one switch, consulted in JetBlock, Attention and Fp8Linear only.
+"""For which engine the model is being traced: one switch, consulted in JetBlock, Attention and the linear layers only.
 
 eager, inductor   the ops of `jet_export.kernels`, which update the states in place
 onnx              nodes of an ONNX graph, states in and states out (onnx_nodes.py)
+one_row           the graph is only ever given one token: linear layers are jet::gemv
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ from torch import Tensor
 
 Mode = Literal["eager", "inductor", "onnx"]
 _mode: Mode = "eager"
+_one_row = False
 _states_out: list[Tensor] = []
 
 
 @contextmanager
-def graph_mode(mode: Mode) -> Iterator[list[Tensor]]:
+def graph_mode(mode: Mode, one_row: bool = False) -> Iterator[list[Tensor]]:
     """Trace for `mode` inside the block. Yields the list that onnx nodes append their states to, in the order of
     cache.state_specs. One thread at a time."""
-    global _mode, _states_out
-    before = _mode, _states_out
-    _mode, _states_out = mode, []
+    global _mode, _states_out, _one_row
+    before = _mode, _states_out, _one_row
+    _mode, _states_out, _one_row = mode, [], one_row
     try:
         yield _states_out
     finally:
-        _mode, _states_out = before
+        _mode, _states_out, _one_row = before
 
 
 def onnx_mode() -> bool:
     return _mode == "onnx"
+
+
+def one_row_mode() -> bool:
+    return _one_row
 
 
 def keep_states(*states: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from golden import DATA, MINI_NAMES, load_golden
 
 from jet_export.errors import JetExportError
-from jet_export.export import MODES, export_graph
+from jet_export.export import MODES, ONE_ROW, export_graph
 from jet_export.memory import parameter_count
 from jet_export.model.cache import state_specs
 from jet_export.model.config import JetDims, JetNemotronConfig, expand_v_of, jet_2b
@@ -92,7 +92,7 @@ def test_chunks_are_the_whole() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, ONE_ROW])
 def test_the_graphs_take_each_layers_states(mode: str) -> None:
     model = random_model(mixed(), torch.float32, max_positions=1024)
     program = export_graph(model, mode, torch.float32, torch.float32, 64, 4)

@@ -1,0 +1,137 @@
+"""jet::gemv: equal to its reference, whatever its tiles; one linear layer, and a whole decode step, by it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import DATA, MINI_NAMES, load_golden
+from packed import rel
+
+from jet_export.bundle import Limits
+from jet_export.export import ONE_ROW, export_graph
+from jet_export.kernels import configs
+from jet_export.kernels.gemv import gemv_ref, gemv_triton
+from jet_export.model.fp8 import Fp8Linear
+from jet_export.model.mode import graph_mode
+from jet_export.runtime.engine import EagerEngine
+from jet_export.runtime.runner import Runner
+
+FP8 = torch.float8_e4m3fn
+SHAPES = [(24, 96), (40, 1000), (7, 16), (129, 520)]  # N, K: whole tiles and not
+
+
+def inputs(N, K, dtype=torch.float32, device="cpu"):
+    r = torch.Generator().manual_seed(N)
+    x, w, bias = (torch.randn(*s, generator=r) for s in ((1, K), (N, K), (N,)))
+    return x.to(dtype).to(device), w.to(dtype).to(device), torch.tensor([0.25], device=device), bias.to(device)
+
+
+def launched(x, w, scale, bias, out_dtype):
+    """y by the kernel; what it leaves unwritten is NaN."""
+    with pytest.MonkeyPatch.context() as patch:
+        empty = torch.empty
+        patch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+        return gemv_triton(x, w, scale, bias, out_dtype)
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_kernel_is_reference(device, N, K, scaled, biased):
+    x, w, scale, bias = inputs(N, K, device=device)
+    extra = scale if scaled else None, bias if biased else None
+    got = launched(x, w, *extra, torch.float32)
+    exact = gemv_ref(x.double(), w.double(), *extra, torch.float64)
+    assert rel(got, exact) <= rel(gemv_ref(x, w, *extra, torch.float32), exact) + 1e-5
+
+
+@pytest.mark.parametrize("use", [dict(BN=1, BK=64), dict(BN=16, BK=256), dict(BN=2, BK=2048)], ids=str)
+def test_every_tile_gives_the_same_sums(device, use):
+    x, w, *_ = inputs(40, 520, device=device)
+    with configs.override("gemv", {**use, "STAGES": 1, "num_warps": 4}):
+        assert rel(launched(x, w, None, None, torch.float32), x.double() @ w.double().t()) < 1e-6
+
+
+def test_opcheck():
+    x, w, scale, bias = inputs(24, 96)
+    for extra in ((None, None), (scale, bias)):
+        torch.library.opcheck(torch.ops.jet.gemv, (x, w.t().contiguous().t(), *extra, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_fp8_layer_in_the_graph_of_one_token_is_the_layer(dtype):
+    linear = torch.nn.Linear(96, 48).to(dtype).requires_grad_(False)
+    layer = Fp8Linear.from_linear(linear, 0.01, 0.02)
+    x = torch.randn(1, 96).to(dtype)
+    with graph_mode("inductor", one_row=True):
+        got = layer(x)
+    assert got.dtype == dtype and rel(got, layer(x)) < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("name", [n for n in MINI_NAMES if "float32" in n])
+def test_the_graph_of_one_token_is_decode(name, tmp_path):
+    golden = load_golden(DATA / name)
+    model = golden.model(tmp_path)
+    program = export_graph(model, ONE_ROW, torch.float32, torch.float32, 64, 4)
+    assert sum("gemv" in str(n.target) for n in program.graph.nodes) >= 4 * len(model.layers) + 1
+    module = program.module()
+    limits = Limits(2, 128, 64)
+    runners = [Runner(EagerEngine(model, limits, torch.float32, torch.float32)) for _ in range(2)]
+    ids = golden.input_ids[0, :20].tolist()
+    for r in runners:
+        r.prefill([1], [ids])
+    for token in (3, 5, 7):
+        tokens = torch.tensor([token])
+        want = runners[0].decode([1], tokens)
+        with torch.no_grad():
+            got = module(tokens, *runners[1].batch([1], [1]), None, runners[1].states)
+        runners[1].hold(1, runners[1].context_lens[1] + 1)
+        assert rel(got, want) < 1e-5
+        assert all(rel(a, b) < 1e-5 for a, b in zip(runners[1].states, runners[0].states, strict=True) if b.any())
+
+
+COMPILE = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from jet_export.kernels import configs
+from jet_export.kernels.gemv import gemv_kernel as kernel
+for kind, dtype in (("fp8e4nv", "float8_e4m3fn"), ("bf16", "bfloat16")):
+    for N, K in ((8832, 1536), (24, 1536), (12288, 384), (1536, 3072), (1536, 8960), (151936, 1536)):
+        if (N, kind) == (24, "fp8e4nv"):
+            continue  # [b | a] stays in bf16
+        use = configs.lookup("gemv", dtype=getattr(torch, dtype), out_features=N, in_features=K)
+        constants = dict(K=K, SCALED=True, BIASED=True, BN=use["BN"], BK=use["BK"], STAGES=use["STAGES"])
+        kinds = {"x": "*" + kind, "weight": "*" + kind, "scale": "*fp32", "bias": "*bf16", "y": "*bf16", "N": "i32"}
+        names = kernel.arg_names
+        source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(names.index(n),): v for n, v in constants.items()},
+                           {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in kinds})
+        options = {"num_warps": use["num_warps"]}
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        assert ".v4." in ptx or "cp.async.cg" in ptx, (kind, N, K)  # weights come 16 bytes at a time
+        assert ".local" not in ptx
+print("compiled")
+"""
+
+
+def test_every_size_of_jet_2b_compiles_with_wide_loads(tmp_path):
+    (tmp_path / "compile.py").write_text(COMPILE)
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, str(tmp_path / "compile.py")], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+@pytest.mark.parametrize("N, K", [(8832, 1536), (12288, 384), (1536, 8960), (24, 1536)])
+def test_on_a_gpu_one_rounding_from_the_exact_product(N, K, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU, and torch sees none")
+    x, w, scale, bias = inputs(N, K, dtype, "cuda")
+    got = torch.ops.jet.gemv(x, w, scale, bias.bfloat16(), torch.bfloat16)
+    exact = F.linear(x.double(), w.double()) * 0.25 + bias.bfloat16().double()
+    assert rel(got, exact) < 2**-8
