@@ -106,8 +106,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """In long pieces, during which other threads of Python run."""
+    digest, buffer = hashlib.sha256(), bytearray(min(path.stat().st_size, 1 << 22) or 1)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            digest.update(view[:n])
+    return digest.hexdigest()
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
@@ -141,8 +146,17 @@ def _cpu_isa() -> list[str]:
 
 def check_bundle(directory: str | Path, manifest: Manifest) -> None:
     """Refuse a bundle for another machine or torch, and one with a changed, missing or added file."""
-    directory = Path(directory)
-    again = f"Build it again here: {manifest.rebuild_command} --force"
+    check_host(directory, manifest)
+    check_files(directory, manifest)
+
+
+def _again(manifest: Manifest) -> str:
+    return f"Build it again here: {manifest.rebuild_command} --force"
+
+
+def check_host(directory: str | Path, manifest: Manifest) -> None:
+    """Refuse a bundle for another machine or torch."""
+    directory, again = Path(directory), _again(manifest)
     built, here = manifest.backend.get("torch", ""), torch.__version__
     flavor = FLAVORS.get(manifest.backend["name"])
     if flavor is not None:
@@ -161,6 +175,11 @@ def check_bundle(directory: str | Path, manifest: Manifest) -> None:
     lacking = sorted(set(manifest.target.get("isa", [])) - set(host.get("isa", [])))
     if lacking:
         raise JetExportError(f"{directory}: built for a CPU with {', '.join(lacking)}, which this one lacks.", again)
+
+
+def check_files(directory: str | Path, manifest: Manifest) -> None:
+    """Refuse a bundle with a changed, missing or added file."""
+    directory, again = Path(directory), _again(manifest)
     on_disk = describe_files(directory)
     for name, entry in manifest.files.items():
         if name not in on_disk:

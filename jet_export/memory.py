@@ -12,7 +12,6 @@ from jet_export.bundle import Limits
 from jet_export.model.cache import pages_per_sequence, state_specs
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8_PROJECTIONS
-from jet_export.model.weights import checkpoint_layout
 from jet_export.runtime.runner import max_prefill_tokens
 
 
@@ -34,11 +33,15 @@ class Memory:
 
 
 def parameter_count(c: JetNemotronConfig) -> int:
+    from jet_export.model.weights import checkpoint_layout  # imports torch's compiler, which a runtime does without
+
     return sum(torch.Size(s.shape).numel() for s in checkpoint_layout(c).values())
 
 
 def weight_bytes(c: JetNemotronConfig, dtype: torch.dtype, fp8: bool, lm_head_fp8: bool = False) -> int:
     """Weights on the device: FP8 projections 1 byte, the rest in the model dtype, A_log and dt_bias in fp32."""
+    from jet_export.model.weights import checkpoint_layout  # imports torch's compiler, which a runtime does without
+
     total = 0
     for s in checkpoint_layout(c).values():
         size = dtype.itemsize

@@ -6,19 +6,22 @@ An engine is stateless: every call takes the pools (in the order of `specs`) and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.export.pt2_archive._package import AOTICompiledModel
 
-from jet_export.bundle import WEIGHTS, Limits, Manifest, check_bundle, torch_dtype
+from jet_export.bundle import WEIGHTS, Limits, Manifest, check_files, check_host, torch_dtype
 from jet_export.errors import JetExportError
 from jet_export.model.cache import PackedBatch, StateSpec, state_specs
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
 from jet_export.trt.flavors import FLAVORS
+
+if TYPE_CHECKING:  # imports torch's compiler, a second's work that packages for a GPU do without
+    from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
 
 class Engine(ABC):
@@ -65,7 +68,9 @@ class Package:
     package's call signature at every call; here the bundle's manifest has answered the first, and the second is fixed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
+        if device.type == "cpu":  # such a package calls the jet:: ops; one for a GPU holds their kernels
+            import jet_export.model.jet_nemotron  # noqa: F401
         # run_single_threaded: otherwise a call synchronises the stream, which a CUDA graph cannot capture.
         self.loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
@@ -76,7 +81,8 @@ class Package:
         if missing:
             raise JetExportError(f"{path}: weight {missing[0]} is not in {WEIGHTS}.", "Build the bundle again.")
         constants = {fqn: weights[name] for fqn, name in names.items()}
-        AOTICompiledModel(self.loader).load_constants(constants, check_full_update=True, user_managed=True)
+        # use_inactive, check_full_update, user_managed. torch's wrapper of this call imports torch's compiler.
+        self.loader.load_constants(constants, False, True, True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         (output,) = self.loader.boxed_run(list(inputs))
@@ -94,7 +100,7 @@ class InductorEngine(Engine):
         self.graphs: dict[str, Package] = {}
         for mode in ("prefill", "decode"):
             path = directory / f"{mode}.pt2"
-            self.graphs[mode] = Package(path)
+            self.graphs[mode] = Package(path, self.device)
             self.graphs[mode].load_weights(weights, path)
 
     @torch.inference_mode()
@@ -122,24 +128,40 @@ def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Mani
     """Load a bundle's engine. Raises JetExportError if the bundle is damaged or of another machine."""
     directory = Path(directory)
     manifest = Manifest.load(directory)
-    if check:
-        check_bundle(directory, manifest)
     backend = manifest.backend["name"]
-    if backend == "onnx":
-        from jet_export.onnx_engine import OnnxEngine
-
-        return OnnxEngine.open(directory, manifest, load_weights(directory, manifest)), manifest
+    if check:
+        check_host(directory, manifest)
     if backend in FLAVORS:
         from jet_export.trt.engine import TensorRTEngine
 
+        if check:
+            check_files(directory, manifest)
         return TensorRTEngine.open(directory, manifest), manifest
-    if backend != "inductor":
+    if backend not in ("inductor", "onnx"):
         raise JetExportError(f"{directory}: backend {backend!r} is not known to this jet-export.")
-    return InductorEngine(directory, manifest, load_weights(directory, manifest)), manifest
+    weights = checked_weights(directory, manifest) if check else load_weights(directory, manifest)
+    if backend == "onnx":
+        from jet_export.onnx_engine import OnnxEngine
+
+        return OnnxEngine.open(directory, manifest, weights), manifest
+    return InductorEngine(directory, manifest, weights), manifest
+
+
+def checked_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """`load_weights` while every file's hash is computed; what `check_files` says comes before any other error."""
+    with ThreadPoolExecutor(1) as pool:
+        files = pool.submit(check_files, directory, manifest)
+        try:
+            weights = load_weights(directory, manifest)
+        finally:
+            files.result()
+    return weights
 
 
 def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Tensor] | None = None) -> EagerEngine:
     """The eager model that holds a bundle's own weights, FP8 layers included. `weights`: share a loaded copy."""
+    from jet_export.model.jet_nemotron import empty_model
+
     weights = weights if weights is not None else load_weights(Path(directory), manifest)
     model = empty_model(manifest.config, torch_dtype(manifest.dtype), torch.device("meta"), manifest.limits.max_seq_len)
     if manifest.quantization:
@@ -151,6 +173,8 @@ def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Ten
     if missing:
         raise JetExportError(f"{directory}: weight {missing[0]} is missing.", "Build the bundle again.")
     model.load_state_dict({k: v for k, v in weights.items() if k != "cos_sin" and k in wanted}, assign=True)
+    if weights["lm_head.weight"] is weights["embed_tokens.weight"]:
+        model.lm_head.weight = model.embed_tokens.weight  # one parameter, as in the model that was saved
     model.cos_sin = weights["cos_sin"]
     model.requires_grad_(False)
     return EagerEngine(model, manifest.limits, torch_dtype(manifest.kv_cache_dtype), torch_dtype(manifest.state_dtype))
