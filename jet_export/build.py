@@ -30,7 +30,9 @@ from jet_export.bundle import (
     host_target,
     sha256_file,
 )
+from jet_export.compile_worker import compile_mode, compile_side_by_side, side_by_side
 from jet_export.errors import JetExportError
+from jet_export.memory import available_memory
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import holds_kv_scales
 from jet_export.model.hub import (
@@ -232,19 +234,8 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         model = load_model(plan)
         licence = copy_side_files(plan, tmp)
     quantization = quantize_model(plan, model, tmp, progress)
-    with progress.stage("write weights"):
-        tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
-        save_tensors({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
     backend: dict[str, Any] = {"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)}
-    (_write_packages if plan.backend.name == "inductor" else _write_graph)(plan, model, tmp, progress)
-    if plan.backend.name in FLAVORS:
-        from jet_export.trt.build import write_engine
-
-        del model, tensors  # TensorRT reads the weights from their file
-        gc.collect()
-        write_engine(plan, tmp, progress, list((quantization or {}).get("fp8", {})))
-        backend["library_in_plan"] = True
-    return Manifest(
+    manifest = Manifest(
         model={"name": plan.options.model, "source": plan.source, "licence": licence, "config": plan.config.to_dict()},
         backend=backend,
         target=plan.target,
@@ -255,18 +246,53 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         quantization=quantization,
         warnings=plan.warnings,
     )
+    with progress.stage("write weights"):
+        tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
+        save_tensors({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
+    if plan.backend.name == "inductor":
+        apart = room_apart(plan, sum(t.nbytes for t in tensors.values()))
+        if apart:  # the processes read the weights from their file: no copy of this one's
+            del model, tensors
+            manifest.save(tmp)
+        _write_packages(manifest, None if apart else model, tmp, progress)
+        return manifest
+    _write_graph(plan, model, tmp, progress)
+    if plan.backend.name in FLAVORS:
+        from jet_export.trt.build import write_engine
+
+        del model, tensors  # TensorRT reads the weights from their file
+        gc.collect()
+        write_engine(plan, tmp, progress, list((quantization or {}).get("fp8", {})))
+        backend["library_in_plan"] = True
+    return manifest
 
 
-def _write_packages(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> None:
-    from jet_export.export import MODES, compile_package, export_graph
+def room_apart(plan: BuildPlan, weights: int) -> bool:
+    """Whether the packages are compiled side by side; this process's memory on the GPU is given back before."""
+    from jet_export.export import MODES
 
-    tokens = max_prefill_tokens(plan.limits.max_batch_size, plan.limits.prefill_chunk)
-    for mode in MODES:
-        with progress.stage(f"compile {mode}"):
-            program = export_graph(model, mode, plan.kv_dtype, plan.state_dtype, tokens, plan.limits.max_batch_size)
-            compile_package(program, tmp / f"{mode}.pt2")
+    if plan.build_device.type != "cuda":
+        return False
+    gpu = torch.cuda.mem_get_info(plan.build_device)[0] + torch.cuda.memory_reserved(plan.build_device)
+    return side_by_side("cuda", len(MODES), weights, gpu, available_memory(torch.device("cpu")))
+
+
+def _write_packages(manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress) -> None:
+    """One after the other here, or, without the model, side by side from the weights' file."""
+    from jet_export.export import MODES
+
+    if model is None:
+        gc.collect()
+        if manifest.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with progress.stage(f"compile {' and '.join(MODES)} side by side"):
+            compile_side_by_side(tmp, MODES, progress.emit)
+    else:
+        for mode in MODES:
+            with progress.stage(f"compile {mode}"):
+                compile_mode(model, manifest, mode, tmp)
     with progress.stage("check that the packages load"):
-        check_loads(tmp)
+        check_loads(tmp, manifest.device.type)
 
 
 def _write_graph(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> None:
@@ -361,16 +387,18 @@ def check_compiler() -> None:
 LOAD_PROBE = """
 import sys
 from pathlib import Path
+import torch
 from jet_export.runtime.engine import Package
-for path in sys.argv[1:]:
-    Package(Path(path))
+for path in sys.argv[2:]:
+    Package(Path(path), torch.device(sys.argv[1]))
 """
 
 
-def check_loads(directory: Path) -> None:
+def check_loads(directory: Path, device: str = "cpu") -> None:
     """Load the packages in another process: code of an unfitting compiler can kill the one that loads it."""
     packages = sorted(str(p) for p in directory.glob("*.pt2"))
-    done = subprocess.run([sys.executable, "-c", LOAD_PROBE, *packages], capture_output=True, text=True, timeout=600)
+    probe = [sys.executable, "-c", LOAD_PROBE, device, *packages]
+    done = subprocess.run(probe, capture_output=True, text=True, timeout=600)
     if done.returncode == 0:
         return
     if done.returncode < 0:

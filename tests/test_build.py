@@ -36,7 +36,7 @@ def quick(monkeypatch):
         path.write_bytes(b"package")
 
     monkeypatch.setattr(export_module, "compile_package", compile_package)
-    monkeypatch.setattr(build, "check_loads", lambda directory: None)
+    monkeypatch.setattr(build, "check_loads", lambda directory, device: None)
     return made
 
 
