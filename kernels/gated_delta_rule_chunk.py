@@ -1,13 +1,15 @@
 """Chunked prefill of the gated delta rule: equations in gated_delta_rule.py, BT tokens a chunk, two kernels.
 
 `chunk_prepare_kernel`, parallel over (head, chunk), does everything that needs neither state nor v. With
-T = (I + A)^-1 diag(beta) it leaves, token-indexed and in the model dtype, what the scan multiplies with:
-q_in = exp(G) qn, k_out = exp(G_last - G) kn, w = -T exp(G) kn, T and attn = tril((qn kn^T) exp(G_i - G_j)); and
-exp(G_last) a chunk in fp32. RAW: its inputs are a JetBlock's projections; it applies SiLU to q and k, makes beta and g.
+T = (I + A)^-1 diag(beta) it leaves, token-indexed and in the model dtype, what the scan multiplies with: kn,
+q_in = exp(G) qn, T and attn = tril((qn kn^T) exp(G_i - G_j)); and in fp32, a chunk's together, -exp(G),
+exp(G_last - G) and exp(G_last). RAW: its inputs are a JetBlock's projections; it applies SiLU to q and k, makes beta
+and g.
 
 `chunk_scan_kernel`, parallel over (V tile, head, sequence), walks the chunks with S^T [BV, K] in registers:
-v_new = T v + w S; o = q_in S + attn v_new; S = exp(G_last) S + k_out^T v_new. All of it is computed transposed, so that
-S and v_new are left operands of the matrix products, which tensor cores take from registers.
+v_new = T (v - exp(G) kn S); o = q_in S + attn v_new; S = exp(G_last) S + (exp(G_last - G) kn)^T v_new. Decays of rows
+of kn are applied to what is in registers. All of it is computed transposed, so that S and v_new are left operands of
+the matrix products, which tensor cores take from registers.
 """
 
 import torch
@@ -67,7 +69,7 @@ def gates(p_b, p_g, stride_b, stride_g, A_log, dt_bias, i_h, o_t, m_t, dtype: tl
 
 @triton.jit(do_not_specialize=["N", "T"])
 def chunk_prepare_kernel(
-    q, k, beta, g, A_log, dt_bias, q_in, k_out, w, solve, attn, keep, cu_seqlens, slots, N, T,
+    q, k, beta, g, A_log, dt_bias, q_in, k_n, solve, attn, decays, keep, cu_seqlens, slots, N, T,
     stride_q, stride_k, stride_b, stride_g, OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_G: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -93,12 +95,14 @@ def chunk_prepare_kernel(
     )  # fmt: skip
     b_G = tl.cumsum(b_g, 0)
     b_Glast = tl.sum(b_g, 0)
-    tl.store(keep + i_c.to(tl.int64) * H + i_h, tl.exp(b_Glast))
+    i_chunk = i_c.to(tl.int64) * H + i_h
+    tl.store(keep + i_chunk, tl.exp(b_Glast))
+    tl.store(decays + i_chunk * (2 * BT) + o_t, -tl.exp(b_G))
+    tl.store(decays + i_chunk * (2 * BT) + BT + o_t, tl.exp(b_Glast - b_G))
 
     o_out = row * (H * K) + i_h * K + o_t[:, None] * (H * K) + o_k[None, :]
-    b_kn = l2_normalise(b_kn, RAW)
-    tl.store(k_out + o_out, (b_kn * tl.exp(b_Glast - b_G)[:, None]).to(dtype), mask=m_k)
-    b_k = b_kn.to(dtype)
+    b_k = l2_normalise(b_kn, RAW).to(dtype)
+    tl.store(k_n + o_out, b_k, mask=m_k)
     b_qn = l2_normalise(b_qn, RAW) * (K**-0.5)
     tl.store(q_in + o_out, (b_qn * tl.exp(b_G)[:, None]).to(dtype), mask=m_k)
     b_q = b_qn.to(dtype)
@@ -111,8 +115,6 @@ def chunk_prepare_kernel(
     b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_decay * b_beta[:, None]
     b_T = unit_lower_inverse(tl.where(o_i > o_j, b_A, 0.0), BT, PRECISION) * b_beta[None, :]
     tl.store(solve + o_tt, b_T.to(dtype), mask=m_t[:, None])
-    b_w = tl.dot((b_T * -tl.exp(b_G)[None, :]).to(dtype), b_k, input_precision=PRECISION)
-    tl.store(w + o_out, b_w.to(dtype), mask=m_k)
 
 
 @triton.jit
@@ -131,7 +133,7 @@ def load_tile(p, o_r, o_c, stride, n_r, n_c, MASK_R: tl.constexpr, MASK_C: tl.co
 
 @triton.jit
 def scan_chunk(
-    b_S, q_in, k_out, w, solve, attn, p_keep, p_v, stride_v, p_o, row, n_t, n_v,
+    b_S, q_in, k_n, solve, attn, p_decays, p_keep, p_v, stride_v, p_o, row, n_t, n_v,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -142,17 +144,19 @@ def scan_chunk(
     o_v = tl.arange(0, BV)
     b_T = load_tile(solve + row * BT, o_t, o_t, H * BT, n_t, BT, TAIL, False)
     b_v = load_tile(p_v, o_t, o_v, stride_v, n_t, n_v, TAIL, V % BV != 0)
-    b_w = load_tile(w + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
     b_q = load_tile(q_in + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
-    b_k = load_tile(k_out + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
+    b_k = load_tile(k_n + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
     b_a = load_tile(attn + row * BT, o_t, o_t, H * BT, n_t, BT, TAIL, False)
+    b_in = tl.load(p_decays + o_t)[None, :]
+    b_out = tl.load(p_decays + BT + o_t)[None, :]
     b_keep = tl.load(p_keep)
     b_Sd = b_S.to(dtype)
-    b_vn = tl.dot(tl.trans(b_v), tl.trans(b_T), input_precision=PRECISION)  # [BV, BT]
-    b_vn = tl.dot(b_Sd, tl.trans(b_w), acc=b_vn, input_precision=PRECISION).to(dtype)
+    b_kS = tl.dot(b_Sd, tl.trans(b_k), input_precision=PRECISION)  # [BV, BT]
+    b_vn = tl.dot(tl.trans(b_v), tl.trans(b_T), input_precision=PRECISION)
+    b_vn = tl.dot((b_kS * b_in).to(dtype), tl.trans(b_T), acc=b_vn, input_precision=PRECISION)
     b_o = tl.dot(b_Sd, tl.trans(b_q), input_precision=PRECISION)
-    b_S = tl.dot(b_vn, b_k, acc=b_S * b_keep, input_precision=PRECISION)
-    b_o = tl.dot(b_vn, tl.trans(b_a), acc=b_o, input_precision=PRECISION)
+    b_S = tl.dot((b_vn * b_out).to(dtype), b_k, acc=b_S * b_keep, input_precision=PRECISION)
+    b_o = tl.dot(b_vn.to(dtype), tl.trans(b_a), acc=b_o, input_precision=PRECISION)
     p_o += o_t[None, :] * (H * V) + o_v[:, None]
     if TAIL or V % BV != 0:
         tl.store(p_o, b_o.to(dtype), mask=(o_t < n_t)[None, :] & (o_v < n_v)[:, None])
@@ -163,7 +167,7 @@ def scan_chunk(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def chunk_scan_kernel(
-    q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, T, S, stride_v,
+    q_in, k_n, solve, attn, decays, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, T, S, stride_v,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, FEW_HEADS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
@@ -190,20 +194,21 @@ def chunk_scan_kernel(
     m_s = m_v[:, None] & (o_k < K)[None, :]
     p_S = recurrent_state + (slot * H + i_h) * (K * V) + o_k[None, :] * V + (i_v + o_v)[:, None]
     b_S = tl.load(p_S, mask=m_s & held, other=0.0).to(tl.float32)  # [BV, BK] = S^T
-    p_keep = keep + (bos // BT + i_n).to(tl.int64) * H + i_h
+    i_chunk = (bos // BT + i_n).to(tl.int64) * H + i_h
+    p_keep, p_decays = keep + i_chunk, decays + i_chunk * (2 * BT)
     p_v = v + i_h * V + i_v
     full = (eos - bos) // BT
     for i_c in tl.range(0, full, num_stages=STAGES):
         i_t = (bos + i_c * BT).to(tl.int64)
         b_S = scan_chunk(
-            b_S, q_in, k_out, w, solve, attn, p_keep + i_c * H, p_v + i_t * stride_v, stride_v, p_o + i_t * (H * V),
-            i_t * H + i_h, BT, V - i_v, H, K, V, BT, BK, BV, PRECISION, False,
+            b_S, q_in, k_n, solve, attn, p_decays + i_c * (H * 2 * BT), p_keep + i_c * H, p_v + i_t * stride_v,
+            stride_v, p_o + i_t * (H * V), i_t * H + i_h, BT, V - i_v, H, K, V, BT, BK, BV, PRECISION, False,
         )  # fmt: skip
     i_t = (bos + full * BT).to(tl.int64)
     if i_t < eos:
         b_S = scan_chunk(
-            b_S, q_in, k_out, w, solve, attn, p_keep + full * H, p_v + i_t * stride_v, stride_v, p_o + i_t * (H * V),
-            i_t * H + i_h, eos - i_t, V - i_v, H, K, V, BT, BK, BV, PRECISION, True,
+            b_S, q_in, k_n, solve, attn, p_decays + full * (H * 2 * BT), p_keep + full * H, p_v + i_t * stride_v,
+            stride_v, p_o + i_t * (H * V), i_t * H + i_h, eos - i_t, V - i_v, H, K, V, BT, BK, BV, PRECISION, True,
         )  # fmt: skip
     tl.store(p_S, b_S.to(recurrent_state.dtype.element_ty), mask=m_s)
 
@@ -246,18 +251,19 @@ def chunk_delta_rule_triton(
     A_log, dt_bias = raw_gates or (g, g)
     off_q, off_k, off_g = offsets
     chunks = num_chunks(T, N, BT)
-    q_in, k_out, w = (q.new_empty(T, H, K) for _ in range(3))
+    q_in, k_n = (q.new_empty(T, H, K) for _ in range(2))
     solve, attn = (q.new_empty(T, H, BT) for _ in range(2))
+    decays = q.new_empty(chunks, H, 2 * BT, dtype=torch.float32)
     keep = q.new_empty(chunks, H, dtype=torch.float32)
     o = q.new_empty(T, H, V)
     wrap(chunk_prepare_kernel)[(H, chunks)](
-        q, k, beta, g, A_log, dt_bias, q_in, k_out, w, solve, attn, keep, cu_seqlens, slots, N, T,
+        q, k, beta, g, A_log, dt_bias, q_in, k_n, solve, attn, decays, keep, cu_seqlens, slots, N, T,
         q.stride(0), k.stride(0), beta.stride(0), g.stride(0), OFF_Q=off_q, OFF_K=off_k, OFF_G=off_g,
         H=H, K=K, RAW=raw_gates is not None, PRECISION=precision, **prepare,
     )  # fmt: skip
     for scan in scans:
         wrap(chunk_scan_kernel)[(triton.cdiv(V, scan["BV"]), H, N)](
-            q_in, k_out, w, solve, attn, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens,
+            q_in, k_n, solve, attn, decays, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens,
             T, recurrent_state.shape[0], v.stride(0), H=H, K=K, V=V, PRECISION=precision, **scan,
         )  # fmt: skip
     return o
