@@ -54,10 +54,12 @@ print(json.dumps(out))
 """
 
 
-def start_build(model: str, fp8: bool, batch: int, seq: int, directory: Path) -> dict[str, Any]:
+def start_build(
+    model: str, fp8: bool, batch: int, seq: int, directory: Path, more: list[str]
+) -> dict[str, Any]:  # fmt: skip
     output = directory / f"{model}-{'fp8' if fp8 else 'bf16'}"
     args = ["build", "--model", model, "--random-weights", "--backend", "inductor", "--output", str(output)]
-    args += ["--max-batch-size", str(batch), "--max-seq-len", str(seq)] + (["--fp8"] if fp8 else [])
+    args += ["--max-batch-size", str(batch), "--max-seq-len", str(seq), *more] + (["--fp8"] if fp8 else [])
     log = open(f"{output}.build.log", "w")  # noqa: SIM115  the child writes to it
     process = subprocess.Popen([*CLI, *args], stdout=log, stderr=subprocess.STDOUT)
     shown = [a if a != str(output) else output.name for a in args]
@@ -116,6 +118,9 @@ def main() -> None:
     parser.add_argument("--max-batch-size", type=int, default=64)
     parser.add_argument("--max-seq-len", type=int, default=4096)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument(
+        "--build", nargs="*", default=[], help="more options of the builds, without --: kv-cache-dtype=fp8"
+    )
     parser.add_argument("--verify-jobs", type=int, default=2, help="bundles verified side by side")
     parser.add_argument("--directory", type=Path, help="keep bundles and logs here")
     parser.add_argument("--output", type=Path, required=True)
@@ -125,7 +130,10 @@ def main() -> None:
     directory = args.directory or Path(tempfile.mkdtemp(prefix="jet-bundles-"))
     directory.mkdir(parents=True, exist_ok=True)
     cases = [(m, p) for m in args.models for p in args.precisions]
-    jobs = [start_build(m, p == "fp8", args.max_batch_size, args.max_seq_len, directory) for m, p in cases]
+    jobs = [
+        start_build(m, p == "fp8", args.max_batch_size, args.max_seq_len, directory, [f"--{o}" for o in args.build])
+        for m, p in cases
+    ]
     verifying = Semaphore(args.verify_jobs)
     with ThreadPoolExecutor(len(cases)) as pool:
         results = list(pool.map(build_and_verify, cases, jobs, [verifying] * len(cases)))

@@ -52,7 +52,7 @@ def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: fl
     copies = max(2, min(40, int(COPIES / nbytes)))
     weights = [torch.randn(N, K, device="cuda", dtype=BF16).to(dtype) for _ in range(copies)]
     x, one = torch.randn(1, K, device="cuda", dtype=BF16).to(dtype), torch.ones(1, device="cuda")
-    want = gemv_ref(x, weights[0], None, None, torch.float32)
+    want = gemv_ref(x, weights[0], None, None, None, torch.float32)
     variants: dict[str, Callable[[], Any]] = {}
 
     def add(label: str, call: Callable[[Tensor], Tensor]) -> None:
@@ -69,7 +69,8 @@ def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: fl
         if use["BK"] < 2 * K:
             with configs.override("gemv", use):
                 label = "gemv " + " ".join(f"{k}={v}" for k, v in use.items())
-                add(label, lambda w: torch.ops.jet.gemv(x, w, one if dtype == FP8 else None, None, BF16))
+                scales = (one, one) if dtype == FP8 else (None, None)
+                add(label, lambda w, scales=scales: torch.ops.jet.gemv(x, w, *scales, None, BF16))
     times = bench.compare(variants, repeats=10, calls=copies)
     us = {k: round(1e3 * t.median, 2) for k, t in times.items()}
     return {"layer": name, "dtype": str(dtype).removeprefix("torch."), "bytes": nbytes,

@@ -1,6 +1,6 @@
 """Times the kernels' configurations on this GPU and writes the best into kernels/configs.json, as rules of its SM.
 
-    python benchmarks/tune.py [--ops attention_decode,...] [--models 2b,4b] [--minutes 20] [--write]
+    python benchmarks/tune.py [--ops attention_decode,...] [--models 2b,4b] [--minutes 20] [--jobs 8] [--write]
 
 For each op and model, every candidate is first compared with the configuration in use (which the tests hold to the
 reference): one that does not compile, does not fit or differs by more than rounding is left out. The others are timed
@@ -15,9 +15,11 @@ import argparse
 import itertools
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,13 +46,22 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         for bm, bn, w, s in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))
     ],
     "rope_append": [dict(BT=bt, num_warps=w) for bt, w in itertools.product((8, 16, 32, 64), (2, 4, 8))],
-    "delta_rule_prepare": [dict(BT=64, num_warps=w, num_stages=s) for w, s in itertools.product((2, 4, 8), (1, 2))],
+    "delta_rule_prepare": [dict(BT=64, num_warps=w, num_stages=1) for w in (2, 4, 8)],
     "delta_rule_scan": [
-        dict(BV=bv, STAGES=s, num_warps=w) for bv, s, w in itertools.product((32, 64, 128), (1, 2, 3), (4, 8))
+        dict(BV=bv, STAGES=s, num_warps=max(4, bv // 16)) for bv, s in itertools.product((32, 64, 128), (1, 2, 3, 4))
     ],
-    "delta_rule_decode": [dict(BV=bv, num_warps=w) for bv, w in itertools.product((16, 32, 64, 128), (1, 2, 4, 8))],
+    "delta_rule_decode": [
+        dict(BV=bv, num_warps=w)
+        for bv, w in itertools.product((16, 32, 64, 128, 256), (2, 4, 8, 16))
+        if 8 <= bv * 4 // w <= 64
+    ],
     "dynamic_conv": [dict(BT=bt, BD=bd) for bt, bd in itertools.product((4, 8, 16, 32), (32, 64, 128, 256))],
     "gated_rms_norm": [dict(BR=br) for br in (1, 2, 4, 8, 16, 32)],
+    "gemv": [
+        dict(BN=bn, BK=bk, STAGES=s, num_warps=w)
+        for bn, bk, w, s in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (4, 8), (1, 3))
+        if 16 <= bn * bk // (32 * w) <= 64
+    ],
 }
 
 
@@ -111,15 +122,15 @@ def block_tasks(model: str) -> list[Task]:
     _, K, V = DELTA[model]
     prefills = {f"prefill B{b} T{t}": block_inputs([t] * b, model) for b, t in ((1, 16384), (16, 2048), (1, 2048))}
 
-    def run(args: tuple, decode: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        op = torch.ops.jet.jet_block
-        conv, state = args[6:8]
+    def run(sets: list[tuple], decode: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        op, args = torch.ops.jet.jet_block, sets[0]
+        conv, state = (x.clone() for x in args[6:8])  # what is timed changes its own
         return (
-            lambda: op(*args, decode),
+            lambda: [op(*a, decode) for a in sets],
             lambda: op(*args[:6], conv.clone(), state.clone(), *args[8:], decode),
         )
 
-    prefill = {name: run(args, False) for name, args in prefills.items()}
+    prefill = {name: run([args], False) for name, args in prefills.items()}
     tasks = [
         Task("dynamic_conv", model, {"dtype": "bfloat16", "conv_size": 4}, prefill),
         Task("delta_rule_prepare", model, {"dtype": "bfloat16", "head_k_dim": K}, prefill),
@@ -129,8 +140,31 @@ def block_tasks(model: str) -> list[Task]:
     ]  # fmt: skip
     for state in (FP32, BF16):
         where = {"state_dtype": str(state).removeprefix("torch."), "head_k_dim": K, "head_v_dim": V}
-        sets = {f"decode B{b}": block_inputs([1] * b, model, state, context=4) for b in (1, 64, 256)}
+        # Layers one after the other, as in a model: a graph of one launch would show its own start.
+        sets = {
+            f"decode B{b}": [block_inputs([1] * b, model, state, context=4) for _ in range(8)] for b in (1, 64, 128)
+        }
         tasks.append(Task("delta_rule_decode", model, where, {n: run(a, True) for n, a in sets.items()}))
+    return tasks
+
+
+def gemv_tasks(model: str) -> list[Task]:
+    from gemv import SIZES
+
+    tasks = []
+    for N, K in SIZES.values() if model == "2b" else ():
+        for dtype in (BF16, FP8):
+            weights = [
+                torch.randn(N, K, device="cuda", dtype=BF16).to(dtype) for _ in range(max(1, int(1e8 / (N * K))))
+            ]
+            x = torch.randn(1, K, device="cuda", dtype=BF16).to(dtype)
+
+            def run(weights: list[torch.Tensor] = weights, x: torch.Tensor = x) -> torch.Tensor:
+                return [torch.ops.jet.gemv(x, w, None, None, None, BF16) for w in weights][-1]
+
+            name = str(dtype).removeprefix("torch.")
+            where = {"dtype": name, "out_features": N, "in_features": K}
+            tasks.append(Task("gemv", model, where, {f"{N} x {K}": (run, run)}))
     return tasks
 
 
@@ -138,7 +172,7 @@ def attention_tasks(model: str) -> list[Task]:
     import kernels_attention as attention
 
     heads = HEADS[model]
-    tasks = []
+    tasks: list[Task] = []
     for cache in (BF16, FP8):
         name = str(cache).removeprefix("torch.")
         where = {"dtype": "bfloat16", "cache_dtype": name, "head_dim": 128, "group": heads[0] // heads[1]}
@@ -197,6 +231,33 @@ def tune(task: Task, deadline: float, repeats: int = 15) -> None:
             task.times.setdefault(key, {})[name] = timing.median
 
 
+def makers(model: str, ops: list[str]) -> list[Callable[[str], list[Task]]]:
+    """Those that make tasks of these ops: inputs take memory."""
+    out: list[Callable[[str], list[Task]]] = []
+    if model in DELTA and any(op.startswith(("delta_rule", "dynamic", "gated")) for op in ops):
+        out.append(block_tasks)
+    if any(op.startswith(("attention", "rope")) for op in ops):
+        out.append(attention_tasks)
+    return [*out, gemv_tasks] if "gemv" in ops else out
+
+
+def compile_ahead(options: argparse.Namespace) -> None:
+    """Fill Triton's cache: compiling is most of the time, and a process compiles one kernel at a time."""
+    command = [sys.executable, __file__, "--ops", options.ops, "--models", options.models, "--compile"]
+    running = [subprocess.Popen([*command, f"{i}/{options.jobs}"]) for i in range(options.jobs)]
+    for process in running:
+        process.wait()
+
+
+def compile_share(models: list[str], ops: list[str], first: int, step: int) -> None:
+    """Run every `step`-th candidate once; those that fail are left to `tune`."""
+    tasks = [t for m in models for make in makers(m, ops) for t in make(m) if t.op in ops]
+    for task, use in [(t, use) for t in tasks for use in CANDIDATES[t.op]][first::step]:
+        with suppress(Exception), configs.override(task.op, use):
+            next(iter(task.workloads.values()))[1]()
+    torch.cuda.synchronize()
+
+
 def current(task: Task) -> dict[str, int]:
     return dict(configs.find(configs.table(), task.op, configs.current_sm(), task.where).use)
 
@@ -216,6 +277,8 @@ def main() -> int:
     parser.add_argument("--ops", default=",".join(configs.OPS))
     parser.add_argument("--models", default="2b,4b")
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile the candidates beforehand")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)  # I/N: every N-th candidate from the I-th, and stop
     parser.add_argument("--write", action="store_true", help="change kernels/configs.json")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -227,6 +290,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("tune.py times kernels on a GPU, and torch sees none.", file=sys.stderr)
         return 2
+    if options.compile:
+        compile_share(options.models.split(","), ops, *map(int, options.compile.split("/")))
+        return 0
+    if options.jobs:
+        compile_ahead(options)
     sm = configs.current_sm()
     assert sm is not None
     gpu = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
@@ -236,9 +304,7 @@ def main() -> int:
     rules: list[dict[str, Any]] = []
     done: list[dict[str, Any]] = []
     for model in options.models.split(","):
-        for make in (block_tasks, attention_tasks):
-            if make is block_tasks and model not in DELTA:
-                continue
+        for make in makers(model, ops):
             for task in make(model):
                 if task.op not in ops or any((r["op"], r["where"]) == (task.op, task.where) for r in done):
                     continue

@@ -87,6 +87,9 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         "backend": plan.backend.name,
         "target": plan.target,
         **({"sms": list(plan.sms), "onnx kept": o.keep_onnx} if plan.sms else {}),
+        **(
+            {"decode_one": o.decode_one} if plan.build_device.type == "cuda" and plan.backend.name == "inductor" else {}
+        ),
         "versions": versions(plan.backend.name),
     }
     if o.fp8 or plan.kv_dtype == torch.float8_e4m3fn:
@@ -254,7 +257,7 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         if apart:  # the processes read the weights from their file: no copy of this one's
             del model, tensors
             manifest.save(tmp)
-        _write_packages(manifest, None if apart else model, tmp, progress)
+        _write_packages(plan, manifest, None if apart else model, tmp, progress)
         return manifest
     _write_graph(plan, model, tmp, progress)
     if plan.backend.name in FLAVORS:
@@ -269,26 +272,31 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
 
 def room_apart(plan: BuildPlan, weights: int) -> bool:
     """Whether the packages are compiled side by side; this process's memory on the GPU is given back before."""
-    from jet_export.export import MODES
+    from jet_export.export import modes_for
 
     if plan.build_device.type != "cuda":
         return False
     gpu = torch.cuda.mem_get_info(plan.build_device)[0] + torch.cuda.memory_reserved(plan.build_device)
-    return side_by_side("cuda", len(MODES), weights, gpu, available_memory(torch.device("cpu")))
+    return side_by_side(
+        "cuda", len(modes_for("cuda", plan.options.decode_one)), weights, gpu, available_memory(torch.device("cpu"))
+    )
 
 
-def _write_packages(manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress) -> None:
+def _write_packages(
+    plan: BuildPlan, manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress
+) -> None:
     """One after the other here, or, without the model, side by side from the weights' file."""
-    from jet_export.export import MODES
+    from jet_export.export import modes_for
 
+    modes = modes_for(manifest.device.type, plan.options.decode_one)
     if model is None:
         gc.collect()
         if manifest.device.type == "cuda":
             torch.cuda.empty_cache()
-        with progress.stage(f"compile {' and '.join(MODES)} side by side"):
-            compile_side_by_side(tmp, MODES, progress.emit)
+        with progress.stage(f"compile {', '.join(modes)} side by side"):
+            compile_side_by_side(tmp, modes, progress.emit)
     else:
-        for mode in MODES:
+        for mode in modes:
             with progress.stage(f"compile {mode}"):
                 compile_mode(model, manifest, mode, tmp)
     with progress.stage("check that the packages load"):

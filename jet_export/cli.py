@@ -52,6 +52,9 @@ def build(
         bool, typer.Option("--fetch-headers", help="TensorRT: download its headers (Apache-2.0), hash checked.")
     ] = False,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="TensorRT: keep the graph in the bundle.")] = False,
+    decode_one: Annotated[
+        bool, typer.Option("--decode-one/--no-decode-one", help="GPU: a faster package for one sequence alone.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build an engine bundle from a checkpoint."""
@@ -62,7 +65,7 @@ def build(
     options = BuildOptions(
         model, checkpoint, backend, device, dtype, fp8, fp8_lm_head, tuple(keep or ()), calibration, kv_cache_dtype,
         state_dtype, max_batch_size, max_seq_len, prefill_chunk, random_weights, seed, output, force,
-        sm, tensorrt_headers, fetch_headers, keep_onnx,
+        sm, tensorrt_headers, fetch_headers, keep_onnx, decode_one,
     )  # fmt: skip
     plan = make_plan(options)
     print_plan(plan)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
 GPU_BYTES = 2_000_000_000  # of a process beside one and a half times the weights: CUDA's context, examples, autotuning
-HOST_BYTES = 4_000_000_000  # of a process and its compilers
+HOST_BYTES = 3_000_000_000  # of a process and its compilers
 LAST_LINES = 12  # of a failed process, shown
 
 

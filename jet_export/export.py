@@ -24,8 +24,13 @@ from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.mode import graph_mode
 
 MODES = ("prefill", "decode")
-ONE_ROW = "decode_one"  # decode of one sequence, which GPU bundles have too
+ONE_ROW = "decode_one"
 MAX_ROWS = 2**20  # upper bound of pool rows and table widths in the exported ranges
+
+
+def modes_for(device: str, decode_one: bool = True) -> tuple[str, ...]:
+    """The packages of a bundle: for a GPU also decode of one sequence, which reading weights limits there."""
+    return (*MODES, ONE_ROW) if device == "cuda" and decode_one else MODES
 
 
 class EngineGraph(nn.Module):
@@ -127,9 +132,9 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
         # Round where the eager model rounds: a fused cast left out flips FP8 codes.
         "emulate_precision_casts": True,
     }
-    exact_division = "eager_numerics.division_rounding"
-    if exact_division in torch._inductor.config._config:  # type: ignore[attr-defined]
-        # Two units in the last place of fp32, for half the instructions of SiLU and quantisation.
-        configs[exact_division] = False
+    # Division within two units in the last place of fp32, where this torch would round it exactly by default: half the
+    # instructions of SiLU and quantisation. The option's name differs between versions of torch.
+    options = torch._inductor.config._config  # type: ignore[attr-defined]
+    configs |= {k: False for k in options if "divi" in k and k.endswith("rounding")}
     with quiet_inductor():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)

@@ -49,6 +49,7 @@ class BuildOptions:
     tensorrt_headers: Path | None = None
     fetch_headers: bool = False
     keep_onnx: bool = False
+    decode_one: bool = True  # on a GPU: a package of its own for decoding one sequence
 
 
 @dataclass

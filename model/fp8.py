@@ -45,7 +45,7 @@ def widen(codes: Tensor) -> Tensor:
 def project(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), x [T, K] -> [T, N], of a linear layer: in the graph of one token a GEMV, as Fp8Linear's own."""
     if one_row_mode() and isinstance(layer, nn.Linear):
-        return torch.ops.jet.gemv(x, layer.weight, None, layer.bias, x.dtype)
+        return torch.ops.jet.gemv(x, layer.weight, None, None, layer.bias, x.dtype)
     return layer(x)
 
 
@@ -98,7 +98,7 @@ class Fp8Linear(nn.Module):
             return fp8_linear_node(x, self.weight, self.weight_scale, self.input_scale, self.bias)
         q = quantize(x, self.input_scale)
         if one_row_mode():
-            return torch.ops.jet.gemv(q, self.weight, self.input_scale * self.weight_scale, self.bias, x.dtype)
+            return torch.ops.jet.gemv(q, self.weight, self.input_scale, self.weight_scale, self.bias, x.dtype)
         if x.device.type == "cpu":
             y = torch.mm(q.float(), widen(self.weight).t()) * (self.input_scale * self.weight_scale)
             return (y if self.bias is None else y + self.bias.float()).to(x.dtype)

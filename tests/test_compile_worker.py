@@ -52,7 +52,7 @@ def test_a_bundle_compiled_side_by_side(apart, tmp_path) -> None:
         max_seq_len=128, random_weights=True, output=output,
     )  # fmt: skip
     build.run_build(make_plan(options), ["jet-export", "build"], lines.append)
-    assert sum(line.startswith("  compile prefill and decode side by side: ") for line in lines) == 1
+    assert sum(line.startswith("  compile prefill, decode side by side: ") for line in lines) == 1
     assert {line.split(":")[0].strip() for line in lines if line.startswith("    ")} >= {*MODES}
     assert [p.name for p in output.parent.iterdir()] == ["bundle"]
     manifest = Manifest.load(output)

@@ -90,7 +90,7 @@ class Package:
 
 
 class InductorEngine(Engine):
-    """Two AOTInductor packages over one copy of the weights."""
+    """AOTInductor packages over one copy of the weights: prefill, decode, and on a GPU decode of one sequence."""
 
     def __init__(self, directory: Path, manifest: Manifest, weights: dict[str, Tensor]) -> None:
         self.config, self.limits, self.device = manifest.config, manifest.limits, manifest.device
@@ -98,8 +98,10 @@ class InductorEngine(Engine):
         self.specs = manifest_specs(manifest)
         self.weights = weights  # kept alive: the packages hold pointers into it
         self.graphs: dict[str, Package] = {}
-        for mode in ("prefill", "decode"):
+        for mode in ("prefill", "decode", "decode_one"):
             path = directory / f"{mode}.pt2"
+            if mode == "decode_one" and not path.is_file():  # of a CPU, or of an earlier version
+                continue
             self.graphs[mode] = Package(path, self.device)
             self.graphs[mode].load_weights(weights, path)
 
@@ -109,7 +111,8 @@ class InductorEngine(Engine):
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
-        return self.graphs["decode"](input_ids, *batch, *states)
+        alone = len(input_ids) == 1 and "decode_one" in self.graphs
+        return self.graphs["decode_one" if alone else "decode"](input_ids, *batch, *states)
 
 
 def manifest_specs(m: Manifest) -> list[StateSpec]:

@@ -41,11 +41,11 @@ def test_candidates_are_configurations(tune) -> None:
 def test_a_new_rule_comes_before_the_ops_others_and_is_found_for_its_sm_only(tune) -> None:
     use = {"BV": 64, "num_warps": 8}
     where = {"state_dtype": "float32", "head_k_dim": 128, "head_v_dim": 256}
-    new = {"op": "delta_rule_decode", "sm": 90, "where": where, "use": use, "source": "x"}
+    new = {"op": "delta_rule_decode", "sm": 80, "where": where, "use": use, "source": "x"}
     table = configs.parse(tune.merge(rows(), [new]))
     assert len(table) == len(rows()) + 1
-    assert configs.find(table, "delta_rule_decode", 90, where).use == use
-    for sm, facts in ((90, {**where, "head_k_dim": 96}), (89, where), (None, where)):
+    assert configs.find(table, "delta_rule_decode", 80, where).use == use
+    for sm, facts in ((80, {**where, "head_k_dim": 96}), (89, where), (None, where)):
         assert configs.find(table, "delta_rule_decode", sm, facts).use["BV"] == 32
 
 

@@ -26,23 +26,24 @@ SHAPES = [(24, 96), (40, 1000), (7, 16), (129, 520)]  # N, K: whole tiles and no
 def inputs(N, K, dtype=torch.float32, device="cpu"):
     r = torch.Generator().manual_seed(N)
     x, w, bias = (torch.randn(*s, generator=r) for s in ((1, K), (N, K), (N,)))
-    return x.to(dtype).to(device), w.to(dtype).to(device), torch.tensor([0.25], device=device), bias.to(device)
+    scales = [torch.tensor([s], device=device) for s in (0.5, 0.25)]
+    return x.to(dtype).to(device), w.to(dtype).to(device), scales, bias.to(device)
 
 
-def launched(x, w, scale, bias, out_dtype):
+def launched(x, w, x_scale, w_scale, bias, out_dtype):
     """y by the kernel; what it leaves unwritten is NaN."""
     with pytest.MonkeyPatch.context() as patch:
         empty = torch.empty
         patch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
-        return gemv_triton(x, w, scale, bias, out_dtype)
+        return gemv_triton(x, w, x_scale, w_scale, bias, out_dtype)
 
 
 @pytest.mark.parametrize("N, K", SHAPES)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_kernel_is_reference(device, N, K, scaled, biased):
-    x, w, scale, bias = inputs(N, K, device=device)
-    extra = scale if scaled else None, bias if biased else None
+    x, w, scales, bias = inputs(N, K, device=device)
+    extra = *(scales if scaled else (None, None)), bias if biased else None
     got = launched(x, w, *extra, torch.float32)
     exact = gemv_ref(x.double(), w.double(), *extra, torch.float64)
     assert rel(got, exact) <= rel(gemv_ref(x, w, *extra, torch.float32), exact) + 1e-5
@@ -52,12 +53,12 @@ def test_kernel_is_reference(device, N, K, scaled, biased):
 def test_every_tile_gives_the_same_sums(device, use):
     x, w, *_ = inputs(40, 520, device=device)
     with configs.override("gemv", {**use, "STAGES": 1, "num_warps": 4}):
-        assert rel(launched(x, w, None, None, torch.float32), x.double() @ w.double().t()) < 1e-6
+        assert rel(launched(x, w, None, None, None, torch.float32), x.double() @ w.double().t()) < 1e-6
 
 
 def test_opcheck():
-    x, w, scale, bias = inputs(24, 96)
-    for extra in ((None, None), (scale, bias)):
+    x, w, scales, bias = inputs(24, 96)
+    for extra in ((None, None, None), (*scales, bias)):
         torch.library.opcheck(torch.ops.jet.gemv, (x, w.t().contiguous().t(), *extra, torch.bfloat16))
 
 
@@ -105,7 +106,8 @@ for kind, dtype in (("fp8e4nv", "float8_e4m3fn"), ("bf16", "bfloat16")):
             continue  # [b | a] stays in bf16
         use = configs.lookup("gemv", dtype=getattr(torch, dtype), out_features=N, in_features=K)
         constants = dict(K=K, SCALED=True, BIASED=True, BN=use["BN"], BK=use["BK"], STAGES=use["STAGES"])
-        kinds = {"x": "*" + kind, "weight": "*" + kind, "scale": "*fp32", "bias": "*bf16", "y": "*bf16", "N": "i32"}
+        kinds = {"x": "*" + kind, "weight": "*" + kind, "x_scale": "*fp32", "w_scale": "*fp32", "bias": "*bf16",
+                 "y": "*bf16", "N": "i32"}
         names = kernel.arg_names
         source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
                            {(names.index(n),): v for n, v in constants.items()},
@@ -131,7 +133,7 @@ def test_every_size_of_jet_2b_compiles_with_wide_loads(tmp_path):
 def test_on_a_gpu_one_rounding_from_the_exact_product(N, K, dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU, and torch sees none")
-    x, w, scale, bias = inputs(N, K, dtype, "cuda")
-    got = torch.ops.jet.gemv(x, w, scale, bias.bfloat16(), torch.bfloat16)
-    exact = F.linear(x.double(), w.double()) * 0.25 + bias.bfloat16().double()
+    x, w, scales, bias = inputs(N, K, dtype, "cuda")
+    got = torch.ops.jet.gemv(x, w, *scales, bias.bfloat16(), torch.bfloat16)
+    exact = F.linear(x.double(), w.double()) * 0.125 + bias.bfloat16().double()
     assert rel(got, exact) < 2**-8
