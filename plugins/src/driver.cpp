@@ -36,6 +36,9 @@ bool open(Driver& d, Error& error) {
     return find(library, "cuGetErrorName", d.getErrorName, error)
         && find(library, "cuGetErrorString", d.getErrorString, error)
         && find(library, "cuCtxGetDevice", d.ctxGetDevice, error)
+        && find(library, "cuCtxPushCurrent_v2", d.ctxPushCurrent, error)
+        && find(library, "cuCtxPopCurrent_v2", d.ctxPopCurrent, error)
+        && find(library, "cuStreamGetCtx", d.streamGetCtx, error)
         && find(library, "cuDeviceGetAttribute", d.deviceGetAttribute, error)
         && find(library, "cuLibraryLoadData", d.libraryLoadData, error)
         && find(library, "cuLibraryGetKernel", d.libraryGetKernel, error)
@@ -81,11 +84,30 @@ bool check(CUresult result, char const* call, char const* what, Error& error) {
     return false;
 }
 
-bool current_device(Device& device, Error& error) {
+// Makes the stream's context current. The default streams have none of their own: theirs is the current one.
+static bool push_context(Driver const& d, CUstream stream, Error& error) {
+    if (!stream || stream == CU_STREAM_LEGACY || stream == CU_STREAM_PER_THREAD) {
+        error.set("the calling thread has no current CUDA context, and a default stream does not say which: call "
+                  "cudaSetDevice or cuCtxSetCurrent on this thread first, or enqueue on a stream of its own");
+        return false;
+    }
+    CUcontext context = nullptr;
+    return check(d.streamGetCtx(stream, &context), "cuStreamGetCtx", "the stream", error)
+        && check(d.ctxPushCurrent(context), "cuCtxPushCurrent", "the stream's context", error);
+}
+
+bool enter(CUstream stream, Device& device, bool& entered, Error& error) {
+    entered = false;
     Driver const* d = driver(error);
     if (!d) return false;
     CUdevice id = -1;
-    if (!check(d->ctxGetDevice(&id), "cuCtxGetDevice", "the calling thread", error)) return false;
+    CUresult found = d->ctxGetDevice(&id);
+    if (found == CUDA_ERROR_INVALID_CONTEXT) {  // as on a thread whose first use of CUDA this is
+        entered = push_context(*d, stream, error);
+        if (!entered) return false;
+        found = d->ctxGetDevice(&id);
+    }
+    if (!check(found, "cuCtxGetDevice", "the calling thread", error)) return false;
     if (id < 0 || id >= kMaxDevices) {
         error.set("device %d: at most %d devices are supported", id, kMaxDevices);
         return false;
@@ -107,6 +129,12 @@ bool current_device(Device& device, Error& error) {
     }
     device = {int(id), value / 1024, value % 1024};
     return true;
+}
+
+void leave(Error& error) {
+    CUcontext context = nullptr;
+    if (Driver const* d = driver(error))
+        check(d->ctxPopCurrent(&context), "cuCtxPopCurrent", "the stream's context", error);
 }
 
 Loaded const* load(Kernel const& kernel, KernelCache& cache, Device const& device, Error& error) {

@@ -40,6 +40,9 @@ struct Driver {
     decltype(&::cuGetErrorName) getErrorName;
     decltype(&::cuGetErrorString) getErrorString;
     decltype(&::cuCtxGetDevice) ctxGetDevice;
+    decltype(&::cuCtxPushCurrent) ctxPushCurrent;
+    decltype(&::cuCtxPopCurrent) ctxPopCurrent;
+    decltype(&::cuStreamGetCtx) streamGetCtx;
     decltype(&::cuDeviceGetAttribute) deviceGetAttribute;
     decltype(&::cuLibraryLoadData) libraryLoadData;
     decltype(&::cuLibraryGetKernel) libraryGetKernel;
@@ -60,7 +63,10 @@ struct Error {
 };
 
 Driver const* driver(Error& error);              // null, and the error set, where there is none
-bool current_device(Device& device, Error& error);  // of the calling thread's context
+// The device of the calling thread's context. A thread that has none is given the stream's until `leave`: then `entered`
+// is true, whatever is returned.
+bool enter(CUstream stream, Device& device, bool& entered, Error& error);
+void leave(Error& error);
 Loaded const* load(Kernel const& kernel, KernelCache& cache, Device const& device, Error& error);
 bool check(CUresult result, char const* call, char const* what, Error& error);
 

@@ -196,8 +196,6 @@ int32_t Plugin::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, voi
     for (int i = 0; i < spec_.num_inputs; ++i) dims[i] = in[i].dims, types[i] = in[i].type;
     int const i = bind(dims, types, plan, plan.error);
     if (i < 0) return fail(plan.error);
-    Device device;
-    if (!current_device(device, plan.error)) return fail(plan.error);
     for (int t = 0; t < spec_.num_inputs + spec_.num_outputs; ++t) {
         void const* address = t < spec_.num_inputs ? inputs[t] : outputs[t - spec_.num_inputs];
         if (!address || reinterpret_cast<uintptr_t>(address) % 16) {
@@ -208,9 +206,20 @@ int32_t Plugin::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, voi
     plan.inputs = inputs;
     plan.outputs = outputs;
     plan.workspace = static_cast<char*>(workspace);
-    plan.device = &device;
     plan.stream = reinterpret_cast<CUstream>(stream);
-    plan.sms = device.sms;
+    Device device;
+    bool entered = false;
+    if (enter(plan.stream, device, entered, plan.error)) {
+        plan.device = &device;
+        plan.sms = device.sms;
+        run(i, in, plan);
+    }
+    if (entered) leave(plan.error);
+    return plan.error.failed() ? fail(plan.error) : 0;
+}
+
+// Case i on the device whose context is current.
+void Plugin::run(int i, PluginTensorDesc const* in, Plan& plan) const {
     attributes(plan);
     // Both forms' kernels are loaded at the first call, so that the other may be captured in a CUDA graph first.
     Form const form = plan.T == plan.N ? view(i).decode : view(i).prefill;
@@ -222,13 +231,12 @@ int32_t Plugin::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, voi
     plan.used = 0;
     for (int o = 1; o < spec_.num_outputs && !plan.error.failed(); ++o) {
         int const input = spec_.state_inputs[o - 1];
-        if (inputs[input] == outputs[o]) continue;  // in place, as the runtime binds it
-        check(driver(plan.error)->memcpyDtoDAsync(reinterpret_cast<CUdeviceptr>(outputs[o]),
-                  reinterpret_cast<CUdeviceptr>(inputs[input]), bytes_of(in[input]), plan.stream),
+        if (plan.inputs[input] == plan.outputs[o]) continue;  // in place, as the runtime binds it
+        check(driver(plan.error)->memcpyDtoDAsync(reinterpret_cast<CUdeviceptr>(plan.outputs[o]),
+                  reinterpret_cast<CUdeviceptr>(plan.inputs[input]), bytes_of(in[input]), plan.stream),
             "cuMemcpyDtoDAsync", spec_.tensors[input].name, plan.error);
     }
     form(plan);
-    return plan.error.failed() ? fail(plan.error) : 0;
 }
 
 PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {

@@ -97,6 +97,7 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
     int bind(Dims const* dims, DataType const* types, Plan& plan, Error& error) const;
     bool fits(int i, Dims const* dims, Plan& plan, Error& error) const;
     DataType type_of(int i, int tensor) const;
+    void run(int i, PluginTensorDesc const* in, Plan& plan) const;
     int32_t fail(Error const& error) const;
 
     NodeSpec const& spec_;

@@ -51,6 +51,12 @@ class FakeGpu:
         self.c.fake_clear()
         return found
 
+    def contexts(self) -> tuple[list[int], int]:
+        """Each context pushed since the last call, 0 for each popped; how many this thread has left on its stack."""
+        events, left = (c_uint64 * 4096)(), c_int()
+        n = self.c.fake_contexts(events, ctypes.byref(left))
+        return list(events[:n]), left.value
+
 
 def run_job(path: Path) -> dict:
     """A job file's enqueues in a process of their own (see test_launches.py); prints what happened as JSON."""
@@ -61,19 +67,22 @@ def run_job(path: Path) -> dict:
 
     def enqueue(step: dict) -> int:
         plugin = harness.create(step["node"], step["fields"])
-        args = (step["inputs"], step["addresses"], step["outputs"], step["workspace"], 77)
+        args = (step["inputs"], step["addresses"], step["outputs"], step["workspace"], step.get("stream", 77))
         return harness.enqueue(step["node"], plugin, *args)
 
     if gpu and job.get("threads"):  # ctypes lets them run at once
+        gpu.c.fake_context(all(step.get("context", True) for step in job["steps"]))
         with ThreadPoolExecutor(job["threads"]) as pool:
             statuses = list(pool.map(enqueue, job["steps"]))
-        return {"statuses": statuses, "launches": gpu.take(), "loads": gpu.c.fake_loads()}
+        return {"statuses": statuses, "launches": gpu.take(), "loads": gpu.c.fake_loads(), "contexts": gpu.contexts()}
     for step in job["steps"]:
         if gpu:
             gpu.c.fake_device(*step.get("device", [9, 0, 132]))
             gpu.c.fake_fail(step.get("fail", "").encode())
+            gpu.c.fake_context(step.get("context", True))
         status = enqueue(step)
-        results.append({"status": status, "message": harness.messages(), "launches": gpu.take() if gpu else []})
+        results.append({"status": status, "message": harness.messages(), "launches": gpu.take() if gpu else [],
+                        "contexts": gpu.contexts() if gpu else None})  # fmt: skip
     return {"results": results, "loads": gpu.c.fake_loads() if gpu else 0}
 
 

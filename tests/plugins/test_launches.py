@@ -231,6 +231,60 @@ def test_a_failing_driver_call_is_reported(mini, tmp_path, call, what):
     assert after["status"] == 0 and after["message"] == "" and after["launches"]  # nothing was left half loaded
 
 
+PUSHED_AND_POPPED = [[1077, 0], 0]  # the context of stream 77
+
+
+def test_a_thread_without_a_context_is_given_the_streams(mini, tmp_path):
+    """For as long as the enqueue takes; one that has a context keeps it, whatever the stream."""
+    wanted = [Expectation(mini, node_of(c), c, T, 3, False) for c in mini.cases for T in (3, 70)]
+    steps = [w.step | {"context": False} for w in wanted]
+    for want, got in zip(wanted, run_steps(mini, steps, tmp_path)["results"], strict=True):
+        want.check(got, 1 << 30)
+        assert got["contexts"] == PUSHED_AND_POPPED
+    for got in run_steps(mini, [w.step for w in wanted], tmp_path)["results"]:
+        assert got["contexts"] == [[], 0]
+    found = run_steps(mini, steps * 25, tmp_path, threads=8)
+    events = found["contexts"][0]
+    assert set(found["statuses"]) == {0}
+    assert events.count(1077) == events.count(0) == len(steps) * 25
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_a_default_stream_names_no_context(mini, tmp_path, stream):
+    step = Expectation(mini, "JetBlock", mini.cases[0], 5, 2, in_place=False).step | {"stream": stream}
+    refused, taken = run_steps(mini, [step | {"context": False}, step], tmp_path)["results"]
+    assert refused["status"] != 0 and not refused["launches"] and refused["contexts"] == [[], 0]
+    assert "has no current CUDA context" in refused["message"]
+    assert "call cudaSetDevice or cuCtxSetCurrent on this thread first" in refused["message"]
+    assert taken["status"] == 0 and {launch["stream"] for launch in taken["launches"]} == {stream}
+
+
+@pytest.mark.parametrize(
+    "call, contexts",
+    [
+        ("cuStreamGetCtx", [[], 0]),
+        ("cuCtxPushCurrent", [[], 0]),
+        ("cuCtxPopCurrent", PUSHED_AND_POPPED),
+        ("cuDeviceGetAttribute", PUSHED_AND_POPPED),
+        ("cuLibraryLoadData", PUSHED_AND_POPPED),
+        ("cuMemcpyDtoDAsync", PUSHED_AND_POPPED),
+        ("cuLaunchKernelEx", PUSHED_AND_POPPED),
+    ],
+)
+def test_what_was_pushed_is_popped_whatever_fails(mini, tmp_path, call, contexts):
+    step = Expectation(mini, "JetBlock", mini.cases[0], 5, 2, in_place=False).step | {"context": False}
+    failing, after = run_steps(mini, [step | {"fail": call}, step], tmp_path)["results"]
+    assert failing["status"] != 0 and failing["contexts"] == contexts
+    assert f"jet::JetBlock: {call} failed for" in failing["message"]
+    assert after["status"] == 0 and after["contexts"] == PUSHED_AND_POPPED
+
+
+def test_only_a_missing_context_is_made_up_for(mini, tmp_path):
+    step = Expectation(mini, "JetBlock", mini.cases[0], 5, 2, True).step
+    (found,) = run_steps(mini, [step | {"fail": "cuCtxGetDevice"}], tmp_path)["results"]
+    assert found["status"] != 0 and found["contexts"] == [[], 0]
+
+
 def test_unaligned_and_missing_addresses_are_refused(mini, tmp_path):
     step = Expectation(mini, "JetBlock", mini.cases[0], 5, 2, True).step
     steps = [step | {"addresses": [address, *step["addresses"][1:]]} for address in (INPUTS + 8, 0)]

@@ -123,6 +123,25 @@ def test_captured_in_a_graph_and_on_two_streams(plugins, case):
         check(call, inputs.op(), exact)
 
 
+def test_captured_by_a_thread_without_a_context(plugins):
+    """Its first use of CUDA is the enqueue, amid a capture: the stream may be asked for its context then too."""
+    harness, exact = plugins
+    inputs = random_inputs(CASES[0], *RUNS["decode"], "cuda")
+    call = Call(harness, inputs, in_place=True)
+    Call(harness, inputs, in_place=True)()  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+
+    def work(stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            call()
+
+    with torch.cuda.graph(graph), ThreadPoolExecutor(1) as pool:
+        pool.submit(work, torch.cuda.current_stream()).result()
+    graph.replay()
+    check(call, inputs.op(), exact)
+
+
 def test_several_contexts_on_several_threads(plugins):
     """A plugin object a thread and stream, as TensorRT clones one a context; all at once, many times."""
     harness, exact = plugins
