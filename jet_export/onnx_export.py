@@ -15,6 +15,7 @@ An FP8 projection is QuantizeLinear / DequantizeLinear in fp32 before a product 
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import re
 import warnings
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jet_export.bundle import WEIGHTS
 from jet_export.errors import JetExportError
@@ -86,12 +88,15 @@ def write_onnx(
     max_tokens: int,
     max_batch: int,
 ) -> Path:
-    """Write model.onnx beside the weights and check it. No weight is copied, in memory or on disk."""
+    """Write model.onnx beside the weights and check it. No weight is read or copied; the model may be on any device."""
     require_onnx()
     import onnx
     import onnx_ir as ir
 
-    args = example_inputs(model, kv_dtype, state_dtype, "prefill")
+    fake = FakeTensorMode()
+    model = structure_of(model, fake)
+    with fake:
+        args = example_inputs(model, kv_dtype, state_dtype, "prefill")
     shapes = dynamic_shapes(model, max_tokens, max_batch, "prefill")
     with torch.no_grad(), quiet_exporter():
         program = torch.export.export(OnnxGraph(model).eval(), args, dynamic_shapes=shapes, strict=False)
@@ -112,6 +117,17 @@ def write_onnx(
     ir.save(graph_model, directory / GRAPH)
     onnx.checker.check_model(str(directory / GRAPH), full_check=True)
     return directory / GRAPH
+
+
+def structure_of(model: JetNemotronForCausalLM, fake: FakeTensorMode) -> JetNemotronForCausalLM:
+    """The model with tensors that have shapes and no values, on the CPU: a graph has no device, and there torch.onnx
+    makes the results of symbolic nodes, wherever their inputs are."""
+    memo: dict[int, Any] = {}  # tied weights stay one
+    with fake:
+        for t in (*model.parameters(), *model.buffers()):
+            empty = torch.empty(t.shape, dtype=t.dtype, device="cpu")
+            memo[id(t)] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
 
 def silu(x: Any) -> Any:

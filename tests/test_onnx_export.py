@@ -1,5 +1,6 @@
 """The ONNX file: what it holds, and that its graph computes what the model does, prefill, chunks and decode."""
 
+import copy
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from jet_export.model.fp8 import FP8, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.onnx_engine import forced_bound, forced_steps, teacher_forced
 from jet_export.onnx_eval import HANDLERS, OnnxModel, attention, jet_block
+from jet_export.onnx_export import write_onnx
 from jet_export.parity import kl_divergence
 from jet_export.runtime.engine import EagerEngine
 from jet_export.runtime.runner import Runner
@@ -106,6 +108,24 @@ def test_file(fp8_model, fp8_file) -> None:
     inline = [t for t in graph.initializer if t.name not in external]
     assert sum(len(t.SerializeToString()) for t in inline) < 2000
     assert not any(n.metadata_props or n.doc_string for n in graph.node)  # torch's hold this machine's paths
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_file_does_not_depend_on_the_models_device(fp8, tmp_path) -> None:
+    """A model that is not on the CPU, where torch.onnx makes what symbolic nodes give: the same bytes."""
+    model = model_of()
+    if fp8:
+        to_fp8(model, CALIBRATION[0])
+    kv_dtype = FP8 if fp8 else None
+    here = export(model, tmp_path / "cpu", kv_dtype).read_bytes()
+    elsewhere = copy.deepcopy(model).to("meta")
+    elsewhere.lm_head.weight = elsewhere.embed_tokens.weight
+    assert elsewhere.device.type == "meta"
+    args = (kv_dtype or model.dtype, torch.float32, 512, 8)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / WEIGHTS).write_bytes((tmp_path / "cpu" / WEIGHTS).read_bytes())
+    assert write_onnx(elsewhere, tmp_path / "meta", *args).read_bytes() == here
+    assert elsewhere.device.type == "meta"  # and the model is as it was
 
 
 def test_untied_head(tmp_path) -> None:
