@@ -41,7 +41,7 @@ def server(llm: AsyncLLM, template: str | None = TEMPLATE, max_body_bytes: int |
         yield url(listener)
     finally:
         program.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,13 @@ class Server:
         end = time.monotonic() + seconds
         while self.total(name, *labels) != value:
             assert time.monotonic() < end, (name, labels, self.total(name, *labels), value)
+            time.sleep(0.1)
+
+    def wait_until(self, holds: Callable[[dict[str, float]], bool], seconds: float = 30) -> None:
+        """`holds` is given all of `values`."""
+        end = time.monotonic() + seconds
+        while not holds(values := self.values()):
+            assert time.monotonic() < end, values
             time.sleep(0.1)
 
     def memory(self) -> int:

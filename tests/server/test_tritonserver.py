@@ -122,10 +122,10 @@ def test_what_clients_of_vllm_and_tensorrt_llm_send(server, reference) -> None:
 
 
 def test_streams_are_the_whole_in_parts(server, reference) -> None:
-    (expected,) = reference.generate(PROMPT, 10, return_logits=True)
+    (expected,) = reference.generate(PROMPT, 60, return_logits=True, ignore_eos=True)
     parts = []
-    body = {"text_input": PROMPT, "max_tokens": 10, "stream": True, "logprobs": 2}
-    with httpx.stream("POST", f"{server.url}/generate_stream", json=body, timeout=30) as stream:
+    body = {"text_input": PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": True, "logprobs": 2}
+    with httpx.stream("POST", f"{server.url}/generate_stream", json=body, timeout=60) as stream:
         parts = [httpx.Response(200, text=x.removeprefix("data: ")).json() for x in stream.iter_lines() if x]
     assert "".join(p["text_output"] for p in parts) == expected.text and len(parts) > 3
     assert [t for p in parts for t in ids(p)] == expected.token_ids
@@ -136,7 +136,7 @@ def test_streams_are_the_whole_in_parts(server, reference) -> None:
     client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}")
     got = []
     client.start_stream(lambda result, error: got.append(error or result))
-    inputs = tensors(grpcclient.InferInput, text_input=PROMPT, max_tokens=10, stream=True)
+    inputs = tensors(grpcclient.InferInput, text_input=PROMPT, max_tokens=60, ignore_eos=True, stream=True)
     client.async_stream_infer(server.model, inputs, outputs=[grpcclient.InferRequestedOutput("text_output")])
     client.stop_stream()
     assert b"".join(r.as_numpy("text_output")[0] for r in got).decode() == expected.text
@@ -174,11 +174,14 @@ def test_metadata_and_metrics(server) -> None:
     server.generate(text_input="abc", max_tokens=3)
     server.wait_for("jet_requests_total", before + 1, 'reason="length"')
     server.wait_for("jet_tokens_total", tokens + 3)
-    values = server.values()
     label = f'{{instance="{server.model}_0_0",model="{server.model}"}}'
-    assert values[f"jet_slots{label}"] == 4 and values[f"jet_tokens_per_second{label}"] > 0
-    for name in ("jet_ttft_seconds", "jet_tpot_seconds"):
-        assert values[f"{name}_count{label}"] == server.total(f"{name}_bucket", 'le="+Inf"') > 0
+
+    def whole(values: dict[str, float]) -> bool:  # they are copied one by one: a look may fall between two
+        buckets = {k.split("_bucket{")[0]: v for k, v in values.items() if "_bucket{" in k and 'le="+Inf"' in k}
+        same = all(values[f"{n}_count{label}"] == buckets[n] > 0 for n in ("jet_ttft_seconds", "jet_tpot_seconds"))
+        return same and values[f"jet_slots{label}"] == 4 and values[f"jet_tokens_per_second{label}"] > 0
+
+    server.wait_until(whole)
     assert server.total("nv_inference_request_success") > 0
 
 
@@ -261,13 +264,13 @@ def test_clients_that_go_free_what_they_held(server) -> None:
         client.async_stream_infer(server.model, tensors(grpcclient.InferInput, text_input=TEXT, max_tokens=900, **more))
     server.wait_for("jet_requests_waiting", 2)
     client.stop_stream(cancel_requests=True)
-    server.wait_for("jet_requests_total", before + 6, 'reason="cancelled"', seconds=10)
+    server.wait_for("jet_requests_total", before + 6, 'reason="cancelled"')
     body = b'{"text_input": "a", "max_tokens": 900, "stream": true, "ignore_eos": true}'
     head = f"POST /v2/models/{server.model}/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.http)) as gone:
         gone.sendall(head.encode() + body)
         assert gone.recv(4096)
-    server.wait_for("jet_requests_total", before + 7, 'reason="cancelled"', seconds=10)
+    server.wait_for("jet_requests_total", before + 7, 'reason="cancelled"')
     for sent in (b"", b"POST", head.encode() + body[:20], b"\x16\x03\x01\x00\xff" * 50):
         with socket.create_connection(("127.0.0.1", server.http)) as gone:
             gone.sendall(sent)
@@ -317,7 +320,7 @@ def raw_error(server, content: bytes) -> str:
     request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return next(iter(stub.ModelStreamInfer(iter([request]), timeout=20))).error_message
+        return next(iter(stub.ModelStreamInfer(iter([request]), timeout=60))).error_message
 
 
 def test_bad_requests_get_a_reason_and_harm_nobody(server, reference) -> None:
@@ -350,11 +353,15 @@ def test_killed_and_started_again_then_told_to_stop(bundle, reference) -> None:
     it finish what runs."""
     (expected,) = reference.generate("abc", 100, ignore_eos=True)
     body = {"text_input": "abc", "max_tokens": 100, "stream": True, "ignore_eos": True}
-    with serving(bundle) as server, httpx.stream("POST", f"{server.url}/generate_stream", json=body) as answer:
+    long = {**body, "max_tokens": 1000}
+    with (
+        serving(bundle) as server,
+        httpx.stream("POST", f"{server.url}/generate_stream", json=long, timeout=60) as answer,
+    ):
         next(lines := answer.iter_lines())
         stubs = children(server.server_pid)
         os.kill(server.server_pid, signal.SIGKILL)
-        with pytest.raises(httpx.TransportError):
+        with pytest.raises((httpx.NetworkError, httpx.ProtocolError)):
             list(lines)
         status, err = server.finish()
         assert status == 2 and "tritonserver ended killed by signal 9" in err and "Traceback" not in err
@@ -375,16 +382,29 @@ def test_killed_and_started_again_then_told_to_stop(bundle, reference) -> None:
 
 
 def test_two_instances_share_the_work_and_end_in_time(bundle, reference) -> None:
-    """Both answer, and rightly; after the grace period what still runs is ended with an answer that says so."""
+    """Both answer, and rightly; after the grace period what still runs is ended with an answer that says so.
+
+    Triton gives a request to the instance that waits and has had the fewest. How it shares out a crowd depends on when
+    each comes back for more; that two requests to two waiting instances go to both does not.
+    """
     prompts = prompts_of(reference, 24, seed=1)
     expected = reference.generate(prompts, 8, return_logits=True, ignore_eos=True)
     program = ("-m", "triton_serving")
     with serving(bundle, "2", "0.2", program=program) as server:
+
+        def done() -> list[float]:
+            labels = [f"{server.model}_0_{i}" for i in (0, 1)]
+            return [server.total("jet_requests_total", label, 'reason="length"') for label in labels]
+
+        first = [asyncio.run(crowd(server, [p], [8], set()))[0] for p in prompts[:2]]
+        server.wait_for("jet_requests_total", 2, 'reason="length"')
+        assert done() == [1, 1]
         answers = asyncio.run(crowd(server, prompts, [8] * 24, set()))
-        assert sum(agree(e, tokens) for e, (tokens, _) in zip(expected, answers, strict=True)) >= 0.9 * 24 * 8
-        server.wait_for("jet_requests_total", 24, 'reason="length"')
-        done = [server.total("jet_requests_total", f"{server.model}_0_{i}", 'reason="length"') for i in (0, 1)]
-        assert min(done) >= 6, done
+        server.wait_for("jet_requests_total", 2 + 24, 'reason="length"')
+        assert min(done()) > 1, done()
+        assert all((len(tokens), reason) == (8, "length") for tokens, reason in answers + first)
+        pairs = zip(expected + expected[:2], answers + first, strict=True)
+        assert sum(agree(e, tokens) for e, (tokens, _) in pairs) >= 0.9 * 26 * 8
         with ThreadPoolExecutor(1) as pool:
             whole = pool.submit(server.generate, text_input="a", max_tokens=1000, ignore_eos=True)
             server.wait_for("jet_requests_running", 1)
