@@ -9,6 +9,7 @@ import json
 import struct
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ from jet_export.kernels import (
     jet_block,
     rope_append,
 )
+from jet_export.kernels.configs import use_sm
 from jet_export.plugins.cases import JetBlockCase
 from jet_export.plugins.harness.objects import Harness
 from jet_export.plugins.symbolic import POINTERS
@@ -53,24 +55,23 @@ class Recorder:
         return Launcher()
 
 
-def launched(case, inputs: list, T: int, N: int, sms: int) -> tuple[list[tuple], list, torch.Tensor]:
-    """The torch launchers' launches over uninitialised tensors of these shapes; the inputs; the output."""
+def launched(case, inputs: list, T: int, N: int, sms: int, sm: int | None) -> tuple[list[tuple], list, torch.Tensor]:
+    """The torch launchers' launches over uninitialised tensors of these shapes, configured for this SM; the inputs; the
+    output."""
     tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in inputs]
     recorder, fields = Recorder(), fields_of(case)
     patches = [patch.object(module, "wrap", recorder) for module in MODULES]
     patches.append(patch.object(attention_decode, "num_sms", lambda device: sms))
-    for p in patches:
-        p.start()
-    try:
+    with ExitStack() as stack:
+        for p in patches:
+            stack.enter_context(p)
+        stack.enter_context(use_sm(sm))
         if isinstance(case, JetBlockCase):
             o = jet_block.jet_block_triton(*tensors, *fields.values(), T == N)
         elif T == N:
             o = attention_decode.attention_decode_triton(*tensors[:4], *tensors[5:], *fields.values())
         else:
             o = attention_prefill.attention_prefill_triton(*tensors, *fields.values())
-    finally:
-        for p in patches:
-            p.stop()
     return recorder.launches, tensors, o
 
 
@@ -97,7 +98,8 @@ class Expectation:
         self.built, self.case, self.sm = built, case, stored_sm
         self.kernels = json.loads((built.folder / "kernels.json").read_text())
         self.inputs = inputs_of(case, T, N)
-        self.launches, self.tensors, self.output = launched(case, self.inputs, T, N, device[2])
+        configured = built.sms[0] if len(built.sms) == 1 else None  # as compile_kernels has it
+        self.launches, self.tensors, self.output = launched(case, self.inputs, T, N, device[2], configured)
         self.addresses = [INPUTS + (i << 36) for i in range(len(self.inputs))]
         self.states = [6, 7] if node == "JetBlock" else [2]
         self.outputs = [OUTPUTS, *(self.addresses[i] if in_place else OUTPUTS + ((i + 1) << 36) for i in self.states)]
