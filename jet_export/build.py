@@ -264,7 +264,7 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         from jet_export.trt.build import write_engine
 
         del model, tensors  # TensorRT reads the weights from their file
-        gc.collect()
+        give_back_memory(plan.build_device)
         write_engine(plan, tmp, progress, list((quantization or {}).get("fp8", {})))
         backend["library_in_plan"] = True
     return manifest
@@ -282,6 +282,13 @@ def room_apart(plan: BuildPlan, weights: int) -> bool:
     )
 
 
+def give_back_memory(device: torch.device) -> None:
+    """What the caller has let go of, for other processes or libraries."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _write_packages(
     plan: BuildPlan, manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress
 ) -> None:
@@ -290,9 +297,7 @@ def _write_packages(
 
     modes = modes_for(manifest.device.type, plan.options.decode_one)
     if model is None:
-        gc.collect()
-        if manifest.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory(manifest.device)
         with progress.stage(f"compile {', '.join(modes)} side by side"):
             compile_side_by_side(tmp, modes, progress.emit)
     else:

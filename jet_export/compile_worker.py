@@ -60,12 +60,12 @@ def worker_command(directory: Path, mode: str) -> list[str]:
 class _Process:
     """One compilation; what it prints is kept for the case that it fails."""
 
-    def __init__(self, directory: Path, mode: str) -> None:
+    def __init__(self, directory: Path, mode: str, threads: int) -> None:
         self.mode, self.start = mode, time.monotonic()
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by `end`
         self.process = subprocess.Popen(
             worker_command(directory, mode), stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, env={"TORCHINDUCTOR_COMPILE_THREADS": str(threads), **os.environ},
         )  # fmt: skip
 
     def failure(self) -> JetExportError | None:
@@ -90,9 +90,10 @@ class _Process:
 def compile_side_by_side(directory: Path, modes: Sequence[str], emit: Callable[[str], None]) -> None:
     """Compile all modes at once. Raises JetExportError with the last lines of the first that fails; others end."""
     running: list[_Process] = []
+    threads = max(2, (os.cpu_count() or 2) // len(modes))  # Inductor's own default is all cores, for each process
     try:
         for mode in modes:
-            running.append(_Process(directory, mode))
+            running.append(_Process(directory, mode, threads))
         waiting = list(running)
         while waiting:
             for p in [p for p in waiting if p.process.poll() is not None]:

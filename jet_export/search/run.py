@@ -247,7 +247,7 @@ def open_workshop(search: Search, database: Database, hands: Hands | None, emit:
     scratch = search.database_file.parent / f"{search.database_file.name}.engines"
     if hands is None:
         hands = Processes(database, search.bench, str(search.device), scratch, max(s.batch),
-                          max(s.context) + s.new_tokens, search.jobs)  # fmt: skip
+                          max(s.context) + s.new_tokens, search.jobs, decode_one=min(s.batch) == 1)  # fmt: skip
     timeout = search.options.timeout
     deadline = None if timeout is None else time.monotonic() + timeout
     return Workshop(database, search.bench, hands, search.cases, scratch / "claims", search.jobs, emit, deadline,

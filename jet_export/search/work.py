@@ -109,13 +109,14 @@ class Processes:
     max_batch_size: int
     max_seq_len: int
     jobs: int = 1  # builds side by side
+    decode_one: bool = True  # a sequence alone is measured too
     running: set[subprocess.Popen] = field(default_factory=set)
     measurer: Measurer | None = None
 
     @cached_property
     def home(self) -> Path:
         """Bundles of this very machine, these kernels and limits: those of others are not taken for them."""
-        same = json.dumps([asdict(self.bench), self.max_batch_size, self.max_seq_len], sort_keys=True)
+        same = json.dumps([asdict(self.bench), self.max_batch_size, self.max_seq_len, self.decode_one], sort_keys=True)
         return self.directory / hashlib.sha256(same.encode()).hexdigest()[:12]
 
     def bundle(self, cell: Cell) -> Path:
@@ -132,7 +133,7 @@ class Processes:
             return
         self.run("build", cell, {"backend": self.bench.backend, "device": self.device, "dtype": self.bench.dtype,
                                  "max_batch_size": self.max_batch_size, "max_seq_len": self.max_seq_len,
-                                 "prefill_chunk": self.bench.chunk})  # fmt: skip
+                                 "prefill_chunk": self.bench.chunk, "decode_one": self.decode_one})  # fmt: skip
 
     def measure(self, cell: Cell, cases: list[tuple[int, int]]) -> None:
         task = self.told(cell, {"database": str(self.database.path), "bench": asdict(self.bench), "cases": cases})

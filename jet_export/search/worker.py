@@ -45,7 +45,7 @@ def build(task: dict[str, Any]) -> None:
         str(config), backend=task["backend"], device=task["device"], dtype=task["dtype"], fp8=cell.fp8,
         kv_cache_dtype=cell.kv_cache_dtype, state_dtype=cell.state_dtype, max_batch_size=task["max_batch_size"],
         max_seq_len=task["max_seq_len"], prefill_chunk=task["prefill_chunk"], random_weights=True, output=bundle,
-        force=True,
+        force=True, decode_one=task["decode_one"],
     )  # fmt: skip
     run_build(make_plan(options), ["jet-export", "search"], lambda line: print(line, file=sys.stderr))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -143,7 +144,9 @@ def draw(path: Path, rows: Sequence[Row], environment: dict[str, str]) -> None:
         axis.set_xlabel("context, tokens")
         axis.set_ylabel(f"{kind}, tokens/s, all sequences together")
         axis.grid(True, which="both", alpha=0.3)
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+        handles, labels = axis.get_legend_handles_labels()
+        wrapped = [textwrap.fill(label, 78, subsequent_indent="    ") for label in labels]  # as wide as its axes
+        axis.legend(handles, wrapped, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     e = environment
     device = f"GPU {e['gpu']}" if e["gpu"] != "none" else f"CPU {e.get('cpu', '')}"
     figure.suptitle(f"{', '.join(sorted(models))}: {device}, torch {e['torch']}, {e['date']}, commit {e['commit']}")
