@@ -6,7 +6,7 @@
 
 Results, logs and session.json (what ran, how long, how it ended) go to --output, bundles to --bundles. A step that
 fails or runs out of time does not stop the others; the next call goes on with what has not passed. Commands of one step
-run side by side (builds, while the GPU tests run): such a step times nothing. What a step needs is checked first.
+run side by side (two builds): such a step times nothing. What a step needs is checked first.
 """
 
 from __future__ import annotations
@@ -77,15 +77,27 @@ def steps(out: Path, bundles: Path) -> list[Step]:
         return tuple(bundles / n / "manifest.json" for n in names)
 
     qwen = [x for n in ("qwen3-1.7b-bf16", "qwen3-1.7b-fp8") for x in ("--baseline", bundles / n)]
-    tests = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    tests = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-n", "5"]
     both = ("jet-2b-fp8", "qwen3-1.7b-bf16", "qwen3-1.7b-fp8")
     return [
-        Step("prepare", "GPU tests, and six bundles, side by side", 540,
-             {"pytest": tests, **{n: build(n) for n in BUNDLES}}),
+        Step("tests", "GPU tests", 300, {"pytest": tests}),
+        Step("accuracy", "bf16 errors against fp64, beside FLA's", 120,
+             {"accuracy": script("accuracy_vs_fla.py", "--output", out / "accuracy_vs_fla.json")}),
+        *(Step(f"build-{model}", f"bundles of {model}, bf16 and FP8, side by side", 420,
+               {n: build(n) for n in BUNDLES if n.startswith(model)}) for model in ("jet-2b", "jet-4b", "qwen3-1.7b")),
         Step("kernels", "every kernel beside FLA, SDPA, FlashInfer", 360,
              {"kernels": script("kernels.py", "--output", out / "kernels.json")}),
+        Step("gemv", "linear layers of one token", 60, {"gemv": script("gemv.py", "--output", out / "gemv.json")}),
+        Step("ncu", "what the kernels wait for", 120,
+             {"ncu": script("ncu_kernels.py", "--seconds", 110, "--output", out / "ncu.json")}),
         Step("attention", "attention's own table", 240,
              {"attention": script("kernels_attention.py", "--output", out / "kernels_attention.json")}),
+        Step("load", "from a process's start to the first token, jet-2b", 120,
+             {"load": script("load_time.py", bundles / "jet-2b-bf16", "--output", out / "load_time.json")},
+             built("jet-2b-bf16")),
+        Step("profile", "a step's kernels, jet-2b FP8", 90,
+             {"profile": script("profile_step.py", bundles / "jet-2b-fp8", "--cases", "1:1024", "64:3968", "128:65536",
+                                "--prefill", "16:2048", "--output", out / "profile.json")}, built("jet-2b-fp8")),
         Step("end_to_end", "jet-2b and jet-4b, bf16 and FP8: build, verify, generate", 720,
              {"end_to_end": script("end_to_end.py", "--directory", bundles / "end-to-end",
                                    "--output", out / "end-to-end.json")}),
@@ -112,7 +124,7 @@ def steps(out: Path, bundles: Path) -> list[Step]:
         Step("serving", "a burst of requests, and load through the scheduler, jet-2b FP8", 300,
              {"bench": bench("jet-2b-fp8", "serving", "--contexts", "1024,8192", "--batch", "32")},
              built("jet-2b-fp8")),
-        Step("load", "concurrency, Poisson arrivals, a long prompt joining, jet-2b FP8", 420,
+        Step("serve_load", "concurrency, Poisson arrivals, a long prompt joining, jet-2b FP8", 420,
              {"load": script("serve_load.py", bundles / "jet-2b-fp8", "--slots", "32", "--concurrency", "1", "8", "32",
                              "--output", out / "serve-load.json")}, built("jet-2b-fp8")),
         Step("ablation", "eager, torch.compile, engine bf16, FP8, FP8 KV", 900,
