@@ -105,6 +105,7 @@ def compile_case(case: str) -> tuple[list, dict]:
     from packed import Packed
 
     from jet_export.kernels import (
+        configs,
         dynamic_conv,
         gated_delta_rule_chunk,
         gated_delta_rule_decode,
@@ -122,7 +123,8 @@ def compile_case(case: str) -> tuple[list, dict]:
     report, keep = [], {}
     for module in (gated_delta_rule_chunk, gated_delta_rule_decode, gated_rms_norm, dynamic_conv):
         module.wrap = Compiling(report, keep)
-    jet_block.jet_block_triton(*p.block_args(mode == "decode"))
+    with configs.use_sm(90):
+        jet_block.jet_block_triton(*p.block_args(mode == "decode"))
     return report, keep
 
 

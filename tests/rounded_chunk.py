@@ -21,18 +21,18 @@ def rounded_chunk(
 
     q, k, v, beta, G = chunks(q), chunks(k), chunks(v), chunks(beta), chunks(g).cumsum(-1)  # [NC, H, C, ...]
     q, k = l2norm(q) * K**-0.5, l2norm(k)
-    q_in, k_out = r(q * G.exp()[..., None]), r(k * (G[..., -1:] - G).exp()[..., None])
-    q, k = r(q), r(k)
+    q_in, q, k = r(q * G.exp()[..., None]), r(q), r(k)
+    decay_in, decay_out = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]
     below = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
     decay = (G[..., :, None] - G[..., None, :]).masked_fill(~below, float("-inf")).exp()
     attn = r(q @ k.mT * decay)
     A = (k @ k.mT * decay * beta[..., None]).tril(-1)
     eye = torch.eye(C, device=q.device).expand_as(A)
     X = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True) * beta[..., None, :]
-    w, u = r(r(X * G.exp()[..., None, :]) @ k), r(r(X) @ r(v))
+    X, v = r(X), r(v)
     S, o = S.float(), []
     for c in range(q.shape[0]):
-        v_new = r(u[c] - w[c] @ r(S))
-        o.append(r(q_in[c] @ r(S) + attn[c] @ v_new))
-        S = G[c, :, -1, None, None].exp() * S + k_out[c].mT @ v_new
+        v_new = X[c] @ v[c] - X[c] @ r(decay_in[c] * (k[c] @ r(S)))
+        o.append(r(q_in[c] @ r(S) + attn[c] @ r(v_new)))
+        S = G[c, :, -1, None, None].exp() * S + k[c].mT @ r(decay_out[c] * v_new)
     return torch.stack(o).movedim(1, 2).flatten(0, 1)[:T], S

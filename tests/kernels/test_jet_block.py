@@ -108,7 +108,8 @@ def test_kernels_fit_sm_90(models):
     """Compiled ahead of time: Hopper's shared memory suffices, no global scratch, which no plugin would supply,
     and no fp64 arithmetic, which Inductor's typing of Python floats would bring in."""
     report = compile_report([f"{model}-{mode}" for model in models for mode in ("prefill", "decode")])
-    assert len(report) == len(models) * (5 + 1)
+    two_forms = sum("bfloat16-" in m and "x256x288" not in m for m in models)  # of the scan, with K up to 128
+    assert len(report) == len(models) * (5 + 1) + two_forms
     for kernel in report:
         assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == kernel["f64"] == 0, kernel
 
