@@ -213,7 +213,7 @@ class Run:
             "disable-auto-complete-config": None,
             "exit-timeout-secs": int(self.grace) + MARGIN,
             "log-info": "false",
-            "rate-limit": "execution_count",  # instances take turns, else the first takes most
+            "rate-limit": "execution_count",  # of the instances that wait, the one that has had the fewest
         }
         words = [f"--{k}" if v is None else f"--{k}={v}" for k, v in options.items()]
         backend = {"shm-region-prefix-name": self.region, "stub-timeout-seconds": LOADING}
