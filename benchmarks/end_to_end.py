@@ -33,7 +33,7 @@ llm = LLM(sys.argv[1])
 first = []
 llm.generate([list(range(100, 612))], 1, ignore_eos=True, on_token=lambda i, t: first.append(time.monotonic()))
 out = {"load_to_first_token_s": first[0] - start, "tokens_per_s": {}}
-for n in (1, llm.engine.limits.max_batch_size):
+for n in (1, min(int(sys.argv[3]), llm.engine.limits.max_batch_size)):
     rng = torch.Generator().manual_seed(n)
     prompts = torch.randint(0, llm.engine.config.vocab_size, (n, int(sys.argv[2])), generator=rng).tolist()
     llm.generate(prompts, 4, ignore_eos=True)
@@ -101,10 +101,12 @@ def build_and_verify(case: tuple[str, str], job: dict[str, Any], verifying: Sema
     return result
 
 
-def time_bundle(bundle: Path, prompt_tokens: int) -> dict[str, Any]:
+def time_bundle(bundle: Path, prompt_tokens: int, batch: int) -> dict[str, Any]:
     """The figures of one verified bundle."""
     result: dict[str, Any] = {}
-    status, out = run([sys.executable, "-c", TIMING, str(bundle), str(prompt_tokens)], Path(f"{bundle}.timing.log"))
+    status, out = run(
+        [sys.executable, "-c", TIMING, str(bundle), str(prompt_tokens), str(batch)], Path(f"{bundle}.timing.log")
+    )
     if status == 0:
         result["timing"] = {**json.loads(out.strip().splitlines()[-1]), "prompt_tokens": prompt_tokens}
     result["bundle_bytes"] = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file())
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
     parser.add_argument("--max-batch-size", type=int, default=64)
     parser.add_argument("--max-seq-len", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=64, help="sequences of the full batch that is timed")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument(
         "--build", nargs="*", default=[], help="more options of the builds, without --: kv-cache-dtype=fp8"
@@ -139,7 +142,7 @@ def main() -> None:
         results = list(pool.map(build_and_verify, cases, jobs, [verifying] * len(cases)))
     for r, job in zip(results, jobs, strict=True):
         if r.get("verify_exit_status") == 0:
-            r.update(time_bundle(job["bundle"], args.prompt_tokens))
+            r.update(time_bundle(job["bundle"], args.prompt_tokens, args.batch))
         print(summary(r), flush=True)
         args.output.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
     sys.exit(any(r.get("verify_exit_status", 1) for r in results))

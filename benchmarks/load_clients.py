@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jet_export.runtime.async_llm import AsyncLLM
-from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.engine import Engine
 from jet_export.runtime.params import Params
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer

@@ -21,7 +21,8 @@ import torch
 from load_clients import CLOCK
 
 from jet_export.bench import write_result
-from jet_export.runtime.batching import BatchingEngine, Sequence, Serving
+from jet_export.runtime.batching import BatchingEngine, Sequence
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.engine import load_engine
 from jet_export.runtime.params import Params
 from jet_export.runtime.tokenizer import load_tokenizer

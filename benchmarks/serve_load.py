@@ -30,7 +30,7 @@ from rich.table import Table
 
 from jet_export.bench import percentile, write_result
 from jet_export.bundle import Manifest
-from jet_export.runtime.batching import Serving
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.engine import load_engine
 from jet_export.runtime.tokenizer import load_tokenizer
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from jet_export.model.config import JetNemotronConfig
     from jet_export.model.jet_nemotron import JetNemotronForCausalLM
     from jet_export.runtime.async_llm import AsyncLLM
-    from jet_export.runtime.batching import Serving
+    from jet_export.runtime.capacity import Serving
     from jet_export.runtime.llm import LLM, Completion
     from jet_export.runtime.params import Params
     from jet_export.runtime.sampling import Sampling

@@ -207,7 +207,7 @@ def serve(
     ] = "0",
 ) -> None:
     """Answer many users at once, until SIGTERM or Ctrl-C: in Triton Inference Server, or over OpenAI's HTTP API."""
-    from jet_export.runtime.batching import Serving
+    from jet_export.runtime.capacity import Serving
 
     prefix_bytes = parse_bytes(prefix_cache_bytes, "--prefix-cache-bytes")
     serving = Serving(slots, kv_tokens, token_budget, max_waiting, wait_timeout, deterministic, prefix_bytes)

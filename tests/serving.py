@@ -11,7 +11,8 @@ from eager_bundle import eager_engine
 
 from jet_export.bundle import Limits
 from jet_export.runtime.async_llm import AsyncLLM
-from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.server.app import create_app
 from jet_export.server.chat import ChatTemplate

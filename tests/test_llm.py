@@ -155,24 +155,3 @@ def test_a_prompt_s_sample_depends_on_its_own_seed(llm) -> None:
     together = [c.token_ids for c in llm.generate([row, row, row], seed=4, **hot)]
     assert together == [llm.generate([row], seed=4 + i, **hot)[0].token_ids for i in range(3)]
     assert together[0] != together[1]
-
-
-def test_limits_beyond_the_memory_share_what_fits(llm, device, monkeypatch) -> None:
-    """A cache for two sequences in place of three: the third waits, and all get the same tokens."""
-    from jet_export.model.cache import PAGE, pages_per_sequence
-    from jet_export.runtime import llm as module
-
-    engine = llm.engine
-    assert module.kv_tokens_that_fit(engine) is None
-    pages, _ = pages_per_sequence(engine.config, 200, 32)
-    page = sum(s.row_bytes for s in engine.specs if s.rows == "pages")
-    whole = module.engine_memory(engine.config, engine.limits, engine.dtype, engine.dtype, torch.float32, 0)
-    others = whole.total - whole.kv_full - whole.rope_table
-    for room, tokens in ((others + 2 * pages * page, 2 * pages * PAGE), (0, pages * PAGE), (10**12, None)):
-        monkeypatch.setattr(module, "available_memory", lambda device, room=room: room)
-        assert module.kv_tokens_that_fit(engine) == tokens
-    monkeypatch.setattr(module, "available_memory", lambda device: others + 2 * pages * page)
-    small = eager_llm(engine.limits, device=device)
-    assert small.batching.scheduler.capacity.pages == 2 * pages
-    rows = prompts(150, 150, 150)
-    assert [c.token_ids for c in small.generate(rows, 20)] == [c.token_ids for c in llm.generate(rows, 20)]

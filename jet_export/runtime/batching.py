@@ -7,7 +7,6 @@ by one thread (`start`), or by the caller (`step`); `submit` and `cancel` may be
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,79 +17,20 @@ import torch
 from torch import Tensor
 
 from jet_export.errors import JetExportError
-from jet_export.model.cache import PAGE, cdiv, pages_per_sequence
+from jet_export.model.cache import pages_per_sequence
+from jet_export.runtime.capacity import Serving, capacity
 from jet_export.runtime.engine import Engine
 from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.params import Chooser, Output, Params
 from jet_export.runtime.prefix import prefix_keys
-from jet_export.runtime.runner import PoolSize, Runner, max_prefill_tokens
-from jet_export.runtime.scheduler import Capacity, Plan, QueueFull, Request, Scheduler
+from jet_export.runtime.runner import PoolSize, Runner
+from jet_export.runtime.scheduler import Plan, QueueFull, Request, Scheduler
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
 
 log = logging.getLogger(__name__)
 OnOutput = Callable[[Output], None]
 Keep = Literal["prompt", "end"]
-
-
-@dataclass(frozen=True)
-class Serving:
-    """How much a BatchingEngine takes on. None: from the bundle's limits."""
-
-    slots: int | None = None  # sequences at once, at most the bundle's max_batch_size
-    kv_tokens: int | None = None  # tokens that full-attention KV has room for, all sequences together
-    token_budget: int | None = None  # tokens a step, decode and prefill
-    max_waiting: int = 256  # requests in the queue
-    wait_timeout: float = 60.0  # seconds in the queue
-    deterministic: bool = False  # a request's bits do not depend on the others; slower
-    prefix_cache_bytes: int = 0  # memory for the states and KV pages of shared prompt prefixes; 0: none are kept
-
-
-def capacity(engine: Engine, serving: Serving) -> Capacity:
-    """What an engine has to give out. Raises JetExportError where `serving` asks for more than its limits."""
-    limits = engine.limits
-    slots = limits.max_batch_size if serving.slots is None else serving.slots
-    if not 1 <= slots <= limits.max_batch_size:
-        raise JetExportError(f"{slots} sequences at once; the bundle's max_batch_size is {limits.max_batch_size}.")
-    chunk, budget = _chunk_and_budget(engine, serving, slots)
-    pages, ring = pages_per_sequence(engine.config, limits.max_seq_len, chunk)
-    total = slots * pages if serving.kv_tokens is None else cdiv(serving.kv_tokens, PAGE)
-    if total < 1:
-        raise JetExportError(f"kv_tokens is {serving.kv_tokens}.", "It must be at least 1.")
-    if serving.prefix_cache_bytes < 0:
-        raise JetExportError(f"prefix_cache_bytes is {serving.prefix_cache_bytes}.", "0 keeps no prefixes.")
-    interval = math.lcm(chunk, PAGE) if serving.prefix_cache_bytes else 0
-    if interval and interval + 2 > limits.max_seq_len:
-        raise JetExportError(
-            f"prefix_cache_bytes: prefixes would be kept every {interval} tokens (whole chunks of {chunk} and pages of "
-            f"{PAGE}), and no prompt is longer: max_seq_len is {limits.max_seq_len}.",
-            f"Set a token_budget that makes chunks shorter, or build with a --prefill-chunk that {PAGE} divides.",
-        )
-    page_bytes = sum(s.row_bytes for s in engine.specs if s.rows == "pages")
-    return Capacity(
-        slots, total, min(total, slots * ring), PAGE, ring, limits.max_seq_len, chunk, budget,
-        serving.max_waiting, serving.wait_timeout, serving.deterministic, interval, serving.prefix_cache_bytes,
-        page_bytes,
-    )  # fmt: skip
-
-
-def _chunk_and_budget(engine: Engine, serving: Serving, slots: int) -> tuple[int, int]:
-    """(most of one prompt a step, most of everything a step), tokens."""
-    limits = engine.limits
-    most = max(slots, max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk))
-    usual = 512 if engine.device.type == "cpu" else 2048
-    asked = serving.token_budget
-    if asked is not None and asked > most:
-        raise JetExportError(f"token_budget {asked} is more than the {most} tokens that the bundle runs at once.")
-    if serving.deterministic:  # chunks do not give way to decode: the budget is theirs, and decode comes on top
-        chunk = limits.prefill_chunk if asked is None else min(limits.prefill_chunk, asked)
-        return chunk, chunk + slots
-    if asked is None:  # a chunk fits beside decode, so that the length of chunks does not depend on it
-        chunk = min(limits.prefill_chunk, usual)
-        return chunk, min(most, chunk + slots)
-    if serving.prefix_cache_bytes and asked - slots >= PAGE:
-        return min(limits.prefill_chunk, (asked - slots) // PAGE * PAGE), asked
-    return min(limits.prefill_chunk, asked), asked
 
 
 class Sequence:

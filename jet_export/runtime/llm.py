@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from jet_export.errors import JetExportError
-from jet_export.memory import available_memory, engine_memory
-from jet_export.model.cache import PAGE, pages_per_sequence
-from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.batching import Sequence as Running
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.engine import Engine, load_engine
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.runner import Runner, max_prefill_tokens
@@ -35,26 +34,10 @@ class Completion:
     logits: Tensor | None = None  # [len(token_ids), vocab], where asked for; on the CPU
 
 
-def kv_tokens_that_fit(engine: Engine) -> int | None:
-    """Tokens of full-attention KV for all sequences together where the engine's limits ask for more memory than there
-    is, at least one sequence's; None where everything fits."""
-    limits = engine.limits
-    pages, _ = pages_per_sequence(engine.config, limits.max_seq_len, limits.prefill_chunk)
-    page_bytes = sum(s.row_bytes for s in engine.specs if s.rows == "pages")
-    if not page_bytes:
-        return None
-    dtypes = {s.rows if s.rows != "slots" else s.name.rsplit(".", 1)[1]: s.dtype for s in engine.specs}
-    state = dtypes.get("recurrent_state", torch.float32)
-    needed = engine_memory(engine.config, limits, engine.dtype, dtypes["pages"], state, weights=0)
-    others = needed.total - needed.kv_full - needed.rope_table
-    fit = (available_memory(engine.device) - others) // page_bytes
-    return None if fit >= limits.max_batch_size * pages else max(pages, fit) * PAGE
-
-
 class LLM(Sessions):
     """A bundle, loaded: its engine, its pools and its tokenizer.
 
-    Where the bundle's limits ask for more memory than there is, sequences share the KV cache that fits.
+    Where the bundle's limits ask for more memory than there is, fewer sequences run at once, on the KV cache that fits.
     `deterministic`: tokens and logits of a prompt are the same bits whatever else runs with it; slower.
     Raises JetExportError where the bundle is damaged or made for another machine.
     """
@@ -84,10 +67,7 @@ class LLM(Sessions):
     ) -> None:  # fmt: skip
         n, chunk = engine.limits.max_batch_size, engine.limits.prefill_chunk
         budget = None if deterministic else max(n, max_prefill_tokens(n, chunk))
-        serving = Serving(
-            kv_tokens=kv_tokens_that_fit(engine), token_budget=budget, max_waiting=2**62, wait_timeout=math.inf,
-            deterministic=deterministic,
-        )  # fmt: skip
+        serving = Serving(token_budget=budget, max_waiting=2**62, wait_timeout=math.inf, deterministic=deterministic)
         self.engine, self.tokenizer, self.fingerprint = engine, tokenizer, fingerprint
         self.batching = BatchingEngine(engine, tokenizer, eos, serving, cuda_graphs)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jet_export.errors import JetExportError
-from jet_export.runtime.batching import Serving
+from jet_export.runtime.capacity import Serving
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

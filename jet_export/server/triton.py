@@ -23,7 +23,8 @@ import torch
 
 from jet_export.errors import JetExportError
 from jet_export.runtime.async_llm import AsyncLLM
-from jet_export.runtime.batching import BatchingEngine, Sequence, Serving
+from jet_export.runtime.batching import BatchingEngine, Sequence
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Logprob, Output
 from jet_export.runtime.scheduler import QueueFull
 from jet_export.server.protocol import FAILURES, max_prompt_bytes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jet_export.bundle import Manifest
 from jet_export.errors import JetExportError
-from jet_export.runtime.batching import Serving
+from jet_export.runtime.capacity import Serving
 from jet_export.server.triton_tensors import INPUTS, OUTPUTS, TensorSpec
 
 HEADER = "# Written by jet-export serve."

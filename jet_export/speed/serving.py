@@ -15,7 +15,8 @@ import torch
 from jet_export.bench import percentile
 from jet_export.errors import JetExportError
 from jet_export.model.cache import PAGE, cdiv
-from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.engine import Engine
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer

@@ -9,7 +9,8 @@ from onnx_models import engines
 from jet_export.bundle import Limits
 from jet_export.model.cache import PAGE
 from jet_export.model.jet_nemotron import random_model
-from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.llm import LLM
 from jet_export.runtime.params import Params
 from jet_export.runtime.tokenizer import ByteTokenizer

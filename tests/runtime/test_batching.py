@@ -10,7 +10,8 @@ from eager_bundle import eager_engine, eager_llm
 from jet_export.bundle import Limits
 from jet_export.errors import JetExportError
 from jet_export.model.cache import PAGE
-from jet_export.runtime.batching import BatchingEngine, Serving, capacity
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving, capacity
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.runner import DecodeGraph, Runner
 from jet_export.runtime.sampling import Sampling

@@ -6,7 +6,8 @@ from company import distinct, in_company, repeats, tokens
 from eager_bundle import eager_engine, eager_llm
 
 from jet_export.bundle import Limits
-from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Params
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.tokenizer import ByteTokenizer

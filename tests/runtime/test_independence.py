@@ -8,7 +8,8 @@ from torch import Tensor
 from jet_export.bundle import Limits
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.parity import FACTOR, measure, reference_engine, unit_roundoff
-from jet_export.runtime.batching import BatchingEngine, Sequence, Serving
+from jet_export.runtime.batching import BatchingEngine, Sequence
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.engine import EagerEngine
 from jet_export.runtime.params import Params
 from jet_export.runtime.runner import Runner

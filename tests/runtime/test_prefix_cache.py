@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jet_export.bundle import Limits
 from jet_export.errors import JetExportError
 from jet_export.model.cache import PAGE
-from jet_export.runtime.batching import BatchingEngine, Sequence, Serving
+from jet_export.runtime.batching import BatchingEngine, Sequence
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import ByteTokenizer

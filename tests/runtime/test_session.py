@@ -15,7 +15,8 @@ from jet_export.bundle import Limits
 from jet_export.errors import JetExportError
 from jet_export.model.cache import PAGE
 from jet_export.runtime.async_llm import AsyncLLM
-from jet_export.runtime.batching import BatchingEngine, Serving
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Params
 from jet_export.runtime.runner import PoolSize, Runner
 from jet_export.runtime.session import Session

@@ -10,7 +10,7 @@ pytest.importorskip("pydantic")
 
 from serving import async_llm
 
-from jet_export.runtime.batching import Serving
+from jet_export.runtime.capacity import Serving
 from jet_export.server import triton
 from jet_export.server.triton_tensors import CONTROL, OUTPUTS
 

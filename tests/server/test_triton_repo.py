@@ -14,7 +14,7 @@ from eager_bundle import mini_config
 
 from jet_export import cli
 from jet_export.errors import JetExportError
-from jet_export.runtime.batching import Serving
+from jet_export.runtime.capacity import Serving
 from jet_export.server import tritonserver
 from jet_export.server.triton_metrics import samples
 from jet_export.server.triton_repo import Repository, gpu_indices, write_repository
