@@ -21,6 +21,7 @@ from jet_export.kernels.attention_prefill import attention_prefill_triton
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
 from jet_export.kernels.gated_delta_rule import gated_delta_rule_triton, packed_gated_delta_rule_ref
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
+from jet_export.kernels.gemv import gemv_ref, gemv_triton
 from jet_export.kernels.jet_block import jet_block_ref, jet_block_triton
 
 FP8 = torch.float8_e4m3fn
@@ -224,8 +225,29 @@ def problems(device: str, large: bool = False) -> dict[str, Problem]:
                        for n, s in (("fp32", fp32), ("bf16", bf16))}  # fmt: skip
             groups |= {f"{model} cache {n}": list(attention_problems(device, bf16, c, heads, True))
                        for n, c in (("bf16", bf16), ("fp8", FP8))}  # fmt: skip
+        groups["few heads"] = list(jet_problems(device, bf16, fp32, (4, 128, 256), True))  # the scan's other form
     for group, members in groups.items():
         out |= {f"{group} {p.name}".strip(): p for p in members}
+    return out
+
+
+def one_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
+    """Kernels of a single token: jet::gemv in its dtypes and, if large, jet-2b's sizes."""
+    out = {}
+    sizes = [(8832, 1536), (12288, 384), (1536, 8960), (24, 1536)] if large else [(24, 96), (7, 40)]  # N, K
+    for dtype in (torch.bfloat16, FP8) if large else (torch.float32,):
+        for N, K in sizes:
+            rng = torch.Generator().manual_seed(N)
+            x, weight = (torch.randn(*shape, generator=rng).to(dtype).to(device) for shape in ((1, K), (N, K)))
+            scales = {n: torch.tensor([0.5], device=device) for n in ("x_scale", "w_scale")}
+            inputs = {"x": x, "weight": weight, **scales, "bias": torch.randn(N, generator=rng).to(device),
+                      "cu_seqlens": i32([0, 1], device), "slots": i32([0], device)}  # fmt: skip
+            y = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            name = f"gemv {N} x {K} {str(dtype).removeprefix('torch.')}"
+            out[name] = Problem(
+                name, inputs, lambda i, y=y: gemv_triton(*list(i.values())[:5], y),
+                lambda i: gemv_ref(*list(i.values())[:5], torch.float32), ("x",),
+            )  # fmt: skip
     return out
 
 

@@ -28,10 +28,10 @@ SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) (?:error|hazar
 
 def run_problems(only: str, device: str, large: bool) -> int:
     """The child: a line a problem; exit status 1 where one is wrong."""
-    from kernel_problems import error_of, problems
+    from kernel_problems import error_of, one_token_problems, problems
 
     wrong = 0
-    for name, problem in problems(device, large).items():
+    for name, problem in {**problems(device, large), **one_token_problems(device, large)}.items():
         if only not in name:
             continue
         error = error_of(problem)

@@ -65,7 +65,7 @@ def gemv_triton(
     """Launches the kernel; arguments as `gemv_ref`, contiguous."""
     N, K = weight.shape
     use = lookup("gemv", dtype=weight.dtype, out_features=N, in_features=K)
-    y = torch.empty(1, N, dtype=out_dtype, device=x.device)
+    y = x.new_empty(1, N, dtype=out_dtype)
     wrap(gemv_kernel)[(triton.cdiv(N, use["BN"]),)](
         x, weight, x if x_scale is None else x_scale, x if w_scale is None else w_scale, x if bias is None else bias,
         y, N, K=K, SCALED=x_scale is not None, BIASED=bias is not None, **use,

@@ -239,6 +239,22 @@ def test_16_bit_error_is_that_of_the_rounded_chunk_form(H, K, V, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("H, K", [(12, 96), (16, 128)])
+def test_a_sequence_has_the_same_bits_alone_and_among_many(H, K):
+    """Alone it is the scan's form for few heads, among nine the one for many."""
+    p = Packed([130, 64, 333, 1, 65, 200, 64, 7, 100], H=H, K=K, V=256, dtype=torch.bfloat16, device="cuda")
+    q, k, v, beta, g, state, cu, slots, context, _ = p.rule_args(False)
+    alone_state = state.clone()
+    o = torch.ops.jet.gated_delta_rule(q, k, v, beta, g, state, cu, slots, context, False)
+    for n in (0, 2, 3):
+        begin, end = cu[n : n + 2].tolist()
+        one = (x[begin:end] for x in (q, k, v, beta, g))
+        bounds = cu.new_tensor([0, end - begin])
+        alone = torch.ops.jet.gated_delta_rule(*one, alone_state, bounds, slots[n : n + 1], context[n : n + 1], False)
+        assert torch.equal(alone, o[begin:end]) and torch.equal(alone_state[slots[n]], state[slots[n]])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_bf16_decode_is_one_rounding(state_dtype):
     p = Packed([1] * 9, H=16, K=128, V=256, dtype=torch.bfloat16, state_dtype=state_dtype, device="cuda")

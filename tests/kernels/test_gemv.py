@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import DATA, MINI_NAMES, load_golden
-from packed import rel
+from packed import nan_filled, rel
 
 from jet_export.bundle import Limits
 from jet_export.export import ONE_ROW, export_graph
@@ -32,9 +32,7 @@ def inputs(N, K, dtype=torch.float32, device="cpu"):
 
 def launched(x, w, x_scale, w_scale, bias, out_dtype):
     """y by the kernel; what it leaves unwritten is NaN."""
-    with pytest.MonkeyPatch.context() as patch:
-        empty = torch.empty
-        patch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    with nan_filled():
         return gemv_triton(x, w, x_scale, w_scale, bias, out_dtype)
 
 

@@ -46,6 +46,13 @@ def test_every_element_is_written_and_right(name: str) -> None:
     assert all(same(after_a[n], after_b[n]) for n in p.states)
 
 
+@pytest.mark.parametrize("name", kp.one_token_problems("cpu"))
+def test_one_token_every_element_is_written_and_right(name: str) -> None:
+    p = kp.one_token_problems("cuda" if HAS_CUDA else "cpu")[name]
+    assert kp.error_of(p) < 1e-5
+    assert same(p.run()[0], p.run()[0])
+
+
 @functools.cache
 def once(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return SMALL[name].run()
