@@ -81,6 +81,8 @@ def steps(out: Path, bundles: Path) -> list[Step]:
     both = ("jet-2b-fp8", "qwen3-1.7b-bf16", "qwen3-1.7b-fp8")
     return [
         Step("tests", "GPU tests", 300, {"pytest": tests}),
+        Step("goldens", "the model against the published implementation's outputs, by the Triton kernels", 120,
+             {"goldens": [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/model/test_goldens.py"]}),
         Step("accuracy", "bf16 errors against fp64, beside FLA's", 120,
              {"accuracy": script("accuracy_vs_fla.py", "--output", out / "accuracy_vs_fla.json")}),
         *(Step(f"build-{model}", f"bundles of {model}, bf16 and FP8, side by side", 420,
