@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from jet_export.errors import JetExportError
 from jet_export.model.cache import pages_per_sequence
 from jet_export.runtime.capacity import Serving, capacity
 from jet_export.runtime.engine import Engine
+from jet_export.runtime.flight import Flight, Step, fetch
 from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.params import Chooser, Output, Params
 from jet_export.runtime.prefix import prefix_keys
@@ -91,7 +91,7 @@ class BatchingEngine:
         self.work = threading.Condition(self.lock)
         self.thread: threading.Thread | None = None
         self.stopping = False
-        self.flight: _Flight | None = None  # launched ahead
+        self.flight: Flight | None = None  # launched ahead
         self.failure: Exception | None = None  # the last one
 
     def submit(
@@ -166,18 +166,18 @@ class BatchingEngine:
             self._land(flight)
         return True
 
-    def _launch(self, plan: Plan, step: _Step) -> _Flight | None:
+    def _launch(self, plan: Plan, step: Step) -> Flight | None:
         """Hand a step to the device; None where that fails, and its requests have ended with an error."""
         try:
             logits = self._run(step)
             drawn = self._choose(step.makers, logits)
             kept = logits.float().cpu() if any(s.keep_logits for s in step.makers) else None
-            return _Flight(plan, step, logits, drawn, fetch(drawn), kept)
+            return Flight(plan, step, logits, drawn, fetch(drawn), kept)
         except Exception as e:
             self._failed(step, e)
             return None
 
-    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
         """The decode step after `flight`, fed with its tokens on the device; None where there is none to foresee."""
         with self.lock:
             plan = self.scheduler.plan_ahead(flight.plan)
@@ -190,9 +190,9 @@ class BatchingEngine:
         if len(makers) < len(flight.step.makers):
             rows = [i for i, s in enumerate(flight.step.makers) if s.request in goes_on]
             tokens = tokens[torch.tensor(rows, device=tokens.device)]
-        return self._launch(plan, _Step(decode_slots=slots, foreseen=tokens, makers=makers, everyone=makers))
+        return self._launch(plan, Step(decode_slots=slots, foreseen=tokens, makers=makers, everyone=makers))
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         """Wait for a step's tokens and hand them out."""
         step = flight.step
         try:
@@ -214,16 +214,16 @@ class BatchingEngine:
                     logits = flight.logits[row] if sequence.reads_logits else None
                     self._report(sequence, chosen[row], logits, now)
 
-    def _failed(self, step: _Step, e: Exception) -> None:
+    def _failed(self, step: Step, e: Exception) -> None:
         log.error("step failed; its requests end with an error", exc_info=e)
         self.failure = e
         with self.lock:
             for sequence in step.everyone:
                 self._end(sequence, Output(None, finish_reason="error"))
 
-    def _collect(self, plan: Plan) -> _Step:
+    def _collect(self, plan: Plan) -> Step:
         """What the plan feeds, taken under the lock: a cancellation meanwhile changes the requests."""
-        step = _Step()
+        step = Step()
         for request, first, n in plan.prefill:
             sequence = self._begun(request)
             step.prefill_slots.append(request.slot)
@@ -273,7 +273,7 @@ class BatchingEngine:
                 states = save_states(self.runner, request.slot, full_attention=False)
                 self.scheduler.keep_prefix(request, states, sum(t.nbytes for t in states.values()))
 
-    def _run(self, step: _Step) -> Tensor:
+    def _run(self, step: Step) -> Tensor:
         """Logits [len(step.makers), vocab]. They may lie in a buffer that the next step overwrites."""
         rows: list[Tensor] = []
         if step.prefill_slots:
@@ -428,48 +428,3 @@ class BatchingEngine:
                 gauges["jet_prefix_cache_bytes"] = ("States and KV pages of shared prefixes.", s.prefixes.size)
                 gauges["jet_prefix_cache_entries"] = ("Prefixes kept.", len(s.prefixes.entries))
             return self.metrics.render(self.clock(), gauges)
-
-
-@dataclass
-class _Step:
-    """A plan as the runner takes it."""
-
-    prefill_slots: list[int] = field(default_factory=list)
-    prefill_tokens: list[list[int]] = field(default_factory=list)
-    prefill_ends: list[int] = field(default_factory=list)  # rows of the prefill call that end a prompt
-    drawn: list[Tensor] = field(default_factory=list)  # logits that came with a snapshot
-    decode_slots: list[int] = field(default_factory=list)
-    decode_tokens: list[int] = field(default_factory=list)  # unless `foreseen`
-    makers: list[Sequence] = field(
-        default_factory=list
-    )  # those that make a token: of prefill_ends, drawn, decode in turn
-    everyone: list[Sequence] = field(default_factory=list)
-    foreseen: Tensor | None = None  # the tokens to decode, [n] int64 on the device, not known here yet
-
-
-@dataclass
-class _Flight:
-    """A step that the device has been given."""
-
-    plan: Plan
-    step: _Step
-    logits: Tensor  # [len(step.makers), vocab]; the next flight may overwrite them
-    drawn: Tensor  # [len(step.makers)] int64, on the device
-    tokens: Callable[[], list[int]]  # the same; waits for them
-    kept: Tensor | None
-
-
-def fetch(values: Tensor) -> Callable[[], list[int]]:
-    """Begin to copy from the device; the result waits for these values, and not for what is launched after them."""
-    if values.device.type != "cuda":
-        return values.tolist
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait() -> list[int]:
-        copied.synchronize()
-        return host.tolist()
-
-    return wait
