@@ -54,9 +54,7 @@ print(json.dumps(out))
 """
 
 
-def start_build(
-    model: str, fp8: bool, batch: int, seq: int, directory: Path, more: list[str]
-) -> dict[str, Any]:  # fmt: skip
+def start_build(model: str, fp8: bool, batch: int, seq: int, directory: Path, more: list[str]) -> dict[str, Any]:
     output = directory / f"{model}-{'fp8' if fp8 else 'bf16'}"
     args = ["build", "--model", model, "--random-weights", "--backend", "inductor", "--output", str(output)]
     args += ["--max-batch-size", str(batch), "--max-seq-len", str(seq), *more] + (["--fp8"] if fp8 else [])

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from tune import CANDIDATES
 
 from jet_export import bench
 from jet_export.kernels import configs
@@ -30,11 +31,6 @@ SIZES = {  # out_features, in_features
     "in_proj": (8832, 1536), "w2": (12288, 384), "o_proj": (1536, 3072), "gate_up_proj": (17920, 1536),
     "down_proj": (1536, 8960), "lm_head": (151936, 1536),
 }  # fmt: skip
-TILES = [
-    dict(BN=bn, BK=bk, STAGES=s, num_warps=w)
-    for bn, bk, w, s in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (4, 8), (1, 3))
-    if 16 <= bn * bk // (32 * w) <= 64
-]
 COPIES = 2.4e8  # bytes of weights that a graph walks through
 BOUND = 5e-3  # of bf16 results
 
@@ -102,7 +98,7 @@ def main() -> int:
     for name, dtype in itertools.product(SIZES, (FP8, BF16)):
         if name == "lm_head" and dtype == FP8:
             continue
-        results.append(measure(name, dtype, TILES if options.tiles == "all" else [], copy))
+        results.append(measure(name, dtype, CANDIDATES["gemv"] if options.tiles == "all" else [], copy))
         torch.cuda.empty_cache()
         bench.write_result(options.output, {"copy_bytes_per_s": copy, "layers": results})
     show(results)

@@ -29,7 +29,7 @@ from rich.table import Table
 HERE = Path(__file__).parent
 PYTHON = sys.executable
 CLI = [PYTHON, "-m", "jet_export.cli"]
-LIMITS = ["--max-batch-size", "1024", "--max-seq-len", "262400", "--prefill-chunk", "2048"]
+BATCH, TOKENS, CHUNK = "1024", "262400", "2048"  # what the bundles are built for
 BUNDLES = {  # name -> build options
     "jet-2b-fp8": ["--model", "jet-2b", "--fp8"],
     "jet-2b-bf16": ["--model", "jet-2b"],
@@ -66,7 +66,8 @@ def steps(out: Path, bundles: Path) -> list[Step]:
         return [PYTHON, str(HERE / name), *map(str, args)]
 
     def build(name: str) -> list[str]:
-        return [*CLI, "build", *BUNDLES[name], "--random-weights", "--backend", "inductor", *LIMITS,
+        return [*CLI, "build", *BUNDLES[name], "--random-weights", "--backend", "inductor",
+                "--max-batch-size", BATCH, "--max-seq-len", TOKENS, "--prefill-chunk", CHUNK,
                 "--output", str(bundles / name)]  # fmt: skip
 
     def bench(name: str, protocol: str, *args: str | Path) -> list[str]:
@@ -101,8 +102,8 @@ def steps(out: Path, bundles: Path) -> list[Step]:
              {"profile": script("profile_step.py", bundles / "jet-2b-fp8", "--cases", "1:1024", "64:3968", "128:65536",
                                 "--prefill", "16:2048", "--output", out / "profile.json")}, built("jet-2b-fp8")),
         Step("end_to_end", "jet-2b and jet-4b, bf16 and FP8: the bundles above, verified and generating", 480,
-             {"end_to_end": script("end_to_end.py", "--directory", bundles, "--max-batch-size", LIMITS[1],
-                                   "--max-seq-len", LIMITS[3], "--build", "prefill-chunk=" + LIMITS[5],
+             {"end_to_end": script("end_to_end.py", "--directory", bundles, "--max-batch-size", BATCH,
+                                   "--max-seq-len", TOKENS, "--build", f"prefill-chunk={CHUNK}",
                                    "--output", out / "end-to-end.json")},
              built("jet-2b-fp8", "jet-2b-bf16", "jet-4b-fp8", "jet-4b-bf16")),
         Step("paper", "the paper's protocol and ratios, jet-2b FP8", 600,

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_tools import find
 
 from jet_export.bench import write_result
 from jet_export.errors import JetExportError
@@ -104,10 +104,7 @@ def enqueue_all(headers: Path, timed: bool, seeds: int) -> list[dict[str, Any]]:
 
 
 def find_sanitizer() -> str:
-    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda"]
-    places = [Path(home) / sub / "compute-sanitizer" for home in homes for sub in ("bin", "compute-sanitizer")]
-    named = os.environ.get("COMPUTE_SANITIZER") or shutil.which("compute-sanitizer")
-    found = named or next((str(place) for place in places if place.is_file()), None)
+    found = find("compute-sanitizer", os.environ.get("COMPUTE_SANITIZER"))
     if found is None:
         raise JetExportError(
             "compute-sanitizer was not found.",

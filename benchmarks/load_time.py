@@ -63,7 +63,7 @@ def staged(bundle: Path, started: float) -> Seconds:
     s: Seconds = {}
     imports(s, started)
     from jet_export.bundle import Manifest, check_files, check_host
-    from jet_export.runtime.engine import InductorEngine, Package, load_weights, manifest_specs
+    from jet_export.runtime.engine import InductorEngine, Package, load_weights, package_paths
     from jet_export.runtime.llm import LLM
     from jet_export.runtime.tokenizer import load_tokenizer
 
@@ -80,16 +80,14 @@ def staged(bundle: Path, started: float) -> Seconds:
     with stage(s, "weights to the device"):
         weights = load_weights(bundle, manifest)
         synchronize(device)
-    engine = InductorEngine.__new__(InductorEngine)
-    engine.config, engine.limits, engine.device = manifest.config, manifest.limits, device
-    engine.dtype, engine.specs, engine.weights = weights["cos_sin"].dtype, manifest_specs(manifest), weights
-    engine.graphs = {}
-    for mode in (m for m in ("prefill", "decode", "decode_one") if (bundle / f"{m}.pt2").exists()):
+    graphs = {}
+    for mode, path in package_paths(bundle).items():
         with stage(s, f"{mode}.pt2: load"):
-            engine.graphs[mode] = Package(bundle / f"{mode}.pt2", device)
+            graphs[mode] = Package(path, device)
         with stage(s, f"{mode}.pt2: give it the weights"):
-            engine.graphs[mode].load_weights(weights, bundle / f"{mode}.pt2")
+            graphs[mode].load_weights(weights, path)
             synchronize(device)
+    engine = InductorEngine(manifest, weights, graphs)
     with stage(s, "tokenizer"):
         tokenizer = load_tokenizer(bundle)
     with stage(s, "LLM: pools, scheduler"):

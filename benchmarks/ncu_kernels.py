@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,12 +79,6 @@ def parse(text: str) -> list[dict[str, Any]]:
     return out
 
 
-def find_ncu(named: str | None) -> str | None:
-    homes = [h for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
-    places = [named, shutil.which("ncu"), *(f"{h}/bin/ncu" for h in homes)]
-    return next((p for p in places if p and Path(p).is_file()), None)
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -118,7 +110,9 @@ def main() -> int:
     if options.cases:
         run_cases(models)
         return 0
-    ncu = find_ncu(options.ncu)
+    from cuda_tools import find
+
+    ncu = find("ncu", options.ncu)
     if ncu is None:
         print("ncu is not on the PATH nor in $CUDA_HOME/bin: it comes with the CUDA toolkit.", file=sys.stderr)
         return 2

@@ -10,18 +10,17 @@ time is measured without it.
 from __future__ import annotations
 
 import argparse
-import gc
 import re
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from jet_export import bench
 from jet_export.benchmark import Case, Run
+from jet_export.memory import free_cached
 from jet_export.runtime.engine import load_engine
 
 STEPS = 10
@@ -30,16 +29,10 @@ NUMBERS = re.compile(r"_\d+$")  # Inductor numbers its kernels: the same kernel 
 
 def kernel_table(fn: Any) -> list[dict[str, Any]]:
     """Kernels of one call, the longest first: name, launches, microseconds in all."""
-    fn()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        fn()
-        torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found.setdefault(NUMBERS.sub("", event.name), []).append(event.device_time_total)
-    rows = [{"kernel": k, "launches": len(v), "us": round(sum(v), 1)} for k, v in found.items()]
+    for name, times in bench.kernel_launches(fn).items():
+        found.setdefault(NUMBERS.sub("", name), []).extend(times)
+    rows = [{"kernel": k, "launches": len(v), "us": round(1e3 * sum(v), 1)} for k, v in found.items()]
     return sorted(rows, key=lambda r: -r["us"])
 
 
@@ -100,8 +93,7 @@ def main() -> None:
             for a, b in cases:
                 results.append({"bundle": bundle.name, **profile(engine, a, b)})
                 show(bundle.name, results[-1], args.rows)
-                gc.collect()
-                torch.cuda.empty_cache()
+                free_cached(engine.device)
                 if args.output:
                     bench.write_result(args.output, {"results": results})
         del engine

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -39,13 +38,6 @@ def run_problems(only: str, device: str, large: bool) -> int:
         wrong += not ok
         print(f"problem {name}: error {error:.1e} {'ok' if ok else 'WRONG'}", flush=True)
     return 1 if wrong else 0
-
-
-def find_sanitizer(named: str | None) -> str | None:
-    homes = [h for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
-    places = [named or os.environ.get("COMPUTE_SANITIZER"), shutil.which("compute-sanitizer")]
-    places += [f"{h}/{sub}/compute-sanitizer" for h in homes for sub in ("bin", "compute-sanitizer")]
-    return next((p for p in places if p and Path(p).is_file()), None)
 
 
 def summary_of(output: str) -> int | None:
@@ -94,7 +86,9 @@ def main() -> int:
     if unknown:
         print(f"--tools {unknown[0]}: not known. Known: {', '.join(TOOLS)}.", file=sys.stderr)
         return 2
-    sanitizer = find_sanitizer(options.sanitizer)
+    from cuda_tools import find
+
+    sanitizer = find("compute-sanitizer", options.sanitizer or os.environ.get("COMPUTE_SANITIZER"))
     if sanitizer is None:
         print(
             "compute-sanitizer is not on the PATH nor in $CUDA_HOME/bin: it comes with the CUDA toolkit.",

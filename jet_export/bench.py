@@ -124,14 +124,23 @@ def matmul_speed(dtype: torch.dtype, device: str | torch.device | None = None, s
     return 2 * n**3 / (took * 1e-3)
 
 
-def kernel_times(fn: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds in each kernel of one call, by the profiler."""
+def kernel_launches(fn: Callable[[], Any]) -> dict[str, list[float]]:
+    """Milliseconds of every launch of one call, by kernel, by the profiler."""
     fn()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         fn()
         torch.cuda.synchronize()
-    return {event.key: event.device_time_total / 1e3 for event in profile.key_averages() if event.device_time_total}
+    found: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.device_time_total / 1e3)
+    return found
+
+
+def kernel_times(fn: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds in each kernel of one call."""
+    return {name: sum(times) for name, times in kernel_launches(fn).items()}
 
 
 def cpu_name() -> str:

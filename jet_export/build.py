@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import signal
@@ -32,7 +31,7 @@ from jet_export.bundle import (
 )
 from jet_export.compile_worker import compile_mode, compile_side_by_side, side_by_side
 from jet_export.errors import JetExportError
-from jet_export.memory import available_memory
+from jet_export.memory import available_memory, free_cached
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import holds_kv_scales
 from jet_export.model.hub import (
@@ -264,7 +263,7 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         from jet_export.trt.build import write_engine
 
         del model, tensors  # TensorRT reads the weights from their file
-        give_back_memory(plan.build_device)
+        free_cached(plan.build_device)
         write_engine(plan, tmp, progress, list((quantization or {}).get("fp8", {})))
         backend["library_in_plan"] = True
     return manifest
@@ -282,13 +281,6 @@ def room_apart(plan: BuildPlan, weights: int) -> bool:
     )
 
 
-def give_back_memory(device: torch.device) -> None:
-    """What the caller has let go of, for other processes or libraries."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _write_packages(
     plan: BuildPlan, manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress
 ) -> None:
@@ -297,7 +289,7 @@ def _write_packages(
 
     modes = modes_for(manifest.device.type, plan.options.decode_one)
     if model is None:
-        give_back_memory(manifest.device)
+        free_cached(manifest.device)
         with progress.stage(f"compile {', '.join(modes)} side by side"):
             compile_side_by_side(tmp, modes, progress.emit)
     else:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from jet_export.errors import JetExportError
+from jet_export.processes import end_with_parent
 
 if TYPE_CHECKING:
     from jet_export.bundle import Manifest
@@ -108,8 +109,6 @@ def compile_side_by_side(directory: Path, modes: Sequence[str], emit: Callable[[
 
 
 def main(directory: Path, mode: str, parent: int) -> None:
-    from jet_export.search.worker import end_with_parent
-
     end_with_parent(parent)
     from jet_export.bundle import Manifest
     from jet_export.runtime.engine import load_eager

@@ -1,10 +1,10 @@
-"""torch.export of the model's two graphs and their AOTInductor packages.
+"""torch.export of the model's graphs and their AOTInductor packages.
 
 prefill(input_ids [T], cu_seqlens [N+1], slots [N], context_lens [N], block_table [N, P], window_block_table [N, R],
         logit_indices [M], states) -> logits [M, vocab];   decode is the same without logit_indices and with T == N,
         decode_one is decode with N == 1, whose linear layers read every weight once (kernels/gemv.py).
 All sizes but the model's are dynamic, the number of rows of every pool included. States are graph inputs, updated in
-place. Weights are left out of the packages: both graphs are given one copy when they are loaded.
+place. Weights are left out of the packages: they are given one copy when they are loaded.
 """
 
 from __future__ import annotations

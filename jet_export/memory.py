@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,13 @@ def available_memory(device: torch.device) -> int:
         return int(0.8 * 1024 * int(fields["MemAvailable"].split()[0]))
     except (OSError, KeyError, ValueError):
         return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def free_cached(device: torch.device) -> None:
+    """Give memory that nothing holds back to the GPU, so that it counts as free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def workspace_per_token(c: JetNemotronConfig, dtype: torch.dtype) -> int:

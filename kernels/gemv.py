@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import wrap
+from jet_export.kernels.common import acc_dtype, wrap
 from jet_export.kernels.configs import lookup
 
 
@@ -23,7 +23,7 @@ def gemv_ref(
     out_dtype: torch.dtype,
 ) -> Tensor:  # [1, N]
     """The specification, in fp32 (fp64 for fp64 inputs)."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(x.dtype)
     y = x.to(acc) @ weight.to(acc).t()
     if x_scale is not None and w_scale is not None:
         y = y * (x_scale * w_scale)

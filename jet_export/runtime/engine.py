@@ -92,18 +92,19 @@ class Package:
 class InductorEngine(Engine):
     """AOTInductor packages over one copy of the weights: prefill, decode, and on a GPU decode of one sequence."""
 
-    def __init__(self, directory: Path, manifest: Manifest, weights: dict[str, Tensor]) -> None:
+    def __init__(self, manifest: Manifest, weights: dict[str, Tensor], graphs: dict[str, Package]) -> None:
         self.config, self.limits, self.device = manifest.config, manifest.limits, manifest.device
         self.dtype = torch_dtype(manifest.dtype)
         self.specs = manifest_specs(manifest)
-        self.weights = weights  # kept alive: the packages hold pointers into it
-        self.graphs: dict[str, Package] = {}
-        for mode in ("prefill", "decode", "decode_one"):
-            path = directory / f"{mode}.pt2"
-            if mode == "decode_one" and not path.is_file():  # of a CPU, or of an earlier version
-                continue
-            self.graphs[mode] = Package(path, self.device)
-            self.graphs[mode].load_weights(weights, path)
+        self.weights, self.graphs = weights, graphs  # kept alive: the packages hold pointers into the weights
+
+    @classmethod
+    def open(cls, directory: Path, manifest: Manifest, weights: dict[str, Tensor]) -> InductorEngine:
+        graphs = {}
+        for mode, path in package_paths(directory).items():
+            graphs[mode] = Package(path, manifest.device)
+            graphs[mode].load_weights(weights, path)
+        return cls(manifest, weights, graphs)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
@@ -113,6 +114,12 @@ class InductorEngine(Engine):
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
         alone = len(input_ids) == 1 and "decode_one" in self.graphs
         return self.graphs["decode_one" if alone else "decode"](input_ids, *batch, *states)
+
+
+def package_paths(directory: Path) -> dict[str, Path]:
+    """A bundle's packages by mode; decode_one is not in a CPU's, nor in one of an earlier version."""
+    paths = {mode: directory / f"{mode}.pt2" for mode in ("prefill", "decode", "decode_one")}
+    return {mode: path for mode, path in paths.items() if mode != "decode_one" or path.is_file()}
 
 
 def manifest_specs(m: Manifest) -> list[StateSpec]:
@@ -147,7 +154,7 @@ def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Mani
         from jet_export.onnx_engine import OnnxEngine
 
         return OnnxEngine.open(directory, manifest, weights), manifest
-    return InductorEngine(directory, manifest, weights), manifest
+    return InductorEngine.open(directory, manifest, weights), manifest
 
 
 def checked_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:

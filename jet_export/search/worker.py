@@ -7,28 +7,19 @@ Measurements go to the database case by case. The process ends with its parent.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jet_export.processes import end_with_parent
+
 if TYPE_CHECKING:
     from jet_export.benchmark import Measurement
     from jet_export.search.database import Entry
-
-PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent(parent: int) -> None:
-    """Linux: SIGKILL when the parent ends, however it does."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
 
 
 def build(task: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from jet_export.errors import JetExportError
+from jet_export.processes import signal_at_parents_end
 from jet_export.server.triton_repo import Repository, write_repository
 from jet_export.server.triton_tensors import CONTROL
 
@@ -331,4 +331,4 @@ def _lives(busy: Path) -> bool:
 
 def _end_with_parent() -> None:
     """In the server's process: it gets SIGTERM where jet-export is killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    signal_at_parents_end(signal.SIGTERM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from jet_export.bench import environment
 from jet_export.benchmark import Case, check_case
 from jet_export.bundle import Limits, Manifest, sha256_file
 from jet_export.errors import JetExportError
-from jet_export.memory import available_memory
+from jet_export.memory import available_memory, free_cached
 from jet_export.runtime.engine import load_engine
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.speed import report
@@ -145,13 +144,6 @@ def run_bundle(
     del engine
     free_cached(manifest.device)
     return run
-
-
-def free_cached(device: torch.device) -> None:
-    """Give memory that nothing holds back to the GPU, so that it counts as free."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, new_tokens: int) -> list[Case]:

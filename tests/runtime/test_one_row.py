@@ -31,7 +31,7 @@ def opened(monkeypatch, tmp_path):
         for name in names:
             (tmp_path / f"{name}.pt2").touch()
         manifest = type("M", (), {"config": None, "limits": None, "device": torch.device("cuda"), "dtype": "bfloat16"})
-        return module.InductorEngine(tmp_path, manifest, {"w": torch.zeros(1)})
+        return module.InductorEngine.open(tmp_path, manifest, {"w": torch.zeros(1)})
 
     return opened
 
