@@ -171,6 +171,9 @@ def main() -> int:
     parser.add_argument("--model", default="jet-2b")
     parser.add_argument("--cases", default="1:1024:1024,64:4096:2048,128:65536:2048")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--max-batch-size", type=int, help="of the bundles; default: what the cases need")
+    parser.add_argument("--max-seq-len", type=int)
+    parser.add_argument("--prefill-chunk", type=int)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--directory", type=Path, default=Path("bundles/ablation"))
@@ -181,7 +184,11 @@ def main() -> int:
     unknown = [r for r in args.rows.split(",") if r not in ROWS]
     if unknown:
         raise JetExportError(f"--rows {unknown[0]}: not known.", f"Known: {', '.join(ROWS)}.")
-    limits = Limits(max(c.batch for c in cases), max(c.tokens for c in cases), max(c.chunk for c in cases))
+    limits = Limits(
+        args.max_batch_size or max(c.batch for c in cases),
+        args.max_seq_len or max(c.tokens for c in cases),
+        args.prefill_chunk or max(c.chunk for c in cases),
+    )
     results: list[Result] = []
     for row in args.rows.split(","):
         try:
