@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from jet_export.lasting_names import lasting_names
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence, state_specs
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.mode import graph_mode
@@ -136,5 +137,5 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
     # instructions of SiLU and quantisation. The option's name differs between versions of torch.
     options = torch._inductor.config._config  # type: ignore[attr-defined]
     configs |= {k: False for k in options if "divi" in k and k.endswith("rounding")}
-    with quiet_inductor():
+    with quiet_inductor(), lasting_names():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
