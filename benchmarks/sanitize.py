@@ -1,13 +1,13 @@
 """Every kernel under compute-sanitizer, memcheck and racecheck, with poisoned outputs.
 
-    python benchmarks/sanitize.py [--tools memcheck,racecheck] [--only attention] [--output results/sanitize.json]
+    python benchmarks/sanitize.py [--tools memcheck,racecheck] [--only attention] [--processes 6] [--output FILE]
 
 The problems are kernel_problems.py's, in the heads and dtypes of jet-2b and jet-4b. Each tool runs one child process
-over all of them: outputs and workspaces start as NaN, results are compared with the reference, and torch's caching
-allocator is off, so that every tensor is an allocation of its own and a read past its end is seen. Kernels are compiled
-before, without a tool. compute-sanitizer comes with the CUDA toolkit: on the PATH, in $CUDA_HOME, or named by
---sanitizer or $COMPUTE_SANITIZER. The plugins under hostile inputs: hostile_enqueues.py. Exit status 0: no error and
-every result right; 1 otherwise; 2 where it cannot run.
+over all of them, or --processes side by side, each over its part: outputs and workspaces start as NaN, results are
+compared with the reference, and torch's caching allocator is off, so that every tensor is an allocation of its own and
+a read past its end is seen. Kernels are compiled before, without a tool. compute-sanitizer comes with the CUDA toolkit:
+on the PATH, in $CUDA_HOME, or named by --sanitizer or $COMPUTE_SANITIZER. The plugins under hostile inputs:
+hostile_enqueues.py. Exit status 0: no error and every result right; 1 otherwise; 2 where it cannot run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BOUND = 2e-2  # of bf16 results; what is looked for here is memory, and a NaN
@@ -25,14 +26,13 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) (?:error|hazard)")
 
 
-def run_problems(only: str, device: str, large: bool) -> int:
-    """The child: a line a problem; exit status 1 where one is wrong."""
+def run_problems(only: str, device: str, large: bool, part: int = 0, parts: int = 1) -> int:
+    """The child: a line a problem, of every `parts`-th one; exit status 1 where one is wrong."""
     from kernel_problems import error_of, one_token_problems, problems
 
     wrong = 0
-    for name, problem in {**problems(device, large), **one_token_problems(device, large)}.items():
-        if only not in name:
-            continue
+    found = {**problems(device, large), **one_token_problems(device, large)}
+    for name, problem in [(n, p) for n, p in found.items() if only in n][part::parts]:
         error = error_of(problem)
         ok = error <= BOUND  # false for NaN
         wrong += not ok
@@ -46,25 +46,39 @@ def summary_of(output: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def run_tool(sanitizer: str, tool: str, only: str, seconds: float) -> dict[str, object]:
-    """One tool over all problems. `clean` only if it said so, every problem ran, and every result is right."""
-    child = [sys.executable, __file__, "--problems", "--only", only]
+def run_part(sanitizer: str, tool: str, only: str, seconds: float, part: int, parts: int) -> tuple[int, str]:
+    """Exit status, -1 where time ran out, and output of one child under the tool."""
+    child = [sys.executable, __file__, "--problems", "--only", only, "--part", f"{part}/{parts}"]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *child]
-    begin = time.monotonic()
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
-        status, output = done.returncode, done.stdout + done.stderr
+        return done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as e:
-        parts = (p.decode(errors="replace") if isinstance(p, bytes) else p or "" for p in (e.stdout, e.stderr))
-        status, output = -1, "".join(parts)
-    problems = re.findall(r"^problem (.*)$", output, re.M)
-    errors = summary_of(output)
-    clean = status == 0 and errors == 0 and bool(problems) and not any(p.endswith("WRONG") for p in problems)
+        pieces = (p.decode(errors="replace") if isinstance(p, bytes) else p or "" for p in (e.stdout, e.stderr))
+        return -1, "".join(pieces)
+
+
+def run_tool(sanitizer: str, tool: str, only: str, seconds: float, parts: int = 1) -> dict[str, object]:
+    """One tool over all problems, in so many processes side by side. `clean` only if the tool said so in each of them,
+    every problem ran, and every result is right."""
+    begin = time.monotonic()
+    with ThreadPoolExecutor(parts) as pool:
+        runs = list(pool.map(lambda i: run_part(sanitizer, tool, only, seconds, i, parts), range(parts)))
+    found = [re.findall(r"^problem (.*)$", output, re.M) for _, output in runs]
+    counts = [summary_of(output) for _, output in runs]
+    problems = [p for part in found for p in part]
+    counted = [c for c in counts if c is not None]
+    statuses = [status for status, _ in runs]
+    clean = (
+        not any(statuses) and all(c == 0 for c in counts) and all(found)
+        and not any(p.endswith("WRONG") for p in problems)
+    )  # fmt: skip
+    reports = [line for _, output in runs for line in output.splitlines() if line.startswith("=========")]
     return {
-        "tool": tool, "clean": clean, "errors": errors, "exit_status": status, "timed_out": status == -1,
-        "problems": problems, "seconds": round(time.monotonic() - begin, 1),
-        "reports": [] if clean else [line for line in output.splitlines() if line.startswith("=========")][:60],
+        "tool": tool, "clean": clean, "errors": sum(counted) if len(counted) == parts else None,
+        "exit_status": next((s for s in statuses if s), 0), "timed_out": -1 in statuses, "processes": parts,
+        "problems": problems, "seconds": round(time.monotonic() - begin, 1), "reports": [] if clean else reports[:60],
     }  # fmt: skip
 
 
@@ -77,11 +91,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sanitize.json")
     parser.add_argument("--problems", action="store_true", help="run the problems here, under no tool")
     parser.add_argument("--device", default="cuda", help="with --problems; cpu: small ones, by Triton's interpreter")
+    parser.add_argument("--processes", type=int, default=1, help="the problems of a tool are shared out among these")
+    parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)  # I/N: with --problems, every N-th, from I on
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if options.problems:
-        return run_problems(options.only, options.device, large=options.device != "cpu")
+        part, parts = map(int, options.part.split("/"))
+        return run_problems(options.only, options.device, options.device != "cpu", part, parts)
     unknown = [t for t in options.tools.split(",") if t not in TOOLS]
     if unknown:
         print(f"--tools {unknown[0]}: not known. Known: {', '.join(TOOLS)}.", file=sys.stderr)
@@ -102,7 +119,7 @@ def main() -> int:
         return 1
     results = []
     for tool in options.tools.split(","):
-        results.append(run_tool(sanitizer, tool, options.only, options.seconds))
+        results.append(run_tool(sanitizer, tool, options.only, options.seconds, options.processes))
         r = results[-1]
         verdict = "clean" if r["clean"] else f"NOT CLEAN: {r['errors']} errors, exit status {r['exit_status']}"
         print(f"{tool}: {verdict}; {len(r['problems'])} problems in {r['seconds']} s", flush=True)  # type: ignore[arg-type]

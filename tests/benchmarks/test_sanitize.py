@@ -58,6 +58,19 @@ def test_a_tool_that_hangs_is_not_clean(sanitize, tmp_path) -> None:
     assert r["timed_out"] and not r["clean"]
 
 
+@pytest.mark.parametrize("dirty", [None, 0, 2])
+def test_every_process_has_to_be_clean(sanitize, tmp_path, dirty) -> None:
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(
+        "#!/bin/sh\nfor last; do :; done\necho problem $last: error 1.0e-03 ok\n"
+        f'[ $last = "{dirty}/3" ] && errors=1 || errors=0\necho "========= ERROR SUMMARY: $errors errors"\n'
+    )
+    path.chmod(0o755)
+    r = sanitize.run_tool(str(path), "memcheck", "", 60, 3)
+    assert [p.split(":")[0] for p in r["problems"]] == ["0/3", "1/3", "2/3"]
+    assert (r["clean"], r["errors"]) == ((True, 0) if dirty is None else (False, 1))
+
+
 def script(*args: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, env=env)
@@ -74,3 +87,13 @@ def test_the_problems_run_on_a_cpu() -> None:
     done = script("--problems", "--device", "cpu", "--only", "gated_rms_norm")
     assert done.returncode == 0 and done.stdout.startswith("problem gated_rms_norm: error ")
     assert done.stdout.strip().endswith("ok")
+
+
+def test_the_parts_are_the_whole() -> None:
+    def names(part: str) -> set[str]:
+        done = script("--problems", "--device", "cpu", "--only", "gemv", "--part", part)
+        assert done.returncode == 0, done.stderr
+        return {line.rsplit(":", 1)[0] for line in done.stdout.splitlines()}
+
+    first, second, whole = names("0/2"), names("1/2"), names("0/1")
+    assert first and second and not first & second and first | second == whole
