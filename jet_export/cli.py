@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from jet_export.errors import JetExportError
+from jet_export.errors import GPU_MEMORY, JetExportError, out_of_gpu_memory
 
 app = typer.Typer(
     name="jet-export",
@@ -304,6 +304,12 @@ def main() -> None:
         app()
     except JetExportError as e:
         typer.echo(f"error: {e}", err=True)
+        sys.exit(2)
+    except RuntimeError as e:
+        said = out_of_gpu_memory(f"{type(e).__name__}: {e}")
+        if said is None:
+            raise
+        typer.echo(f"error: {said}\n{GPU_MEMORY}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from jet_export.errors import JetExportError
+from jet_export.errors import GPU_MEMORY, JetExportError, out_of_gpu_memory
 from jet_export.processes import end_with_parent
 
 if TYPE_CHECKING:
@@ -76,7 +76,10 @@ class _Process:
             return None
         how = f"exit status {status}" if status > 0 else f"its process dies of {signal.Signals(-status).name}"
         self.log.seek(0)
-        lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
+        text = self.log.read().decode(errors="replace")
+        if said := out_of_gpu_memory(text):
+            return JetExportError(f"the {self.mode} package does not compile: {said}", GPU_MEMORY)
+        lines = [line for line in text.splitlines() if line.strip()]
         return JetExportError("\n  ".join([f"the {self.mode} package does not compile ({how}).", *lines[-LAST_LINES:]]))
 
     def end(self) -> None:

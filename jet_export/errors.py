@@ -6,3 +6,18 @@ class JetExportError(Exception):
 
     def __init__(self, what: str, todo: str = "") -> None:
         super().__init__(f"{what}\n{todo}" if todo else what)
+
+
+GPU_MEMORY = (
+    "Other processes hold it (nvidia-smi lists them), or the bundle's limits, the batch or the context need more than "
+    "there is: jet-export inspect says how much."
+)
+
+
+def out_of_gpu_memory(text: str) -> str | None:
+    """The sentence of `text` in which torch or CUDA says that a GPU's memory ran out; None where none does."""
+    for line in text.splitlines():
+        if "OutOfMemoryError: " in line or "CUDA error: out of memory" in line or "CUDA out of memory. " in line:
+            begin = max(line.find("CUDA out of memory. "), line.find("CUDA error: out of memory"), 0)
+            return ". ".join(line[begin:].split(". ")[:3]).rstrip(". ") + "."
+    return None
