@@ -11,7 +11,6 @@ model) and gives no figure where that fails. A case is batch:context:chunk, fill
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import shlex
 import subprocess
@@ -31,6 +30,7 @@ from jet_export.backends import target_device
 from jet_export.benchmark import Case, measure_engine
 from jet_export.bundle import Limits
 from jet_export.errors import JetExportError
+from jet_export.memory import free_cached
 from jet_export.model.cache import PackedBatch
 from jet_export.model.hub import load_config, resolve_checkpoint
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
@@ -201,9 +201,7 @@ def main() -> int:
         }
         bench.write_result(args.output, {**found, "cases": [asdict(c) for c in cases],
                                          "rows": [asdict(r) for r in results]})  # fmt: skip
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_cached(target_device(args.device))
     Console(width=170, highlight=False).print(table(results, cases, args.model))
     return 0 if all(r.decode or "gate" in r.left_out for r in results) else 1
 

@@ -68,16 +68,16 @@ def run_tool(sanitizer: str, tool: str, only: str, seconds: float, parts: int = 
     found = [re.findall(r"^problem (.*)$", output, re.M) for _, output in runs]
     counts = [summary_of(output) for _, output in runs]
     problems = [p for part in found for p in part]
-    counted = [c for c in counts if c is not None]
+    errors = None if None in counts else sum(counts)
     statuses = [status for status, _ in runs]
     clean = (
-        not any(statuses) and all(c == 0 for c in counts) and all(found)
+        not any(statuses) and errors == 0 and all(found)
         and not any(p.endswith("WRONG") for p in problems)
     )  # fmt: skip
     reports = [line for _, output in runs for line in output.splitlines() if line.startswith("=========")]
     return {
-        "tool": tool, "clean": clean, "errors": sum(counted) if len(counted) == parts else None,
-        "exit_status": next((s for s in statuses if s), 0), "timed_out": -1 in statuses, "processes": parts,
+        "tool": tool, "clean": clean, "errors": errors, "exit_status": next((s for s in statuses if s), 0),
+        "timed_out": -1 in statuses, "processes": parts,
         "problems": problems, "seconds": round(time.monotonic() - begin, 1), "reports": [] if clean else reports[:60],
     }  # fmt: skip
 

@@ -8,7 +8,6 @@ states have); prefill is then timed at both ends of the context, since a chunk's
 from __future__ import annotations
 
 import copy
-import gc
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from jet_export.bench import Timing, percentile, stopwatch, summary
 from jet_export.bundle import Limits
 from jet_export.errors import JetExportError
+from jet_export.memory import free_cached
 from jet_export.runtime.engine import Engine
 from jet_export.runtime.runner import MAX_PREFILL_TOKENS, Runner
 
@@ -95,9 +95,8 @@ def measure_engine(
 
 def measure_case(engine: Engine, case: Case, seed: int, fill_seconds: float, cuda_graphs: bool) -> Measurement:
     """One case, on pools of its own size."""
+    free_cached(engine.device)  # an earlier case's pools and graphs
     if engine.device.type == "cuda":
-        gc.collect()  # an earlier case's pools and graphs
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(engine.device)
     run = Run(engine, case, seed, cuda_graphs)
     run.warm_up()

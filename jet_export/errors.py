@@ -15,9 +15,9 @@ GPU_MEMORY = (
 
 
 def out_of_gpu_memory(text: str) -> str | None:
-    """The sentence of `text` in which torch or CUDA says that a GPU's memory ran out; None where none does."""
+    """The sentences of `text` in which torch or CUDA says that a GPU's memory ran out; None where none does."""
     for line in text.splitlines():
-        if "OutOfMemoryError: " in line or "CUDA error: out of memory" in line or "CUDA out of memory. " in line:
-            begin = max(line.find("CUDA out of memory. "), line.find("CUDA error: out of memory"), 0)
-            return ". ".join(line[begin:].split(". ")[:3]).rstrip(". ") + "."
+        for mark in ("CUDA out of memory. ", "CUDA error: out of memory", "OutOfMemoryError: "):
+            if mark in line:
+                return ". ".join(line[line.index(mark) :].split(". ")[:3]).rstrip(". ") + "."
     return None

@@ -25,9 +25,8 @@ class Step:
     drawn: list[Tensor] = field(default_factory=list)  # logits that came with a snapshot
     decode_slots: list[int] = field(default_factory=list)
     decode_tokens: list[int] = field(default_factory=list)  # unless `foreseen`
-    makers: list[Sequence] = field(
-        default_factory=list
-    )  # those that make a token: of prefill_ends, drawn, decode in turn
+    # those that make a token: of prefill_ends, drawn, decode in turn
+    makers: list[Sequence] = field(default_factory=list)
     everyone: list[Sequence] = field(default_factory=list)
     foreseen: Tensor | None = None  # the tokens to decode, [n] int64 on the device, not known here yet
 
