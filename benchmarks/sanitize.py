@@ -1,9 +1,9 @@
 """Every kernel under compute-sanitizer, memcheck and racecheck, with poisoned outputs.
 
-    python benchmarks/sanitize.py [--tools memcheck,racecheck] [--only attention] [--processes 6] [--output FILE]
+    python benchmarks/sanitize.py [--tools memcheck,racecheck] [--only attention] [--processes 4] [--output FILE]
 
-The problems are kernel_problems.py's, in the heads and dtypes of jet-2b and jet-4b. Each tool runs one child process
-over all of them, or --processes side by side, each over its part: outputs and workspaces start as NaN, results are
+The problems are kernel_problems.py's, in the heads and dtypes of jet-2b and jet-4b. Each problem is
+a child process of its own under each tool, --processes side by side: outputs and workspaces start as NaN, results are
 compared with the reference, and torch's caching allocator is off, so that every tensor is an allocation of its own and
 a read past its end is seen. Kernels are compiled before, without a tool. compute-sanitizer comes with the CUDA toolkit:
 on the PATH, in $CUDA_HOME, or named by --sanitizer or $COMPUTE_SANITIZER. The plugins under hostile inputs:
@@ -59,27 +59,51 @@ def run_part(sanitizer: str, tool: str, only: str, seconds: float, part: int, pa
         return -1, "".join(pieces)
 
 
-def run_tool(sanitizer: str, tool: str, only: str, seconds: float, parts: int = 1) -> dict[str, object]:
-    """One tool over all problems, in so many processes side by side. `clean` only if the tool said so in each of them,
-    every problem ran, and every result is right."""
+def run_tool(
+    sanitizer: str, tool: str, only: str, names: list[str], seconds: float, processes: int = 1
+) -> dict[str, object]:
+    """One tool over the problems `names`, each in a child of its own, so many side by side. `clean` only if the tool
+    said so of each of them, and every result is right. What has not ended after `seconds` is listed as unfinished."""
     begin = time.monotonic()
-    with ThreadPoolExecutor(parts) as pool:
-        runs = list(pool.map(lambda i: run_part(sanitizer, tool, only, seconds, i, parts), range(parts)))
+
+    def run(i: int) -> tuple[int, str]:
+        left = begin + seconds - time.monotonic()
+        return run_part(sanitizer, tool, only, left, i, len(names)) if left > 0 else (-1, "")
+
+    with ThreadPoolExecutor(processes) as pool:
+        runs = list(pool.map(run, range(len(names))))
     found = [re.findall(r"^problem (.*)$", output, re.M) for _, output in runs]
     counts = [summary_of(output) for _, output in runs]
+    unfinished = [n for n, (status, _), e in zip(names, runs, counts, strict=True) if status == -1 or e is None]
     problems = [p for part in found for p in part]
-    errors = None if None in counts else sum(counts)
+    right = len(problems) == len(names) and not any(p.endswith("WRONG") for p in problems)
+    errors = sum(e for e in counts if e is not None)
     statuses = [status for status, _ in runs]
-    clean = (
-        not any(statuses) and errors == 0 and all(found)
-        and not any(p.endswith("WRONG") for p in problems)
-    )  # fmt: skip
+    clean = bool(names) and not any(statuses) and not unfinished and errors == 0 and right
     reports = [line for _, output in runs for line in output.splitlines() if line.startswith("=========")]
     return {
         "tool": tool, "clean": clean, "errors": errors, "exit_status": next((s for s in statuses if s), 0),
-        "timed_out": -1 in statuses, "processes": parts,
+        "unfinished": unfinished, "processes": processes,
         "problems": problems, "seconds": round(time.monotonic() - begin, 1), "reports": [] if clean else reports[:60],
     }  # fmt: skip
+
+
+def names_of(only: str, processes: int, device: str = "cuda") -> list[str] | None:
+    """Names of the problems, in their order, once each has run without a tool, which compiles the kernels; None where
+    one is wrong."""
+    child = [sys.executable, __file__, "--problems", "--only", only, "--device", device]
+
+    def run(i: int) -> list[str] | None:
+        done = subprocess.run([*child, "--part", f"{i}/{processes}"], stdout=subprocess.PIPE, text=True)
+        print(done.stdout, end="", flush=True)
+        return re.findall(r"^problem (.*): error", done.stdout, re.M) if done.returncode == 0 else None
+
+    with ThreadPoolExecutor(processes) as pool:
+        parts = list(pool.map(run, range(processes)))
+    sizes = [len(p) for p in parts if p is not None]
+    if len(sizes) < len(parts):
+        return None
+    return [p[i] for i in range(max(sizes)) for p in parts if p is not None and i < len(p)]
 
 
 def main() -> int:
@@ -91,7 +115,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sanitize.json")
     parser.add_argument("--problems", action="store_true", help="run the problems here, under no tool")
     parser.add_argument("--device", default="cuda", help="with --problems; cpu: small ones, by Triton's interpreter")
-    parser.add_argument("--processes", type=int, default=1, help="the problems of a tool are shared out among these")
+    parser.add_argument("--processes", type=int, default=4, help="side by side")
     parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)  # I/N: with --problems, every N-th, from I on
     options = parser.parse_args()
     if options.device == "cpu":
@@ -114,14 +138,19 @@ def main() -> int:
         return 2
     from jet_export import bench
 
-    if subprocess.run([sys.executable, __file__, "--problems", "--only", options.only]).returncode:
+    names = names_of(options.only, options.processes)
+    if names is None:
         print("wrong without any tool: see above", file=sys.stderr)
         return 1
+    if not names:
+        print(f"--only {options.only}: no problem's name contains it.", file=sys.stderr)
+        return 2
     results = []
     for tool in options.tools.split(","):
-        results.append(run_tool(sanitizer, tool, options.only, options.seconds, options.processes))
+        results.append(run_tool(sanitizer, tool, options.only, names, options.seconds, options.processes))
         r = results[-1]
         verdict = "clean" if r["clean"] else f"NOT CLEAN: {r['errors']} errors, exit status {r['exit_status']}"
+        verdict += f", not finished: {', '.join(r['unfinished'])}" if r["unfinished"] else ""  # type: ignore[arg-type]
         print(f"{tool}: {verdict}; {len(r['problems'])} problems in {r['seconds']} s", flush=True)  # type: ignore[arg-type]
         bench.write_result(options.output, {"results": results})
     return 0 if all(r["clean"] for r in results) else 1

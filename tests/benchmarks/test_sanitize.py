@@ -40,12 +40,12 @@ RIGHT = "problem 2b attention decode: error 1.0e-03 ok\n"
         ("problem x: error nan WRONG\n========= ERROR SUMMARY: 0 errors", 1, False, 0),
         ("problem x: error nan WRONG\n========= ERROR SUMMARY: 0 errors", 0, False, 0),
         ("========= ERROR SUMMARY: 0 errors", 0, False, 0),  # nothing ran
-        (RIGHT, 0, False, None),  # no summary
+        (RIGHT, 0, False, 0),  # no summary
         (RIGHT + "========= ERROR SUMMARY: 0 errors", 139, False, 0),  # died at the end
     ],
 )
 def test_clean_means_counted_run_and_right(sanitize, tmp_path, text, status, clean, errors) -> None:
-    r = sanitize.run_tool(tool(tmp_path, text, status), "memcheck", "", 60)
+    r = sanitize.run_tool(tool(tmp_path, text, status), "memcheck", "", ["2b attention decode"], 60)
     assert (r["clean"], r["errors"]) == (clean, errors)
     assert bool(r["reports"]) == (not clean and "=========" in text)
 
@@ -54,21 +54,28 @@ def test_a_tool_that_hangs_is_not_clean(sanitize, tmp_path) -> None:
     path = tmp_path / "compute-sanitizer"
     path.write_text("#!/bin/sh\nexec sleep 30\n")
     path.chmod(0o755)
-    r = sanitize.run_tool(str(path), "memcheck", "", 0.3)
-    assert r["timed_out"] and not r["clean"]
+    r = sanitize.run_tool(str(path), "memcheck", "", ["a", "b"], 0.3)  # b has not begun
+    assert r["unfinished"] == ["a", "b"] and not r["clean"]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("dirty", [None, 0, 2])
-def test_every_process_has_to_be_clean(sanitize, tmp_path, dirty) -> None:
+def test_every_problem_has_to_be_clean(sanitize, tmp_path, dirty, processes) -> None:
     path = tmp_path / "compute-sanitizer"
     path.write_text(
         "#!/bin/sh\nfor last; do :; done\necho problem $last: error 1.0e-03 ok\n"
         f'[ $last = "{dirty}/3" ] && errors=1 || errors=0\necho "========= ERROR SUMMARY: $errors errors"\n'
     )
     path.chmod(0o755)
-    r = sanitize.run_tool(str(path), "memcheck", "", 60, 3)
+    r = sanitize.run_tool(str(path), "memcheck", "", ["a", "b", "c"], 60, processes)
     assert [p.split(":")[0] for p in r["problems"]] == ["0/3", "1/3", "2/3"]
-    assert (r["clean"], r["errors"]) == ((True, 0) if dirty is None else (False, 1))
+    assert (r["clean"], r["errors"], r["unfinished"]) == ((True, 0, []) if dirty is None else (False, 1, []))
+
+
+def test_names_come_in_the_problems_order(sanitize, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    in_one, in_two = (sanitize.names_of("", n, "cpu") for n in (1, 2))
+    assert in_one == in_two and len(in_one) >= 10 and in_one[0].startswith("jet_block")
 
 
 def script(*args: str, **environment: str) -> subprocess.CompletedProcess:
