@@ -19,6 +19,8 @@ from jet_export.speed.ratios import SHAPED, Ratio
 from jet_export.speed.references import PAPER_DECODE_RATIO, PAPER_PREFILL_RATIO, Reference, references_of
 from jet_export.speed.rows import Row
 
+MOST_LINES = 12  # of a picture; more cannot be told apart
+
 
 def table(rows: Sequence[Row]) -> Table:
     """A row a case; "of roof": share of what the roofline allows."""
@@ -123,8 +125,8 @@ def pyplot() -> Any:
 
 
 def draw(path: Path, rows: Sequence[Row], environment: dict[str, str]) -> None:
-    """Decode and prefill tokens/s against context, a line a model, precision and batch; references as marks, each
-    labelled with its source. What was measured where stands under the title."""
+    """Decode and prefill tokens/s against context, the lines of `series`; references as marks, each labelled with its
+    source. What was measured where stands under the title."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
     models = {r.model for r in rows}
@@ -169,13 +171,26 @@ def scale_speeds(axis: Any) -> None:
 
 
 def series(rows: Sequence[Row], kind: str) -> dict[str, list[tuple[int, float]]]:
-    """Label -> (context, tokens/s) by context; one line for each model, precision and batch."""
-    out: dict[str, list[tuple[int, float]]] = {}
-    for r in sorted(rows, key=lambda r: r.context):
-        label = f"{SHAPED.get(r.model, r.model)} {r.precision}, batch {r.batch}"
-        speed = r.decode_tokens_per_s if kind == "decode" else r.prefill_tokens_per_s
-        out.setdefault(label, []).append((r.context, speed))
-    return out
+    """Label -> (context, tokens/s) by context; one line for each model, precision and batch. Where these are more than
+    MOST_LINES, two for each model and precision: one sequence, and at each context the most that were measured."""
+    named: dict[str, list[Row]] = {}
+    for r in sorted(rows, key=lambda r: (r.context, r.batch)):
+        named.setdefault(f"{SHAPED.get(r.model, r.model)} {r.precision}", []).append(r)
+    lines: dict[str, list[Row]] = {}
+    for name, all_batches in named.items():
+        for r in all_batches:
+            lines.setdefault(f"{name}, batch {r.batch}", []).append(r)
+    if len(lines) > MOST_LINES:
+        lines = {}
+        for name, all_batches in named.items():
+            largest = list({r.context: r for r in all_batches}.values())
+            lines[f"{name}, largest batch ({', '.join(str(r.batch) for r in largest)})"] = largest
+            if one := [r for r in all_batches if r.batch == 1]:
+                lines[f"{name}, batch 1"] = one
+    return {
+        label: [(r.context, r.decode_tokens_per_s if kind == "decode" else r.prefill_tokens_per_s) for r in line]
+        for label, line in lines.items()
+    }
 
 
 def _mark(axis: Any, reference: Reference) -> None:

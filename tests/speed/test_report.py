@@ -29,6 +29,14 @@ def test_a_line_for_each_model_precision_and_batch() -> None:
     assert len(series(rows, "prefill")) == 3 and series(rows, "prefill")["jet-2b fp8, batch 1"] == [(4096, 6)]
 
 
+def test_more_lines_than_can_be_told_apart_become_two_a_model() -> None:
+    rows = [row(b, b, context=c, model=m) for m in ("jet-2b", "qwen3-1.7b") for c, most in ((8, 64), (4, 1024))
+            for b in (1, 2, 4, 8, 16, 32, 64, most)]  # fmt: skip
+    lines = series(rows, "decode")
+    assert lines["jet-2b bf16, largest batch (1024, 64)"] == [(4, 1024), (8, 64)]
+    assert lines["Qwen3-1.7B-shaped bf16, batch 1"] == [(4, 1), (8, 1)] and len(lines) == 4
+
+
 def test_skipped_cases_that_one_build_allows_share_a_line() -> None:
     cases = [Skipped(4096, b, 256, "too long", "jet-export build") for b in (1, 8)]
     assert skipped_lines(cases) == ["skipped: context 4096, batch 1, 8, chunk 256: too long\n  jet-export build"]
