@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as fx_config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -49,8 +50,13 @@ BUILDS = {
 ROWS = ("eager PyTorch", "torch.compile", *BUILDS)
 
 
+# Without them torch.compile makes six graphs of this model, some minutes each: sizes of 1, and sizes that happen to be
+# equal at the first call, get graphs of their own.
+ONE_GRAPH = {"backed_size_oblivious": True, "use_duck_shape": False}
+
+
 class CompiledEngine(EagerEngine):
-    """The eager model under torch.compile: one dynamic graph for prefill, one for decode."""
+    """The eager model under torch.compile: one dynamic graph for prefill, one for decode, of any batch."""
 
     def __init__(self, eager: EagerEngine) -> None:
         super().__init__(eager.model, eager.limits, eager.dtype, torch.float32)
@@ -58,11 +64,13 @@ class CompiledEngine(EagerEngine):
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
-        return self.forward(input_ids, batch, states, logit_indices, decode=False).logits
+        with fx_config.patch(ONE_GRAPH):
+            return self.forward(input_ids, batch, states, logit_indices, decode=False).logits
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
-        return self.forward(input_ids, batch, states, None, decode=True).logits
+        with fx_config.patch(ONE_GRAPH):
+            return self.forward(input_ids, batch, states, None, decode=True).logits
 
 
 @dataclass(frozen=True)

@@ -64,3 +64,25 @@ def test_a_row_that_fails_verification_has_no_figures(ablation, monkeypatch) -> 
     monkeypatch.setattr(ablation, "measure", lambda *a: pytest.fail("measured"))
     result = ablation.run_row("torch.compile", SimpleNamespace(device="cpu", model="jet-tiny"), [], None)
     assert not result.decode and result.left_out == "verify fails: prefill: logits: off"
+
+
+def test_torch_compile_makes_two_graphs_for_every_batch(ablation) -> None:
+    """One of prefill and one of decode: jet-2b's take a minute each, and batches of one would add four."""
+    import torch
+    from fp8_models import model_of
+    from torch._dynamo.utils import counters
+
+    from jet_export.bundle import Limits
+    from jet_export.runtime.engine import EagerEngine
+    from jet_export.runtime.runner import Runner
+
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    eager = EagerEngine(model_of(torch.float32), Limits(4, 128, 64), torch.float32, torch.float32)
+    runners = [Runner(engine, False) for engine in (eager, ablation.CompiledEngine(eager))]
+    for lengths in ([7], [1], [3, 5, 5, 64]):
+        slots, prompts = list(range(len(lengths))), [list(range(1, n + 1)) for n in lengths]
+        tokens = torch.tensor([5] * len(lengths))
+        want, got = ([r.prefill(slots, prompts).clone(), r.decode(slots, tokens).clone()] for r in runners)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] - before == 2
