@@ -3,7 +3,8 @@
     step = overhead + bytes / bandwidth + sequences * each,     bytes as roofline.step_bytes counts them
 
 is fitted to the table's decode steps by least squares of the relative error, no term negative; one table for one bundle
-on one device. `each` is the arithmetic that grows with the batch. The error is that of each row predicted from all the
+on one device. `each` is the arithmetic that grows with the batch. Steps of one sequence, which another package decodes,
+are fitted apart where there are enough others. The error is that of each row predicted from all the
 others. Memory is memory.py's; nothing is run.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +45,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class Table:
-    """Measured steps of one bundle on one device, from one file."""
+    """Measured steps of one bundle on one device; `bundle` is its manifest's hash."""
 
-    file: Path
+    files: tuple[Path, ...]
     device: str
     date: str
     model: str
     precision: str
     rows: tuple[Row, ...]
     gpu_bytes: int = 0  # of the device's memory; 0: a CPU
+    bundle: str = ""
 
     def available(self) -> int:
         """Bytes that batches may take there: of the GPU that was measured, or of this host."""
@@ -60,7 +62,8 @@ class Table:
 
     @property
     def named(self) -> str:
-        return f"{self.model} {self.precision} on {self.device}, {self.date}, {self.file.parent.name}/{self.file.name}"
+        names = ", ".join(f"{f.parent.name}/{f.name}" for f in self.files)
+        return f"{self.model} {self.precision} on {self.device}, {self.date}, {names}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Prediction:
     bound: str  # "time" or "memory": what keeps it from being larger
     memory: Memory | None
     fit: Fit
-    errors: tuple[float, ...]  # relative, of each measured step predicted from the others
+    errors: tuple[float, ...]  # relative, of each step that was fitted, predicted from the others
 
     @property
     def tokens_per_s(self) -> float:
@@ -85,7 +88,7 @@ def read_tables(file: Path) -> list[Table]:
         device = e["gpu"] if e["gpu"] != "none" else e.get("cpu", "a CPU")
         memory = int(e["gpu_bytes"]) if e["gpu"] != "none" else 0
         return [
-            Table(file, device, e["date"], b["model"], rows[0].precision, tuple(rows), memory)
+            Table((file,), device, e["date"], b["model"], rows[0].precision, tuple(rows), memory, b["manifest_sha256"])
             for b in values["bundles"]
             if (rows := [row_from_dict(r) for r in b["rows"]])
         ]
@@ -101,19 +104,28 @@ def committed_tables() -> list[Path]:
 
 
 def find_table(model: str, precision: str, measured: Path | None) -> Table:
-    """The table of this model and precision: from `measured`, or a committed one. Raises JetExportError, saying how
-    to make one, where there is none."""
-    files = [measured] if measured else committed_tables()
-    for file in reversed(files):
+    """The table of this model and precision: from `measured`, or the committed files of the bundle and device with the
+    most steps. Raises JetExportError, saying how to make one, where there is none."""
+    found: dict[tuple[str, str], Table] = {}
+    for file in [measured] if measured else committed_tables():
         for table in read_tables(file):
-            if (table.model, table.precision) == (model, precision) and len(table.rows) >= MIN_ROWS:
-                return table
+            if (table.model, table.precision) == (model, precision):
+                key = (table.device, table.bundle)
+                found[key] = joined(found[key], table) if key in found else table
+    best = max(found.values(), key=lambda t: len(t.rows), default=None)
+    if best is not None and len(best.rows) >= MIN_ROWS:
+        return best
     where = str(measured) if measured else "benchmarks/results"
     raise JetExportError(
         f"--tpot-ms: {where} has no measured table of {model} {precision} (at least {MIN_ROWS} decode steps).",
         "Make one where it will run: jet-export bench BUNDLE --contexts 4096,65536 --batch 1,8,64 --output DIR, "
         "then add --measured DIR/bench.json",
     )
+
+
+def joined(a: Table, b: Table) -> Table:
+    """Both tables of one bundle on one device; `date` is the later."""
+    return replace(a, files=a.files + b.files, rows=a.rows + b.rows, date=max(a.date, b.date))
 
 
 def fit_steps(points: Sequence[tuple[float, int, float]]) -> Fit:
@@ -148,30 +160,36 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """dtypes: of the model, the KV cache and the state."""
     points = [(float(r.step_bytes["total"]), r.batch, r.ms_per_token * 1e-3) for r in table.rows]
-    fit = fit_steps(points)
+    several = [p for p in points if p[1] > 1]
+    if len(several) < MIN_ROWS:
+        several = points
+    fit = fit_steps(several)
+    # one sequence alone is decoded by a package of its own on a GPU: the same bytes a second, another overhead
+    alone = [s - fit.byte * n for n, batch, s in points if batch == 1 and several is not points]
     read = table.rows[0].step_bytes["weights"]
     dtype, kv, state = (torch_dtype(d) for d in dtypes)
     specs = state_specs(c, dtype, kv, state)
 
     def seconds(batch: int) -> float:
-        return fit.seconds(step_bytes(c, specs, read, batch, context).total, batch)
+        total = step_bytes(c, specs, read, batch, context).total
+        return statistics.mean(alone) + fit.byte * total if batch == 1 and alone else fit.seconds(total, batch)
 
     most = largest_batch(c, context, min(chunk, context), dtype, kv, state, weights, available)
-    each = seconds(2) - seconds(1)
-    in_time = 0
-    if seconds(1) <= tpot_ms * 1e-3:
-        in_time = int((tpot_ms * 1e-3 - seconds(1)) / each + 1 + 1e-9) if each > 0 else most + 1
+    each = seconds(3) - seconds(2)
+    in_time = int(seconds(1) <= tpot_ms * 1e-3)
+    if seconds(2) <= tpot_ms * 1e-3:
+        in_time = int((tpot_ms * 1e-3 - seconds(2)) / each + 2 + 1e-9) if each > 0 else most + 1
     batch = min(in_time, most)
     limits = Limits(max(batch, 1), context, min(chunk, context))
     memory = engine_memory(c, limits, dtype, kv, state, weights) if batch else None
     bound = "time" if in_time <= most else "memory"
-    return Prediction(batch, seconds(max(batch, 1)), bound, memory, fit, left_out_errors(points))
+    return Prediction(batch, seconds(max(batch, 1)), bound, memory, fit, left_out_errors(several))
 
 
 def lines(p: Prediction, table: Table, context: int, tpot_ms: float) -> list[str]:
     """What inspect prints."""
     median, worst = statistics.median(p.errors), max(p.errors)
-    out = [f"from {len(table.rows)} measured decode steps: {table.named}",
+    out = [f"from {len(p.errors)} measured decode steps: {table.named}",
            f"step = {1e3 * p.fit.overhead:.3g} ms + {1e12 * p.fit.byte:.3g} ms/GB + {1e3 * p.fit.each:.3g} ms/seq.; "
            f"each step predicted from the others is off by {median:.1%} (median), {worst:.1%} (worst)"]  # fmt: skip
     seen = [r.context for r in table.rows]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def measured(batch: int, context: int, noise: float = 0.0):
 @pytest.fixture
 def table(tmp_path) -> Table:
     rows = [measured(b, c) for b in (1, 16, 64) for c in (4096, 65536)]
-    return Table(tmp_path / "bench.json", "NVIDIA H100 80GB HBM3", "2026-01-01", "jet-2b", "bf16", tuple(rows))
+    return Table((tmp_path / "bench.json",), "NVIDIA H100 80GB HBM3", "2026-01-01", "jet-2b", "bf16", tuple(rows))
 
 
 def test_the_fit_finds_what_made_the_steps(table) -> None:
@@ -59,6 +60,37 @@ def test_the_batch_is_the_largest_within_the_time(table, tpot) -> None:
     want = max((b for b in range(1, 500) if ms(b) <= tpot), default=0)
     assert p.batch == want and p.bound == "time" and p.memory.total > 0
     assert p.tokens_per_s == pytest.approx(1e3 * want / ms(want))
+
+
+def test_one_sequence_has_an_overhead_of_its_own(table) -> None:
+    """A quicker step of one sequence, which a package of its own decodes, changes neither the fit nor its errors."""
+    quick = [dataclasses.replace(r, ms_per_token=r.ms_per_token - 0.3) if r.batch == 1 else r for r in table.rows]
+    faster = dataclasses.replace(table, rows=tuple(quick))
+    one = 0.5 + nbytes(1, 65536) / 2.5e9 + 0.002
+    for tpot, batches in ((one - 0.1, (0, 1)), (one - 0.31, (0, 0)), (7.7, None)):
+        a, b = (predict(jet_2b(), DTYPES, WEIGHTS, t, 65536, tpot, int(1e13), 2048) for t in (table, faster))
+        assert b.fit == a.fit and b.errors == a.errors and len(b.errors) == 4
+        assert (a.batch, b.batch) == batches if batches else a.batch == b.batch > 1
+    p = predict(jet_2b(), DTYPES, WEIGHTS, faster, 65536, one - 0.1, int(1e13), 2048)
+    assert 1e3 * p.seconds == pytest.approx(one - 0.3, rel=0.01)  # at a context in the middle of a case's
+
+
+def test_files_of_one_bundle_and_device_are_one_table(table, tmp_path, monkeypatch) -> None:
+    from jet_export.speed import predict as module
+
+    def write(name: str, rows, sha: str) -> Path:
+        (tmp_path / name).mkdir()
+        return Path(bench_json(tmp_path / name / "bench.json", rows, sha))
+
+    first, second = write("a", table.rows[:3], "x"), write("b", table.rows[3:], "x")
+    other = write("c", table.rows[:5], "y")
+    monkeypatch.setattr(module, "committed_tables", lambda: [first, other, second])
+    found = module.find_table("jet-2b", "bf16", None)
+    assert found.rows == table.rows and found.files == (first, second)
+    assert found.named.endswith("a/bench.json, b/bench.json")
+    monkeypatch.setattr(module, "committed_tables", lambda: [first])
+    with pytest.raises(JetExportError, match="at least 4 decode steps"):
+        module.find_table("jet-2b", "bf16", None)
 
 
 def test_memory_binds_where_time_does_not(table) -> None:
@@ -100,8 +132,8 @@ def inspect(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
     return int(e.value.code or 0), out.out, out.err
 
 
-def bench_json(path, rows) -> str:
-    bundle = {"model": "jet-2b", "rows": [dataclasses.asdict(r) for r in rows]}
+def bench_json(path, rows, sha: str = "5e") -> str:
+    bundle = {"model": "jet-2b", "manifest_sha256": sha, "rows": [dataclasses.asdict(r) for r in rows]}
     path.write_text(json.dumps({"environment": {**GPU, "date": "d"}, "bundles": [bundle]}))
     return str(path)
 
