@@ -5,6 +5,7 @@ An engine is stateless: every call takes the pools (in the order of `specs`) and
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,13 +81,22 @@ class Package:
         missing = sorted(set(names.values()) - weights.keys())
         if missing:
             raise JetExportError(f"{path}: weight {missing[0]} is not in {WEIGHTS}.", "Build the bundle again.")
-        constants = {fqn: weights[name] for fqn, name in names.items()}
+        constants = {fqn: weights[name].detach() for fqn, name in names.items()}  # a tensor of ours over the same memory
+        # torch never gives back its reference to a tensor that it does not manage: the memory would stay for good.
+        weakref.finalize(self, let_go, list(constants.values())).atexit = False
         # use_inactive, check_full_update, user_managed. torch's wrapper of this call imports torch's compiler.
         self.loader.load_constants(constants, False, True, True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         (output,) = self.loader.boxed_run(list(inputs))
         return output
+
+
+@torch.inference_mode()
+def let_go(tensors: list[Tensor]) -> None:
+    """Tensors without memory: what others hold of it stays."""
+    for tensor in tensors:
+        tensor.set_()  # type: ignore[call-overload]
 
 
 class InductorEngine(Engine):

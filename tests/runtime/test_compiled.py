@@ -1,5 +1,7 @@
 """The compiled FP8 bundle: deterministic in any company, continued sessions and prefix hits to the bit."""
 
+import gc
+
 import pytest
 import torch
 from bundles import tiny_bundle
@@ -74,3 +76,16 @@ def test_text_and_stop_strings_over_sessions(llm) -> None:
     while engine.step():
         pass
     assert "(" not in "".join(o.text for o in heard)
+
+
+def test_an_engine_that_is_gone_holds_no_weights(bundle) -> None:
+    """Several engines a process: bench's baselines, a search. What is kept beside the engine stays whole."""
+    engine = LLM(bundle, check=False).engine
+    kept = engine.weights["layers.0.mlp.down_proj.weight"]
+    values = kept.float().clone()
+    storages = {n: w.untyped_storage() for n, w in engine.weights.items()}
+    del engine
+    gc.collect()
+    held = {n for n, s in storages.items() if torch._C._storage_Use_Count(s._cdata) > 1}
+    assert held == {"layers.0.mlp.down_proj.weight"}
+    assert torch.equal(kept.float(), values)
