@@ -81,7 +81,7 @@ class Package:
         missing = sorted(set(names.values()) - weights.keys())
         if missing:
             raise JetExportError(f"{path}: weight {missing[0]} is not in {WEIGHTS}.", "Build the bundle again.")
-        constants = {fqn: weights[name].detach() for fqn, name in names.items()}  # a tensor of ours over the same memory
+        constants = {fqn: weights[name].detach() for fqn, name in names.items()}  # tensors of ours over the same memory
         # torch never gives back its reference to a tensor that it does not manage: the memory would stay for good.
         weakref.finalize(self, let_go, list(constants.values())).atexit = False
         # use_inactive, check_full_update, user_managed. torch's wrapper of this call imports torch's compiler.
