@@ -127,6 +127,9 @@ def main() -> int:
     if unknown:
         print(f"--tools {unknown[0]}: not known. Known: {', '.join(TOOLS)}.", file=sys.stderr)
         return 2
+    if options.processes < 1:
+        print(f"--processes {options.processes}: must be at least 1.", file=sys.stderr)
+        return 2
     from cuda_tools import find
 
     sanitizer = find("compute-sanitizer", options.sanitizer or os.environ.get("COMPUTE_SANITIZER"))

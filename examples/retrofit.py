@@ -26,8 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jet_export.backends import target_device
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetDims, JetNemotronConfig
+from jet_export.speed.output import check_directory
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -57,6 +59,19 @@ def check_fits(source: dict, config: JetNemotronConfig, where: Path) -> None:
         raise JetExportError(f"{where}: untied embeddings are not supported here.", "Qwen2.5-1.5B and -3B tie theirs.")
 
 
+def read_json(path: Path) -> dict:
+    """Raises JetExportError where it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise JetExportError(f"--checkpoint: {path} cannot be read.", "Name a directory that Qwen2.5 is in.") from None
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise JetExportError(f"{path}: not a JSON object.", "Download it again.")
+    return values
+
+
 def copied(name: str, config: JetNemotronConfig) -> bool:
     """Whether the Jet model's tensor is the checkpoint's: all but JetBlocks. q_proj, k_proj, v_proj and o_proj of a
     JetBlock have Qwen2.5's names and other meanings."""
@@ -79,7 +94,7 @@ def source_tensors(directory: Path, names: set[str]) -> Iterator[tuple[str, Tens
 @torch.no_grad()
 def retrofit(checkpoint: Path, config: JetNemotronConfig, dtype: torch.dtype, seed: int) -> JetTiny:
     """The Jet model on the CPU: copied tensors frozen, in the checkpoint's dtype; JetBlocks fp32, to be trained."""
-    check_fits(json.loads((checkpoint / "config.json").read_text()), config, checkpoint / "config.json")
+    check_fits(read_json(checkpoint / "config.json"), config, checkpoint / "config.json")
     model = JetTiny(config, dtype)
     model.init_weights(torch.Generator().manual_seed(seed))
     parameters = dict(model.named_parameters())
@@ -103,7 +118,11 @@ def batches(text: Path | None, checkpoint: Path, config: JetNemotronConfig, rows
             yield (start + stride * torch.arange(length + 1)) % 16
     from tokenizers import Tokenizer
 
-    ids = torch.tensor(Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text.read_text()).ids)
+    try:
+        written = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise JetExportError(f"--text {text}: not UTF-8 (byte {e.start}).") from None
+    ids = torch.tensor(Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(written).ids)
     if len(ids) <= length + 1:
         raise JetExportError(f"--text {text}: {len(ids)} tokens, a row takes {length + 1}.", "Pass a longer text.")
     while True:
@@ -188,17 +207,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.toy:
-        args.checkpoint, args.config = make_toy(args.toy, args.seed)
-        args.output = args.output or args.toy / "jet"
-    if not (args.checkpoint and args.config and args.output):
+    if not (args.toy or (args.checkpoint and args.config and args.output)):
         parser.error("--checkpoint, --config and --output are needed (or --toy DIR)")
     return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises JetExportError for options that the training or the saving would end at. Makes the toy."""
+    for name in ("steps", "batch", "length"):
+        if getattr(args, name) < 1:
+            raise JetExportError(f"--{name} {getattr(args, name)}: must be at least 1.")
+    target_device(args.device.partition(":")[0])
+    if args.toy:
+        check_directory(args.toy, "--toy")
+        args.output = args.output or args.toy / "jet"
+    check_directory(args.output)
+    if args.text and not args.text.is_file():
+        raise JetExportError(f"--text {args.text}: no such file.")
+    if args.toy:
+        args.checkpoint, args.config = make_toy(args.toy, args.seed)
+    if args.text and not (args.checkpoint / "tokenizer.json").is_file():
+        raise JetExportError(
+            f"--text: {args.checkpoint} has no tokenizer.json.", "Download it, or leave --text out: rows that count."
+        )
 
 
 def main() -> None:
     args = parse_arguments()
     try:
+        check(args)
         config = JetNemotronConfig.from_json_file(args.config)
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         model = retrofit(args.checkpoint, config, dtype, args.seed)

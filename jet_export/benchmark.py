@@ -39,7 +39,7 @@ class Case:
     chunk: int  # most tokens of one sequence in one prefill call
     new_tokens: int = 128
     fill: str = "auto"
-    repeats: int = 1  # fills, of which the last one is decoded from
+    repeats: int = 1  # fills, of which the last one is decoded from; fewer where `fill_seconds` would not do
 
     @property
     def tokens(self) -> int:
@@ -106,7 +106,7 @@ def measure_case(engine: Engine, case: Case, seed: int, fill_seconds: float, cud
     if fill is not None:
         filled = "prefill"
         calls, ttft = fill
-        seconds = sum(calls) / 1e3 / case.repeats
+        seconds = sum(calls) / 1e3 / (len(calls) / run.calls_a_fill)
     else:
         calls, ttft = run.probe_prefill(), []
         first, last = run.probed_tokens()
@@ -165,20 +165,21 @@ class Run:
         self.reset()
 
     def fill(self, seconds: float) -> tuple[list[float], list[float]] | None:
-        """Milliseconds of every call, and every sequence's time to its first token; None where it takes too long."""
+        """Milliseconds of every call, and every sequence's time to its first token; None where one takes too long."""
         calls, ttft = [], []
-        begin, done, total = time.monotonic(), 0, self.case.repeats * self.calls_a_fill
-        for _ in range(self.case.repeats):
+        begin, total = time.monotonic(), self.calls_a_fill
+        for i in range(self.case.repeats):
+            if i and (time.monotonic() - begin) * (i + 1) / i > seconds:
+                break
             self.reset()
             spent = 0.0
             for slots, first, end in self.calls():
                 calls.append(stopwatch(partial(self.prefill, slots, first, end), self.device))
                 spent += calls[-1]
-                done += 1
                 if end == self.case.context:
                     ttft += [spent] * len(slots)
-                elapsed = time.monotonic() - begin
-                if elapsed * max(1.0, total / done) > seconds and done >= min(PROBES, total):
+                done, elapsed = len(calls), time.monotonic() - begin
+                if i == 0 and elapsed * total / done > seconds and done >= min(PROBES, total):
                     return None
         return calls, ttft
 

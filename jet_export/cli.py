@@ -160,25 +160,27 @@ def inspect(
     fp8: Annotated[bool, typer.Option("--fp8", help="With --model: FP8 projections.")] = False,
     kv_cache_dtype: Annotated[str, typer.Option(help="With --model: auto or fp8.")] = "auto",
     state_dtype: Annotated[str, typer.Option(help="With --model: float32 or bfloat16.")] = "float32",
-    prefill_chunk: Annotated[int, typer.Option(help="With --model: tokens a prefill call.")] = 2048,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="With --model: tokens a prefill call; default 2048.")
+    ] = None,
     tpot_ms: Annotated[float | None, typer.Option(help="Milliseconds a token: the largest batch within it.")] = None,
     measured: Annotated[
         Path | None, typer.Option(help="With --tpot-ms: a bench.json; default a committed one.")
     ] = None,
 ) -> None:
     """Layers, precisions, sizes, and the memory that a batch and a context length take."""
-    from jet_export.report import inspect_bundle, inspect_model, print_prediction
+    from jet_export.report import check_inspect, inspect_bundle, inspect_model, print_prediction
 
-    if (bundle is None) == (model is None):
-        raise JetExportError("inspect: give a bundle or --model, one of the two.")
+    check_inspect(bundle, model, batch, context, kv_cache_dtype, state_dtype, prefill_chunk, tpot_ms, measured)
+    chunk = prefill_chunk or 2048
     if tpot_ms is not None:
-        print_prediction(bundle, model, context, tpot_ms, measured, (fp8, kv_cache_dtype, state_dtype))
+        print_prediction(bundle, model, context, tpot_ms, measured, (fp8, kv_cache_dtype, state_dtype), chunk)
         return
     if bundle is not None:
         inspect_bundle(bundle, batch, context)
     else:
         assert model is not None
-        inspect_model(model, batch or 1, context, fp8, kv_cache_dtype, state_dtype, prefill_chunk)
+        inspect_model(model, batch or 1, context, fp8, kv_cache_dtype, state_dtype, chunk)
 
 
 @app.command(epilog="Example: jet-export serve bundles/jet-tiny-fp8-inductor --openai --port 8000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -83,6 +84,32 @@ def memory_table(m: Memory) -> Table:
     return table
 
 
+def check_inspect(
+    bundle: Path | None, model: str | None, batch: int | None, context: int | None, kv_cache_dtype: str,
+    state_dtype: str, prefill_chunk: int | None, tpot_ms: float | None, measured: Path | None,
+) -> None:  # fmt: skip
+    """Raises JetExportError for options of inspect that make no sense, or none together."""
+    if (bundle is None) == (model is None):
+        raise JetExportError("inspect: give a bundle or --model, one of the two.")
+    for flag, number in (("--batch", batch), ("--context", context), ("--prefill-chunk", prefill_chunk)):
+        if number is not None and number < 1:
+            raise JetExportError(f"inspect {flag} {number}: must be at least 1.")
+    for flag, value, known in (
+        ("--kv-cache-dtype", kv_cache_dtype, ("auto", "bfloat16", "fp8")),
+        ("--state-dtype", state_dtype, ("float32", "bfloat16")),
+    ):
+        if value not in known:
+            raise JetExportError(f"inspect {flag} {value}: not known.", f"Known: {', '.join(known)}.")
+    if bundle is not None and prefill_chunk is not None:
+        raise JetExportError("inspect --prefill-chunk: belongs to --model; a bundle has its own.", "Leave it out.")
+    if measured is not None and tpot_ms is None:
+        raise JetExportError("inspect --measured: belongs to --tpot-ms.", "Add --tpot-ms 20, or leave it out.")
+    if batch is not None and tpot_ms is not None:
+        raise JetExportError("inspect --batch: --tpot-ms finds the batch itself.", "Leave one of the two out.")
+    if tpot_ms is not None and (context is None or not 0 < tpot_ms < math.inf):
+        raise JetExportError("inspect --tpot-ms: needs --context and a positive time.", "--context 65536 --tpot-ms 20")
+
+
 def inspect_model(
     model: str, batch: int, context: int | None, fp8: bool, kv_cache_dtype: str, state_dtype: str, chunk: int
 ) -> None:
@@ -91,7 +118,6 @@ def inspect_model(
     dtype = torch.bfloat16
     kv = dtype if kv_cache_dtype == "auto" else torch_dtype(kv_cache_dtype)
     length = context or config.max_position_embeddings
-    _positive(batch, length)
     limits = Limits(batch, length, min(chunk, length))
     memory = engine_memory(config, limits, dtype, kv, torch_dtype(state_dtype), weight_bytes(config, dtype, fp8))
     out = console()
@@ -106,7 +132,6 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     m = Manifest.load(bundle)
     c = m.config
     batch, context = batch or m.limits.max_batch_size, context or m.limits.max_seq_len
-    _positive(batch, context)
     out = console()
     out.print(f"{m.model['name']}: {architecture(c)}", markup=False)
     out.print(f"backend {m.backend['name']} (torch {m.backend['torch']}) for {m.target['arch']}; built "
@@ -139,13 +164,13 @@ def print_prediction(
     tpot_ms: float,
     measured: Path | None,
     dtypes: tuple[bool, str, str],  # with --model: fp8, KV cache, state
+    chunk: int,  # with --model
 ) -> None:
     """The largest batch that keeps a time per token, from a measured table. Raises JetExportError without a table."""
     from jet_export.speed import predict as p
     from jet_export.speed.rows import precision_name, precision_of
 
-    if context is None or context < 1 or not tpot_ms > 0:
-        raise JetExportError("inspect --tpot-ms: needs --context and a positive time.", "--context 65536 --tpot-ms 20")
+    assert context is not None  # check_inspect
     if bundle is not None:
         m = Manifest.load(bundle)
         name, c, precision, chunk = m.model["name"], m.config, precision_of(m), m.limits.prefill_chunk
@@ -153,7 +178,7 @@ def print_prediction(
     else:
         assert model is not None
         fp8, kv, state = dtypes
-        name, c, chunk = model, load_config(model), 2048
+        name, c = model, load_config(model)
         names = ("bfloat16", "bfloat16" if kv == "auto" else _name(torch_dtype(kv)), state)
         precision = precision_name(fp8, *names)
         weights = weight_bytes(c, torch.bfloat16, fp8)
@@ -217,11 +242,6 @@ def ranges(numbers: list[int]) -> str:
         else:
             spans.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-def _positive(batch: int, context: int) -> None:
-    if batch < 1 or context < 1:
-        raise JetExportError(f"inspect: batch {batch} and context {context} must be at least 1.")
 
 
 SHOWN_FAILURES = 12

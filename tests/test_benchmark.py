@@ -89,6 +89,25 @@ def test_auto_gives_up_filling(engine):
     assert [m.filled_by for m in measure_engine(engine, [case], fill_seconds=60)] == ["prefill"]
 
 
+def test_fills_are_repeated_while_the_time_allows(engine, monkeypatch):
+    """Each takes 4 s of this clock, 2 a call: one more is begun only if it would end in time."""
+    clock = [0.0]
+    monkeypatch.setattr("jet_export.benchmark.time.monotonic", lambda: clock[0])
+
+    def call(fn, device):
+        fn()
+        clock[0] += 2
+        return 2e3
+
+    monkeypatch.setattr("jet_export.benchmark.stopwatch", call)
+    case = Case(1, 32, 16, 4, repeats=5)
+    for seconds, fills in ((3, 0), (7, 1), (9, 2), (60, 5)):
+        clock[0] = 0.0
+        (m,) = measure_engine(engine, [case], fill_seconds=seconds)
+        assert (len(m.ttft), m.filled_by) == (fills, "prefill" if fills else "synthetic")
+        assert m.prefill_tokens_per_s == pytest.approx(8)
+
+
 def test_the_first_steps_are_dropped(engine, monkeypatch):
     ticks = iter(range(1, 1000))  # the first is the prefill call's
     monkeypatch.setattr("jet_export.benchmark.stopwatch", lambda fn, device: fn() or float(next(ticks)))

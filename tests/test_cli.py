@@ -237,6 +237,30 @@ def test_inspect_before_building(workdir, monkeypatch, capsys) -> None:
     assert "must be at least 1" in refused(monkeypatch, capsys, "inspect", "--model", "jet-4b", "--batch", "-2")
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch", "0"], "inspect --batch 0: must be at least 1"),
+        (["--context", "0"], "inspect --context 0: must be at least 1"),
+        (["--prefill-chunk", "0"], "inspect --prefill-chunk 0: must be at least 1"),
+        (["--prefill-chunk", "-5"], "inspect --prefill-chunk -5: must be at least 1"),
+        (["--state-dtype", "foo"], "inspect --state-dtype foo: not known"),
+        (["--context", "64", "--tpot-ms", "20", "--state-dtype", "foo"], "inspect --state-dtype foo: not known"),
+        (["--context", "64", "--tpot-ms", "20", "--kv-cache-dtype", "foo"], "inspect --kv-cache-dtype foo: not known"),
+        (["--measured", "bench.json"], "inspect --measured: belongs to --tpot-ms"),
+    ],
+)
+def test_inspect_refuses(workdir, monkeypatch, capsys, args: list[str], message: str) -> None:
+    assert message in refused(monkeypatch, capsys, "inspect", "--model", "jet-4b", *args)
+
+
+def test_inspect_of_a_bundle_refuses(bundle, monkeypatch, capsys) -> None:
+    for flag in ("--batch", "--context"):
+        assert f"inspect {flag} 0" in refused(monkeypatch, capsys, "inspect", str(bundle), flag, "0")
+    err = refused(monkeypatch, capsys, "inspect", str(bundle), "--prefill-chunk", "16")
+    assert "inspect --prefill-chunk: belongs to --model" in err
+
+
 def test_importing_is_light() -> None:
     """transformers, modelopt and tensorrt are imported only where they are used."""
     import subprocess

@@ -19,10 +19,11 @@ from jet_export.memory import available_memory, free_cached
 from jet_export.runtime.engine import load_engine
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.speed import report
-from jet_export.speed.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases
+from jet_export.speed.output import check_directory
+from jet_export.speed.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases, wanted
 from jet_export.speed.ratios import SHAPED, Ratio, headline
 from jet_export.speed.roofline import Peaks, bundle_weights, measure_peaks, product_dtypes
-from jet_export.speed.rows import Row, measure_rows
+from jet_export.speed.rows import Row, measure_rows, precision_of
 from jet_export.speed.serving import ServingRow, serve_burst
 from jet_export.speed.verified import Verdict, require_verified
 
@@ -79,14 +80,15 @@ class BundleRun:
 
 def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str, Any]:
     """Measure and print; returns what bench.json holds. Raises JetExportError, before any timing, for options that
-    make no sense and for a bundle that verify fails."""
+    make no sense and for a bundle that verify fails; and where every case was skipped."""
     if options.asked.protocol not in PROTOCOLS:
         raise JetExportError(
             f"--protocol {options.asked.protocol}: not known.", f"Known: {', '.join(sorted(PROTOCOLS))}."
         )
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
     manifest = Manifest.load(options.bundle)
+    wanted(options.asked, manifest.limits)
+    if options.output is not None:
+        check_directory(options.output)
     baselines = [baseline_bundle(name, manifest, emit) for name in options.baselines]
     result: dict[str, Any] = {"environment": environment(), "command": " ".join(command)}
     result["protocol"] = options.asked.protocol
@@ -104,6 +106,9 @@ def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str
         runs.append(run_bundle(options, bundle, sweep, emit, lambda r: None))
         ratios += headline(ours.rows, runs[-1].rows)
         save(bundles=[r.to_dict() for r in runs], ratios=[asdict(r) for r in ratios])
+    if not any(r.rows or r.serving for r in runs):
+        skipped = dict.fromkeys(line for r in runs for line in report.skipped_lines(r.skipped))
+        raise JetExportError("bench: no case could be measured.", "\n".join(skipped))
     save(bundles=[r.to_dict() for r in runs], ratios=[asdict(r) for r in ratios], complete=True)
     show(runs, ratios, emit)
     if options.output is not None:
@@ -201,12 +206,8 @@ def show(runs: Sequence[BundleRun], ratios: Sequence[Ratio], emit: Emit) -> None
     rows = [r for run in runs for r in run.rows]
     if rows:
         out.print(report.table(rows))
-    for r in (r for run in runs for r in run.serving):
-        emit(
-            f"serving: {r.requests} requests at once, {r.slots} slots, {r.context} + {r.new_tokens} tokens: "
-            f"{r.tokens_per_s:,.0f} new tokens/s, TTFT p50 {r.ttft_p50:,.0f} ms p99 {r.ttft_p99:,.0f} ms, "
-            f"a token p50 {r.ms_per_token_p50:.3g} ms p99 {r.ms_per_token_p99:.3g} ms"
-        )
+    if serving := serving_rows(runs):
+        out.print(report.serving_table(serving))
     for line in [*report.footnotes(rows), *(n for run in runs for n in run.notes)]:
         emit(line)
     for line in dict.fromkeys(line for run in runs for line in report.skipped_lines(run.skipped)):
@@ -217,8 +218,13 @@ def show(runs: Sequence[BundleRun], ratios: Sequence[Ratio], emit: Emit) -> None
             emit(line)
 
 
+def serving_rows(runs: Sequence[BundleRun]) -> list[tuple[str, str, ServingRow]]:
+    """Of all bundles, each with its model and precision."""
+    return [(run.manifest.model["name"], precision_of(run.manifest), r) for run in runs for r in run.serving]
+
+
 def write_files(directory: Path, runs: Sequence[BundleRun], result: dict[str, Any], emit: Emit) -> None:
-    """bench.csv and bench.png beside bench.json."""
+    """bench.csv and bench.png beside bench.json; of the serving protocol no picture."""
     rows = [r for run in runs for r in run.rows]
     written = ["bench.json"]
     if rows:
@@ -229,10 +235,14 @@ def write_files(directory: Path, runs: Sequence[BundleRun], result: dict[str, An
             written.append("bench.png")
         except JetExportError as e:
             emit(str(e))
+    elif serving := serving_rows(runs):
+        report.write_serving_csv(directory / "bench.csv", serving)
+        written.append("bench.csv")
     emit(f"written: {', '.join(str(directory / name) for name in written)}")
 
 
 def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(".tmp")
     tmp.write_text(text, encoding="utf-8")
     tmp.replace(path)

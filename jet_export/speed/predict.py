@@ -3,9 +3,9 @@
     step = overhead + bytes / bandwidth + sequences * each,     bytes as roofline.step_bytes counts them
 
 is fitted to the table's decode steps by least squares of the relative error, no term negative; one table for one bundle
-on one device. `each` is the arithmetic that grows with the batch. Steps of one sequence, which another package decodes,
-are fitted apart where there are enough others. The error is that of each row predicted from all the
-others. Memory is memory.py's; nothing is run.
+on one device. `each` is the arithmetic that grows with the batch; fewer than MIN_BATCHES batches cannot tell it from
+the overhead. Steps of one sequence, which another package decodes, are fitted apart where there are enough others. The
+error is that of each row predicted from all the others. Memory is memory.py's; nothing is run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from jet_export.speed.roofline import step_bytes
 from jet_export.speed.rows import Row, row_from_dict
 
 MIN_ROWS = 4  # to fit three numbers and be wrong about a fourth
+MIN_BATCHES = 3  # different ones
 USABLE = 0.92  # of a GPU's memory, as memory.available_memory
 
 
@@ -61,9 +62,25 @@ class Table:
         return int(USABLE * self.gpu_bytes) if self.gpu_bytes else available_memory(torch.device("cpu"))
 
     @property
+    def enough(self) -> bool:
+        return len(self.rows) >= MIN_ROWS and len({r.batch for r in self.rows}) >= MIN_BATCHES
+
+    @property
     def named(self) -> str:
         names = ", ".join(f"{f.parent.name}/{f.name}" for f in self.files)
         return f"{self.model} {self.precision} on {self.device}, {self.date}, {names}"
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Steps of one sequence, which a package of its own decodes on a GPU: Fit's seconds a byte, another overhead."""
+
+    overhead: float
+    byte: float
+    errors: tuple[float, ...]  # of each step predicted from the others; empty where there is one
+
+    def seconds(self, nbytes: float) -> float:
+        return self.overhead + self.byte * nbytes
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ class Prediction:
     memory: Memory | None
     fit: Fit
     errors: tuple[float, ...]  # relative, of each step that was fitted, predicted from the others
+    alone: Alone | None  # where steps of one sequence are fitted apart
 
     @property
     def tokens_per_s(self) -> float:
@@ -105,19 +123,20 @@ def committed_tables() -> list[Path]:
 
 def find_table(model: str, precision: str, measured: Path | None) -> Table:
     """The table of this model and precision: from `measured`, or the committed files of the bundle and device with the
-    most steps. Raises JetExportError, saying how to make one, where there is none."""
+    most steps, and batches enough. Raises JetExportError, saying how to make one, where there is none."""
     found: dict[tuple[str, str], Table] = {}
     for file in [measured] if measured else committed_tables():
         for table in read_tables(file):
             if (table.model, table.precision) == (model, precision):
                 key = (table.device, table.bundle)
                 found[key] = joined(found[key], table) if key in found else table
-    best = max(found.values(), key=lambda t: len(t.rows), default=None)
-    if best is not None and len(best.rows) >= MIN_ROWS:
+    best = max((t for t in found.values() if t.enough), key=lambda t: len(t.rows), default=None)
+    if best is not None:
         return best
     where = str(measured) if measured else "benchmarks/results"
     raise JetExportError(
-        f"--tpot-ms: {where} has no measured table of {model} {precision} (at least {MIN_ROWS} decode steps).",
+        f"--tpot-ms: {where} has no measured table of {model} {precision} (at least {MIN_ROWS} decode steps, "
+        f"of at least {MIN_BATCHES} batches).",
         "Make one where it will run: jet-export bench BUNDLE --contexts 4096,65536 --batch 1,8,64 --output DIR, "
         "then add --measured DIR/bench.json",
     )
@@ -154,6 +173,16 @@ def left_out_errors(points: Sequence[tuple[float, int, float]]) -> tuple[float, 
     return tuple(out)
 
 
+def fit_alone(points: Sequence[tuple[float, int, float]], byte: float) -> Alone | None:
+    """Of the steps of one sequence; None where there is none."""
+    left = [(seconds - byte * nbytes, seconds) for nbytes, batch, seconds in points if batch == 1]
+    if not left:
+        return None
+    total = sum(overhead for overhead, _ in left)
+    errors = [abs((total - o) / (len(left) - 1) - o) / seconds for o, seconds in left] if len(left) > 1 else []
+    return Alone(total / len(left), byte, tuple(errors))
+
+
 def predict(
     c: JetNemotronConfig, dtypes: tuple[str, str, str], weights: int, table: Table, context: int, tpot_ms: float,
     available: int, chunk: int,
@@ -164,34 +193,38 @@ def predict(
     if len(several) < MIN_ROWS:
         several = points
     fit = fit_steps(several)
-    # one sequence alone is decoded by a package of its own on a GPU: the same bytes a second, another overhead
-    alone = [s - fit.byte * n for n, batch, s in points if batch == 1 and several is not points]
+    alone = fit_alone(points, fit.byte) if several is not points else None
     read = table.rows[0].step_bytes["weights"]
     dtype, kv, state = (torch_dtype(d) for d in dtypes)
     specs = state_specs(c, dtype, kv, state)
 
     def seconds(batch: int) -> float:
         total = step_bytes(c, specs, read, batch, context).total
-        return statistics.mean(alone) + fit.byte * total if batch == 1 and alone else fit.seconds(total, batch)
+        return alone.seconds(total) if batch == 1 and alone else fit.seconds(total, batch)
 
     most = largest_batch(c, context, min(chunk, context), dtype, kv, state, weights, available)
     each = seconds(3) - seconds(2)
     in_time = int(seconds(1) <= tpot_ms * 1e-3)
     if seconds(2) <= tpot_ms * 1e-3:
-        in_time = int((tpot_ms * 1e-3 - seconds(2)) / each + 2 + 1e-9) if each > 0 else most + 1
+        in_time = int(min((tpot_ms * 1e-3 - seconds(2)) / each + 2 + 1e-9, most + 1)) if each > 0 else most + 1
     batch = min(in_time, most)
     limits = Limits(max(batch, 1), context, min(chunk, context))
     memory = engine_memory(c, limits, dtype, kv, state, weights) if batch else None
     bound = "time" if in_time <= most else "memory"
-    return Prediction(batch, seconds(max(batch, 1)), bound, memory, fit, left_out_errors(several))
+    return Prediction(batch, seconds(max(batch, 1)), bound, memory, fit, left_out_errors(several), alone)
 
 
 def lines(p: Prediction, table: Table, context: int, tpot_ms: float) -> list[str]:
     """What inspect prints."""
-    median, worst = statistics.median(p.errors), max(p.errors)
     out = [f"from {len(p.errors)} measured decode steps: {table.named}",
            f"step = {1e3 * p.fit.overhead:.3g} ms + {1e12 * p.fit.byte:.3g} ms/GB + {1e3 * p.fit.each:.3g} ms/seq.; "
-           f"each step predicted from the others is off by {median:.1%} (median), {worst:.1%} (worst)"]  # fmt: skip
+           f"each step predicted from the others is off by {_off(p.errors)}"]  # fmt: skip
+    if p.batch <= 1 and p.alone:
+        steps, errors = max(len(p.alone.errors), 1), p.alone.errors
+        out.append(f"step of one sequence, fitted apart to {steps} measured = {1e3 * p.alone.overhead:.3g} ms + "
+                   f"{1e12 * p.alone.byte:.3g} ms/GB; "
+                   + (f"each predicted from the others is off by {_off(errors)}" if errors
+                      else "there is no other to say how far it is off"))  # fmt: skip
     seen = [r.context for r in table.rows]
     if not min(seen) <= context <= max(seen):
         out.append(f"context {context} lies outside the measured ones, {min(seen)} to {max(seen)}: extrapolated")
@@ -203,3 +236,7 @@ def lines(p: Prediction, table: Table, context: int, tpot_ms: float) -> list[str
         out.append(f"batch {p.batch} is beyond the largest measured, {biggest}: extrapolated")
     return [*out, f"largest batch within {tpot_ms:g} ms a token at context {context}: {p.batch} (bound by {p.bound}); "
             f"predicted {p.tokens_per_s:,.0f} tokens/s, {1e3 * p.seconds:.3g} ms a token"]  # fmt: skip
+
+
+def _off(errors: Sequence[float]) -> str:
+    return f"{statistics.median(errors):.1%} (median), {max(errors):.1%} (worst)"

@@ -21,7 +21,7 @@ PROTOCOLS = ("latency", "paper", "serving")
 PAPER = {4096: (1024, 256), 65536: (128, 2048), 262144: (64, 2048)}  # context: batch, chunk
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 NEW_TOKENS = 128
-FIRST_TOKENS = 10  # fills of a latency case, each of which gives a time to first token
+FIRST_TOKENS = 10  # most fills of a latency case, each of which gives a time to first token
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def parse_batches(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     words = text.split(",")
-    if any(w != "auto" and not (w.isdigit() and int(w)) for w in words):
+    if any(w != "auto" and not (w.isascii() and w.isdecimal() and int(w)) for w in words):
         raise JetExportError(f"--batch {text}: neither auto nor positive numbers.")
     return tuple(dict.fromkeys(0 if w == "auto" else int(w) for w in words))
 
@@ -120,7 +120,7 @@ def plan_cases(asked: Asked, room: Room) -> tuple[list[Case], list[Skipped], lis
                     + rebuild(room.manifest, Limits(most, limits.max_seq_len, limits.prefill_chunk))
                 )
             batch = max(batch, 1)
-        repeats = FIRST_TOKENS if asked.protocol == "latency" and batch == 1 and context <= 16384 else 1
+        repeats = FIRST_TOKENS if asked.protocol == "latency" and batch == 1 else 1
         case = Case(batch, context, chunk, asked.new_tokens, "auto", repeats)
         problem = unfit(case, room)
         if problem is None:

@@ -6,7 +6,7 @@ import csv
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jet_export.speed.protocols import Skipped
 from jet_export.speed.ratios import SHAPED, Ratio
 from jet_export.speed.references import PAPER_DECODE_RATIO, PAPER_PREFILL_RATIO, Reference, references_of
 from jet_export.speed.rows import Row
+from jet_export.speed.serving import ServingRow
 
 MOST_LINES = 12  # of a picture; more cannot be told apart
 
@@ -36,6 +37,21 @@ def table(rows: Sequence[Row]) -> Table:
             f"{r.decode_tokens_per_s:,.0f}", f"{r.ms_per_token:.3g}", f"{r.ms_per_token_p90:.3g}",
             f"{r.decode_of_roofline:.0%}", milliseconds(r.ttft_p50), milliseconds(r.ttft_p99),
             human(r.memory_peak or r.memory_predicted) + ("" if r.memory_peak else " pred."), r.filled_by,
+        )  # fmt: skip
+    return out
+
+
+def serving_table(rows: Sequence[tuple[str, str, ServingRow]]) -> Table:
+    """A row a burst of requests; new tokens/s of all of them together, ms/token of one."""
+    out = Table(box=None, header_style="bold")
+    names = ("model", "context", "new tokens", "requests", "slots", "new tok/s", "TTFT p50", "p99", "ms/token", "p99")
+    for name in names:
+        out.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for model, precision, r in rows:
+        out.add_row(
+            f"{SHAPED.get(model, model)} {precision}", str(r.context), str(r.new_tokens), str(r.requests), str(r.slots),
+            f"{r.tokens_per_s:,.0f}", milliseconds(r.ttft_p50), milliseconds(r.ttft_p99),
+            f"{r.ms_per_token_p50:.3g}", f"{r.ms_per_token_p99:.3g}",
         )  # fmt: skip
     return out
 
@@ -105,7 +121,16 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         record = asdict(r)
         record.update({f"step_bytes_{k}": v for k, v in record.pop("step_bytes").items()})
         records.append(record)
-    names = list(records[0]) if records else [f.name for f in fields(Row)]
+    _write_records(path, records)
+
+
+def write_serving_csv(path: Path, rows: Sequence[tuple[str, str, ServingRow]]) -> None:
+    """A line a row: model, precision and its figures."""
+    _write_records(path, [{"model": model, "precision": precision, **asdict(r)} for model, precision, r in rows])
+
+
+def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    names = list(records[0])
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, names)
         writer.writeheader()

@@ -86,3 +86,52 @@ def test_torch_compile_makes_two_graphs_for_every_batch(ablation) -> None:
         want, got = ([r.prefill(slots, prompts).clone(), r.decode(slots, tokens).clone()] for r in runners)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert counters["stats"]["unique_graphs"] - before == 2
+
+
+def run(ablation, monkeypatch, *args: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--device", "cpu", *args])
+    return ablation.cli(ablation.main)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "nope"], "--model nope: no such preset"),
+        (["--cases", "0:64:64"], "--cases 0:64:64: every number must be at least 1"),
+        (["--cases", "4:64:64", "--max-batch-size", "2"], "batch 4 exceeds max_batch_size 2"),
+        (["--new-tokens", "1"], "--new-tokens 1: must be at least 2"),
+        (["--rows", "eager"], "--rows eager: not known"),
+        (["--device", "tpu"], "--device tpu: not known"),
+        (["--output", "FILE/x.json"], "FILE is a file"),
+        (["--output", "."], "--output .: is a directory"),
+    ],
+)
+def test_bad_input_is_refused_before_anything(ablation, monkeypatch, tmp_path, capsys, args, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    monkeypatch.setattr(ablation, "run_row", lambda *a: pytest.fail("ran"))
+    assert run(ablation, monkeypatch, "--output", "x.json", *args) == 2
+    assert message in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_only_a_row_that_its_gate_holds_back_may_be_without_figures(ablation, monkeypatch, tmp_path) -> None:
+    def outcome(error: str, gated: bool) -> int:
+        def run_row(row, *rest):
+            if row != "+ bf16 state":
+                return ablation.Result(row, {"B1 64": 1.0}, {}, {})
+            if not gated:
+                raise JetExportError(error)
+            return ablation.Result(row, {}, {}, {}, left_out=error, gated=True)
+
+        monkeypatch.setattr(ablation, "run_row", run_row)
+        return run(ablation, monkeypatch, "--cases", "1:64:64", "--output", str(tmp_path / "x.json"))
+
+    assert outcome("bfloat16 failed its gate", True) == 0
+    assert outcome("layers.3.mlp.gate_up_proj: wrong size", False) == 1
+
+
+def test_the_gate_marks_its_row(ablation, monkeypatch, tmp_path) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(ablation, "GATE", tmp_path / "none.json")
+    assert ablation.run_row("+ bf16 state", SimpleNamespace(device="cpu"), [], None).gated

@@ -88,6 +88,8 @@ def test_what_cannot_run_says_so(tmp_path) -> None:
     if "comes with the CUDA toolkit" in missing.stderr:  # not where /usr/local/cuda has one
         assert missing.returncode == 2
     assert script("--tools", "valgrind").returncode == 2
+    none = script("--processes", "0")
+    assert none.returncode == 2 and none.stderr == "--processes 0: must be at least 1.\n"
 
 
 def test_the_problems_run_on_a_cpu() -> None:

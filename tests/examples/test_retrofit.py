@@ -106,3 +106,55 @@ def test_a_missing_tensor_is_named(tmp_path) -> None:
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(JetExportError, match=r"tensor model.layers.1.self_attn.k_proj.bias is missing \(1 in all\)"):
         retrofit.retrofit(checkpoint, JetNemotronConfig.from_json_file(best), torch.float32, 0)
+
+
+def refused(monkeypatch, capsys, *args: str) -> str:
+    import retrofit
+
+    monkeypatch.setattr(sys, "argv", ["retrofit.py", "--device", "cpu", *args])
+    monkeypatch.setattr(retrofit, "train", lambda *a: pytest.fail("trained"))
+    with pytest.raises(SystemExit) as e:
+        retrofit.main()
+    assert e.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--checkpoint", "nowhere"], "error: --checkpoint: nowhere/config.json cannot be read"),
+        (["--text", "nowhere.txt"], "error: --text nowhere.txt: no such file"),
+        (["--text", "FILE"], "error: --text: toy-qwen has no tokenizer.json"),
+        (["--batch", "0"], "error: --batch 0: must be at least 1"),
+        (["--length", "0"], "error: --length 0: must be at least 1"),
+        (["--steps", "0"], "error: --steps 0: must be at least 1"),
+        (["--steps", "-1"], "error: --steps -1: must be at least 1"),
+        (["--device", "tpu"], "error: --device tpu: not known"),
+        (["--output", "FILE"], "error: --output FILE: FILE is a file"),
+        (["--toy", "FILE"], "error: --toy FILE: FILE is a file"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, args, message) -> None:
+    import retrofit
+
+    monkeypatch.chdir(tmp_path)
+    retrofit.make_toy(Path())
+    Path("FILE").touch()
+    before = sorted(tmp_path.rglob("*"))
+    given = ["--checkpoint", "toy-qwen", "--config", "best.json", "--output", "out", *args]
+    assert message in refused(monkeypatch, capsys, *given)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cuda_on_a_cpu_build_is_refused(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    err = refused(monkeypatch, capsys, "--toy", str(tmp_path / "toy"), "--device", "cuda")
+    assert "error: --device cuda: " in err and not (tmp_path / "toy").exists()
+
+
+def test_a_text_that_is_not_utf8_is_refused(tmp_path) -> None:
+    import retrofit
+
+    (tmp_path / "t").write_bytes(b"caf\xe9")
+    with pytest.raises(JetExportError, match=r"t: not UTF-8 \(byte 3\)"):
+        next(retrofit.batches(tmp_path / "t", tmp_path, retrofit.toy_config(), 1, 1, 0))

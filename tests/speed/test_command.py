@@ -1,5 +1,6 @@
 """`jet-export bench`: correctness before speed, and what is measured, written and refused."""
 
+import csv
 import json
 import sys
 from types import SimpleNamespace
@@ -149,6 +150,20 @@ def test_serving_finishes_every_request(bundle, outcome) -> None:
     assert r["total_tokens_per_s"] == pytest.approx(r["tokens_per_s"] * 46 / 6)
 
 
+def test_serving_is_a_table_and_a_csv(bundle, outcome, tmp_path, capsys) -> None:
+    lines: list[str] = []
+    result = run(bundle, 40, 8, protocol="serving", batches=(2,), output=tmp_path / "out", lines=lines)
+    (b,) = result["bundles"]
+    with open(tmp_path / "out" / "bench.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    for line, r in zip(rows, b["serving"], strict=True):
+        assert line == {"model": "mini", "precision": "fp32", **{k: str(v) for k, v in r.items()}}
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[:4] == ["model", "context", "new", "tokens"]
+    assert [line.split()[:6] for line in out[1:]] == [["mini", "fp32", n, "6", "8", "2"] for n in ("40", "8")]
+    assert lines[-1] == f"written: {tmp_path / 'out' / 'bench.json'}, {tmp_path / 'out' / 'bench.csv'}"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -157,6 +172,8 @@ def test_serving_finishes_every_request(bundle, outcome) -> None:
         (["--batch", "most"], "--batch most: neither auto"),
         (["--new-tokens", "1"], "--new-tokens 1: must be at least 2"),
         (["--baseline", "qwen9"], "--baseline qwen9: neither a bundle nor a baseline"),
+        (["--batch", "²"], "--batch ²: neither auto"),
+        (["--protocol", "paper", "--contexts", "5000"], "the paper has no context of 5000 tokens"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(bundle, outcome, monkeypatch, capsys, args, message) -> None:
@@ -164,6 +181,31 @@ def test_bad_options_are_refused_before_anything_runs(bundle, outcome, monkeypat
     with pytest.raises(SystemExit) as e:
         cli.main()
     assert e.value.code == 2 and message in capsys.readouterr().err and outcome.runs == 0
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_runs(bundle, outcome, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(JetExportError, match=r"--output .*: .*file is a file.\nName a directory"):
+            run(bundle, 32, output=output)
+    assert outcome.runs == 0 and (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_is_refused_leaves_no_directory(bundle, outcome, tmp_path) -> None:
+    for directory, asked in ((tmp_path / "nosuch", {}), (bundle, {"protocol": "paper"})):
+        with pytest.raises(JetExportError):
+            run(directory, 32, output=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_every_case_is_skipped_nothing_is_complete(bundle, outcome, tmp_path) -> None:
+    for protocol in ("latency", "serving"):
+        lines: list[str] = []
+        with pytest.raises(JetExportError) as e:
+            run(bundle, 512, 1024, output=tmp_path / "out", protocol=protocol, lines=lines)
+        assert str(e.value).startswith("bench: no case could be measured.\nskipped: context 512, batch 1")
+        assert "--max-seq-len 1030" in str(e.value) and not any("skipped" in line for line in lines)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_baseline_is_built_with_the_limits_of_the_bundle(bundle, monkeypatch, tmp_path) -> None:

@@ -93,6 +93,51 @@ def test_files_of_one_bundle_and_device_are_one_table(table, tmp_path, monkeypat
         module.find_table("jet-2b", "bf16", None)
 
 
+def test_a_table_that_cannot_tell_overhead_from_sequences_is_no_table(table, tmp_path, monkeypatch) -> None:
+    """Steps of one batch, or two, leave the cost of a sequence open, however many they are."""
+    from jet_export.speed import predict as module
+
+    one = [measured(1, c) for c in (1024, 2048, 4096, 8192, 16384, 32768, 65536)]
+    poor = tmp_path / bench_json(tmp_path / "poor.json", one, "x")
+    two = tmp_path / bench_json(tmp_path / "two.json", [*one, measured(64, 4096)], "y")
+    rich = tmp_path / bench_json(tmp_path / "rich.json", table.rows, "z")
+    for file in (poor, two):
+        with pytest.raises(JetExportError, match=r"at least 3 batches(?s:.*)--batch 1,8,64"):
+            module.find_table("jet-2b", "bf16", file)
+    monkeypatch.setattr(module, "committed_tables", lambda: [poor, two, rich])
+    assert module.find_table("jet-2b", "bf16", None).files == (rich,)
+
+
+@pytest.mark.parametrize(("model", "precision"), [("jet-4b", "bf16"), ("jet-2b", "bf16"), ("jet-2b", "fp8")])
+def test_the_committed_tables_are_enough(model, precision) -> None:
+    from jet_export.speed.predict import find_table
+
+    assert find_table(model, precision, None).enough
+
+
+def test_a_step_of_one_sequence_is_explained(table) -> None:
+    """By a fit and an error of its own, where the answer is one sequence."""
+    quick = [dataclasses.replace(r, ms_per_token=r.ms_per_token - 0.3) if r.batch == 1 else r for r in table.rows]
+    faster = dataclasses.replace(table, rows=tuple(quick))
+    one = 0.2 + nbytes(1, 65536) / 2.5e9 + 0.002
+    for tpot in (one + 0.01, one - 0.1):
+        p = predict(jet_2b(), DTYPES, WEIGHTS, faster, 65536, tpot, int(1e13), 2048)
+        said = " ".join(lines(p, faster, 65536, tpot))
+        assert "step of one sequence, fitted apart to 2 measured = 0.202 ms + 0.4 ms/GB; each predicted" in said
+        assert p.alone.seconds(nbytes(1, 65536)) == p.seconds and max(p.alone.errors) < 1e-6
+    several = predict(jet_2b(), DTYPES, WEIGHTS, faster, 65536, 20, int(1e13), 2048)
+    assert "one sequence" not in " ".join(lines(several, faster, 65536, 20))
+
+
+def test_the_error_of_one_sequence_is_of_steps_left_out() -> None:
+    from jet_export.speed.predict import fit_alone
+
+    points = [(1e9, 1, 1.5e-3), (2e9, 1, 2.6e-3), (2e9, 8, 9e-3)]
+    alone = fit_alone(points, 1e-12)
+    assert alone.overhead == pytest.approx(0.55e-3) and alone.errors == pytest.approx((0.1 / 1.5, 0.1 / 2.6))
+    assert fit_alone(points[:1], 1e-12).errors == () and fit_alone(points[2:], 1e-12) is None
+
+
 def test_memory_binds_where_time_does_not(table) -> None:
     p = predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, 1000, int(20e9), 2048)
     assert p.bound == "memory" and p.memory.total <= 20e9
@@ -146,12 +191,22 @@ def test_inspect_prints_batch_speed_memory_and_error(table, tmp_path, monkeypatc
     assert "NVIDIA H100 80GB HBM3" in out and "KV cache, full attention" in out
 
 
+def test_the_prefill_chunk_counts_in_the_memory(table, tmp_path, monkeypatch, capsys) -> None:
+    file = bench_json(tmp_path / "bench.json", table.rows)
+    args = ("--model", "jet-2b", "--context", "65536", "--tpot-ms", "1e308", "--measured", file)
+    outs = [inspect(monkeypatch, capsys, *args, *chunk)[:2] for chunk in ((), ("--prefill-chunk", "128"))]
+    assert [status for status, _ in outs] == [0, 0] and outs[0] != outs[1] and "bound by memory" in outs[0][1]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--context", "65536", "--tpot-ms", "20", "--fp8"], "no measured table of jet-2b fp8"),
         (["--tpot-ms", "20"], "needs --context and a positive time"),
         (["--context", "65536", "--tpot-ms", "0"], "needs --context and a positive time"),
+        (["--context", "65536", "--tpot-ms", "inf"], "needs --context and a positive time"),
+        (["--context", "65536", "--tpot-ms", "nan"], "needs --context and a positive time"),
+        (["--context", "65536", "--tpot-ms", "20", "--batch", "8"], "--tpot-ms finds the batch itself"),
     ],
 )
 def test_without_a_table_inspect_says_how_to_make_one(table, tmp_path, monkeypatch, capsys, args, message) -> None:

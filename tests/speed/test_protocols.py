@@ -97,9 +97,11 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert largest_batch(c, 4224, 256, bf16, bf16, fp32, 4 * 10**9, 4 * 10**9) == 0
 
 
-def test_latency_runs_one_sequence_and_repeats_short_fills() -> None:
+def test_latency_runs_one_sequence_and_repeats_its_fill() -> None:
     cases, _, _ = plan_cases(Asked("latency", (1024, 32768)), room(seq=40000))
-    assert [(c.batch, c.chunk, c.repeats) for c in cases] == [(1, 1024, 10), (1, 2048, 1)]
+    assert [(c.batch, c.chunk, c.repeats) for c in cases] == [(1, 1024, 10), (1, 2048, 10)]
+    cases, _, _ = plan_cases(Asked("latency", (1024,), (2,)), room())
+    assert [c.repeats for c in cases] == [1]
     assert len(wanted(Asked("latency"), Limits(1, 1, 1))) == 5
 
 
@@ -134,6 +136,6 @@ def test_contexts_and_batches_as_typed() -> None:
     for text in ("", "1k,x", "0", "-1"):
         with pytest.raises(JetExportError, match="not a list of positive numbers"):
             parse_contexts(text)
-    for text in ("0", "many", "-3", "1.5", "1,", ""):
+    for text in ("0", "many", "-3", "1.5", "1,", "", "²", "1,٣"):
         with pytest.raises(JetExportError, match="neither auto nor positive numbers"):
             parse_batches(text)
