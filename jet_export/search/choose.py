@@ -57,19 +57,28 @@ def pareto(evaluations: list[Evaluation], batch: int, context: int) -> list[Eval
 def choose(candidates: list[Evaluation], batch: int, context: int, slack_percent: float) -> tuple[Evaluation, str]:
     """The best score among those within the slack of the fastest: measured whole where some were, else predicted."""
     whole = [e for e in candidates if e.measured]
-    judged, how = (whole, "measured whole") if whole else (candidates, "predicted from its layers")
 
-    def speed(e: Evaluation) -> float:
-        return e.tokens_per_s(batch, context, "decode", e.measured if whole else e.predicted)
+    def within(judged: list[Evaluation], measured: bool) -> tuple[Evaluation, str]:
+        """The best of them, and what it is the best of."""
 
-    fastest = max(judged, key=speed)
-    near = [e for e in judged if speed(e) >= (1 - slack_percent / 100) * speed(fastest)]
-    best = max(near, key=lambda e: (e.score or 0.0, speed(e)))
-    why = (
-        f"the best score of the {len(near)} of {len(judged)} points that are within {slack_percent:g} % of the fastest "
-        f"({fastest.label}, {speed(fastest):,.0f} tokens/s); {how}: {speed(best):,.0f} tokens/s"
-    )
-    return best, why
+        def speed(e: Evaluation) -> float:
+            return e.tokens_per_s(batch, context, "decode", e.measured if measured else e.predicted)
+
+        fastest = max(judged, key=speed)
+        near = [e for e in judged if speed(e) >= (1 - slack_percent / 100) * speed(fastest)]
+        how = f"within {slack_percent:g} % of the fastest ({fastest.label}, {speed(fastest):,.0f} tokens/s)"
+        how = f"that are {how}" if measured or not whole else f"predicted {how}"
+        best = max(near, key=lambda e: (e.score or 0.0, speed(e)))
+        return best, f"the best score of the {len(near)} of {len(judged)} points {how}"
+
+    best, why = within(whole or candidates, bool(whole))
+    if not whole:
+        return best, f"{why}; predicted from its layers: {best.tokens_per_s(batch, context):,.0f} tokens/s"
+    if len(whole) < len(candidates):
+        likely, of_all = within(candidates, False)
+        of_some = f"{why}, of those measured whole ({len(whole)} of the {len(candidates)} on the front)"
+        why = of_all if likely is best else of_some
+    return best, f"{why}; measured whole: {best.tokens_per_s(batch, context, latency=best.measured):,.0f} tokens/s"
 
 
 def to_build_whole(

@@ -23,16 +23,16 @@ class Scene:
     preset: JetNemotronConfig
     space: Space
     dtype: torch.dtype
-    device_bytes: int | None  # the GPU's memory; None on a CPU
+    device_bytes: int | None  # that an engine may take of the device's memory; None: no bound
 
     @cached_property
     def _preset_bytes(self) -> dict[tuple[str, str], int]:
         return {}
 
-    def memory(self, config: JetNemotronConfig, point: Point, batch: int) -> Memory:
-        """Of an engine that runs the target context at this batch."""
+    def memory(self, config: JetNemotronConfig, point: Point, batch: int, context: int | None = None) -> Memory:
+        """Of an engine that runs this batch of this context, the target's where none is given."""
         s = self.space
-        seq = s.target_context + s.new_tokens
+        seq = (context or s.target_context) + s.new_tokens
         limits = Limits(batch, seq, min(s.prefill_chunk, seq))
         weights = weight_bytes(config, self.dtype, point.fp8)
         kv, state = point.kv_dtype(self.dtype), torch_dtype(point.state_dtype)
@@ -89,14 +89,14 @@ class Scene:
             return f"{parameters:,} parameters, outside {least:,.0f} to {most:,.0f}"
         device = self.device_bytes if self.space.gpu_memory == "device" else self.space.gpu_memory
         if isinstance(device, int):
-            need = self.memory(config, point, self.space.target_batch).total
+            batch, context = max(self.space.batch), max(self.space.context)
+            need = self.memory(config, point, batch, context).total
             if need > device:
-                at = f"batch {self.space.target_batch} and {self.space.target_context} tokens"
-                return f"needs {human(need)} at {at}, the device has {human(device)}"
+                return f"needs {human(need)} at batch {batch} and {context} tokens, the device has {human(device)}"
         return None
 
     def missed_target(self, decode_ms: float, tokens_per_s: float, prefill_tokens_per_s: float) -> str | None:
-        """Which latency or throughput target a measured point misses."""
+        """Which latency or throughput target a point misses."""
         s = self.space
         if s.decode_ms is not None and decode_ms > s.decode_ms:
             return f"decode step {decode_ms:.3g} ms, target {s.decode_ms:g}"

@@ -69,19 +69,10 @@ class Bench:
 
 @cache
 def kernel_hash() -> str:
-    """Of the sources that make an engine fast or slow: kernels, model, export."""
-    import jet_export
+    """Of this package's sources and the kernels' configurations, which make an engine fast or slow."""
+    from jet_export.speed.verified import source_digest
 
-    root = Path(jet_export.__file__).parent
-    digest = hashlib.sha256()
-    for package in ("kernels", "model"):
-        import importlib
-
-        directory = Path(str(importlib.import_module(f"jet_export.{package}").__file__)).parent
-        for path in sorted(directory.glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    digest.update((root / "export.py").read_bytes())
-    return digest.hexdigest()[:16]
+    return source_digest()[:16]
 
 
 def machine(device: torch.device) -> dict[str, Any]:

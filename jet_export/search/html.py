@@ -47,7 +47,8 @@ def choice_section(search: Search, results: dict[str, Any]) -> str:
     choice, machine, spread = results["choice"], results["machine"], results["spread_percent"]
     paper = results["paper"]
     said = "" if spread is None else (
-        f"<p>Throughput differs by {spread:.1f} % between the fastest and the slowest of the measured points; "
+        f"<p>Throughput, predicted from single layers, differs by {spread:.1f} % between the fastest and the slowest "
+        f"of the points; "
         f"the paper ({escape(paper['source'])}, {escape(paper['gpu'])}) sees {paper['spread_percent']} %.</p>"
     )  # fmt: skip
     return (
@@ -102,8 +103,10 @@ def layers_section(search: Search, results: dict[str, Any]) -> str:
     for phase, what in (("decode", "one decode step of the batch"), ("prefill", "prefill of the whole context")):
         at = [r for r in results["layers"] if (r["batch"], r["context"], r["phase"]) == (b, c, phase)]
         out += bars([(r["layer"], r["ms"]) for r in at], f"{what}, batch {b}, context {c}", "ms")
-    others = [[r["layer"], r["batch"], r["context"], r["phase"], f"{r['ms']:.4g}"] for r in results["layers"]]
-    return out + table(["layer", "batch", "context", "phase", "ms"], others)
+    others = [[r["layer"], r["batch"], r["context"], r["phase"], f"{r['ms']:.4g}", r["filled_by"]]
+              for r in results["layers"]]  # fmt: skip
+    note = f"<p>{escape(results['synthetic'])}.</p>" if results["synthetic"] else ""
+    return out + table(["layer", "batch", "context", "phase", "ms", "filled by"], others) + note
 
 
 def predictions_section(results: dict[str, Any]) -> str:

@@ -48,8 +48,16 @@ def building() -> Iterator[None]:
 
 @contextmanager
 def measuring(waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Alone: waits for the builds that run, and lets no other begin."""
-    with held(machine_lock().with_suffix(".gate"), alone=True), held(machine_lock(), True, waiting):
+    """Alone: waits for the builds that run, and lets no other begin. `waiting` is called once at most."""
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        if waiting is not None and not told:
+            waiting()
+        told = True
+
+    with held(machine_lock().with_suffix(".gate"), True, tell), held(machine_lock(), True, tell):
         yield
 
 

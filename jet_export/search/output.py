@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from jet_export.bench import environment
 from jet_export.memory import human
+from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
 from jet_export.search.choose import Evaluation
 from jet_export.search.points import short
 from jet_export.search.run import RECORD_KEY, Search, options_record, write_atomically
@@ -31,7 +33,7 @@ def write_results(search: Search) -> None:
     page, picture = report(search, results)
     write_atomically(search.output / "front.svg", picture)
     write_atomically(search.output / "report.html", page)
-    write_atomically(search.output / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(search.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def build_command(search: Search, e: Evaluation) -> str:
@@ -66,6 +68,20 @@ def paper_of(search: Search, e: Evaluation) -> Published | None:
     return published()[0].get(next(iter(sizes))) if len(sizes) == 1 else None
 
 
+def filled_by(search: Search, cells: Iterable[Cell], case: tuple[int, int, str]) -> str | None:
+    """How the states of these engines were filled: "synthetic" where those of one were."""
+    found = {search.filled.get(cell, {}).get(case) for cell in cells} - {None, ""}
+    return max(found, default=None, key=str)
+
+
+def noise_note(search: Search) -> str | None:
+    """What has to be said where anything was measured on states that no prefill made."""
+    ways = [way for known in search.filled.values() for way in known.values()]
+    noise = ways.count("synthetic")
+    part = f"in {noise} of {len(ways)} measurements, filled_by in results.json"
+    return f"synthetic: states made of noise instead of prefilled, {part}" if noise else None
+
+
 def point_row(search: Search, e: Evaluation) -> dict[str, Any]:
     b, c = search.target
     case = (b, c, "decode")
@@ -79,6 +95,10 @@ def point_row(search: Search, e: Evaluation) -> dict[str, Any]:
     row["prefill_tokens_per_s"] = finite(e.tokens_per_s(b, c, "prefill"))
     row["whole_decode_ms"] = e.measured[case] if e.measured else None
     row["whole_tokens_per_s"] = finite(e.tokens_per_s(b, c, latency=e.measured)) if e.measured else None
+    known = e.config is not None and e.predicted is not None
+    row["filled_by"] = filled_by(search, cells_of(e.point, search.preset, search.space), case) if known else None
+    whole = [whole_cell(e.point, e.config)] if e.config is not None and e.measured else []
+    row["whole_filled_by"] = filled_by(search, whole, case)
     row["prediction_error"] = e.error(case)
     row["prefill_prediction_error"] = e.error((b, c, "prefill"))
     theirs = paper_of(search, e)
@@ -96,12 +116,14 @@ def point_rows(search: Search) -> list[dict[str, Any]]:
 
 def layer_rows(search: Search) -> list[dict[str, Any]]:
     """A row a cell and case: the milliseconds that one such layer adds."""
-    rows = [{"layer": "base (embedding, last norm, lm_head)", "batch": b, "context": c, "phase": phase, "ms": ms}
-            for (b, c, phase), ms in search.base.items()]  # fmt: skip
-    for cell, shares in search.layers.items():
-        rows += [{"layer": str(cell), "batch": b, "context": c, "phase": phase, "ms": ms}
-                 for (b, c, phase), ms in shares.items()]  # fmt: skip
-    return rows
+    base = base_cell(search.preset)
+    tables = [("base (embedding, last norm, lm_head)", base, search.base)]
+    tables += [(str(cell), cell, shares) for cell, shares in search.layers.items()]
+    return [
+        {"layer": name, "batch": case[0], "context": case[1], "phase": case[2], "ms": ms,
+         "filled_by": filled_by(search, (base, cell), case)}
+        for name, cell, shares in tables for case, ms in shares.items()
+    ]  # fmt: skip
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
@@ -133,11 +155,12 @@ def results_dict(search: Search) -> dict[str, Any]:
         "machine": search.bench.machine,
         "options": options_record(search),
         "space": json.loads(json.dumps(search.space.describe())),
-        "score": {"name": search.score.name, "source": search.score.source},
+        "score": {"name": search.score.name, "source": search.score.source, "unmatched": search.unmatched},
         "target": {"batch": b, "context": c},
         "sampler": search.sampler,
         "seconds": round(search.seconds, 1),
         "timed_out": search.timed_out,
+        "synthetic": noise_note(search),
         "noisy_measurements": {"over 10 %": search.noisy[0], "of": search.noisy[1]},
         "choice": {"point": best.label, "why": search.why, "build": build_command(search, best)},
         "spread_percent": spread_percent(speeds),
@@ -195,6 +218,7 @@ def summary_lines(search: Search) -> list[str]:
     noisy, repeated = search.noisy
     lines += [f"noise: {noisy} of {repeated} measurements are over 10 % quicker than the next of their repeats; is the "
               "machine in use?"] if noisy else []  # fmt: skip
+    lines += [note] if (note := noise_note(search)) else []
     lines += ["out of time: not all points are measured; --resume goes on"] if search.timed_out else []
     precision = f"state {short(best.point.state_dtype)}" + (", FP8 weights" if best.point.fp8 else "")
     lines += [f"choice: {best.label} ({precision}): {search.why}", f"report: {search.output / 'report.html'}"]

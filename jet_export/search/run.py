@@ -18,7 +18,7 @@ import torch
 from jet_export.backends import BackendChoice, choose_backend, target_device
 from jet_export.bundle import host_target, torch_dtype
 from jet_export.errors import JetExportError
-from jet_export.memory import human, parameter_count
+from jet_export.memory import available_memory, human, parameter_count
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plan import BuildOptions, make_plan
 from jet_export.search.cells import Cell, cells_of, layer_cells, whole_cell
@@ -31,6 +31,7 @@ from jet_export.search.sampling import TRIALS, Values, choose_sampler, sample
 from jet_export.search.scores import Score, load_score
 from jet_export.search.space import Space, default_space, read_space
 from jet_export.search.work import Hands, Processes, Workshop
+from jet_export.speed.predict import USABLE
 
 RECORD = "search.json"
 
@@ -79,6 +80,7 @@ class Search:
     layers: dict[Cell, dict[tuple[int, int, str], float]] = field(default_factory=dict)
     base: dict[tuple[int, int, str], float] = field(default_factory=dict)
     failed: dict[Cell, str] = field(default_factory=dict)
+    filled: dict[Cell, dict[tuple[int, int, str], str]] = field(default_factory=dict)  # "prefill" or "synthetic"
     why: str = ""
     noisy: tuple[int, int] = (0, 0)  # measurements that repeats do not confirm within 10 %, of all
     timed_out: bool = False
@@ -93,6 +95,10 @@ class Search:
         """The grid; the target last."""
         grid = [(b, c) for c in self.space.context for b in self.space.batch]
         return sorted(grid, key=lambda case: case == self.target)
+
+    @property
+    def unmatched(self) -> list[str]:
+        return self.score.unmatched(self.space, self.preset)
 
     @property
     def chosen(self) -> Evaluation | None:
@@ -120,7 +126,7 @@ def prepare(options: SearchOptions) -> Search:
         ("--whole", options.whole, 0),
         ("--timeout", options.timeout, 0),
     ):
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # nan is neither
             raise JetExportError(f"{flag} {value}: must be at least {least}.")
     plan = make_plan(BuildOptions(options.model, backend=options.backend, device=options.device, dtype=options.dtype,
                                   random_weights=True))  # fmt: skip
@@ -136,7 +142,6 @@ def prepare(options: SearchOptions) -> Search:
     check_fp8(space, space_file, device)
     sampler = choose_sampler(options.sampler, space, preset, options.trials)
     score = load_score(options.scores)
-    gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     bench = Bench(
         machine(device), backend.name, options.dtype, space.prefill_chunk, space.new_tokens, space.repeats, space.fill
     )
@@ -144,10 +149,18 @@ def prepare(options: SearchOptions) -> Search:
     database = options.database or output.parent / "measurements.db"
     jobs = options.jobs or max(1, min(4, (os.cpu_count() or 1) // 2))
     return Search(options, preset, space, space_file, score, sampler, backend, device, bench,
-                  Scene(preset, space, torch_dtype(options.dtype), gpu), output, database, jobs)  # fmt: skip
+                  Scene(preset, space, torch_dtype(options.dtype), usable_memory(device)), output, database,
+                  jobs)  # fmt: skip
 
 
 RECORD_KEY = "jet_export_search"  # of best.json
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that an engine may take there, as `jet-export inspect` counts them."""
+    if device.type == "cuda":
+        return int(USABLE * torch.cuda.get_device_properties(device).total_memory)
+    return available_memory(device)
 
 
 def check_fp8(space: Space, space_file: Path, device: torch.device) -> None:
@@ -162,27 +175,35 @@ def check_fp8(space: Space, space_file: Path, device: torch.device) -> None:
                              "pip install 'jet-export[fp8]'")  # fmt: skip
 
 
-def open_output(search: Search) -> None:
-    """The output directory with the search's identity. Raises JetExportError where it holds another search."""
+def check_output(search: Search, resume: bool) -> None:
+    """Raises JetExportError where the output holds anything else than this search, to `resume`, or cannot be made."""
     record = search.output / RECORD
-    if search.output.exists() and not search.output.is_dir():
-        raise JetExportError(f"--output {search.output}: is no directory.", "Choose another place.")
+    there = next(p for p in (search.output, *search.output.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise JetExportError(f"--output {search.output}: {there} is no directory.", "Choose another place.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise JetExportError(f"--output {search.output}: {there} cannot be written to.", "Choose another place.")
     if record.exists():
         try:
             before = json.loads(record.read_text())
-        except ValueError:
+        except (ValueError, OSError):
             before = {}
+        before = before if isinstance(before, dict) else {}
         differing = sorted(k for k, v in search.identity().items() if before.get(k) != v)
         if differing:
             raise JetExportError(f"{search.output}: holds another search ({', '.join(differing)} differ).",
                                  "Pass another --output DIR.")  # fmt: skip
-        if not search.options.resume:
+        if not resume:
             raise JetExportError(f"{search.output}: holds this search already.",
                                  "Pass --resume to go on with it, or another --output DIR.")  # fmt: skip
     elif search.output.exists() and any(search.output.iterdir()):
         raise JetExportError(f"--output {search.output}: is not empty and holds no search.", "Choose another place.")
+
+
+def open_output(search: Search) -> None:
+    """The output directory with the search's identity."""
     search.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(search.identity(), indent=1) + "\n")
+    write_atomically(search.output / RECORD, json.dumps(search.identity(), indent=1, allow_nan=False) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -194,8 +215,8 @@ def write_atomically(path: Path, text: str) -> None:
 def run_search(search: Search, emit: Callable[[str], None], hands: Hands | None = None) -> Search:
     """Sample, measure, choose. Files are written by output.write_results."""
     start = time.monotonic()
-    if search.sampler == "exact":
-        refuse_all(search)  # where every point is refused, nothing is created
+    check_output(search, search.options.resume)
+    refuse_all(search)  # where no point is left, nothing is created
     database = Database(search.database_file)
     open_output(search)
     workshop = open_workshop(search, database, hands, emit)
@@ -227,6 +248,7 @@ def build_engines(search: Search, emit: Callable[[str], None], hands: Hands | No
     if search.sampler != "exact":
         raise JetExportError("--build-only: the points of a sampled space are not known before others are measured.",
                              "Leave it out, or make the space smaller.")  # fmt: skip
+    check_output(search, resume=True)
     refuse_all(search)
     able = [e for e in search.evaluations.values() if not e.refused and e.score is not None]
     best = sorted(able, key=lambda e: -(e.score or 0.0))[: search.options.whole]
@@ -270,10 +292,25 @@ def judge(search: Search, point: Point) -> Evaluation:
 
 
 def refuse_all(search: Search) -> None:
-    """Judge every point of an enumerated space. Raises JetExportError where none is left."""
-    judged = [judge(search, p) for p in all_points(search.space, search.preset)]
-    if all(e.refused for e in judged):
-        raise nothing_left(search, judged)
+    """Judge every point of an enumerated space. Raises JetExportError where none is left, or none has a score."""
+    unmatched = search.unmatched
+    scored = not search.score.keys or len(unmatched) < len(search.score.keys)
+    if search.sampler == "exact":
+        judged = [judge(search, p) for p in all_points(search.space, search.preset)]
+        if all(e.refused for e in judged):
+            raise nothing_left(search, judged)
+        scored = any(e.score is not None for e in judged)
+    if not scored:
+        where = "which is not refused " if unmatched != list(search.score.keys) else ""
+        keys = f"; its keys that match no point: {few(unmatched)}" if unmatched else ""
+        raise JetExportError(
+            f"--scores {search.options.scores}: no point {where}has a score in it{keys}.",
+            "A key is a point's sizes, 96x256x12, or its groups', 96x256x12+64x64x4; --dry-run prints the points.",
+        )
+
+
+def few(words: list[str], most: int = 3) -> str:
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def nothing_left(search: Search, judged: list[Evaluation]) -> JetExportError:
@@ -315,26 +352,46 @@ def values_of(search: Search, workshop: Workshop, composer: Composer, e: Evaluat
 def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callable[[str], None]) -> None:
     """The front, whole engines of its points, the choice."""
     b, c = search.target
-    search.timed_out = out_of_time(search, workshop, [])
-    front = pareto(list(search.evaluations.values()), b, c)
     keep_layers(search, workshop, composer)
+    wanted: list[Evaluation] = []
+    while front := pareto(list(search.evaluations.values()), b, c):
+        more = build_whole(search, workshop, composer, [e for e in front if e not in wanted], len(wanted), emit)
+        wanted += more
+        if not any(e.missed for e in more):
+            break
+    search.failed = workshop.failed
+    search.timed_out = out_of_time(search, workshop, wanted)
     if not front:
         raise no_front(search, workshop)
     for e in front:
         e.front = True
+    search.noisy = composer.noisy()
+    search.filled = {cell: {case: str(e.details.get("filled_by", "")) for case, e in known.items()}
+                     for cell, known in workshop.known.items()}  # fmt: skip
+    best, search.why = choose(front, b, c, search.space.slack_percent)
+    best.chosen = True
+
+
+def build_whole(
+    search: Search, workshop: Workshop, composer: Composer, front: list[Evaluation], before: int,
+    emit: Callable[[str], None],
+) -> list[Evaluation]:  # fmt: skip
+    """Measure points of the front whole, as many as --whole leaves after `before` others; which miss a target then."""
+    b, c = search.target
+    most = max(0, search.options.whole - before)
     ahead = [e for e in front if e.config is not None and workshop.hands.built(whole_cell(e.point, e.config))]
-    wanted = to_build_whole(front, search.options.whole, b, c, search.space.slack_percent, ahead)
+    wanted = to_build_whole(front, most, b, c, search.space.slack_percent, ahead)
     cells = {whole_cell(e.point, e.config): e for e in wanted if e.config is not None}
     if cells:
         emit(f"building {len(cells)} of {len(front)} points on the front whole")
         workshop.ensure(cells)
     for cell, e in cells.items():
         e.measured = composer.measured(cell)
-    search.failed = workshop.failed
-    search.timed_out = out_of_time(search, workshop, wanted)
-    search.noisy = composer.noisy()
-    best, search.why = choose(front, b, c, search.space.slack_percent)
-    best.chosen = True
+        if e.measured:
+            speed, prefill = (e.tokens_per_s(b, c, phase, e.measured) for phase in ("decode", "prefill"))
+            missed = search.scene.missed_target(e.measured[b, c, "decode"], speed, prefill)
+            e.missed = f"measured whole: {missed}" if missed else None
+    return wanted
 
 
 def out_of_time(search: Search, workshop: Workshop, wanted: list[Evaluation]) -> bool:
@@ -360,6 +417,11 @@ def keep_layers(search: Search, workshop: Workshop, composer: Composer) -> None:
 
 
 def no_front(search: Search, workshop: Workshop) -> JetExportError:
+    whole = [e for e in search.evaluations.values() if e.measured]  # all of them missed a target
+    if whole:
+        said = f"{few([f'{e.label}, {e.missed}' for e in whole])}"
+        return JetExportError(f"no point is left: those predicted to meet the targets miss them: {said}.",
+                              "Loosen [constraints].")  # fmt: skip
     if workshop.out_of_time:
         return JetExportError(
             f"--timeout {search.options.timeout:g}: no point is measured completely yet; what is measured is kept.",
@@ -383,6 +445,7 @@ def plan_lines(search: Search) -> list[str]:
         f"model      {search.options.model}: {parameter_count(search.preset) / 1e6:,.1f} M parameters",
         f"space      {search.space_file}: {points:,} points, looked at by {search.sampler}",
         f"score      {search.score.name} ({search.score.source})",
+        *([f"           keys that match no point: {few(search.unmatched)}"] if search.unmatched else []),
         f"device     {search.bench.machine['device']}; backend {search.backend.name} ({search.backend.reason})",
         f"measured   {grid}, decode and prefill in chunks of {s.prefill_chunk}; target batch {b}, context {c}",
         f"database   {search.database_file}",
@@ -390,7 +453,7 @@ def plan_lines(search: Search) -> list[str]:
     ]
     if search.sampler == "exact":
         judged = [judge(search, p) for p in all_points(s, search.preset)]
-        able = [e for e in judged if not e.refused]
+        able = [e for e in judged if not e.refused and e.score is not None]
         cells = {cell for e in able for cell in cells_of(e.point, search.preset, s)}
         lines.insert(2, f"engines    {len(cells)} of layers for {len(able)} points, {search.jobs} built at a time")
         lines += [f"refused    {e.label}: {e.refused}" for e in judged if e.refused]

@@ -6,13 +6,13 @@ stopped. Refused points and points without a score end as failed trials, with th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
-from jet_export.search.points import Point, all_points, canonical, count_points
+from jet_export.search.points import Point, all_points, canonical, count_points, feasible, used_groups
 from jet_export.search.space import Counts, Space
 
 EXACT = 4096  # points up to which a space is enumerated
@@ -51,24 +51,27 @@ def require_optuna() -> Any:
 def axes(space: Space) -> dict[str, list[Any]]:
     """Every categorical choice by its name; searched layouts have none."""
     sizes = [str(d) for d in space.sizes]
-    out: dict[str, list[Any]] = {f"sizes_{g}": sizes for g in range(space.groups)}
+    groups: Iterable[int] = range(space.groups)
+    if not isinstance(space.layouts, Counts):
+        groups = sorted({g for layout in space.layouts for g in used_groups(layout, space)})
+    out: dict[str, list[Any]] = {f"sizes_{g}": sizes for g in groups}
     out |= {"window_size": list(space.window_size), "fp8": list(space.fp8)}
     out |= {"state_dtype": list(space.state_dtype), "kv_cache_dtype": list(space.kv_cache_dtype)}
-    if isinstance(space.layouts, Counts):
-        return {**out, "attn": list(space.layouts.attn), "swa": list(space.layouts.swa)}
-    return {**out, "layout": list(space.layouts)}
+    return out if isinstance(space.layouts, Counts) else {**out, "layout": list(space.layouts)}
 
 
 def suggest(trial: Any, space: Space, layers: int) -> Point:
     """The point that a trial asks for. A searched layout: a weight a layer, the largest ones are attn, then swa."""
     choice = {name: trial.suggest_categorical(name, values) for name, values in axes(space).items()}
     if isinstance(space.layouts, Counts):
+        pairs = {f"{a} attn, {s} swa": (a, s) for a, s in feasible(space.layouts, layers)}
+        attn, swa = pairs[trial.suggest_categorical("layers", list(pairs))]
         weights = [trial.suggest_float(f"place_{i}", 0.0, 1.0) for i in range(layers)]
         order = sorted(range(layers), key=lambda i: -weights[i])
-        attn, swa = order[: choice["attn"]], order[choice["attn"] : choice["attn"] + choice["swa"]]
-        choice["layout"] = "".join("a" if i in attn else "s" if i in swa else "j" for i in range(layers))
+        a, s = order[:attn], order[attn : attn + swa]
+        choice["layout"] = "".join("a" if i in a else "s" if i in s else "j" for i in range(layers))
     by_name = {str(d): d for d in space.sizes}
-    sizes = tuple(by_name[choice[f"sizes_{g}"]] for g in range(space.groups))
+    sizes = tuple(by_name[choice[f"sizes_{g}"]] for g in used_groups(choice["layout"], space))
     rest = (choice[k] for k in ("layout", "window_size", "fp8", "state_dtype", "kv_cache_dtype"))
     return canonical(Point(sizes, *rest), space)
 

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from typing import Any
 from jet_export.errors import JetExportError
 from jet_export.memory import parameter_count
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.search.points import Point
-from jet_export.search.space import SPACES
+from jet_export.search.points import Point, used_groups
+from jet_export.search.space import SPACES, Counts, Space
 
 PAPER = SPACES / "paper_scores.toml"
 
@@ -35,6 +36,15 @@ class Score:
     name: str
     source: str
     of: Callable[[Point, JetNemotronConfig], float | None]
+    keys: tuple[str, ...] = ()  # a table's
+
+    def unmatched(self, space: Space, preset: JetNemotronConfig) -> list[str]:
+        """A table's keys that name no point of the space."""
+        sizes, groups = {str(d) for d in space.sizes}, set(range(1, space.groups + 1))
+        if not isinstance(space.layouts, Counts):
+            groups = {1, *(len(used_groups(layout, space)) for layout in space.layouts)}
+        named = ((k, k.split("+")) for k in self.keys)
+        return [k for k, words in named if not set(words) <= sizes or len(words) not in groups]
 
 
 def load_score(text: str) -> Score:
@@ -57,11 +67,11 @@ def checked(function: Callable[[JetNemotronConfig, Point], Any], text: str) -> C
     def score(point: Point, config: JetNemotronConfig) -> float | None:
         try:
             value = function(config, point)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise JetExportError(f"--scores {text}: raised {type(e).__name__}: {e}.") from None
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise JetExportError(f"--scores {text}: returned {value!r}, not a finite number or None.")
         return float(value)
 
@@ -78,8 +88,8 @@ def callable_of(path: str, name: str) -> Callable[..., Any]:
         else:
             module = importlib.import_module(path)
         return getattr(module, name)
-    except (ImportError, OSError, SyntaxError, AttributeError) as e:
-        raise JetExportError(f"--scores {path}:{name}: cannot be imported ({e}).") from None
+    except (Exception, SystemExit) as e:  # whatever the user's module raises
+        raise JetExportError(f"--scores {path}:{name}: cannot be imported ({type(e).__name__}: {e}).") from None
 
 
 def read_table(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
@@ -96,7 +106,7 @@ def read_table(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
         raise JetExportError(
             f"--scores {path}: no such file.", "It takes parameters, paper, a file, or FILE.py:FUNCTION."
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as e:
         raise JetExportError(
             f"--scores {path}: not a table of scores ({type(e).__name__}: {e}).",
             'Write [scores] with lines like "96x256x12" = 34.8, or CSV with the columns sizes and score.',
@@ -116,7 +126,8 @@ def from_table(path: Path, scores: dict[str, float], values: dict[str, Any]) -> 
     def of(point: Point, config: JetNemotronConfig) -> float | None:
         return scores.get("+".join(str(d) for d in point.sizes), scores.get(shared(point)))
 
-    return Score(str(values.get("name", path.stem)), str(values.get("source", f"{path}, the user's")), of)
+    source = str(values.get("source", f"{path}, the user's"))
+    return Score(str(values.get("name", path.stem)), source, of, tuple(scores))
 
 
 def shared(point: Point) -> str:

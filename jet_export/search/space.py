@@ -14,6 +14,7 @@ from jet_export.errors import JetExportError
 from jet_export.model.config import LAYER_TYPES, JetDims, JetNemotronConfig
 
 LETTERS = {"j": "jet", "a": "attn", "s": "swa"}
+MOST = 2**31 - 1  # of any count
 SPACES = Path(__file__).parent.parent / "data" / "search"
 KEYS: dict[str, set[str]] = {
     "jet": {"sizes", "head_k_dim", "head_v_dim", "num_heads", "share"},
@@ -73,6 +74,7 @@ class Space:
             out[name] = [str(d) for d in value] if name == "sizes" else value
         if isinstance(self.layouts, Counts):
             out["layouts"] = {"attn": self.layouts.attn, "swa": self.layouts.swa}
+        out["parameters"] = [x if math.isfinite(x) else None for x in self.parameters]  # JSON has no infinity
         return out
 
 
@@ -94,7 +96,12 @@ def read_space(path: Path, preset: JetNemotronConfig) -> Space:
         raise JetExportError(f"--space {path}: no such file.", "docs/search.md describes the format.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
         raise JetExportError(f"--space {path}: not valid TOML: {e}.", "docs/search.md describes the format.") from None
-    return _Reader(path, values).space(preset)
+    try:
+        return _Reader(path, values).space(preset)
+    except OverflowError:
+        raise JetExportError(
+            f"--space {path}: a number is too large.", "docs/search.md describes the format."
+        ) from None
 
 
 class _Reader:
@@ -122,8 +129,10 @@ class _Reader:
         value = self.get(section, key, default)
         listed: list[Any] = value if isinstance(value, list) else [value]
         for v in listed:
-            if type(v) is not kind or (known and v not in known) or (isinstance(v, int) and kind is int and v < 1):
-                takes = ", ".join(map(str, known)) or f"{kind.__name__}s" + (" of at least 1" if kind is int else "")
+            out = isinstance(v, int) and kind is int and not 1 <= v <= MOST
+            if type(v) is not kind or (known and v not in known) or out:
+                of = f" of at least 1, at most {MOST}" if kind is int else ""
+                takes = ", ".join(map(str, known)) or f"{kind.__name__}s{of}"
                 raise self.bad(f"{section}.{key} holds {v!r}", f"It takes {takes}.")
         if not listed:
             raise self.bad(f"{section}.{key} is empty")
@@ -133,12 +142,21 @@ class _Reader:
         value = self.get(section, key, default)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise self.bad(f"{section}.{key} is {value!r}, not a number of at least 0")
         return value
 
-    def count(self, section: str, key: str, default: int) -> int:
-        return self.many(section, key, [default], int)[0]
+    def one(self, section: str, key: str, default: Any, kind: type, known: tuple[Any, ...] = ()) -> Any:
+        value = self.get(section, key)
+        if isinstance(value, list):
+            raise self.bad(f"{section}.{key} is {value!r}", "It takes one value, not a list.")
+        return self.many(section, key, [default], kind, known)[0]
+
+    def count(self, section: str, key: str, default: int, least: int = 1) -> int:
+        value = self.one(section, key, default, int)
+        if value < least:
+            raise self.bad(f"{section}.{key} is {value}", f"It takes at least {least}.")
+        return value
 
     def space(self, preset: JetNemotronConfig) -> Space:
         batch = self.many("measure", "batch", [1], int)
@@ -165,10 +183,10 @@ class _Reader:
             batch=tuple(sorted(batch)),
             context=tuple(sorted(context)),
             prefill_chunk=self.count("measure", "prefill_chunk", 2048),
-            new_tokens=self.count("measure", "new_tokens", 64),
+            new_tokens=self.count("measure", "new_tokens", 64, least=2),  # one step is dropped
             layers=self.count("measure", "layers", 2),
             repeats=self.count("measure", "repeats", 3),
-            fill=self.many("measure", "fill", ["auto"], str, ("auto", "prefill", "synthetic"))[0],
+            fill=self.one("measure", "fill", "auto", str, ("auto", "prefill", "synthetic")),
             target_batch=target_batch,
             target_context=target_context,
             slack_percent=float(self.number("target", "slack_percent", 3.0) or 0.0),
@@ -183,13 +201,15 @@ class _Reader:
             K = self.many("jet", "head_k_dim", [own[1]], int)
             V = self.many("jet", "head_v_dim", [own[2]], int)
             H = self.many("jet", "num_heads", [own[0]], int)
+            if max(*K, *V, *H) > 999_999:
+                raise self.bad("a jet size is over 999,999")
             return tuple(JetDims(h, k, v) for h, k, v in itertools.product(H, K, V))
-        return tuple(self.size(s, own) for s in self.many("jet", "sizes", ["preset"], str))
+        return tuple(dict.fromkeys(self.size(s, own) for s in self.many("jet", "sizes", ["preset"], str)))
 
     def size(self, text: str, own: tuple[int, int, int]) -> JetDims:
         if text == "preset":
             return JetDims(*own)
-        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+        found = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text)
         if not found or not all(int(n) for n in found.groups()):
             raise self.bad(f"jet.sizes holds {text!r}", "It takes head_k_dim x head_v_dim x num_heads: 96x256x12.")
         K, V, H = map(int, found.groups())
@@ -204,7 +224,7 @@ class _Reader:
         if not isinstance(value, list) or not all(isinstance(g, list) and g for g in value):
             raise self.bad(f"jet.share is {value!r}", 'It takes "all", "each", or groups of layers: [[0, 1], [2, 3]].')
         layers = [i for group in value for i in group]
-        if len(set(layers)) != len(layers) or not all(type(i) is int and 0 <= i < n for i in layers):
+        if not all(type(i) is int and 0 <= i < n for i in layers) or len(set(layers)) != len(layers):
             raise self.bad("jet.share names a layer twice, or one that is not there", f"Layers are 0 to {n - 1}.")
         return tuple(tuple(group) for group in value)
 
@@ -224,10 +244,12 @@ class _Reader:
                 if not listed or not all(type(v) is int and 0 <= v <= n for v in listed):
                     raise self.bad(f"attention.layout.{k} is {value[k]!r}", f"It takes counts from 0 to {n}.")
             own = layout_of(preset)
-            return Counts(
-                tuple(dict.fromkeys(counts.get("attn", [own.count("a")]))),
-                tuple(dict.fromkeys(counts.get("swa", [own.count("s")]))),
-            )
+            attn = tuple(dict.fromkeys(counts.get("attn", [own.count("a")])))
+            swa = tuple(dict.fromkeys(counts.get("swa", [own.count("s")])))
+            if min(attn) + min(swa) > n:
+                least = f"at least {min(attn)} attn and {min(swa)} swa layers"
+                raise self.bad(f"attention.layout: {least} do not fit the model's {n}", "Ask for fewer.")
+            return Counts(attn, swa)
         out = []
         for text in self.many("attention", "layout", ["preset"], str):
             letters = layout_of(preset) if text == "preset" else text
@@ -248,7 +270,7 @@ class _Reader:
     def range(self) -> tuple[float, float]:
         value = self.get("constraints", "parameters", [0, math.inf])
         ok = isinstance(value, list) and len(value) == 2
-        if not ok or not all(isinstance(v, int | float) for v in value) or value[0] > value[1]:
+        if not ok or not all(isinstance(v, int | float) for v in value) or not value[0] <= value[1]:
             raise self.bad(f"constraints.parameters is {value!r}", "It takes [least, most].")
         return float(value[0]), float(value[1])
 

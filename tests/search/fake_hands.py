@@ -41,9 +41,15 @@ def engine_ms(cell: Cell, batch: int, context: int, phase: str) -> float:
 
 
 class FakeHands:
-    """Counts builds and measurements; `die_after` operations it raises KeyboardInterrupt, as Ctrl-C would."""
+    """Counts builds and measurements; `die_after` operations it raises KeyboardInterrupt, as Ctrl-C would.
 
-    def __init__(self, database: Database, bench: Bench, die_after: int | None = None) -> None:
+    Whole engines take `whole` times their layers' sum.
+    """
+
+    def __init__(
+        self, database: Database, bench: Bench, die_after: int | None = None, whole: float = 1.0, filled_by: str = ""
+    ) -> None:  # fmt: skip
+        self.whole, self.filled_by = whole, filled_by
         self.database, self.bench, self.die_after = database, bench, die_after
         self.bundles = database.path.with_suffix(".bundles")
         self.builds: Counter[str] = Counter()
@@ -74,8 +80,9 @@ class FakeHands:
             self.measured[cell.key, batch, context] += 1
             entries = []
             for phase in ("decode", "prefill"):
-                ms = engine_ms(cell, batch, context, phase)
-                entries.append(Entry(batch, context, phase, ms, ms, {}))
+                ms = engine_ms(cell, batch, context, phase) * (self.whole if cell.kind == "whole" else 1.0)
+                details = {"filled_by": self.filled_by} if self.filled_by else {}
+                entries.append(Entry(batch, context, phase, ms, ms, details))
             self.database.put(self.bench, cell, entries)
 
     def discard(self, cell: Cell) -> None:
@@ -100,7 +107,9 @@ def prepared(directory: Path, space: str = SPACE, model: Path | None = None, **o
     return prepare(SearchOptions(str(model), space=path, **{**defaults, **options}))
 
 
-def searched(search: Search, die_after: int | None = None, lines: list[str] | None = None) -> FakeHands:
-    hands = FakeHands(Database(search.database_file), search.bench, die_after)
+def searched(
+    search: Search, die_after: int | None = None, lines: list[str] | None = None, **more
+) -> FakeHands:  # fmt: skip
+    hands = FakeHands(Database(search.database_file), search.bench, die_after, **more)
     run_search(search, (lines if lines is not None else []).append, hands)
     return hands

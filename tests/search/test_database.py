@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import threading
@@ -22,6 +23,19 @@ BENCH = Bench({"device": "some", "driver": "1", "kernels": "abc"}, "inductor", "
 
 def entries(ms: float, batch: int = 1, context: int = 128) -> list[Entry]:
     return [Entry(batch, context, phase, ms, 2 * ms, {"filled_by": "prefill"}) for phase in ("decode", "prefill")]
+
+
+def test_another_kernel_configuration_is_another_machine(tmp_path, monkeypatch) -> None:
+    from jet_export import kernels
+
+    copy = tmp_path / "kernels"
+    shutil.copytree(next(iter(kernels.__path__)), copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(kernels, "__path__", [str(copy)])
+    monkeypatch.setattr(kernels, "__file__", str(copy / "__init__.py"))
+    configs = copy / "configs.json"
+    before = kernel_hash.__wrapped__()
+    configs.write_text(configs.read_text() + "\n")
+    assert kernel_hash.__wrapped__() != before
 
 
 def test_what_was_put_is_found_by_the_next(tmp_path) -> None:
@@ -154,23 +168,30 @@ def test_builds_run_together_and_measurements_alone() -> None:
     assert max(map(len, seen)) > 1
 
 
-def test_who_waits_to_measure_says_so() -> None:
+@pytest.mark.parametrize("busy", [locks.measuring, locks.building])
+def test_who_waits_to_measure_says_so_once(busy) -> None:
     said: list[str] = []
-    with locks.measuring(lambda: said.append("first")):
-        other = threading.Thread(target=lambda: measure_once(said))
-        with pytest.raises(AssertionError), locks.held(locks.machine_lock(), True, lambda: refuse()):
-            pass
-    other.start()
+    waits, done = threading.Event(), threading.Event()
+
+    def tell() -> None:
+        said.append("waits")
+        waits.set()
+
+    def measure() -> None:
+        with locks.measuring(tell):
+            done.set()
+
+    other = threading.Thread(target=measure)
+    with busy():
+        other.start()
+        assert waits.wait(10)
+        assert not done.is_set()
     other.join(10)
-    assert said == []
+    assert done.is_set() and said == ["waits"]
 
 
-def refuse() -> None:
-    raise AssertionError("the lock is not free")
-
-
-def measure_once(said: list[str]) -> None:
-    with locks.measuring(lambda: said.append("waits")):
+def test_who_need_not_wait_says_nothing() -> None:
+    with locks.measuring(pytest.fail):
         pass
 
 

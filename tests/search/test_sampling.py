@@ -30,6 +30,15 @@ def test_trials_are_points_of_the_space(tmp_path, sampler: str) -> None:
     assert search.chosen is not None
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_no_trial_has_more_attention_than_layers(tmp_path, sampler: str) -> None:
+    space = SPACE + "[attention]\nlayout = {attn = [1, 3], swa = 2}\n[constraints]\ncache_bytes = 'none'\n"
+    search = prepared(tmp_path, space, sampler=sampler, trials=24, whole=0)
+    searched(search)
+    assert len(trials(search)) == 24
+    assert set(search.evaluations) <= set(all_points(search.space, search.preset))
+
+
 def test_the_grid_is_the_whole_space(tmp_path) -> None:
     search = prepared(tmp_path, SPACE, sampler="grid", trials=99, whole=0)
     searched(search)
@@ -75,7 +84,8 @@ def test_small_spaces_are_enumerated(tmp_path) -> None:
         prepared(tmp_path, sampler="anneal")
     with pytest.raises(JetExportError, match="--sampler grid: cannot search layouts under a count"):
         prepared(tmp_path, PLACED, sampler="grid")
-    many = SPACE.replace("[measure]", 'share = "each"\n[precision]\nstate_dtype = ["float32", "bfloat16"]\n[measure]')
+    more = 'share = "each"\n[precision]\nstate_dtype = ["float32", "bfloat16"]\n[attention]\nlayout = ["jjjj"]\n'
+    many = SPACE.replace("[measure]", more + "[measure]")
     many = many.replace('"32x32x2"', '"32x32x2", "32x16x2", "16x16x2", "16x48x2", "48x16x2"')
     with pytest.raises(JetExportError, match=r"--sampler exact: the space has [\d,]+ points"):
         prepared(tmp_path, many, sampler="exact")

@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from fake_hands import prepared, searched
+from fake_hands import SPACE, prepared, searched
 
 from jet_export.errors import JetExportError
 from jet_export.memory import parameter_count
+from jet_export.search.output import results_dict
+from jet_export.search.run import plan_lines, run_search
 from jet_export.search.scores import load_score, published
 from jet_export.search.space import SPACES, read_space
 
@@ -35,6 +37,47 @@ def test_a_table_scores_the_points_it_has(tmp_path, name: str) -> None:
     missed = [e.missed for e in search.evaluations.values() if e.score is None]
     assert all("known" in (m or "") for m in missed)
     assert len(hands.builds) == 2 + 2 + 1  # nothing is built for points without a score
+
+
+def test_sizes_of_attention_layers_are_not_scored(tmp_path) -> None:
+    (tmp_path / "s.toml").write_text('[scores]\n"32x32x2" = 1.0\n"32x32x2+16x64x2" = 2.0\n"8x8x8" = 3.0\n')
+    space = SPACE.replace(
+        "[measure]", 'share = "each"\n[attention]\nlayout = ["ajja"]\n[constraints]\ncache_bytes = "none"\n[measure]'
+    )
+    search = prepared(tmp_path, space, scores=str(tmp_path / "s.toml"), whole=0)
+    searched(search)
+    scored = {e.label: e.score for e in search.evaluations.values() if e.score is not None}
+    assert scored == {"32x32x2 ajja": 1.0, "32x32x2+16x64x2 ajja": 2.0}
+    assert any("keys that match no point: 8x8x8" in line for line in plan_lines(search))
+    assert results_dict(search)["score"]["unmatched"] == ["8x8x8"]
+
+
+def test_engines_without_a_score_are_not_planned(tmp_path) -> None:
+    (tmp_path / "s.toml").write_text('[scores]\n"32x32x2" = 1.0\n')
+    search = prepared(tmp_path, scores=str(tmp_path / "s.toml"), whole=0)
+    assert any(line.startswith("engines    4 of layers for 1 points") for line in plan_lines(search))
+    assert len(searched(search).builds) == 4
+
+
+@pytest.mark.parametrize("sampler", ["exact", "tpe"])
+def test_a_table_of_other_points_is_refused(tmp_path, sampler: str) -> None:
+    (tmp_path / "s.toml").write_text("[scores]\n" + "".join(f'"1x1x{n}" = 1.0\n' for n in range(1, 6)))
+    search = prepared(tmp_path, scores=str(tmp_path / "s.toml"), sampler=sampler)
+    with pytest.raises(
+        JetExportError,
+        match=r"s\.toml: no point has a score in it; its keys that match no point: 1x1x1, 1x1x2, 1x1x3 and 2 more",
+    ):
+        run_search(search, print)
+    assert not search.output.exists() and not search.database_file.exists()
+
+
+@pytest.mark.parametrize(
+    "body", ["f = undefined", "raise ValueError", "raise SystemExit(3)", "1 / 0", "import no_such"]
+)
+def test_a_module_that_cannot_be_imported_is_named(tmp_path, body: str) -> None:
+    (tmp_path / "mine.py").write_text(f"{body}\n")
+    with pytest.raises(JetExportError, match=r"mine.py:f: cannot be imported \(\w+"):
+        load_score(f"{tmp_path / 'mine.py'}:f")
 
 
 def test_a_callable_scores(tmp_path) -> None:
@@ -67,7 +110,15 @@ def test_an_unusable_score_is_named(tmp_path, monkeypatch, text: str, message: s
         load_score(text)
 
 
-@pytest.mark.parametrize(("body", "message"), [("1 / 0", "raised ZeroDivisionError"), ("'high'", "returned 'high'")])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("1 / 0", "raised ZeroDivisionError"),
+        ("'high'", "returned 'high'"),
+        ("exit(1)", "raised SystemExit"),
+        ("10 ** 400", "not a finite number"),
+    ],
+)
 def test_a_callable_that_fails_is_named(tmp_path, body: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(f"def score(config, point):\n    return {body}\n")
     with pytest.raises(JetExportError, match=message):

@@ -6,6 +6,7 @@ import re
 import threading
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from eager_bundle import mini_config
@@ -19,7 +20,7 @@ from jet_export.plan import BuildOptions, make_plan
 from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
 from jet_export.search.choose import Evaluation, choose, pareto
 from jet_export.search.database import Database
-from jet_export.search.output import build_command, write_results
+from jet_export.search.output import build_command, summary_lines, write_results
 from jet_export.search.points import Point, all_points
 from jet_export.search.run import build_engines, judge, plan_lines, run_search
 
@@ -237,6 +238,23 @@ def test_a_missed_target_leaves_the_front(tmp_path) -> None:
         searched(none)
 
 
+def test_a_target_that_a_whole_engine_misses_leaves_the_front(tmp_path) -> None:
+    free = prepared(tmp_path, whole=0)
+    searched(free)
+    front = free.front
+    assert len(front) > 1
+    bound = f"[constraints]\ntokens_per_s = {0.9 * front[-1].tokens_per_s(4, 256)}\n"
+    some = prepared(tmp_path, SPACE + bound, output=tmp_path / "some", whole=1)
+    searched(some, whole=9.0)
+    lost = [e for e in some.evaluations.values() if e.measured]
+    assert len(lost) == 1 and not lost[0].front and not lost[0].chosen
+    assert re.match(r"measured whole: [\d,]+ tokens/s, target", lost[0].missed or "")
+    assert some.chosen is not None and "predicted from its layers" in some.why
+    every = prepared(tmp_path, SPACE + bound, output=tmp_path / "every", whole=9, database=tmp_path / "n.db")
+    with pytest.raises(JetExportError, match=r"those predicted to meet the targets miss them: .*measured whole"):
+        searched(every, whole=9.0)
+
+
 def test_bf16_points_that_fp8_cannot_take_are_refused(tmp_path) -> None:
     space = SPACE.replace('"16x32x4"', '"16x48x1"')
     search = prepared(tmp_path, space, dtype="bfloat16", whole=0)
@@ -260,6 +278,64 @@ def test_another_search_is_not_resumed(tmp_path) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "file").write_text("")
         searched(prepared(tmp_path, output=tmp_path / "mine"))
+
+
+def test_a_taken_output_is_refused_before_anything_is_made(tmp_path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("")
+    for output in (taken, taken / "file", taken / "file" / "sub"):
+        search = prepared(tmp_path, output=output, database=None)
+        for work in (run_search, build_engines):
+            with pytest.raises(JetExportError, match=r"--output .*(is not empty and holds no search|is no directory)"):
+                work(search, print, SimpleNamespace(stop=lambda: None))
+    assert [p.name for p in taken.iterdir()] == ["file"]
+    assert {p.name for p in tmp_path.iterdir()} == {"taken", "mini.json", "space.toml"}
+
+
+def test_a_record_that_is_none_is_another_search(tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "search.json").write_text("[]")
+    with pytest.raises(JetExportError, match="holds another search"):
+        run_search(prepared(tmp_path, resume=True), print)
+
+
+def test_options_out_of_range_are_named(tmp_path) -> None:
+    for option, value in (("timeout", math.nan), ("timeout", -1.0), ("jobs", 0), ("trials", 0), ("whole", -1)):
+        with pytest.raises(JetExportError, match=f"--{option} {value}: must be at least"):
+            prepared(tmp_path, **{option: value})
+
+
+def strict(text: str) -> dict:
+    return json.loads(text, parse_constant=pytest.fail)
+
+
+def test_files_are_json(tmp_path) -> None:
+    search = prepared(tmp_path, whole=1)
+    searched(search)
+    write_results(search)
+    assert strict((search.output / "search.json").read_text())["space"]["parameters"] == [0.0, None]
+    assert strict((search.output / "results.json").read_text())["space"]["parameters"] == [0.0, None]
+
+
+@pytest.mark.parametrize("way", ["prefill", "synthetic"])
+def test_how_states_were_filled_is_said(tmp_path, way: str) -> None:
+    search = prepared(tmp_path, whole=1)
+    searched(search, filled_by=way)
+    write_results(search)
+    results = json.loads((search.output / "results.json").read_text())
+    assert {r["filled_by"] for r in results["layers"] + results["points"]} == {way}
+    assert {r["whole_filled_by"] for r in results["points"]} == {way, None}
+    for text in ("\n".join(summary_lines(search)), (search.output / "report.html").read_text()):
+        assert ("synthetic: states made of noise instead of prefilled" in text) == (way == "synthetic")
+
+
+def test_a_predicted_spread_is_called_so(tmp_path) -> None:
+    search = prepared(tmp_path, whole=0)
+    searched(search)
+    write_results(search)
+    page = (search.output / "report.html").read_text()
+    assert "Throughput, predicted from single layers, differs by" in page and "measured points" not in page
 
 
 def test_progress_says_what_is_left(tmp_path) -> None:
@@ -307,6 +383,20 @@ def test_the_choice_is_the_best_score_within_the_slack() -> None:
     es[0].measured = {(1, 1, "decode"): 1e3 / 100}
     best, why = choose(es, 1, 1, 0.0)
     assert best.label == "slow" and "measured whole" in why
+
+
+def test_what_was_not_measured_whole_is_not_counted_as_if() -> None:
+    def point(label: str, speed: float, score: float) -> Evaluation:
+        return Evaluation(POINT, label, score=score, predicted={(1, 1, "decode"): 1e3 / speed})
+
+    es = [point("fast", 1000, 1), point("near", 990, 2), point("slow", 900, 3)]
+    es[1].measured = {(1, 1, "decode"): 1e3 / 980}
+    assert choose(es, 1, 1, 3.0) == (es[1], "the best score of the 2 of 3 points predicted within 3 % of the fastest "
+                                     "(fast, 1,000 tokens/s); measured whole: 980 tokens/s")  # fmt: skip
+    es[0].measured = {(1, 1, "decode"): 1e3 / 2000}
+    assert choose(es, 1, 1, 3.0) == (
+        es[0], "the best score of the 1 of 2 points that are within 3 % of the fastest (fast, 2,000 tokens/s), of "
+        "those measured whole (2 of the 3 on the front); measured whole: 2,000 tokens/s")  # fmt: skip
 
 
 def test_noise_is_not_a_speed(tmp_path) -> None:

@@ -1,7 +1,9 @@
 """The space file: what it takes, what it refuses by name, and the points that it spans."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from eager_bundle import mini_config
@@ -11,7 +13,7 @@ from jet_export.errors import JetExportError
 from jet_export.model.config import JetDims, jet_2b, jet_4b
 from jet_export.search.constraints import Scene
 from jet_export.search.points import Point, all_points, count_points
-from jet_export.search.run import judge
+from jet_export.search.run import judge, usable_memory
 from jet_export.search.space import SPACES, default_space, layout_of, read_space
 
 
@@ -86,6 +88,22 @@ def test_jet_tiny_has_a_space_of_its_own() -> None:
         ("[constraints]\ndecode_ms = nan", "constraints.decode_ms is nan"),
         ("[measure]\nbatch = [1]\n[target]\nbatch = 2", "target.batch 2 is not measured.\nAdd it to measure.batch"),
         ('[measure]\nfill = "zeros"', "measure.fill holds 'zeros'"),
+        (
+            '[measure]\nfill = ["prefill", "synthetic"]',
+            r"measure.fill is \['prefill', 'synthetic'\].\nIt takes one value",
+        ),
+        ("[measure]\nlayers = [2, 4]", r"measure.layers is \[2, 4\].\nIt takes one value"),
+        ("[measure]\nbatch = [1, 2]\n[target]\nbatch = [1, 2]", r"target.batch is \[1, 2\].\nIt takes one value"),
+        ("[measure]\nnew_tokens = 1", "measure.new_tokens is 1.\nIt takes at least 2"),
+        ("[measure]\nbatch = 99999999999", "measure.batch holds 99999999999"),
+        ("[jet]\nshare = [[[1]]]", "jet.share names a layer twice, or one that is not there"),
+        ('[jet]\nsizes = ["96x256x99999999999999999999"]', "jet.sizes holds '96x256x99999999999999999999'"),
+        ("[jet]\nhead_k_dim = [1000000]", "a jet size is over 999,999"),
+        (
+            "[attention]\nlayout = {attn = [3], swa = [2, 3]}",
+            "at least 3 attn and 2 swa layers do not fit the model's 4",
+        ),
+        ("[constraints]\nparameters = [nan, 5]", r"constraints.parameters is \[nan, 5\]"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path, text: str, message: str) -> None:
@@ -122,6 +140,30 @@ def test_layers_that_share_have_one_choice(tmp_path) -> None:
                 assert len(set(dims.values())) == 1
     rest = {tuple(p.jet_dims(space)[i] for i in jets[1:]) for p in points}
     assert rest == {(d,) * len(jets[1:]) for d in space.sizes}
+
+
+def test_sizes_of_attention_layers_are_no_choice(tmp_path) -> None:
+    config = mini_config()
+    alike = TEXT + 'share = "each"\n[attention]\nlayout = ["ajja", "aaaa"]\nwindow_size = [64, 128]\n'
+    space = space_of(tmp_path, alike)
+    points = list(all_points(space, config))
+    assert count_points(space, config) == len(points) == 9 + 1
+    labels = [p.label(space, config) for p in points]
+    assert labels[0] == "16x32x2 window 64 ajja" and labels[1] == "16x32x2+32x16x2 window 64 ajja"
+    assert labels[-1] == "attention window 64 aaaa"
+    assert points[1].jet_dims(space) == {1: JetDims(2, 16, 32), 2: JetDims(2, 32, 16)}
+
+
+@pytest.mark.parametrize("share", ['"all"', '"each"', "[[0, 1], [2, 3]]", "[[0], [1, 2, 3]]"])
+@pytest.mark.parametrize("layout", ['["jsja", "jjjj", "aajj", "ssss"]', "{attn = [0, 2, 4], swa = [0, 1, 3]}"])
+def test_points_are_counted_as_they_are_listed(tmp_path, share: str, layout: str, monkeypatch) -> None:
+    more = '[precision]\nfp8 = [true, false]\nstate_dtype = ["float32", "bfloat16"]\nkv_cache_dtype = ["auto", "fp8"]\n'
+    text = TEXT + f"share = {share}\n{more}[attention]\nlayout = {layout}\nwindow_size = [64, 128]\n"
+    space, config = space_of(tmp_path, text), mini_config()
+    listed = sum(1 for _ in all_points(space, config))
+    assert count_points(space, config) == listed
+    monkeypatch.setattr("jet_export.search.points.MANY", 0)
+    assert count_points(space, config) >= listed
 
 
 def test_a_jet_layer_in_no_group_is_refused(tmp_path) -> None:
@@ -173,6 +215,26 @@ def test_labels_tell_points_apart(tmp_path) -> None:
     assert alike.label(space, config).startswith("16x32x2 state fp32")
     two = Point((JetDims(2, 16, 32),) * 2 + (JetDims(2, 32, 16),) * 2, "jjjj", 0, False, "float32", "auto")
     assert two.label(space, config) == "2*16x32x2+2*32x16x2 state fp32 jjjj"
+
+
+def test_memory_is_bounded_at_the_largest_pair(tmp_path) -> None:
+    text = "[measure]\nbatch = [1, 8]\ncontext = [64, 256]\n[target]\nbatch = 1\ncontext = 64\n"
+    search = prepared(tmp_path, text)
+    assert search.scene.device_bytes is not None  # on a CPU too
+    point = next(iter(all_points(search.space, search.preset)))
+    config = point.config(search.preset, search.space)
+    target, largest = (search.scene.memory(config, point, *at).total for at in ((1, 64), (8, 256)))
+    assert target < largest
+    assert replace(search.scene, device_bytes=largest).refusal(point) is None
+    refusal = replace(search.scene, device_bytes=largest - 1).refusal(point)
+    assert refusal is not None and "at batch 8 and 256 tokens" in refusal
+
+
+def test_a_gpus_memory_is_bounded_as_inspect_does(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100_000))
+    assert usable_memory(torch.device("cuda")) == 92_000
 
 
 def test_the_bound_is_tight(tmp_path) -> None:
