@@ -17,7 +17,7 @@ SPACE = """
 [jet]
 sizes = ["128x64x2", "256x256x4"]
 [attention]
-layout = ["jjjjjjj"]
+layout = ["jjjajjj"]
 [measure]
 batch = [2]
 context = [128]
@@ -63,23 +63,26 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
     assert not (tmp_path / "searches" / "jet-tiny-inductor" / "best.json").exists()
 
     second = subprocess.run(
-        command("--resume"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        command("--resume", "--whole", "1"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert second.returncode == 0, second.stderr
     after = rows(database)
     assert {k: after[k] for k in kept} == kept  # not measured again
-    assert set(after) == {(kind, phase) for kind in ("base", "jet") for phase in ("decode", "prefill")}
-    assert after["jet", "decode"][0] > after["base", "decode"][0] > 0
+    kinds = ("base", "jet", "attn", "whole")
+    assert set(after) == {(kind, phase) for kind in kinds for phase in ("decode", "prefill")}
+    base, jet, attn, whole = (after[kind, "decode"][0] for kind in kinds)
+    assert whole > jet > base > 0
 
     out = tmp_path / "searches" / "jet-tiny-inductor"
     results = json.loads((out / "results.json").read_text())
     able, refused = results["points"]
-    base, layer = (after[kind, "decode"][0] for kind in ("base", "jet"))
-    assert able["decode_ms"] == pytest.approx(base + 7 * (layer - base))
+    assert able["decode_ms"] == pytest.approx(base + 6 * (jet - base) + (attn - base))
+    assert able["whole_decode_ms"] == pytest.approx(whole)
+    assert {p["phase"]: p["predicted_ms"] for p in results["predictions"]}["decode"] == able["decode_ms"]
     assert able["chosen"] and able["point"].startswith("128x64x2")
     assert "cache" in refused["refused"] and refused["decode_ms"] is None
     best = JetNemotronConfig.from_json_file(out / "best.json")
-    assert best.jet_dims(0) == JetDims(2, 128, 64) and set(best.layer_types) == {"jet"}
+    assert best.jet_dims(0) == JetDims(2, 128, 64) and best.layer_types == ("jet",) * 3 + ("attn",) + ("jet",) * 3
     assert [p.name for p in (tmp_path / "searches" / "measurements.db.engines").rglob("*.pt2")] == []
 
 
