@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jet_tiny.model import JetTiny
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,10 +80,14 @@ def copied(name: str, config: JetNemotronConfig) -> bool:
 
 
 def source_tensors(directory: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors, one at a time. Raises JetExportError naming one that is missing."""
+    """The named tensors, one at a time. Raises JetExportError naming one that is missing, or a damaged file."""
     left = set(names)
     for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as f:
+        try:
+            f = safe_open(path, "pt")
+        except (SafetensorError, OSError) as e:
+            raise JetExportError(f"{path}: damaged or truncated ({e}).", "Download it again.") from None
+        with f:
             for name in sorted(left & set(f.keys())):
                 left.remove(name)
                 yield name, f.get_tensor(name)

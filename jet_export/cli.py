@@ -171,7 +171,7 @@ def inspect(
     """Layers, precisions, sizes, and the memory that a batch and a context length take."""
     from jet_export.report import check_inspect, inspect_bundle, inspect_model, print_prediction
 
-    check_inspect(bundle, model, batch, context, kv_cache_dtype, state_dtype, prefill_chunk, tpot_ms, measured)
+    check_inspect(bundle, model, batch, context, fp8, kv_cache_dtype, state_dtype, prefill_chunk, tpot_ms, measured)
     chunk = prefill_chunk or 2048
     if tpot_ms is not None:
         print_prediction(bundle, model, context, tpot_ms, measured, (fp8, kv_cache_dtype, state_dtype), chunk)

@@ -85,8 +85,8 @@ def memory_table(m: Memory) -> Table:
 
 
 def check_inspect(
-    bundle: Path | None, model: str | None, batch: int | None, context: int | None, kv_cache_dtype: str,
-    state_dtype: str, prefill_chunk: int | None, tpot_ms: float | None, measured: Path | None,
+    bundle: Path | None, model: str | None, batch: int | None, context: int | None, fp8: bool,
+    kv_cache_dtype: str, state_dtype: str, prefill_chunk: int | None, tpot_ms: float | None, measured: Path | None,
 ) -> None:  # fmt: skip
     """Raises JetExportError for options of inspect that make no sense, or none together."""
     if (bundle is None) == (model is None):
@@ -100,8 +100,12 @@ def check_inspect(
     ):
         if value not in known:
             raise JetExportError(f"inspect {flag} {value}: not known.", f"Known: {', '.join(known)}.")
-    if bundle is not None and prefill_chunk is not None:
-        raise JetExportError("inspect --prefill-chunk: belongs to --model; a bundle has its own.", "Leave it out.")
+    asked = (
+        ("--fp8", fp8), ("--kv-cache-dtype", kv_cache_dtype != "auto"), ("--state-dtype", state_dtype != "float32"),
+        ("--prefill-chunk", prefill_chunk is not None),
+    )  # fmt: skip
+    if bundle is not None and (flags := [flag for flag, given in asked if given]):
+        raise JetExportError(f"inspect {flags[0]}: belongs to --model; a bundle has its own.", "Leave it out.")
     if measured is not None and tpot_ms is None:
         raise JetExportError("inspect --measured: belongs to --tpot-ms.", "Add --tpot-ms 20, or leave it out.")
     if batch is not None and tpot_ms is not None:

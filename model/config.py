@@ -167,6 +167,8 @@ class JetNemotronConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise JetExportError(f"{path}: no such file.") from None
+        except OSError as e:
+            raise JetExportError(f"{path}: cannot be read ({e.strerror}).") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise JetExportError(f"{path}: not valid JSON: {e}.") from None
         if not isinstance(values, dict):

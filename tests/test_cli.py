@@ -257,8 +257,9 @@ def test_inspect_refuses(workdir, monkeypatch, capsys, args: list[str], message:
 def test_inspect_of_a_bundle_refuses(bundle, monkeypatch, capsys) -> None:
     for flag in ("--batch", "--context"):
         assert f"inspect {flag} 0" in refused(monkeypatch, capsys, "inspect", str(bundle), flag, "0")
-    err = refused(monkeypatch, capsys, "inspect", str(bundle), "--prefill-chunk", "16")
-    assert "inspect --prefill-chunk: belongs to --model" in err
+    for words in (["--prefill-chunk", "16"], ["--fp8"], ["--kv-cache-dtype", "fp8"], ["--state-dtype", "bfloat16"]):
+        err = refused(monkeypatch, capsys, "inspect", str(bundle), *words)
+        assert f"inspect {words[0]}: belongs to --model" in err
 
 
 def test_importing_is_light() -> None:

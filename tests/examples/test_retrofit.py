@@ -108,6 +108,16 @@ def test_a_missing_tensor_is_named(tmp_path) -> None:
         retrofit.retrofit(checkpoint, JetNemotronConfig.from_json_file(best), torch.float32, 0)
 
 
+def test_a_truncated_checkpoint_names_the_file(tmp_path) -> None:
+    import retrofit
+
+    checkpoint, best = retrofit.make_toy(tmp_path)
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(JetExportError, match=r"model.safetensors: damaged or truncated"):
+        retrofit.retrofit(checkpoint, JetNemotronConfig.from_json_file(best), torch.float32, 0)
+
+
 def refused(monkeypatch, capsys, *args: str) -> str:
     import retrofit
 
@@ -124,6 +134,7 @@ def refused(monkeypatch, capsys, *args: str) -> str:
     [
         (["--checkpoint", "nowhere"], "error: --checkpoint: nowhere/config.json cannot be read"),
         (["--text", "nowhere.txt"], "error: --text nowhere.txt: no such file"),
+        (["--config", "toy-qwen"], "error: toy-qwen: cannot be read (Is a directory)"),
         (["--text", "FILE"], "error: --text: toy-qwen has no tokenizer.json"),
         (["--batch", "0"], "error: --batch 0: must be at least 1"),
         (["--length", "0"], "error: --length 0: must be at least 1"),
