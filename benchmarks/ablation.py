@@ -36,10 +36,10 @@ from jet_export.model.cache import PackedBatch
 from jet_export.model.hub import load_config, resolve_checkpoint
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.runtime.engine import EagerEngine, Engine, load_engine
-from jet_export.speed.output import check_file
 from jet_export.speed.references import references_of
 from jet_export.speed.verified import require_verified
 from jet_export.verify import verify_engines
+from jet_export.writing import check_file
 
 GATE = Path(__file__).parent / "results" / "state_precision.json"
 BUILDS = {

@@ -29,7 +29,7 @@ from torch import Tensor
 from jet_export.backends import target_device
 from jet_export.errors import JetExportError
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.speed.output import check_directory
+from jet_export.writing import check_directory
 
 SIDE_FILES = (
     "tokenizer.json",

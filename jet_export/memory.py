@@ -107,10 +107,13 @@ def largest_batch(
     return low
 
 
+USABLE = 0.92  # of a GPU's memory: the rest is its context's, and what fragments leave
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that a process may still allocate: 92 % of what a GPU has free, 80 % of what a host calls available."""
     if device.type == "cuda":
-        return int(0.92 * torch.cuda.mem_get_info(device)[0])
+        return int(USABLE * torch.cuda.mem_get_info(device)[0])
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(0.8 * 1024 * int(fields["MemAvailable"].split()[0]))

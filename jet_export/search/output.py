@@ -18,8 +18,9 @@ from jet_export.memory import human
 from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
 from jet_export.search.choose import Evaluation
 from jet_export.search.points import short
-from jet_export.search.run import RECORD_KEY, Search, options_record, write_atomically
+from jet_export.search.run import RECORD_KEY, Search, options_record
 from jet_export.search.scores import Published, published
+from jet_export.writing import write_atomically
 
 
 def write_results(search: Search) -> None:

@@ -18,22 +18,20 @@ import torch
 from jet_export.backends import BackendChoice, choose_backend, target_device
 from jet_export.bundle import host_target, torch_dtype
 from jet_export.errors import JetExportError
-from jet_export.memory import available_memory, human, parameter_count
+from jet_export.memory import USABLE, available_memory, human, parameter_count
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plan import BuildOptions, make_plan
 from jet_export.search.cells import Cell, cells_of, layer_cells, whole_cell
 from jet_export.search.choose import Evaluation, choose, pareto, to_build_whole
-from jet_export.search.compose import Composer
+from jet_export.search.compose import Composer, Latency
 from jet_export.search.constraints import Scene
 from jet_export.search.database import Bench, Database, machine
+from jet_export.search.directory import check_output, open_output
 from jet_export.search.points import Point, all_points, count_points
 from jet_export.search.sampling import TRIALS, Values, choose_sampler, sample
 from jet_export.search.scores import Score, load_score
 from jet_export.search.space import Space, default_space, read_space
 from jet_export.search.work import Hands, Processes, Workshop
-from jet_export.speed.predict import USABLE
-
-RECORD = "search.json"
 
 
 @dataclass(frozen=True)
@@ -175,43 +173,6 @@ def check_fp8(space: Space, space_file: Path, device: torch.device) -> None:
                              "pip install 'jet-export[fp8]'")  # fmt: skip
 
 
-def check_output(search: Search, resume: bool) -> None:
-    """Raises JetExportError where the output holds anything else than this search, to `resume`, or cannot be made."""
-    record = search.output / RECORD
-    there = next(p for p in (search.output, *search.output.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise JetExportError(f"--output {search.output}: {there} is no directory.", "Choose another place.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise JetExportError(f"--output {search.output}: {there} cannot be written to.", "Choose another place.")
-    if record.exists():
-        try:
-            before = json.loads(record.read_text())
-        except (ValueError, OSError):
-            before = {}
-        before = before if isinstance(before, dict) else {}
-        differing = sorted(k for k, v in search.identity().items() if before.get(k) != v)
-        if differing:
-            raise JetExportError(f"{search.output}: holds another search ({', '.join(differing)} differ).",
-                                 "Pass another --output DIR.")  # fmt: skip
-        if not resume:
-            raise JetExportError(f"{search.output}: holds this search already.",
-                                 "Pass --resume to go on with it, or another --output DIR.")  # fmt: skip
-    elif search.output.exists() and any(search.output.iterdir()):
-        raise JetExportError(f"--output {search.output}: is not empty and holds no search.", "Choose another place.")
-
-
-def open_output(search: Search) -> None:
-    """The output directory with the search's identity."""
-    search.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(search.output / RECORD, json.dumps(search.identity(), indent=1, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(text, encoding="utf-8")
-    tmp.replace(path)
-
-
 def run_search(search: Search, emit: Callable[[str], None], hands: Hands | None = None) -> Search:
     """Sample, measure, choose. Files are written by output.write_results."""
     start = time.monotonic()
@@ -341,12 +302,19 @@ def values_of(search: Search, workshop: Workshop, composer: Composer, e: Evaluat
         e.missed = next((workshop.failed[c] for c in cells if c in workshop.failed), "not measured in the time given")
         return e.missed
     b, c = search.target
-    speed, prefill = e.tokens_per_s(b, c), e.tokens_per_s(b, c, "prefill")
+    speed = e.tokens_per_s(b, c)
     if math.isnan(speed):
         e.missed = "its layers' latencies sum to nothing: noise"
         return e.missed
-    e.missed = search.scene.missed_target(e.predicted[b, c, "decode"], speed, prefill)
+    e.missed = missed_target(search, e, e.predicted)
     return e.missed or (speed, e.score)
+
+
+def missed_target(search: Search, e: Evaluation, latency: Latency) -> str | None:
+    """Which target the point misses by these milliseconds, predicted or measured whole."""
+    b, c = search.target
+    speed, prefill = (e.tokens_per_s(b, c, phase, latency) for phase in ("decode", "prefill"))
+    return search.scene.missed_target(latency[b, c, "decode"], speed, prefill)
 
 
 def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callable[[str], None]) -> None:
@@ -388,8 +356,7 @@ def build_whole(
     for cell, e in cells.items():
         e.measured = composer.measured(cell)
         if e.measured:
-            speed, prefill = (e.tokens_per_s(b, c, phase, e.measured) for phase in ("decode", "prefill"))
-            missed = search.scene.missed_target(e.measured[b, c, "decode"], speed, prefill)
+            missed = missed_target(search, e, e.measured)
             e.missed = f"measured whole: {missed}" if missed else None
     return wanted
 

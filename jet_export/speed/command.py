@@ -19,13 +19,13 @@ from jet_export.memory import available_memory, free_cached
 from jet_export.runtime.engine import load_engine
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.speed import report
-from jet_export.speed.output import check_directory
 from jet_export.speed.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases, wanted
 from jet_export.speed.ratios import SHAPED, Ratio, headline
 from jet_export.speed.roofline import Peaks, bundle_weights, measure_peaks, product_dtypes
 from jet_export.speed.rows import Row, measure_rows, precision_of
 from jet_export.speed.serving import ServingRow, serve_burst
 from jet_export.speed.verified import Verdict, require_verified
+from jet_export.writing import check_directory, write_atomically
 
 Emit = Callable[[str], None]
 SWEEP_TOKENS = 40  # decode steps of a sweep's case, the dropped ones included
@@ -96,7 +96,7 @@ def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str
     def save(**parts: Any) -> None:
         result.update(parts)
         if options.output is not None:
-            write(options.output / "bench.json", json.dumps(result, indent=1) + "\n")
+            write_atomically(options.output / "bench.json", json.dumps(result, indent=1) + "\n")
 
     sweep = bool(baselines)
     ours = run_bundle(options, options.bundle, sweep, emit, lambda r: save(bundles=[r.to_dict()]))
@@ -239,10 +239,3 @@ def write_files(directory: Path, runs: Sequence[BundleRun], result: dict[str, An
         report.write_serving_csv(directory / "bench.csv", serving)
         written.append("bench.csv")
     emit(f"written: {', '.join(str(directory / name) for name in written)}")
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(text, encoding="utf-8")
-    tmp.replace(path)

@@ -21,7 +21,7 @@ import torch
 
 from jet_export.bundle import Limits, torch_dtype
 from jet_export.errors import JetExportError
-from jet_export.memory import Memory, available_memory, engine_memory, largest_batch
+from jet_export.memory import USABLE, Memory, available_memory, engine_memory, largest_batch
 from jet_export.model.cache import state_specs
 from jet_export.model.config import JetNemotronConfig
 from jet_export.speed.roofline import step_bytes
@@ -29,7 +29,6 @@ from jet_export.speed.rows import Row, row_from_dict
 
 MIN_ROWS = 4  # to fit three numbers and be wrong about a fourth
 MIN_BATCHES = 3  # different ones
-USABLE = 0.92  # of a GPU's memory, as memory.available_memory
 
 
 @dataclass(frozen=True)

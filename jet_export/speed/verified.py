@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 from jet_export.bundle import MANIFEST, Manifest
 from jet_export.errors import JetExportError
+from jet_export.writing import write_atomically
 
 if TYPE_CHECKING:
     from jet_export.verify import Verification
@@ -64,13 +66,8 @@ def remember(bundle: Path, verification: Verification) -> Verdict:
     date = datetime.now(UTC).isoformat(timespec="seconds")
     verdict = Verdict(key_of(bundle), verification.passed, tuple(verification.failures()), date)
     path = cache_directory() / f"{verdict.key}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_suffix(f".{os.getpid()}.tmp")
-        tmp.write_text(json.dumps(asdict(verdict)) + "\n", encoding="utf-8")
-        tmp.replace(path)
-    except OSError:
-        pass
+    with suppress(OSError):
+        write_atomically(path, json.dumps(asdict(verdict)) + "\n")
     return verdict
 
 
