@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from jet_export.errors import JetExportError
@@ -59,16 +60,17 @@ def test_a_row_that_fails_verification_has_no_figures(ablation, monkeypatch) -> 
     from types import SimpleNamespace
 
     monkeypatch.setattr(ablation, "eager_engine", lambda *a: None)
-    monkeypatch.setattr(ablation, "CompiledEngine", lambda eager: None)
+    monkeypatch.setattr(ablation, "CompiledEngine", lambda *a: None)
     monkeypatch.setattr(ablation, "verify_engines", lambda *a: [SimpleNamespace(failures=["prefill: logits: off"])])
     monkeypatch.setattr(ablation, "measure", lambda *a: pytest.fail("measured"))
-    result = ablation.run_row("torch.compile", SimpleNamespace(device="cpu", model="jet-tiny"), [], None)
+    args = SimpleNamespace(device="cpu", model="jet-tiny", compile="all")
+    result = ablation.run_row("torch.compile", args, [], None)
     assert not result.decode and result.left_out == "verify fails: prefill: logits: off"
 
 
-def test_torch_compile_makes_two_graphs_for_every_batch(ablation) -> None:
-    """One of prefill and one of decode: jet-2b's take a minute each, and batches of one would add four."""
-    import torch
+@pytest.mark.parametrize(("phases", "graphs"), [("all", 2), ("decode", 1)])
+def test_torch_compile_makes_a_graph_a_phase_for_every_batch(ablation, phases, graphs) -> None:
+    """jet-2b's take a minute each, and batches of one would add four."""
     from fp8_models import model_of
     from torch._dynamo.utils import counters
 
@@ -79,13 +81,36 @@ def test_torch_compile_makes_two_graphs_for_every_batch(ablation) -> None:
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     eager = EagerEngine(model_of(torch.float32), Limits(4, 128, 64), torch.float32, torch.float32)
-    runners = [Runner(engine, False) for engine in (eager, ablation.CompiledEngine(eager))]
+    runners = [Runner(engine, False) for engine in (eager, ablation.CompiledEngine(eager, phases))]
     for lengths in ([7], [1], [3, 5, 5, 64]):
         slots, prompts = list(range(len(lengths))), [list(range(1, n + 1)) for n in lengths]
         tokens = torch.tensor([5] * len(lengths))
         want, got = ([r.prefill(slots, prompts).clone(), r.decode(slots, tokens).clone()] for r in runners)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-    assert counters["stats"]["unique_graphs"] - before == 2
+    assert counters["stats"]["unique_graphs"] - before == graphs
+
+
+def test_prefill_that_was_not_compiled_has_no_figure(ablation, monkeypatch) -> None:
+    from types import SimpleNamespace
+
+    from fp8_models import model_of
+
+    from jet_export.bundle import Limits
+    from jet_export.runtime.engine import EagerEngine
+
+    limits = Limits(2, 128, 64)
+    figures = ablation.Result("torch.compile", {"B1 64": 1.0}, {"B1 64": 2.0}, {"B1 64": "prefill"})
+    monkeypatch.setattr(
+        ablation, "eager_engine", lambda *a: EagerEngine(model_of(), limits, torch.float32, torch.float32)
+    )
+    monkeypatch.setattr(ablation, "verify_engines", lambda *a: [])
+    monkeypatch.setattr(ablation, "measure", lambda *a: figures)
+    rows = {}
+    for phases in ("all", "decode"):
+        args = SimpleNamespace(device="cpu", model="jet-tiny", compile=phases, fill_seconds=1.0)
+        rows[phases] = ablation.run_row("torch.compile", args, [], limits)
+    assert rows["all"] == figures
+    assert rows["decode"].decode == figures.decode and not rows["decode"].prefill
 
 
 def run(ablation, monkeypatch, *args: str) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("pydantic")
+pytest.importorskip("uvicorn")
 
 from serving import async_llm
 
