@@ -277,6 +277,7 @@ def search(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --output.")] = False,
     keep_engines: Annotated[bool, typer.Option("--keep-engines", help="Leave the bundles on disk.")] = False,
     build_only: Annotated[bool, typer.Option("--build-only", help="Build, for a later call to measure.")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again what repeats do not confirm.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the points and engines, and stop.")] = False,
 ) -> None:
     """Choose head sizes, precisions and layouts by the latency of engines measured here."""
@@ -285,7 +286,7 @@ def search(
 
     options = SearchOptions(
         model, backend, device, dtype, space, scores, sampler, trials, whole, jobs, timeout, seed, output, database,
-        resume, keep_engines, build_only,
+        resume, keep_engines, build_only, remeasure,
     )  # fmt: skip
     run_command(options, dry_run, typer.echo)
 

@@ -37,7 +37,7 @@ class Evaluation:
 
     def error(self, case: tuple[int, int, str]) -> float | None:
         """Relative error of the prediction, where the point was built whole."""
-        if not self.measured or not self.predicted or case not in self.measured:
+        if not self.measured or not self.predicted or case not in self.measured or case not in self.predicted:
             return None
         return self.predicted[case] / self.measured[case] - 1
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.search.cells import Cell, base_cell, layer_cells
-from jet_export.search.database import Entry
+from jet_export.search.database import AGREE, Entry
 from jet_export.search.points import Point
 from jet_export.search.space import Space
 from jet_export.search.work import Workshop
@@ -31,8 +31,19 @@ class Composer:
         whole, base = self.entry(cell, case), self.entry(self.base, case)
         return (whole.median_ms - base.median_ms) / cell.layers if whole and base else None
 
+    def at_odds(self, case: tuple[int, int, str]) -> str | None:
+        """Why no sum of this case says anything: an engine of layers that was quicker than the one without any."""
+        base = self.entry(self.base, case)
+        others = [(e.median_ms, str(cell)) for cell, known in self.workshop.known.items()
+                  if cell.kind != "whole" and (e := known.get(case))]  # fmt: skip
+        if base is None or not others or min(others)[0] * (1 + AGREE) >= base.median_ms:
+            return None
+        ms, name = min(others)
+        return (f"{case[2]} at B{case[0]} {case[1]}: {name} took {ms:,.4g} ms, the engine without layers "
+                f"{base.median_ms:,.4g}; was the machine in use?")  # fmt: skip
+
     def predict(self, point: Point) -> Latency | None:
-        """Every case of the grid; None where a layer is not measured."""
+        """Every case of the grid but those at odds; None where a layer is not measured."""
         out: Latency = {}
         cells = layer_cells(point, self.preset, self.space)
         for batch, context in self.workshop.cases:
@@ -46,7 +57,8 @@ class Composer:
                     if share is None:
                         return None
                     total += n * share
-                out[batch, context, phase] = total
+                if not self.at_odds((batch, context, phase)):
+                    out[batch, context, phase] = total
         return out
 
     def measured(self, cell: Cell) -> Latency | None:
@@ -54,8 +66,7 @@ class Composer:
         have = self.workshop.known.get(cell, {})
         return {case: e.median_ms for case, e in have.items()} if have and not self.workshop.missing(cell) else None
 
-    def noisy(self, above: float = 0.1) -> tuple[int, int]:
-        """(measurements whose repeats differ by more than `above`, those that were repeated)."""
-        repeated = [e.details["every_ms"] for known in self.workshop.known.values() for e in known.values()
-                    if len(e.details.get("every_ms", ())) > 1]  # fmt: skip
-        return sum(sorted(r)[1] > (1 + above) * min(r) for r in repeated), len(repeated)
+    def noisy(self) -> tuple[int, int]:
+        """(measurements that their repeats do not confirm, those that were repeated)."""
+        known = [e.confirmed for cases in self.workshop.known.values() for e in cases.values()]
+        return known.count(False), known.count(False) + known.count(True)

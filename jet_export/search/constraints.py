@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import isnan
 
 import torch
 
@@ -102,6 +103,8 @@ class Scene:
             return f"decode step {decode_ms:.3g} ms, target {s.decode_ms:g}"
         if s.tokens_per_s is not None and tokens_per_s < s.tokens_per_s:
             return f"{tokens_per_s:,.0f} tokens/s, target {s.tokens_per_s:,.0f}"
+        if s.prefill_tokens_per_s is not None and isnan(prefill_tokens_per_s):
+            return f"prefill: not known, target {s.prefill_tokens_per_s:,.0f} tokens/s"
         if s.prefill_tokens_per_s is not None and prefill_tokens_per_s < s.prefill_tokens_per_s:
             return f"prefill {prefill_tokens_per_s:,.0f} tokens/s, target {s.prefill_tokens_per_s:,.0f}"
         return None

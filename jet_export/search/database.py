@@ -36,6 +36,7 @@ create table if not exists measurements (
 ) strict
 """
 PHASES = ("decode", "prefill")
+AGREE = 0.1  # how far the two quickest repeats of a case may be apart
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Entry:
     median_ms: float
     p90_ms: float
     details: dict[str, Any]
+
+    @property
+    def confirmed(self) -> bool | None:
+        """Whether its two quickest repeats agree; None where it has no two."""
+        every = sorted(self.details.get("every_ms", ()))
+        return every[1] <= (1 + AGREE) * every[0] if len(every) > 1 else None
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ def layers_section(search: Search, results: dict[str, Any]) -> str:
     others = [[r["layer"], r["batch"], r["context"], r["phase"], f"{r['ms']:.4g}", r["filled_by"]]
               for r in results["layers"]]  # fmt: skip
     note = f"<p>{escape(results['synthetic'])}.</p>" if results["synthetic"] else ""
+    note += "".join(f"<p>Left out: {escape(why)}</p>" for why in results["left_out"])
     return out + table(["layer", "batch", "context", "phase", "ms", "filled by"], others) + note
 
 

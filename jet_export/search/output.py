@@ -91,7 +91,7 @@ def point_row(search: Search, e: Evaluation) -> dict[str, Any]:
     row |= {"kv_cache_dtype": e.point.kv_cache_dtype, "refused": e.refused, "missed": e.missed}
     row |= {"parameters": e.parameters or None, "cache_bytes": e.cache_bytes or None}
     row |= {"conv_state_bytes": e.conv_bytes or None, "score": e.score}
-    row["decode_ms"] = e.predicted[case] if e.predicted else None
+    row["decode_ms"] = e.predicted.get(case) if e.predicted else None
     row["tokens_per_s"] = finite(e.tokens_per_s(b, c))
     row["prefill_tokens_per_s"] = finite(e.tokens_per_s(b, c, "prefill"))
     row["whole_decode_ms"] = e.measured[case] if e.measured else None
@@ -148,7 +148,7 @@ def results_dict(search: Search) -> dict[str, Any]:
     predictions = [
         {"point": e.label, "batch": case[0], "context": case[1], "phase": case[2], "predicted_ms": e.predicted[case],
          "measured_ms": ms, "error": e.error(case)}
-        for e in search.front if e.measured and e.predicted for case, ms in e.measured.items()
+        for e in search.front if e.measured and e.predicted for case, ms in e.measured.items() if case in e.predicted
     ]  # fmt: skip
     remarks = published()[1]
     return {
@@ -167,6 +167,7 @@ def results_dict(search: Search) -> dict[str, Any]:
         "spread_percent": spread_percent(speeds),
         "paper": {k: remarks[k] for k in ("source", "gpu", "cache_mb", "spread_percent")},
         "points": rows,
+        "left_out": search.at_odds,
         "layers": layer_rows(search),
         "predictions": predictions,
         "failed": {str(cell): reason for cell, reason in search.failed.items()},
@@ -218,7 +219,8 @@ def summary_lines(search: Search) -> list[str]:
     lines += [f"failed: {reason}" for reason in search.failed.values()]
     noisy, repeated = search.noisy
     lines += [f"noise: {noisy} of {repeated} measurements are over 10 % quicker than the next of their repeats; is the "
-              "machine in use?"] if noisy else []  # fmt: skip
+              "machine in use? --resume --remeasure measures them again"] if noisy else []  # fmt: skip
+    lines += [f"left out: {why} --resume --remeasure measures it again" for why in search.at_odds]
     lines += [note] if (note := noise_note(search)) else []
     lines += ["out of time: not all points are measured; --resume goes on"] if search.timed_out else []
     precision = f"state {short(best.point.state_dtype)}" + (", FP8 weights" if best.point.fp8 else "")

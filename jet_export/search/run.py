@@ -21,11 +21,11 @@ from jet_export.errors import JetExportError
 from jet_export.memory import USABLE, available_memory, human, parameter_count
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plan import BuildOptions, make_plan
-from jet_export.search.cells import Cell, cells_of, layer_cells, whole_cell
+from jet_export.search.cells import Cell, base_cell, cells_of, layer_cells, whole_cell
 from jet_export.search.choose import Evaluation, choose, pareto, to_build_whole
 from jet_export.search.compose import Composer, Latency
 from jet_export.search.constraints import Scene
-from jet_export.search.database import Bench, Database, machine
+from jet_export.search.database import PHASES, Bench, Database, Entry, machine
 from jet_export.search.directory import check_output, open_output
 from jet_export.search.points import Point, all_points, count_points
 from jet_export.search.sampling import TRIALS, Values, choose_sampler, sample
@@ -55,6 +55,7 @@ class SearchOptions:
     resume: bool = False
     keep_engines: bool = False
     build_only: bool = False
+    remeasure: bool = False
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Search:
     filled: dict[Cell, dict[tuple[int, int, str], str]] = field(default_factory=dict)  # "prefill" or "synthetic"
     why: str = ""
     noisy: tuple[int, int] = (0, 0)  # measurements that repeats do not confirm within 10 %, of all
+    at_odds: list[str] = field(default_factory=list)  # cases without sums, and why
     timed_out: bool = False
     seconds: float = 0.0
 
@@ -234,7 +236,14 @@ def open_workshop(search: Search, database: Database, hands: Hands | None, emit:
     timeout = search.options.timeout
     deadline = None if timeout is None else time.monotonic() + timeout
     return Workshop(database, search.bench, hands, search.cases, scratch / "claims", search.jobs, emit, deadline,
-                    search.options.keep_engines)  # fmt: skip
+                    search.options.keep_engines, doubt(search))  # fmt: skip
+
+
+def doubt(search: Search) -> Callable[[Cell, Entry], bool]:
+    """What --remeasure measures again: what its repeats do not confirm, and the engine without layers, which every sum
+    rests on."""
+    base = base_cell(search.preset)
+    return lambda cell, entry: search.options.remeasure and (cell == base or entry.confirmed is False)
 
 
 def judge(search: Search, point: Point) -> Evaluation:
@@ -304,7 +313,7 @@ def values_of(search: Search, workshop: Workshop, composer: Composer, e: Evaluat
     b, c = search.target
     speed = e.tokens_per_s(b, c)
     if math.isnan(speed):
-        e.missed = "its layers' latencies sum to nothing: noise"
+        e.missed = composer.at_odds((b, c, "decode")) or "its layers' latencies sum to nothing: noise"
         return e.missed
     e.missed = missed_target(search, e, e.predicted)
     return e.missed or (speed, e.score)
@@ -320,6 +329,9 @@ def missed_target(search: Search, e: Evaluation, latency: Latency) -> str | None
 def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callable[[str], None]) -> None:
     """The front, whole engines of its points, the choice."""
     b, c = search.target
+    for e in search.evaluations.values():
+        if e.predicted:  # some before all was measured that may speak against it
+            values_of(search, workshop, composer, e)
     keep_layers(search, workshop, composer)
     wanted: list[Evaluation] = []
     while front := pareto(list(search.evaluations.values()), b, c):
@@ -334,6 +346,8 @@ def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callabl
     for e in front:
         e.front = True
     search.noisy = composer.noisy()
+    cases = [(*case, phase) for case in search.cases for phase in PHASES]
+    search.at_odds = [why for case in cases if (why := composer.at_odds(case))]
     search.filled = {cell: {case: str(e.details.get("filled_by", "")) for case, e in known.items()}
                      for cell, known in workshop.known.items()}  # fmt: skip
     best, search.why = choose(front, b, c, search.space.slack_percent)
@@ -375,7 +389,7 @@ def keep_layers(search: Search, workshop: Workshop, composer: Composer) -> None:
     for e in search.evaluations.values():
         if e.predicted:
             cells.update(layer_cells(e.point, search.preset, search.space).keys())
-    cases = [(b, c, phase) for b, c in search.cases for phase in ("decode", "prefill")]
+    cases = [(b, c, phase) for b, c in search.cases for phase in PHASES if not composer.at_odds((b, c, phase))]
     for cell in sorted(cells, key=str):
         shares = {case: composer.layer(cell, *case) for case in cases}
         search.layers[cell] = {case: ms for case, ms in shares.items() if ms is not None}

@@ -207,10 +207,14 @@ class Workshop:
     def __init__(
         self, database: Database, bench: Bench, hands: Hands, cases: list[tuple[int, int]], claims: Path,
         jobs: int, emit: Callable[[str], None], deadline: float | None = None, keep: bool = False,
+        doubted: Callable[[Cell, Entry], bool] = lambda cell, entry: False,
     ) -> None:  # fmt: skip
+        """doubted: whether an entry of the database is to be measured again."""
         self.database, self.bench, self.hands, self.cases = database, bench, hands, cases
         self.claims, self.jobs, self.emit, self.deadline, self.keep = claims, max(1, jobs), emit, deadline, keep
+        self.doubted = doubted
         self.failed: dict[Cell, str] = {}
+        self.fresh: set[Cell] = set()  # measured here
         self.swept: set[Cell] = set()
         self.known: dict[Cell, dict[tuple[int, int, str], Entry]] = {}
         self.spent = 0.0  # seconds of builds and measurements
@@ -226,7 +230,8 @@ class Workshop:
         if len(known) < len(PHASES) * len(self.cases):
             for batch, context in self.cases:
                 for phase, entry in self.database.get(self.bench, cell, batch, context).items():
-                    known[batch, context, phase] = entry
+                    if cell in self.fresh or not self.doubted(cell, entry):
+                        known[batch, context, phase] = entry
         return known
 
     def missing(self, cell: Cell) -> list[tuple[int, int]]:
@@ -326,6 +331,7 @@ class Workshop:
         try:
             with measuring(lambda: self.emit(f"  {cell}: waits for another search, to be measured alone")):
                 self.hands.measure(cell, self.missing(cell))
+            self.fresh.add(cell)
             if self.missing(cell):
                 raise JetExportError(f"{cell}: measured, and the database does not have it.")
         except JetExportError as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from eager_bundle import mini_config
@@ -43,13 +44,14 @@ def engine_ms(cell: Cell, batch: int, context: int, phase: str) -> float:
 class FakeHands:
     """Counts builds and measurements; `die_after` operations it raises KeyboardInterrupt, as Ctrl-C would.
 
-    Whole engines take `whole` times their layers' sum.
+    Whole engines take `whole` times their layers' sum; `repeats` says by what each repeat of a phase is disturbed.
     """
 
     def __init__(
-        self, database: Database, bench: Bench, die_after: int | None = None, whole: float = 1.0, filled_by: str = ""
+        self, database: Database, bench: Bench, die_after: int | None = None, whole: float = 1.0, filled_by: str = "",
+        repeats: Callable[[Cell, str], list[float]] = lambda cell, phase: [1.0],
     ) -> None:  # fmt: skip
-        self.whole, self.filled_by = whole, filled_by
+        self.whole, self.filled_by, self.repeats = whole, filled_by, repeats
         self.database, self.bench, self.die_after = database, bench, die_after
         self.bundles = database.path.with_suffix(".bundles")
         self.builds: Counter[str] = Counter()
@@ -82,7 +84,8 @@ class FakeHands:
             for phase in ("decode", "prefill"):
                 ms = engine_ms(cell, batch, context, phase) * (self.whole if cell.kind == "whole" else 1.0)
                 details = {"filled_by": self.filled_by} if self.filled_by else {}
-                entries.append(Entry(batch, context, phase, ms, ms, details))
+                every = [ms * disturbed for disturbed in self.repeats(cell, phase)]
+                entries.append(Entry(batch, context, phase, min(every), max(every), {**details, "every_ms": every}))
             self.database.put(self.bench, cell, entries)
 
     def discard(self, cell: Cell) -> None:

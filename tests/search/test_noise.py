@@ -1,0 +1,118 @@
+"""Measurements of a machine that was in use: told from others, left out of sums, measured again."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+from fake_hands import SPACE, prepared, searched
+
+from jet_export.errors import JetExportError
+from jet_export.search.cells import Cell, base_cell
+from jet_export.search.database import Entry
+from jet_export.search.output import summary_lines, write_results
+from jet_export.search.worker import settled
+
+
+def base_slow(phase: str):
+    """The engine without layers takes a hundred times its time in this phase, in every repeat."""
+    return lambda cell, p: [100.0, 100.0] if cell.kind == "base" and p == phase else [1.0, 1.01]
+
+
+def shaky(cell: Cell, phase: str) -> list[float]:
+    return [1.0, 1.3] if cell.kind == "jet" and "64x16x2" in str(cell) else [1.0, 1.05]
+
+
+def left_out(path) -> list[str]:
+    return json.loads((path / "results.json").read_text())["left_out"]
+
+
+def test_repeats_that_do_not_confirm_one_another_are_measured_again(tmp_path) -> None:
+    first = prepared(tmp_path, whole=0)
+    hands = searched(first, repeats=shaky)
+    assert first.noisy == (8, 8 * len(hands.builds))  # two phases of four cases of one of the engines
+    (line,) = [line for line in summary_lines(first) if line.startswith("noise: ")]
+    assert "noise: 8 of" in line and "--resume --remeasure" in line
+
+    usual = prepared(tmp_path, whole=0, resume=True)
+    assert not searched(usual).builds
+    again = prepared(tmp_path, whole=0, resume=True, remeasure=True)
+    hands = searched(again)
+    (doubtful,) = [cell for cell in first.layers if "64x16x2" in str(cell)]
+    assert set(hands.builds) == {base_cell(first.preset).key, doubtful.key}
+    assert set(hands.measured.values()) == {1}
+    assert again.noisy == (0, 8 * (len(first.layers) - 1))  # those measured here had one repeat
+
+
+def test_what_is_measured_again_and_stays_noisy_is_kept(tmp_path) -> None:
+    searched(prepared(tmp_path, whole=0), repeats=shaky)
+    again = prepared(tmp_path, whole=0, resume=True, remeasure=True)
+    hands = searched(again, repeats=shaky)
+    assert set(hands.measured.values()) == {1} and again.noisy[0] == 8 and again.chosen
+
+
+def test_a_phase_in_which_layers_take_less_than_nothing_has_no_sums(tmp_path) -> None:
+    search = prepared(tmp_path, whole=1)
+    searched(search, repeats=base_slow("prefill"))
+    write_results(search)
+    with open(search.output / "points.csv", newline="") as file:
+        points = [r for r in csv.DictReader(file) if not r["refused"]]
+    assert points and all(r["tokens_per_s"] and not r["prefill_tokens_per_s"] for r in points)
+    with open(search.output / "layers.csv", newline="") as file:
+        assert {r["phase"] for r in csv.DictReader(file)} == {"decode"}
+    results = json.loads((search.output / "results.json").read_text())
+    assert {p["phase"] for p in results["predictions"]} == {"decode"}
+    assert len(left_out(search.output)) == 4  # of a grid of four
+    assert all("prefill at B" in why and "was the machine in use?" in why for why in left_out(search.output))
+    assert sum(line.startswith("left out: prefill at B") for line in summary_lines(search)) == 4
+    assert "Left out: prefill at B4 256" in (search.output / "report.html").read_text()
+
+    idle = prepared(tmp_path, whole=1, resume=True, remeasure=True)
+    searched(idle)
+    write_results(idle)
+    assert not left_out(idle.output) and all(e.predicted and len(e.predicted) == 8 for e in idle.evaluations.values())
+
+
+def test_decode_at_odds_leaves_no_point(tmp_path) -> None:
+    with pytest.raises(
+        JetExportError, match=r"decode at B4 256: .* the engine without layers .* was the machine in use"
+    ):
+        searched(prepared(tmp_path), repeats=base_slow("decode"))
+
+
+def test_a_prefill_target_is_not_met_by_what_is_not_known(tmp_path) -> None:
+    space = SPACE + "[constraints]\nprefill_tokens_per_s = 1\n"
+    with pytest.raises(JetExportError, match="prefill: not known, target 1 tokens/s"):
+        searched(prepared(tmp_path, space), repeats=base_slow("prefill"))
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "runs"),
+    [
+        ([1.0, 1.05, 2.0], [5.0, 5.0, 5.0], 3),
+        ([1.0, 1.2, 1.3, 1.05], [5.0] * 4, 4),
+        ([1.0, 1.0, 1.0, 1.0, 1.0], [5.0, 6.0, 7.0, 8.0, 5.4], 5),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [5.0] * 6, 6),
+        ([1.0], [5.0], 1),
+    ],
+)
+def test_repeats_go_on_until_two_agree(decode, prefill, runs) -> None:
+    def run(d: float, p: float) -> SimpleNamespace:
+        case = SimpleNamespace(batch=2, context=50)
+        step, call = SimpleNamespace(median=d, p90=d), SimpleNamespace(median=p, p90=p)
+        return SimpleNamespace(case=case, step=step, prefill_call=call, prefill_tokens_per_s=1e5 / p,
+                               filled_by="prefill", state_bytes=0, peak_bytes=0)  # fmt: skip
+
+    every = iter([run(d, p) for d, p in zip(decode, prefill, strict=True)])
+    first = [next(every) for _ in range(min(3, len(decode)))]
+    got = settled(first, lambda: [next(every)])
+    assert next(every, None) is None
+    assert [len(e.details["every_ms"]) for e in got] == [runs, runs]
+    assert got[0].median_ms == min(decode) and got[1].median_ms == pytest.approx(min(prefill))
+
+
+def test_one_repeat_confirms_nothing_and_denies_nothing() -> None:
+    assert Entry(1, 1, "decode", 1.0, 1.0, {"every_ms": [1.0]}).confirmed is None
+    assert Entry(1, 1, "decode", 1.0, 1.0, {}).confirmed is None
+    assert Entry(1, 1, "decode", 1.0, 1.0, {"every_ms": [1.2, 1.0, 1.1]}).confirmed
+    assert Entry(1, 1, "decode", 1.0, 1.0, {"every_ms": [1.2, 1.0]}).confirmed is False
