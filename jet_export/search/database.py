@@ -13,7 +13,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,14 @@ class Entry:
         """Whether its two quickest repeats agree; None where it has no two."""
         every = sorted(self.details.get("every_ms", ()))
         return every[1] <= (1 + AGREE) * every[0] if len(every) > 1 else None
+
+    def with_repeats(self, other: Entry | None) -> Entry:
+        """The quicker of both, with the repeats of both: what else a machine does only adds time."""
+        if other is None:
+            return self
+        quicker = min(self, other, key=lambda e: e.median_ms)
+        every = [ms for e in (other, self) for ms in e.details.get("every_ms", ())]
+        return replace(quicker, details={**quicker.details, "every_ms": every})
 
 
 @dataclass(frozen=True)

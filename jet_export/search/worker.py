@@ -56,7 +56,8 @@ def measure(task: dict[str, Any]) -> None:
         case = Case(batch, context, min(bench.chunk, context), bench.new_tokens, bench.fill)
         runs = measure_engine(engine, [case] * bench.repeats)
         again = partial(measure_engine, engine, [case])
-        database.put(bench, cell, settled(runs, again))
+        before = database.get(bench, cell, batch, context)  # with --remeasure
+        database.put(bench, cell, [e.with_repeats(before.get(e.phase)) for e in settled(runs, again)])
 
 
 def settled(runs: list[Measurement], again: Callable[[], list[Measurement]]) -> list[Entry]:

@@ -116,3 +116,18 @@ def test_one_repeat_confirms_nothing_and_denies_nothing() -> None:
     assert Entry(1, 1, "decode", 1.0, 1.0, {}).confirmed is None
     assert Entry(1, 1, "decode", 1.0, 1.0, {"every_ms": [1.2, 1.0, 1.1]}).confirmed
     assert Entry(1, 1, "decode", 1.0, 1.0, {"every_ms": [1.2, 1.0]}).confirmed is False
+
+
+def test_what_is_measured_again_keeps_the_quicker() -> None:
+    old = Entry(1, 64, "decode", 1.0, 1.5, {"every_ms": [1.0, 1.3], "peak_bytes": 7})
+    slower = Entry(1, 64, "decode", 1.2, 1.2, {"every_ms": [1.2, 1.25], "peak_bytes": 8})
+    both = slower.with_repeats(old)
+    assert (both.median_ms, both.p90_ms, both.details) == (
+        1.0,
+        1.5,
+        {"every_ms": [1.0, 1.3, 1.2, 1.25], "peak_bytes": 7},
+    )
+    assert both.confirmed is False
+    quicker = Entry(1, 64, "decode", 0.95, 0.96, {"every_ms": [0.95, 0.99], "peak_bytes": 8})
+    assert quicker.with_repeats(old).median_ms == 0.95 and quicker.with_repeats(old).confirmed
+    assert slower.with_repeats(None) is slower
