@@ -1,13 +1,15 @@
-"""Speed of every kernel on this GPU in one table, beside FLA, SDPA's flash attention and FlashInfer where installed.
+"""Speed of every kernel on this GPU in one table, beside FLA, SGLang's JetBlock, SDPA's flash attention and FlashInfer
+where installed.
 
-    python benchmarks/kernels.py [--models 2b,4b] [--parts block,attention] [--output benchmarks/results/kernels.json]
+    python benchmarks/kernels.py [--models 2b,4b] [--parts block,attention,sglang] [--output RESULTS.json]
 
 Correctness comes first, and without it there are no figures. Prefill is timed per call, decode per layer in a CUDA
 graph that walks through several layers' states, so that they do not stay in L2. The roofline is the slower of moving
 the bytes that must be moved at copy speed and computing at the speed of a large bf16 product, both of this process.
 FLA's figures are its delta rule alone: no convolution, SiLU, normalisation of q and k, gates or gated norm; flash
-attention and FlashInfer get roped queries and a filled cache. Sweeps of attention: kernels_attention.py; of all:
-tune.py. JSON and a picture are written after every case.
+attention and FlashInfer get roped queries and a filled cache. SGLang's is its JetBlock between the projections, by its
+own code (sglang_path.py): prefill call by call, as it waits for the GPU in between, decode in a CUDA graph. Sweeps of
+attention: kernels_attention.py; of all: tune.py. JSON and a picture are written after every case.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import kernels_attention as attention
 import torch
 from fla_pinned import import_fla, rule_inputs
 from kernels_table import KernelRow, draw, row, show, to_dicts
+from sglang_path import import_sglang, jet_block_path
 from torch import Tensor
 
 from jet_export import bench
@@ -141,6 +144,35 @@ def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kerne
     return out
 
 
+def sglang_block(model: str, sglang: Any, peaks: tuple[float, float]) -> list[KernelRow]:
+    """jet_block beside SGLang's JetBlock, prefill and decode, state in fp32. Where their results differ by over 2 % (it
+    rounds to bf16 after every step) there is a note instead of its time."""
+    H, K, V = MODELS[model]
+    D, out = H * V, list[KernelRow]()
+    cases = [("jet_block", f"B{B} T{T}", [T] * B) for B, T in PREFILL]
+    cases += [("jet_block decode", f"B{B}", [1] * B) for B in DECODE]
+    for kernel, shape, lens in cases:
+        decode, n = kernel.endswith("decode"), sum(lens)
+        layers = max(8, min(24, int(2e10 / (8 * n * H * K * V)))) if decode else 1
+        sets = [block_inputs(lens, model, context=4 if decode else 0) for _ in range(layers)]
+        runs = [jet_block_path(sglang, a, decode)[0] for a in sets]
+        difference = rel(runs[0](), torch.ops.jet.jet_block(*sets[0], decode).double())
+        variants: dict[str, Callable[[], Any]] = {
+            "jet": lambda s=sets, d=decode: [torch.ops.jet.jet_block(*a, d) for a in s]
+        }
+        times = bench.compare(variants, graph=True, repeats=15, calls=layers)
+        note = f"sglang: its result differs by {difference:.1e}"
+        if difference < 2e-2:
+            name, note = f"sglang {sglang.version}", ""
+            theirs = {name: lambda r=runs: [run() for run in r]}
+            times |= bench.compare(theirs, graph=decode, repeats=5, warmup=1, calls=layers)
+        rule_flops = n * H * (2 * 64 * (3 * K + V) + 2 * (64 * V + 3 * K * V))
+        work = (8 * n * H * K * V, 0) if decode else (n * 2 * (2 * H * K + 7 * D), rule_flops)
+        for name, t in times.items():
+            out.append(row(kernel, model, shape, "bf16, state fp32", name, t, *work, *peaks, note))
+    return out
+
+
 def attention_prefill(model: str, peaks: tuple[float, float]) -> list[KernelRow]:
     heads, out = attention.HEADS[model], []
     for B, T, context in attention.PREFILL:
@@ -224,7 +256,7 @@ def flashinfer_decode(args: list) -> Callable[[], Tensor]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="2b,4b")
-    parser.add_argument("--parts", default="block,attention")
+    parser.add_argument("--parts", default="block,attention,sglang")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/kernels.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -232,7 +264,9 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     models, parts = options.models.split(","), options.parts.split(",")
-    result: dict[str, Any] = {"errors": {model: correctness(model) for model in models if "block" in parts}}
+    result: dict[str, Any] = {
+        "errors": {model: correctness(model) for model in models if {"block", "sglang"} & set(parts)}
+    }
     checks = [attention.check(*c) for c in attention.CHECKS] if "attention" in parts else []
     result["attention_checks"] = checks
     right = all(e < 1e-2 for errors in result["errors"].values() for e in errors.values())
@@ -240,6 +274,7 @@ def main() -> int:
         print(f"wrong results: no speed to report: {result}", file=sys.stderr)
         return 1
     fla = import_fla() if "block" in parts else None
+    sglang = import_sglang() if "sglang" in parts else None
     if "attention" in parts and importlib.util.find_spec("flashinfer") is None:
         print("FlashInfer is not compared with: it is not installed")
     copy, matmul = bench.copy_speed(), bench.matmul_speed(torch.bfloat16)
@@ -251,6 +286,8 @@ def main() -> int:
         if "block" in parts:
             steps += [lambda m=model: block_prefill(m, fla, (copy, matmul)),
                       lambda m=model: block_decode(m, fla, (copy, matmul))]  # fmt: skip
+        if sglang is not None:
+            steps.append(lambda m=model: sglang_block(m, sglang, (copy, matmul)))
         if "attention" in parts:
             steps += [lambda m=model: attention_prefill(m, (copy, matmul)),
                       lambda m=model: attention_decode(m, (copy, matmul))]  # fmt: skip

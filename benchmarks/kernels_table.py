@@ -101,6 +101,8 @@ def draw(path: Path, rows: list[KernelRow], environment: dict[str, str]) -> None
     axis.set_yticks(range(len(cases)), [" ".join(c) for c in cases], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel("time, ours = 1")
+    if axis.get_xlim()[1] > 20:
+        axis.set_xscale("log")
     axis.legend(fontsize=7)
     e = environment
     axis.set_title(
