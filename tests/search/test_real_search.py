@@ -91,11 +91,17 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
 def test_a_search_on_a_gpu_predicts_the_whole_model(tmp_path) -> None:
     space = SPACE.replace('["128x64x2", "256x256x4"]', '["64x64x4", "128x64x2"]').replace("layers = 1", "layers = 2")
     (tmp_path / "space.toml").write_text(space)
-    words = ["--device", "cuda", "--whole", "1", "--jobs", "2"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command(*words), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "searches" / "jet-tiny-inductor" / "results.json").read_text())
+
+    def search(*more: str) -> dict:
+        words = command("--device", "cuda", "--whole", "1", "--jobs", "2", *more)
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "searches" / "jet-tiny-inductor" / "results.json").read_text())
+
+    results = search()
+    if results["noisy_measurements"]["over 10 %"] or results["left_out"]:  # other tests share the host
+        results = search("--resume", "--remeasure")
     errors = {p["phase"]: abs(p["error"]) for p in results["predictions"]}
     assert set(errors) == {"decode", "prefill"}
     assert errors["decode"] < 0.25  # a sum of layers that is no prediction would be off by a layer or more
