@@ -1,7 +1,10 @@
 """benchmarks/sglang_path.py: SGLang's files are imported without the rest of SGLang, and called with its layouts."""
 
+import importlib.util
 import sys
 import textwrap
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +82,19 @@ FILES = {
 }
 
 
+def arguments(lens: list[int], context: list[int]) -> tuple:
+    """Of jet_block, small, fp32."""
+    torch.manual_seed(0)
+    N, T, H, K, V = len(lens), sum(lens), 2, 16, 32
+    D = H * V
+    return (
+        torch.randn(T, 2 * H * K + 2 * D + 4), torch.randn(T, 2 * H), torch.randn(T, 4 * D) / 2,
+        torch.rand(H), torch.randn(H) - 4, 1 + 0.1 * torch.randn(V), torch.randn(N, 3, D), torch.randn(N, H, K, V),
+        torch.tensor([0, *lens]).cumsum(0).int(), torch.arange(N - 1, -1, -1).int(), torch.tensor(context).int(),
+        H, K, V, 1e-5,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def path(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend("benchmarks")
@@ -100,8 +116,8 @@ def test_only_its_layer_and_kernels_are_imported(path) -> None:
     assert sys.meta_path == before and not [name for name in sys.modules if name.split(".")[0] == "sglang"]
 
 
-def test_without_it_there_is_a_line(path, monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(tmp_path)])
+def test_without_it_there_is_a_line(path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "sglang").is_dir()])
     assert path.import_sglang() is None and "not installed" in capsys.readouterr().out
 
 
@@ -118,16 +134,36 @@ def test_another_sglang_is_told(path, tmp_path, capsys) -> None:
     [([5, 1, 9], False, [0, 0, 0]), ([5, 1, 9], False, [0, 4, 7]), ([1, 1, 1, 1], True, [4] * 4)],
 )
 def test_its_layouts(path, lens, decode, context) -> None:
-    torch.manual_seed(0)
-    N, T, H, K, V = len(lens), sum(lens), 2, 16, 32
-    D = H * V
-    args = (
-        torch.randn(T, 2 * H * K + 2 * D + 4), torch.randn(T, 2 * H), torch.randn(T, 4 * D) / 2,
-        torch.rand(H), torch.randn(H) - 4, 1 + 0.1 * torch.randn(V), torch.randn(N, 3, D), torch.randn(N, H, K, V),
-        torch.tensor([0, *lens]).cumsum(0).int(), torch.arange(N - 1, -1, -1).int(), torch.tensor(context).int(),
-        H, K, V, 1e-5,
-    )  # fmt: skip
+    args = arguments(lens, context)
     run, cache = path.jet_block_path(path.import_sglang(), args, decode)
+    want = jet_block_ref(*args, decode)
+    torch.testing.assert_close(run(), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cache.temporal.transpose(-1, -2), args[7], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cache.conv[0].transpose(-1, -2), args[6])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter; kernels.py checks it on a GPU")
+@pytest.mark.parametrize(
+    ("lens", "decode", "context"),
+    [([5, 1, 9], False, [0, 0, 0]), ([5, 1, 9], False, [0, 4, 7]), ([1] * 4, True, [4] * 4)],
+)
+def test_sglang_itself(monkeypatch, lens, decode, context) -> None:
+    """Its files as published, in Triton's interpreter, which they do not know of."""
+    import triton.language as tl
+
+    monkeypatch.syspath_prepend("benchmarks")
+    import sglang_path
+
+    monkeypatch.setattr(torch.cpu, "device", lambda index: nullcontext(), raising=False)
+    sglang = sglang_path.import_sglang()
+    sys.modules.pop("sglang_path")
+    kernels = sglang.module.fused_recurrent_gated_delta_rule_update.__globals__
+    monkeypatch.setitem(kernels, "exp", lambda x: tl.exp(x))  # bound before the interpreter replaces tl's functions
+    norm = sglang.norm.forward.__globals__["_layer_norm_fwd"].__globals__
+    monkeypatch.setitem(norm, "_get_sm_count", lambda device: 132)
+    args = arguments(lens, context)
+    run, cache = sglang_path.jet_block_path(sglang, args, decode)
     want = jet_block_ref(*args, decode)
     torch.testing.assert_close(run(), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(cache.temporal.transpose(-1, -2), args[7], atol=1e-5, rtol=1e-4)
