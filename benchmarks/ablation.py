@@ -59,7 +59,7 @@ ONE_GRAPH = {"backed_size_oblivious": True, "use_duck_shape": False}
 class CompiledEngine(EagerEngine):
     """The eager model under torch.compile: a dynamic graph for prefill, and one for decode, of any batch.
 
-    Pools of more than 2^31 elements make one graph more: inductor's indices have 32 bits where they fit.
+    jet-2b at B128 64K makes one graph more (NOTES.md).
     """
 
     def __init__(self, eager: EagerEngine, phases: str = "all") -> None:

@@ -75,6 +75,20 @@ def correctness(model: str) -> dict[str, float]:
     return errors
 
 
+def prefill_work(n: int, model: str) -> tuple[int, int]:
+    """Bytes that jet_block must move for n tokens (q, k, u, gate, kappa, the result), and the delta rule's FLOPs."""
+    H, K, V = MODELS[model]
+    return n * 2 * (2 * H * K + 7 * H * V), n * H * (2 * 64 * (3 * K + V) + 2 * (64 * V + 3 * K * V))
+
+
+def decode_work(B: int, model: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of B sequences' states, read and written, and the layers that a graph has: one of few launches would show
+    its own start."""
+    H, K, V = MODELS[model]
+    moved = 2 * B * H * K * V * dtype.itemsize
+    return moved, max(8, min(24, int(2e10 / moved)))
+
+
 def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[KernelRow]:
     """jet_block and its parts, each beside its own roofline."""
     H, K, V = MODELS[model]
@@ -98,9 +112,9 @@ def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kern
             )
         times = bench.compare(variants, graph=True, repeats=15)
         n = B * T
-        rule_flops = n * H * (2 * 64 * (3 * K + V) + 2 * (64 * V + 3 * K * V))
+        whole_bytes, rule_flops = prefill_work(n, model)
         work = {  # bytes read and written, FLOPs
-            "jet_block": (n * 2 * (2 * H * K + 7 * D), rule_flops),  # q, k, u, gate, kappa, the result
+            "jet_block": (whole_bytes, rule_flops),
             "gated_delta_rule": (n * 2 * (2 * H * K + 2 * D), rule_flops),
             "dynamic_conv": (n * 2 * 6 * D, 0),
             "gated_rms_norm": (n * 2 * 3 * D, 0),
@@ -123,8 +137,7 @@ def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kerne
     out = []
     for B in DECODE:
         for dtype in (torch.float32, torch.bfloat16):
-            moved = 2 * B * H * K * V * dtype.itemsize
-            layers = max(8, min(24, int(2e10 / moved)))  # a graph of few launches would show its own start
+            moved, layers = decode_work(B, model, dtype)
             sets = [block_inputs([1] * B, model, dtype, context=4) for _ in range(layers)]
             variants = {"jet": lambda s=sets: [torch.ops.jet.jet_block(*a, True) for a in s]}
             if fla is not None and dtype == torch.float32:
@@ -147,13 +160,14 @@ def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kerne
 def sglang_block(model: str, sglang: Any, peaks: tuple[float, float]) -> list[KernelRow]:
     """jet_block beside SGLang's JetBlock, prefill and decode, state in fp32. Where their results differ by over 2 % (it
     rounds to bf16 after every step) there is a note instead of its time."""
-    H, K, V = MODELS[model]
-    D, out = H * V, list[KernelRow]()
+    out: list[KernelRow] = []
     cases = [("jet_block", f"B{B} T{T}", [T] * B) for B, T in PREFILL]
     cases += [("jet_block decode", f"B{B}", [1] * B) for B in DECODE]
     for kernel, shape, lens in cases:
-        decode, n = kernel.endswith("decode"), sum(lens)
-        layers = max(8, min(24, int(2e10 / (8 * n * H * K * V)))) if decode else 1
+        decode, work, layers = kernel.endswith("decode"), prefill_work(sum(lens), model), 1
+        if decode:
+            moved, layers = decode_work(len(lens), model, torch.float32)
+            work = moved, 0
         sets = [block_inputs(lens, model, context=4 if decode else 0) for _ in range(layers)]
         runs = [jet_block_path(sglang, a, decode)[0] for a in sets]
         difference = rel(runs[0](), torch.ops.jet.jet_block(*sets[0], decode).double())
@@ -166,8 +180,6 @@ def sglang_block(model: str, sglang: Any, peaks: tuple[float, float]) -> list[Ke
             name, note = f"sglang {sglang.version}", ""
             theirs = {name: lambda r=runs: [run() for run in r]}
             times |= bench.compare(theirs, graph=decode, repeats=5, warmup=1, calls=layers)
-        rule_flops = n * H * (2 * 64 * (3 * K + V) + 2 * (64 * V + 3 * K * V))
-        work = (8 * n * H * K * V, 0) if decode else (n * 2 * (2 * H * K + 7 * D), rule_flops)
         for name, t in times.items():
             out.append(row(kernel, model, shape, "bf16, state fp32", name, t, *work, *peaks, note))
     return out

@@ -115,7 +115,7 @@ def stood_in(roots: list[str]) -> Iterator[None]:
 
 
 def import_sglang() -> SimpleNamespace | None:
-    """`module` (jet_nemotron), `norm` (RMSNormGated) and `version`, or None, with a line that says why."""
+    """Its `module` jet_nemotron and its `version`, or None, with a line that says why."""
     spec = importlib.util.find_spec("sglang") if "sglang" not in sys.modules else None
     if spec is None or not spec.submodule_search_locations:
         print("SGLang is not compared with: it is not installed")
@@ -123,7 +123,7 @@ def import_sglang() -> SimpleNamespace | None:
     try:
         with stood_in(list(spec.submodule_search_locations)):
             module = importlib.import_module("sglang.srt.models.jet_nemotron")
-            return SimpleNamespace(module=module, norm=module.RMSNormGated, version=version())
+            return SimpleNamespace(module=module, version=version())
     except (ImportError, AttributeError) as error:
         print(f"SGLang is not compared with: {type(error).__name__}: {error}")
         return None
@@ -155,7 +155,7 @@ def jet_block_path(sglang: Any, args: tuple, decode: bool) -> tuple[Callable[[],
     conv = made(sglang.module.DynamicShortConvolution, kernel_generator=lambda x: kappa, hidden_size=D,
                 kernel_size=taps.shape[-1] + 1)  # fmt: skip
     with torch.device(qkuz.device):
-        norm = sglang.norm(V, eps=eps)
+        norm = sglang.module.RMSNormGated(V, eps=eps)
     norm.weight = nn.Parameter(w_o.detach().clone(), requires_grad=False)
     qkvabz = torch.cat([q, k, u, a, b, gate], -1).contiguous()
     block = made(

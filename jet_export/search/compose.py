@@ -34,12 +34,14 @@ class Composer:
     def at_odds(self, case: tuple[int, int, str]) -> str | None:
         """Why no sum of this case says anything: an engine of layers that was quicker than the one without any."""
         base = self.entry(self.base, case)
-        others = [(e.median_ms, str(cell)) for cell, known in self.workshop.known.items()
-                  if cell.kind != "whole" and (e := known.get(case))]  # fmt: skip
-        if base is None or not others or min(others)[0] * (1 + AGREE) >= base.median_ms:
+        if base is None:
             return None
-        ms, name = min(others)
-        return (f"{case[2]} at B{case[0]} {case[1]}: {name} took {ms:,.4g} ms, the engine without layers "
+        parts = ((e.median_ms, cell) for cell, known in self.workshop.known.items()
+                 if cell.kind != "whole" and (e := known.get(case)))  # fmt: skip
+        ms, cell = min(parts, key=lambda part: part[0])  # the base's own at least
+        if ms * (1 + AGREE) >= base.median_ms:
+            return None
+        return (f"{case[2]} at B{case[0]} {case[1]}: {cell} took {ms:,.4g} ms, the engine without layers "
                 f"{base.median_ms:,.4g}; was the machine in use?")  # fmt: skip
 
     def predict(self, point: Point) -> Latency | None:

@@ -167,7 +167,7 @@ def results_dict(search: Search) -> dict[str, Any]:
         "spread_percent": spread_percent(speeds),
         "paper": {k: remarks[k] for k in ("source", "gpu", "cache_mb", "spread_percent")},
         "points": rows,
-        "left_out": search.at_odds,
+        "left_out": list(search.at_odds.values()),
         "layers": layer_rows(search),
         "predictions": predictions,
         "failed": {str(cell): reason for cell, reason in search.failed.items()},
@@ -220,7 +220,7 @@ def summary_lines(search: Search) -> list[str]:
     noisy, repeated = search.noisy
     lines += [f"noise: {noisy} of {repeated} measurements are over 10 % quicker than the next of their repeats; is the "
               "machine in use? --resume --remeasure measures them again"] if noisy else []  # fmt: skip
-    lines += [f"left out: {why} --resume --remeasure measures it again" for why in search.at_odds]
+    lines += [f"left out: {why} --resume --remeasure measures it again" for why in search.at_odds.values()]
     lines += [note] if (note := noise_note(search)) else []
     lines += ["out of time: not all points are measured; --resume goes on"] if search.timed_out else []
     precision = f"state {short(best.point.state_dtype)}" + (", FP8 weights" if best.point.fp8 else "")

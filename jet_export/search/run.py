@@ -82,7 +82,7 @@ class Search:
     filled: dict[Cell, dict[tuple[int, int, str], str]] = field(default_factory=dict)  # "prefill" or "synthetic"
     why: str = ""
     noisy: tuple[int, int] = (0, 0)  # measurements that repeats do not confirm within 10 %, of all
-    at_odds: list[str] = field(default_factory=list)  # cases without sums, and why
+    at_odds: dict[tuple[int, int, str], str] = field(default_factory=dict)  # cases without sums, and why
     timed_out: bool = False
     seconds: float = 0.0
 
@@ -332,7 +332,9 @@ def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callabl
     for e in search.evaluations.values():
         if e.predicted:  # some before all was measured that may speak against it
             values_of(search, workshop, composer, e)
-    keep_layers(search, workshop, composer)
+    cases = [(*case, phase) for case in search.cases for phase in PHASES]
+    search.at_odds = {case: why for case in cases if (why := composer.at_odds(case))}
+    keep_layers(search, composer, [case for case in cases if case not in search.at_odds])
     wanted: list[Evaluation] = []
     while front := pareto(list(search.evaluations.values()), b, c):
         more = build_whole(search, workshop, composer, [e for e in front if e not in wanted], len(wanted), emit)
@@ -346,8 +348,6 @@ def finish(search: Search, workshop: Workshop, composer: Composer, emit: Callabl
     for e in front:
         e.front = True
     search.noisy = composer.noisy()
-    cases = [(*case, phase) for case in search.cases for phase in PHASES]
-    search.at_odds = [why for case in cases if (why := composer.at_odds(case))]
     search.filled = {cell: {case: str(e.details.get("filled_by", "")) for case, e in known.items()}
                      for cell, known in workshop.known.items()}  # fmt: skip
     best, search.why = choose(front, b, c, search.space.slack_percent)
@@ -383,13 +383,12 @@ def out_of_time(search: Search, workshop: Workshop, wanted: list[Evaluation]) ->
     return workshop.out_of_time and (missing or any(e.measured is None for e in wanted))
 
 
-def keep_layers(search: Search, workshop: Workshop, composer: Composer) -> None:
+def keep_layers(search: Search, composer: Composer, cases: list[tuple[int, int, str]]) -> None:
     """The per-layer table of all points that have one."""
     cells: Counter[Cell] = Counter()
     for e in search.evaluations.values():
         if e.predicted:
             cells.update(layer_cells(e.point, search.preset, search.space).keys())
-    cases = [(b, c, phase) for b, c in search.cases for phase in PHASES if not composer.at_odds((b, c, phase))]
     for cell in sorted(cells, key=str):
         shares = {case: composer.layer(cell, *case) for case in cases}
         search.layers[cell] = {case: ms for case, ms in shares.items() if ms is not None}

@@ -95,6 +95,22 @@ def arguments(lens: list[int], context: list[int]) -> tuple:
     )  # fmt: skip
 
 
+def compare(path, sglang, lens: list[int], decode: bool, context: list[int]) -> None:
+    """Its output and both its caches with the reference's."""
+    args = arguments(lens, context)
+    run, cache = path.jet_block_path(sglang, args, decode)
+    want = jet_block_ref(*args, decode)
+    torch.testing.assert_close(run(), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cache.temporal.transpose(-1, -2), args[7], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cache.conv[0].transpose(-1, -2), args[6])
+
+
+CASES = pytest.mark.parametrize(
+    ("lens", "decode", "context"),
+    [([5, 1, 9], False, [0, 0, 0]), ([5, 1, 9], False, [0, 4, 7]), ([1] * 4, True, [4] * 4)],
+)
+
+
 @pytest.fixture
 def path(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend("benchmarks")
@@ -112,7 +128,8 @@ def path(monkeypatch, tmp_path):
 def test_only_its_layer_and_kernels_are_imported(path) -> None:
     before = list(sys.meta_path)
     sglang = path.import_sglang()
-    assert sglang.module.JetBlock and sglang.norm is sglang.module.RMSNormGated
+    assert sglang.module.JetBlock.__module__ == "sglang.srt.models.jet_nemotron"
+    assert sglang.module.RMSNormGated.__module__ == "sglang.kernels.ops.attention.fla.layernorm_gated"
     assert sys.meta_path == before and not [name for name in sys.modules if name.split(".")[0] == "sglang"]
 
 
@@ -129,25 +146,14 @@ def test_another_sglang_is_told(path, tmp_path, capsys) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("lens", "decode", "context"),
-    [([5, 1, 9], False, [0, 0, 0]), ([5, 1, 9], False, [0, 4, 7]), ([1, 1, 1, 1], True, [4] * 4)],
-)
+@CASES
 def test_its_layouts(path, lens, decode, context) -> None:
-    args = arguments(lens, context)
-    run, cache = path.jet_block_path(path.import_sglang(), args, decode)
-    want = jet_block_ref(*args, decode)
-    torch.testing.assert_close(run(), want, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(cache.temporal.transpose(-1, -2), args[7], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(cache.conv[0].transpose(-1, -2), args[6])
+    compare(path, path.import_sglang(), lens, decode, context)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter; kernels.py checks it on a GPU")
-@pytest.mark.parametrize(
-    ("lens", "decode", "context"),
-    [([5, 1, 9], False, [0, 0, 0]), ([5, 1, 9], False, [0, 4, 7]), ([1] * 4, True, [4] * 4)],
-)
+@CASES
 def test_sglang_itself(monkeypatch, lens, decode, context) -> None:
     """Its files as published, in Triton's interpreter, which they do not know of."""
     import triton.language as tl
@@ -160,11 +166,6 @@ def test_sglang_itself(monkeypatch, lens, decode, context) -> None:
     sys.modules.pop("sglang_path")
     kernels = sglang.module.fused_recurrent_gated_delta_rule_update.__globals__
     monkeypatch.setitem(kernels, "exp", lambda x: tl.exp(x))  # bound before the interpreter replaces tl's functions
-    norm = sglang.norm.forward.__globals__["_layer_norm_fwd"].__globals__
+    norm = sglang.module.RMSNormGated.forward.__globals__["_layer_norm_fwd"].__globals__
     monkeypatch.setitem(norm, "_get_sm_count", lambda device: 132)
-    args = arguments(lens, context)
-    run, cache = sglang_path.jet_block_path(sglang, args, decode)
-    want = jet_block_ref(*args, decode)
-    torch.testing.assert_close(run(), want, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(cache.temporal.transpose(-1, -2), args[7], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(cache.conv[0].transpose(-1, -2), args[6])
+    compare(sglang_path, sglang, lens, decode, context)
