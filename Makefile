@@ -24,8 +24,9 @@ demo: $(READY)
 verify-tensorrt: $(READY)
 	$(BIN)/jet-export verify --ladder $(BUNDLE) $(HEADERS)
 
+# All tests, or TESTS=tests/kernels.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope $(TESTS)
 
 # mypy wants the packages where they are imported from, so kernels/, model/ and plugins/ are linked under jet_export/.
 types: $(READY)
