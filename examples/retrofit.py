@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jet_export.backends import target_device
-from jet_export.errors import JetExportError
+from jet_export.bundle.target import target_device
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.writing import check_directory
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import check_directory
 
 SIDE_FILES = (
     "tokenizer.json",

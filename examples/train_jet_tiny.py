@@ -5,8 +5,8 @@
     python examples/train_jet_tiny.py --output out --device cpu --smoke     # every step of it, tiny
 
 Writes model.safetensors, midway.safetensors (at 60 % of the schedule: what jet_export/data/jet-tiny holds, as the rest
-of the run overfits), eval.json of the former and training.json (benchmarks/results/jet-tiny-training.json) to --output;
---evaluate makes eval.json of other weights. The learning rate follows the wall clock, so that the run
+of the run overfits), eval.json of the former and training.json (benchmarks/results/h200/jet-tiny-training.json) to
+--output; --evaluate makes eval.json of other weights. The learning rate follows the wall clock, so that the run
 always ends in time. Files of the corpus list that this Python's library lacks or has otherwise are named and left
 out; --corpus takes a directory or a tar of the right ones (examples/prepare_jet_tiny.py --snapshot packs it).
 """

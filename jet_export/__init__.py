@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from jet_export.runtime.llm import LLM, Completion
     from jet_export.runtime.params import Params
     from jet_export.runtime.sampling import Sampling
-    from jet_export.runtime.session import Session
+    from jet_export.runtime.sessions import Session
 
-__version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncLLM",
@@ -34,8 +33,8 @@ _HOME = {
     "Completion": "jet_export.runtime.llm",
     "Params": "jet_export.runtime.params",
     "Sampling": "jet_export.runtime.sampling",
-    "Serving": "jet_export.runtime.batching",
-    "Session": "jet_export.runtime.session",
+    "Serving": "jet_export.runtime.capacity",
+    "Session": "jet_export.runtime.sessions",
     "JetNemotronConfig": "jet_export.model.config",
     "JetNemotronForCausalLM": "jet_export.model.jet_nemotron",
 }

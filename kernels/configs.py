@@ -1,4 +1,4 @@
-"""Tile sizes and launch options of the kernels, from a committed table: configs.json, which benchmarks/tune.py writes.
+"""Tile sizes and launch options of the kernels, from configs.json, which benchmarks/kernels/tune.py writes.
 
 A rule names an op, the SM it was measured on (null: any), what must hold of the sizes and dtypes (`where`: a value, or
 {"min", "max"}, inclusive), and the configuration (`use`). Of the rules whose conditions hold, those of the SM in use
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from jet_export.errors import JetExportError
+from jet_export.utils.errors import JetExportError
 
 TABLE = Path(__file__).with_name("configs.json")
 # op -> what conditions may speak of, and what a configuration holds

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
+from jet_export.utils.errors import JetExportError
 
 PAGE = 128  # tokens a KV page
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jet_export.errors import JetExportError
+from jet_export.utils.errors import JetExportError
 
 LAYER_TYPES = ("jet", "attn", "swa")
 MAX_HEAD_K_DIM, MAX_HEAD_V_DIM, MAX_HEAD_DIM = 256, 576, 128

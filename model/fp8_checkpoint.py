@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import Fp8Linear
+from jet_export.utils.errors import JetExportError
 
 SCALES = ("weight_scale", "input_scale")
 HF_QUANT_CONFIG = "hf_quant_config.json"

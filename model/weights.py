@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8
 from jet_export.model.fp8_checkpoint import (
@@ -30,6 +29,7 @@ from jet_export.model.fp8_checkpoint import (
     scale_value,
 )
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
+from jet_export.utils.errors import JetExportError
 
 SHARD_BYTES = 4 * 2**30
 

@@ -15,13 +15,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jet_export.errors import JetExportError
 from jet_export.kernels.configs import use_sm
 from jet_export.plugins.cubin import parameters
 from jet_export.plugins.emit import emit
 from jet_export.plugins.kernel import Image, Kernel, kernel_of
 from jet_export.plugins.table import TABLE, readable_table
 from jet_export.plugins.targets import FIRST_FP8, SHARED, known_sms, sm_name
+from jet_export.utils.errors import JetExportError
 
 PARAMETER_BYTES = {"fp32": 4, "i32": 4}  # pointers: 8
 SCRATCH = 2  # Triton appends two pointers, to global and to profiling scratch

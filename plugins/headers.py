@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from jet_export.errors import JetExportError
+from jet_export.utils.errors import JetExportError
 
 WHEEL = "kernel_lens-2.0.1-py3-none-any.whl"
 REQUIREMENT = "kernel-lens==2.0.1"

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import triton
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plugins.cases import Case, case_to_dict, model_cases
 from jet_export.plugins.headers import cache_dir, find_headers, headers_for
+from jet_export.utils.compiler import Compiler, find_compiler
+from jet_export.utils.errors import JetExportError
 
+PURPOSE = "the plugin library"
 SOURCES = Path(__file__).parent / "src"
 NAME = "libjet_plugins.so"
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,defs")
@@ -50,7 +52,7 @@ def require_tools(headers: str | Path | None, fetch: bool) -> None:
     """Raises JetExportError where a library could not be built: no headers and none asked for, no C++17 compiler."""
     if not fetch:
         find_headers(headers)
-    find_compiler()
+    find_compiler(PURPOSE)
 
 
 def build_library(
@@ -65,7 +67,7 @@ def build_library(
     `sms`: 80, 86, 89, 90, ...: the architectures to hold cubins for. Raises JetExportError when headers or a compiler
     are missing or a kernel does not fit an SM."""
     include = find_headers(headers)
-    compiler = find_compiler()
+    compiler = find_compiler(PURPOSE)
     spec = json.dumps({"cases": [case_to_dict(case) for case in cases], "sms": sorted(set(sms))}, sort_keys=True)
     folder = (cache or cache_dir()) / f"plugins-{digest(spec, include, compiler)}"
     if (folder / NAME).is_file():
@@ -93,12 +95,12 @@ def one_at_a_time(folder: Path, emit: Emit) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def build_into(folder: Path, spec: str, compiler: str, include: Path, emit: Emit) -> None:
+def build_into(folder: Path, spec: str, compiler: Compiler, include: Path, emit: Emit) -> None:
     """Builds in a temporary folder beside `folder` and renames it: it appears complete or not at all."""
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".plugins-"))
     try:
         compile_kernels(spec, partial, emit)
-        emit(f"{Path(compiler).name}: {NAME}, with the TensorRT headers of {include}")
+        emit(f"{Path(compiler.words[0]).name}: {NAME}, with the TensorRT headers of {include}")
         compile_sources(compiler, include, partial)
         try:
             partial.rename(folder)
@@ -109,30 +111,10 @@ def build_into(folder: Path, spec: str, compiler: str, include: Path, emit: Emit
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def find_compiler() -> str:
-    """A C++17 compiler: $CXX, else g++."""
-    name = os.environ.get("CXX") or "g++"
-    compiler = shutil.which(name)
-    if compiler is None:
-        raise JetExportError(
-            f"No C++ compiler: {name} was not found, and the plugin library is compiled with it.",
-            "Install g++, or set CXX to a C++17 compiler.",
-        )
-    command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-    probe = subprocess.run(command, input="inline int one = 1; int main() {}\n", capture_output=True, text=True)
-    if probe.returncode:
-        why = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[0]
-        raise JetExportError(
-            f"{compiler} does not compile C++17: {why}", "Install g++ 7 or newer, or set CXX to a C++17 compiler."
-        )
-    return compiler
-
-
-def digest(spec: str, include: Path, compiler: str) -> str:
+def digest(spec: str, include: Path, compiler: Compiler) -> str:
     """Names a build: the cases, every source that decides it, headers, flags, compiler and Triton."""
     h = hashlib.sha256()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    for text in (spec, triton.__version__, *FLAGS, compiler, version):
+    for text in (spec, triton.__version__, *FLAGS, str(compiler), compiler.version()):
         h.update(text.encode() + b"\0")
     files = [p for folder in own_folders() for kind in ("*.py", "*.json") for p in sorted(folder.glob(kind))]
     for path in (*files, *sorted(SOURCES.iterdir()), *sorted(include.glob("NvInfer*.h"))):
@@ -183,11 +165,11 @@ def with_eta(line: str, seconds: float) -> str:
     return f"{line}: {seconds:.0f} s" + (f", about {left:.0f} s left" if left >= 1 else "")
 
 
-def compile_sources(compiler: str, include: Path, folder: Path) -> None:
+def compile_sources(compiler: Compiler, include: Path, folder: Path) -> None:
     cuda = Path(str(triton.__file__)).parent / "backends/nvidia/include"
     includes = ["-isystem", str(include), "-isystem", str(cuda), f"-I{SOURCES}", f"-I{folder}"]
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    command = [compiler, *FLAGS, *includes, *sources, "-o", str(folder / NAME), "-ldl"]
+    command = [*compiler.words, *FLAGS, *includes, *sources, "-o", str(folder / NAME), "-ldl"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise JetExportError(

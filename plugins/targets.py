@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jet_export.errors import JetExportError
+from jet_export.utils.errors import JetExportError
 
 # Shared memory a block may have, bytes: CUDA programming guide, technical specifications per compute capability.
 SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

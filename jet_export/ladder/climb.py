@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from jet_export import __version__
-from jet_export.bench import environment
-from jet_export.bundle import Manifest
-from jet_export.errors import JetExportError
+from jet_export.bundle.manifest import Manifest
 from jet_export.ladder.rungs import RUNGS, Site, why_skipped
+from jet_export.utils.environment import environment
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.version import __version__
 
 if TYPE_CHECKING:
-    from jet_export.plan import BuildPlan
+    from jet_export.build.plan import BuildPlan
 
 Emit = Callable[[str], None]
 PACKAGES = ("tensorrt", "tensorrt-rtx", "onnx", "onnxscript", "nvidia-modelopt", "numpy")
@@ -35,28 +35,40 @@ SHOWN = 3  # failures of a rung in the table
 FP8_SM = (8, 9)
 
 
-def climb(
-    bundle: Path | None,
-    report: Path,
-    emit: Emit,
-    headers: Path | None = None,
-    fetch_headers: bool = False,
-    text: Path | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Run the ladder for a bundle, or for jet-tiny built here, and write `report`. Returns what was written.
+@dataclass(frozen=True, kw_only=True)
+class LadderOptions:
+    """The options of `jet-export verify --ladder`."""
+
+    bundle: Path | None  # None: jet-tiny, built here
+    report: Path  # JSON
+    tensorrt_headers: Path | None = None
+    fetch_headers: bool = False
+    text: Path | None = None  # held-out, for the quality figures
+    seed: int = 0
+
+
+def climb(o: LadderOptions, emit: Emit) -> dict[str, Any]:
+    """Run the ladder for a bundle, or for jet-tiny built here, and write the report. Returns what was written.
 
     outcome: "passed" where every rung did, "failed", or "incomplete": nothing failed, and a rung could not run.
     """
-    report.parent.mkdir(parents=True, exist_ok=True)
+    bundle = o.bundle
+    o.report.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(prefix="jet-export-ladder-")))
         rungs: list[dict[str, Any]] = []
         if bundle is None:
-            bundle, build = build_tiny(work, headers, fetch_headers, emit)
+            bundle, build = build_tiny(work, o.tensorrt_headers, o.fetch_headers, emit)
             rungs.append(build)
         if bundle is not None:
-            site = Site(bundle, work, headers, fetch_headers, text, seed)
+            site = Site(
+                bundle=bundle,
+                work=work,
+                headers=o.tensorrt_headers,
+                fetch_headers=o.fetch_headers,
+                text=o.text,
+                seed=o.seed,
+            )
             manifest = Manifest.load(bundle)  # refuses what is no bundle before anything runs
             rungs += run_rungs(site, emit)
         result = {
@@ -65,7 +77,7 @@ def climb(
             "bundle": about(bundle, manifest) if bundle is not None else None,
             "environment": {**environment(), **versions()},
         }
-    report.write_text(json.dumps(result, indent=2) + "\n")
+    o.report.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -123,8 +135,8 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
     """jet-tiny with the TensorRT that runs on this machine, else its ONNX graph; and the rung that this is."""
     from importlib.util import find_spec
 
-    from jet_export.build import run_build
-    from jet_export.plan import BuildOptions, make_plan
+    from jet_export.build.build import run_build
+    from jet_export.build.plan import BuildOptions, make_plan
 
     backend, why = tensorrt_here()
     fp8 = find_spec("modelopt") is not None
@@ -132,7 +144,7 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
         fp8 = fp8 and torch.cuda.get_device_capability() >= FP8_SM
     out = work / "jet-tiny"
     given = {"tensorrt_headers": headers, "fetch_headers": fetch} if backend != "onnx" else {}
-    options = BuildOptions("jet-tiny", backend=backend, fp8=fp8, max_seq_len=1024, output=out, **given)  # type: ignore[arg-type]
+    options = BuildOptions(model="jet-tiny", backend=backend, fp8=fp8, max_seq_len=1024, output=out, **given)  # type: ignore[arg-type]
     emit(f"  build jet-tiny, {'FP8' if fp8 else 'bf16'}, {backend} ({why}) ...")
     start = time.monotonic()
     rung: dict[str, Any] = {"rung": "build", "figures": {"model": "jet-tiny", "backend": backend, "fp8": fp8}}
@@ -150,9 +162,9 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
 
 def require(plan: BuildPlan) -> None:
     """What the build needs. Raises JetExportError naming what is missing."""
-    from jet_export.build import check_requirements
-    from jet_export.onnx_export import require_onnx
-    from jet_export.trt.build import require as require_tensorrt
+    from jet_export.backends.onnx.export import require_onnx
+    from jet_export.build.steps import check_requirements
+    from jet_export.build.tensorrt import require as require_tensorrt
 
     require_onnx()
     check_requirements(plan)
@@ -162,7 +174,7 @@ def require(plan: BuildPlan) -> None:
 
 def tensorrt_here() -> tuple[str, str]:
     """The backend to build jet-tiny with, and why."""
-    from jet_export.trt.flavors import FLAVORS
+    from jet_export.backends.tensorrt.flavors import FLAVORS
 
     if not torch.cuda.is_available():
         return "onnx", "no GPU"

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from jet_export.bundle import WEIGHTS, Manifest, torch_dtype
-from jet_export.errors import JetExportError
+from jet_export.backends.eager import EagerEngine, load_eager, load_weights
+from jet_export.bundle.dtypes import torch_dtype
+from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.ladder.inputs import RUNS, NodeInputs, attributes_of, node_of, random_inputs
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase, label, model_cases
-from jet_export.runtime.engine import EagerEngine, load_eager, load_weights
+from jet_export.utils.errors import JetExportError
 
 
 class Skipped(Exception):
@@ -35,7 +36,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Site:
     """A bundle on this machine. `work`: a folder for what rungs make."""
 
@@ -84,8 +85,8 @@ class Site:
 
     def graph(self) -> Path:
         """The bundle's ONNX graph, or its model's exported again."""
-        from jet_export.onnx_export import GRAPH, require_onnx, write_onnx
-        from jet_export.runtime.runner import max_prefill_tokens
+        from jet_export.backends.onnx.export import GRAPH, require_onnx, write_onnx
+        from jet_export.bundle.limits import max_prefill_tokens
 
         if (self.bundle / GRAPH).is_file():
             return self.bundle / GRAPH
@@ -254,10 +255,11 @@ def enqueue_in_place(node: Any, inputs: NodeInputs, graph: bool) -> list[torch.T
 def onnx(site: Site) -> Outcome:
     """The ONNX graph against the model: every node on the model's own inputs, then end to end; on a GPU every node
     again with the plugins in place of the torch ops."""
-    from jet_export.onnx_engine import OnnxEngine, forced_stage
-    from jet_export.onnx_eval import OnnxModel
+    from jet_export.backends.onnx.engine import OnnxEngine
+    from jet_export.backends.onnx.evaluate import OnnxModel
     from jet_export.plugins.harness.nodes import plugin_handlers
-    from jet_export.verify import verify_engines
+    from jet_export.verify.onnx import forced_stage
+    from jet_export.verify.verify import verify_engines
 
     try:
         graph = site.graph()
@@ -290,8 +292,8 @@ def onnx(site: Site) -> Outcome:
 
 def verification(site: Site) -> dict[str, Any]:
     """`jet-export verify` of the bundle's engine, once for the two rungs that read it."""
-    from jet_export.bundle import check_bundle
-    from jet_export.verify import verify_bundle
+    from jet_export.backends.load import check_bundle
+    from jet_export.verify.verify import verify_bundle
 
     path = site.work / "verification.json"
     if not path.is_file():
@@ -317,7 +319,7 @@ def engine_layers(site: Site) -> Outcome:
     out = Outcome({"largest relative error": worst}, [f for f in found["failures"] if not is_logits(f)])
     layers = site.bundle / "layers.json"
     if layers.is_file():
-        from jet_export.trt.layers import LayerReport, rows
+        from jet_export.backends.tensorrt.layers import LayerReport, rows
 
         out.figures["layer report"] = [asdict(row) for row in rows(LayerReport.load(layers))]
     return out

@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
-from jet_export.errors import JetExportError
+from jet_export.backends.load import load_engine
 from jet_export.runtime.batching import BatchingEngine
-from jet_export.runtime.batching import Sequence as Running
 from jet_export.runtime.capacity import Serving
-from jet_export.runtime.engine import load_engine
 from jet_export.runtime.params import Output, Params
-from jet_export.runtime.session import Session, Sessions
+from jet_export.runtime.sequence import Sequence as Running
+from jet_export.runtime.sessions import Session, Sessions
 from jet_export.runtime.tokenizer import load_tokenizer
+from jet_export.utils.errors import JetExportError
 
 
 class AsyncLLM(Sessions):

@@ -10,59 +10,25 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
+from jet_export.backends.base import Engine
 from jet_export.model.cache import pages_per_sequence
 from jet_export.runtime.capacity import Serving, capacity
-from jet_export.runtime.engine import Engine
-from jet_export.runtime.flight import Flight, Step, fetch
 from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.params import Chooser, Output, Params
 from jet_export.runtime.prefix import prefix_keys
 from jet_export.runtime.runner import PoolSize, Runner
 from jet_export.runtime.scheduler import Plan, QueueFull, Request, Scheduler
+from jet_export.runtime.sequence import Keep, OnOutput, Sequence
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
+from jet_export.runtime.step import Flight, Step, fetch
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
+from jet_export.utils.errors import JetExportError
 
 log = logging.getLogger(__name__)
-OnOutput = Callable[[Output], None]
-Keep = Literal["prompt", "end"]
-
-
-class Sequence:
-    """A request, its tokens and whom it reports to.
-
-    `snapshot`, where it was asked to `keep` one, is there when the last Output comes, unless the request failed or was
-    cancelled.
-    """
-
-    def __init__(
-        self, request: Request, prompt: list[int], params: Params, text: StopText | None, tell: OnOutput,
-        start: Snapshot | None, keep: Keep | None, keep_logits: bool,
-    ) -> None:  # fmt: skip
-        self.request, self.prompt, self.params = request, prompt, params
-        self.text, self.tell = text, tell
-        self.start, self.keep, self.keep_logits = start, keep, keep_logits
-        self.chooser: Chooser | None = None  # from the first step on
-        self.tokens: list[int] = []
-        self.logits: list[Tensor] = []  # of each token, on the CPU, where they are kept
-        self.snapshot: Snapshot | None = None
-        self.first_at = 0.0  # time of the first token
-        self.finish_reason: str | None = None
-
-    @property
-    def reads_logits(self) -> bool:
-        """Its logits, or its state as it is when it ends, are looked at: no step may be launched over them."""
-        return self.keep is not None or self.keep_logits or self.params.logprobs is not None
-
-    @property
-    def last(self) -> int:
-        """The token to feed next."""
-        return (self.tokens or self.prompt)[-1]
 
 
 class BatchingEngine:
@@ -81,7 +47,9 @@ class BatchingEngine:
         self.ahead = engine.device.type == "cuda" if ahead is None else ahead
         c = capacity(engine, serving or Serving())
         table, _ = pages_per_sequence(engine.config, c.max_seq_len, c.prefill_chunk)
-        pools = PoolSize(c.slots, c.pages, c.window_pages, table, c.ring_pages)
+        pools = PoolSize(
+            slots=c.slots, pages=c.pages, window_pages=c.window_pages, table_pages=table, ring_pages=c.ring_pages
+        )
         self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, eos, clock
         self.runner = Runner(engine, cuda_graphs, pools, c.whole_chunks)
         self.scheduler = Scheduler(c)

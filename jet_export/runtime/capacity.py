@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jet_export.errors import JetExportError
-from jet_export.memory import available_memory, workspace_per_token
+from jet_export.backends.base import Engine
+from jet_export.bundle.limits import max_prefill_tokens
+from jet_export.bundle.memory import available_memory, workspace_per_token
 from jet_export.model.cache import PAGE, cdiv, pages_per_sequence
-from jet_export.runtime.engine import Engine
-from jet_export.runtime.runner import max_prefill_tokens
 from jet_export.runtime.scheduler import Capacity
+from jet_export.utils.errors import JetExportError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Serving:
     """How much a BatchingEngine takes on. None: the bundle's limits, or what the memory holds of them."""
 
@@ -50,10 +50,21 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
         )
     page_bytes = sum(s.row_bytes for s in engine.specs if s.rows == "pages")
     return Capacity(
-        slots, total, min(total, slots * ring), PAGE, ring, limits.max_seq_len, chunk, budget,
-        serving.max_waiting, serving.wait_timeout, serving.deterministic, interval, serving.prefix_cache_bytes,
-        page_bytes,
-    )  # fmt: skip
+        slots=slots,
+        pages=total,
+        window_pages=min(total, slots * ring),
+        page_size=PAGE,
+        ring_pages=ring,
+        max_seq_len=limits.max_seq_len,
+        prefill_chunk=chunk,
+        token_budget=budget,
+        max_waiting=serving.max_waiting,
+        wait_timeout=serving.wait_timeout,
+        whole_chunks=serving.deterministic,
+        prefix_interval=interval,
+        prefix_bytes=serving.prefix_cache_bytes,
+        page_bytes=page_bytes,
+    )
 
 
 def what_fits(engine: Engine, slots: int | None, pages: int | None) -> tuple[int, int]:

@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
+from jet_export.backends.base import Engine
+from jet_export.backends.load import load_engine
+from jet_export.bundle.limits import max_prefill_tokens
 from jet_export.runtime.batching import BatchingEngine
-from jet_export.runtime.batching import Sequence as Running
 from jet_export.runtime.capacity import Serving
-from jet_export.runtime.engine import Engine, load_engine
 from jet_export.runtime.params import Output, Params
-from jet_export.runtime.runner import Runner, max_prefill_tokens
+from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampling import Sampling
-from jet_export.runtime.session import Session, Sessions
+from jet_export.runtime.sequence import Sequence as Running
+from jet_export.runtime.sessions import Session, Sessions
 from jet_export.runtime.snapshot import Snapshot
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from jet_export.utils.errors import JetExportError
 
 OnToken = Callable[[int, int], None]  # (index of the prompt, token)
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]

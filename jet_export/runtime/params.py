@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
 from jet_export.runtime.sampling import Sampler, Sampling
+from jet_export.utils.errors import JetExportError
 
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_CHARS = 16, 256

@@ -12,15 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jet_export.backends.base import Engine
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
-from jet_export.runtime.engine import Engine
-
-MAX_PREFILL_TOKENS = 32768  # tokens of all sequences in one prefill call
-
-
-def max_prefill_tokens(max_batch_size: int, prefill_chunk: int) -> int:
-    """The most packed tokens a prefill graph sees: whole chunks of several sequences, up to MAX_PREFILL_TOKENS."""
-    return max(prefill_chunk, min(max_batch_size * prefill_chunk, MAX_PREFILL_TOKENS))
 
 
 def pad_rows(batch: PackedBatch, rows: int) -> PackedBatch:
@@ -46,7 +39,7 @@ class DecodeGraph:
     slots: list[int] | None = None  # of the rows, where the buffers already hold the next step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PoolSize:
     """Rows of the pools, and pages that one sequence may own (the widths of the tables)."""
 
@@ -73,7 +66,7 @@ class Runner:
         if pools is None:
             n = self.limits.max_batch_size
             pages, ring = pages_per_sequence(engine.config, self.limits.max_seq_len, self.limits.prefill_chunk)
-            pools = PoolSize(n, n * pages, n * ring, pages, ring)
+            pools = PoolSize(slots=n, pages=n * pages, window_pages=n * ring, table_pages=pages, ring_pages=ring)
             self.block_table = self._i32(range(n * pages)).reshape(n, pages)
             self.window_block_table = self._i32(range(n * ring)).reshape(n, ring)
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
+from jet_export.utils.errors import JetExportError
 
 
 @dataclass(frozen=True)

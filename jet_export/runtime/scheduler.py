@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from jet_export.errors import JetExportError
 from jet_export.runtime.prefix import Entry, Pool, PrefixCache
+from jet_export.utils.errors import JetExportError
 
 
 class QueueFull(JetExportError):
     """The waiting queue is at its limit; try again later."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Capacity:
     """What there is to give out. Tokens unless said otherwise."""
 

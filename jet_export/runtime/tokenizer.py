@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jet_export.bundle import TOKENIZER
-from jet_export.errors import JetExportError
+from jet_export.bundle.manifest import TOKENIZER
+from jet_export.utils.errors import JetExportError
 
 MOST_HELD = 16  # tokens that TextStream waits for a character's end; a character has at most 4 bytes
 

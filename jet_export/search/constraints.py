@@ -8,13 +8,15 @@ from math import isnan
 
 import torch
 
-from jet_export.bundle import Limits, torch_dtype
-from jet_export.errors import JetExportError
-from jet_export.memory import Memory, engine_memory, human, parameter_count, weight_bytes
+from jet_export.bundle.dtypes import torch_dtype
+from jet_export.bundle.limits import Limits
+from jet_export.bundle.memory import Memory, engine_memory, parameter_count, weight_bytes
 from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.model.jet_nemotron import empty_model
 from jet_export.search.points import Point
 from jet_export.search.space import Space
+from jet_export.utils.console import human
+from jet_export.utils.errors import JetExportError
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Scene:
         """Of an engine that runs this batch of this context, the target's where none is given."""
         s = self.space
         seq = (context or s.target_context) + s.new_tokens
-        limits = Limits(batch, seq, min(s.prefill_chunk, seq))
+        limits = Limits(max_batch_size=batch, max_seq_len=seq, prefill_chunk=min(s.prefill_chunk, seq))
         weights = weight_bytes(config, self.dtype, point.fp8)
         kv, state = point.kv_dtype(self.dtype), torch_dtype(point.state_dtype)
         return engine_memory(config, limits, self.dtype, kv, state, weights)
@@ -113,7 +115,7 @@ class Scene:
 @lru_cache(maxsize=4096)
 def fp8_refusal(hidden_size: int, reduction: int, conv_size: int, dims: JetDims) -> str | None:
     """Why FP8 matrix products cannot take the projections of such a JetBlock."""
-    from jet_export.quantize import check_shapes, select
+    from jet_export.quantization.quantize import check_shapes, select
 
     config = JetNemotronConfig(
         hidden_size=hidden_size, intermediate_size=16, layer_types=("jet",), num_attention_heads=1,

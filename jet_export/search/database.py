@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from jet_export.errors import JetExportError
 from jet_export.search.cells import Cell
+from jet_export.utils.errors import JetExportError
 
 SCHEMA = 1
 TABLES = """
@@ -85,7 +85,7 @@ class Bench:
 @cache
 def kernel_hash() -> str:
     """Of this package's sources and the kernels' configurations, which make an engine fast or slow."""
-    from jet_export.speed.verified import source_digest
+    from jet_export.bench.verified import source_digest
 
     return source_digest()[:16]
 

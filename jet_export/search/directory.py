@@ -6,8 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from jet_export.errors import JetExportError
-from jet_export.writing import existing, write_atomically
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import existing, write_atomically
 
 if TYPE_CHECKING:
     from jet_export.search.run import Search

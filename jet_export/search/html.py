@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from jet_export.memory import human
 from jet_export.search.run import Search
 from jet_export.search.svg import Dot, bars, scatter
+from jet_export.utils.console import human
 
 STYLE = """
 body { font: 15px/1.45 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }

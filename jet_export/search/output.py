@@ -13,14 +13,14 @@ from typing import Any
 
 from rich.table import Table
 
-from jet_export.bench import environment
-from jet_export.memory import human
 from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
 from jet_export.search.choose import Evaluation
 from jet_export.search.points import short
 from jet_export.search.run import RECORD_KEY, Search, options_record
 from jet_export.search.scores import Published, published
-from jet_export.writing import write_atomically
+from jet_export.utils.console import human
+from jet_export.utils.environment import environment
+from jet_export.utils.files import write_atomically
 
 
 def write_results(search: Search) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from jet_export.bundle import torch_dtype
-from jet_export.errors import JetExportError
+from jet_export.bundle.dtypes import torch_dtype
 from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.search.space import LETTERS, Counts, Space, layout_of
+from jet_export.utils.errors import JetExportError
 
 MANY = 4096  # layouts up to which each is looked at to count points
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from jet_export.backends import BackendChoice, choose_backend, target_device
-from jet_export.bundle import host_target, torch_dtype
-from jet_export.errors import JetExportError
-from jet_export.memory import USABLE, available_memory, human, parameter_count
+from jet_export.build.backend_choice import BackendChoice, choose_backend
+from jet_export.build.plan import BuildOptions, make_plan
+from jet_export.bundle.dtypes import torch_dtype
+from jet_export.bundle.memory import USABLE, available_memory, parameter_count
+from jet_export.bundle.target import host_target, target_device
 from jet_export.model.config import JetNemotronConfig
-from jet_export.plan import BuildOptions, make_plan
 from jet_export.search.cells import Cell, base_cell, cells_of, layer_cells, whole_cell
 from jet_export.search.choose import Evaluation, choose, pareto, to_build_whole
 from jet_export.search.compose import Composer, Latency
@@ -32,9 +32,11 @@ from jet_export.search.sampling import TRIALS, Values, choose_sampler, sample
 from jet_export.search.scores import Score, load_score
 from jet_export.search.space import Space, default_space, read_space
 from jet_export.search.work import Hands, Processes, Workshop
+from jet_export.utils.console import human
+from jet_export.utils.errors import JetExportError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """The command line's options, one to one."""
 
@@ -128,8 +130,15 @@ def prepare(options: SearchOptions) -> Search:
     ):
         if value is not None and not value >= least:  # nan is neither
             raise JetExportError(f"{flag} {value}: must be at least {least}.")
-    plan = make_plan(BuildOptions(options.model, backend=options.backend, device=options.device, dtype=options.dtype,
-                                  random_weights=True))  # fmt: skip
+    plan = make_plan(
+        BuildOptions(
+            model=options.model,
+            backend=options.backend,
+            device=options.device,
+            dtype=options.dtype,
+            random_weights=True,
+        )
+    )
     device = target_device(options.device)
     backend = choose_backend(options.backend, host_target(device)["arch"])
     if backend.name == "onnx":

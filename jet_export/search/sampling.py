@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.search.points import Point, all_points, canonical, count_points, feasible, used_groups
 from jet_export.search.space import Counts, Space
+from jet_export.utils.errors import JetExportError
 
 EXACT = 4096  # points up to which a space is enumerated
 SAMPLERS = ("auto", "exact", "grid", "tpe", "nsga2")

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jet_export.errors import JetExportError
-from jet_export.memory import parameter_count
+from jet_export.bundle.memory import parameter_count
 from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.search.points import Point, used_groups
 from jet_export.search.space import SPACES, Counts, Space
+from jet_export.utils.errors import JetExportError
 
 PAPER = SPACES / "paper_scores.toml"
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import LAYER_TYPES, JetDims, JetNemotronConfig
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import DATA
 
 LETTERS = {"j": "jet", "a": "attn", "s": "swa"}
 MOST = 2**31 - 1  # of any count
-SPACES = Path(__file__).parent.parent / "data" / "search"
+SPACES = DATA / "search"
 KEYS: dict[str, set[str]] = {
     "jet": {"sizes", "head_k_dim", "head_v_dim", "num_heads", "share"},
     "precision": {"fp8", "state_dtype", "kv_cache_dtype"},

@@ -24,10 +24,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from jet_export.errors import JetExportError
 from jet_export.search.cells import Cell
 from jet_export.search.database import PHASES, Bench, Database, Entry
 from jet_export.search.locks import Claim, building, measuring
+from jet_export.utils.errors import JetExportError
 
 LONGEST = 3600  # seconds of one build or measurement
 

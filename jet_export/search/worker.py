@@ -16,17 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jet_export.processes import end_with_parent
+from jet_export.utils.processes import end_with_parent
 
 if TYPE_CHECKING:
-    from jet_export.benchmark import Measurement
+    from jet_export.bench.measure import Measurement
     from jet_export.search.database import Entry
 
 
 def build(task: dict[str, Any]) -> None:
     """A bundle of the cell at task["bundle"], by what `jet-export build` does."""
-    from jet_export.build import run_build
-    from jet_export.plan import BuildOptions, make_plan
+    from jet_export.build.build import run_build
+    from jet_export.build.plan import BuildOptions, make_plan
     from jet_export.search.cells import Cell
 
     cell, bundle = Cell.from_dict(task["cell"]), Path(task["bundle"])
@@ -34,7 +34,7 @@ def build(task: dict[str, Any]) -> None:
     config = bundle.with_suffix(".json")
     cell.config.save(config)
     options = BuildOptions(
-        str(config), backend=task["backend"], device=task["device"], dtype=task["dtype"], fp8=cell.fp8,
+        model=str(config), backend=task["backend"], device=task["device"], dtype=task["dtype"], fp8=cell.fp8,
         kv_cache_dtype=cell.kv_cache_dtype, state_dtype=cell.state_dtype, max_batch_size=task["max_batch_size"],
         max_seq_len=task["max_seq_len"], prefill_chunk=task["prefill_chunk"], random_weights=True, output=bundle,
         force=True, decode_one=task["decode_one"],
@@ -44,8 +44,8 @@ def build(task: dict[str, Any]) -> None:
 
 def measure(task: dict[str, Any]) -> None:
     """Every case that the database lacks, through the timer of `jet-export bench`; kept one by one."""
-    from jet_export.benchmark import Case, measure_engine
-    from jet_export.runtime.engine import load_engine
+    from jet_export.backends.load import load_engine
+    from jet_export.bench.measure import Case, measure_engine
     from jet_export.search.cells import Cell
     from jet_export.search.database import Bench, Database
 
@@ -108,7 +108,7 @@ def main() -> None:
 
 def tried(work: Callable[[dict[str, Any]], None], task: dict[str, Any]) -> str | None:
     """Why it failed."""
-    from jet_export.errors import JetExportError
+    from jet_export.utils.errors import JetExportError
 
     try:
         work(task)

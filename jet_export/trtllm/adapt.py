@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.weights import checkpoint_layout
 from jet_export.trtllm.protocols import AttentionMetadataLike, ModelConfigLike
+from jet_export.utils.errors import JetExportError
 
 KNOWN = ("1.2", "1.3")
 ANY_VERSION = "JET_EXPORT_TRTLLM_ANY_VERSION"

@@ -9,10 +9,10 @@ from tensorrt_llm._torch.models.checkpoints.base_config_loader import BaseConfig
 from tensorrt_llm._torch.models.modeling_utils import register_config_loader
 from transformers import AutoConfig, PretrainedConfig
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.trtllm.adapt import excluded_modules, hybrid_fields
 from jet_export.trtllm.protocols import ModelConfigLike
+from jet_export.utils.errors import JetExportError
 
 # Not for transformers: it knows other layer types, and takes a null rope_scaling for a request to change it.
 OWN = ("layer_types", "efficient_attention_config", "model_type", "rope_scaling")

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jet_export import __version__
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.weights import save_tensors
+from jet_export.utils.version import __version__
 
 LEGACY = (
     "Legacy: for TensorRT-LLM's engine flow (1.2.1 to 1.3.0rc20), which needs a model by --model_cls_file; "

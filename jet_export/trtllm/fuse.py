@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import kv_scale_names, scale_names
 from jet_export.model.weights import checkpoint_layout
 from jet_export.trtllm.adapt import NATIVE
+from jet_export.utils.errors import JetExportError
 
 
 def module_name(param: str) -> str:

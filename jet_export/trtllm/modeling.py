@@ -21,7 +21,6 @@ from tensorrt_llm._torch.modules.rms_norm import RMSNorm
 from tensorrt_llm.functional import PositionEmbeddingType
 from torch import Tensor, nn
 
-from jet_export.errors import JetExportError
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
 from jet_export.model.config import JetNemotronConfig
 from jet_export.trtllm.adapt import architecture, check_model_config, version_line
@@ -29,6 +28,7 @@ from jet_export.trtllm.config import correct_exclusions
 from jet_export.trtllm.mapper import JetNemotronWeightMapper
 from jet_export.trtllm.protocols import AttentionMetadataLike, ModelConfigLike
 from jet_export.trtllm.states import Step, pools_of, step_of, write_back
+from jet_export.utils.errors import JetExportError
 
 try:
     from tensorrt_llm._torch.attention_backend.interface import PositionalEmbeddingParams, RopeParams

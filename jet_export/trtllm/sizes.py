@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from jet_export.memory import human
 from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
 from jet_export.trtllm.adapt import hybrid_fields
 from jet_export.trtllm.engine_flow import recurrent_fields
+from jet_export.utils.console import human
 
 
 def state_shapes(c: JetNemotronConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

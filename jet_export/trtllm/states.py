@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
 from jet_export.trtllm.adapt import state_slots
 from jet_export.trtllm.protocols import AttentionMetadataLike
+from jet_export.utils.errors import JetExportError
 
 
 class Step(NamedTuple):

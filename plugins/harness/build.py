@@ -9,9 +9,9 @@ from pathlib import Path
 
 import triton
 
-from jet_export.errors import JetExportError
 from jet_export.plugins.headers import cache_dir, find_headers
-from jet_export.plugins.library import find_compiler
+from jet_export.utils.compiler import find_compiler
+from jet_export.utils.errors import JetExportError
 
 SOURCE = Path(__file__).with_name("harness.cpp")
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-fPIC", "-shared")
@@ -19,9 +19,9 @@ FLAGS = ("-std=c++17", "-O1", "-Wall", "-fPIC", "-shared")
 
 def harness_library(headers: str | Path | None = None) -> Path:
     """The harness as a shared library. Raises JetExportError where headers or a compiler are missing."""
-    include, compiler = find_headers(headers), find_compiler()
+    include, compiler = find_headers(headers), find_compiler("the plugin harness")
     cuda = Path(str(triton.__file__)).parent / "backends/nvidia/include"
-    h = hashlib.sha256(" ".join((compiler, *FLAGS)).encode())
+    h = hashlib.sha256(" ".join((str(compiler), *FLAGS)).encode())
     for path in (SOURCE, *sorted(include.glob("NvInfer*.h"))):
         h.update(path.name.encode() + b"\0" + path.read_bytes())
     to = cache_dir() / f"harness-{h.hexdigest()[:24]}.so"
@@ -30,7 +30,7 @@ def harness_library(headers: str | Path | None = None) -> Path:
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_suffix(f".{os.getpid()}")
     includes = ["-isystem", str(include), "-isystem", str(cuda)]
-    command = [compiler, *FLAGS, *includes, str(SOURCE), "-o", str(partial), "-ldl"]
+    command = [*compiler.words, *FLAGS, *includes, str(SOURCE), "-o", str(partial), "-ldl"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         partial.unlink(missing_ok=True)

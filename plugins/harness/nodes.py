@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jet_export.errors import JetExportError
 from jet_export.plugins.harness.build import harness_library
 from jet_export.plugins.harness.objects import NODES, Harness
 from jet_export.plugins.library import NAME
+from jet_export.utils.errors import JetExportError
 
 Shapes = list[tuple[str, list[int]]]  # dtype, shape
 ALIGNMENT = 16  # bytes; what the plugins ask of an address

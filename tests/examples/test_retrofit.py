@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.utils.errors import JetExportError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged import FP8, make_case, oracle, rel, same_bits
+from helpers.paged import FP8, make_case, oracle, rel, same_bits
 
 from jet_export.kernels.attention import attention_ref
 

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from packed import nan_filled
-from paged import FP8, Case, in_steps, interpreter_fp8, make_case, pick, poison, rel, same_bits
+from helpers.packed import nan_filled
+from helpers.paged import FP8, Case, in_steps, interpreter_fp8, make_case, pick, poison, rel, same_bits
+from helpers.paths import TESTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RAGGED = ([5, 1, 40, 3], [0, 5, 21, 63])
@@ -153,7 +153,7 @@ def test_bad_layouts_are_refused(form):
 
 def test_kernels_fit_sm_90():
     """Compiled ahead of time with the configurations in use: shared memory fits, no global scratch, few spills."""
-    script = Path(__file__).parents[1] / "aot_attention.py"
+    script = TESTS / "helpers/aot_attention.py"
     cases = ["bfloat16-128-1152", "float8_e4m3fn-128-0", "bfloat16-256-0", "float32-64-0"]
     env = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run([sys.executable, script, *cases], env=env, capture_output=True, text=True)

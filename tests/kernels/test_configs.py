@@ -7,9 +7,9 @@ import pytest
 import torch
 import triton
 
-from jet_export.errors import JetExportError
 from jet_export.kernels import attention_decode, attention_prefill, configs, gated_delta_rule_chunk
 from jet_export.kernels import gated_delta_rule_decode as delta_decode
+from jet_export.utils.errors import JetExportError
 
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 DTYPES = [(d, c) for d in (BF16, torch.float16, FP32) for c in (d, FP8)]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from packed import Packed, nan_filled, rel
+from helpers.packed import Packed, nan_filled, rel
 
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from packed import Packed, nan_filled, rel
-from rounded_chunk import rounded_chunk
+from helpers.packed import Packed, nan_filled, rel
+from helpers.rounded_chunk import rounded_chunk
 
 from jet_export.kernels import gated_delta_rule_chunk
 from jet_export.kernels.gated_delta_rule import (

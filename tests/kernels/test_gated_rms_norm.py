@@ -1,6 +1,6 @@
 import pytest
 import torch
-from packed import nan_filled, rel
+from helpers.packed import nan_filled, rel
 
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 

@@ -7,16 +7,17 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import DATA, MINI_NAMES, load_golden
-from packed import nan_filled, rel
+from helpers.golden import DATA, MINI_NAMES, load_golden
+from helpers.packed import nan_filled, rel
 
-from jet_export.bundle import Limits
-from jet_export.export import ONE_ROW, export_graph
+from jet_export.backends.eager import EagerEngine
+from jet_export.backends.graph import ONE_ROW
+from jet_export.backends.inductor.package import export_graph
+from jet_export.bundle.limits import Limits
 from jet_export.kernels import configs
 from jet_export.kernels.gemv import gemv_ref, gemv_triton
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.mode import graph_mode
-from jet_export.runtime.engine import EagerEngine
 from jet_export.runtime.runner import Runner
 
 FP8 = torch.float8_e4m3fn
@@ -77,7 +78,7 @@ def test_the_graph_of_one_token_is_decode(name, tmp_path):
     program = export_graph(model, ONE_ROW, torch.float32, torch.float32, 64, 4)
     assert sum("gemv" in str(n.target) for n in program.graph.nodes) >= 4 * len(model.layers) + 1
     module = program.module()
-    limits = Limits(2, 128, 64)
+    limits = Limits(max_batch_size=2, max_seq_len=128, prefill_chunk=64)
     runners = [Runner(EagerEngine(model, limits, torch.float32, torch.float32)) for _ in range(2)]
     ids = golden.input_ids[0, :20].tolist()
     for r in runners:

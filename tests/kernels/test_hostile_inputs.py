@@ -1,14 +1,14 @@
 """Whatever cu_seqlens, slots, context_lens and block_table hold, no kernel leaves its tensors or loops without bound.
 
 A TensorRT builder may time the plugins on meaningless inputs. Here every load and store of the interpreted kernels is
-checked; on a GPU benchmarks/hostile_enqueues.py enqueues the plugins under compute-sanitizer.
+checked; on a GPU benchmarks/kernels/hostile_enqueues.py enqueues the plugins under compute-sanitizer.
 """
 
 import pytest
 import torch
-from checked_memory import checked_memory
-from packed import Packed
-from paged import FP8, interpreter_fp8, make_case
+from helpers.checked_memory import checked_memory
+from helpers.packed import Packed
+from helpers.paged import FP8, interpreter_fp8, make_case
 
 from jet_export.kernels.attention_decode import DecodeConfig, attention_decode_triton
 from jet_export.kernels.attention_prefill import PrefillConfig, attention_prefill_triton

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from packed import Packed
-from paged import make_case, pick
+from helpers.packed import Packed
+from helpers.paged import make_case, pick
 
 from jet_export.kernels import jet_block  # noqa: F401  registers the op
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from aot import compile_report
-from packed import Packed, nan_filled, rel
-from rounded_chunk import rounded_chunk
+from helpers.aot import compile_report
+from helpers.packed import Packed, nan_filled, rel
+from helpers.rounded_chunk import rounded_chunk
 
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref

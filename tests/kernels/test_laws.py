@@ -1,27 +1,15 @@
 """Laws of every kernel: all outputs written, the same bits every time, and each sequence by itself. Interpreted where
-there is no GPU; the problems are those that benchmarks/sanitize.py runs under compute-sanitizer."""
+there is no GPU; the problems are those that benchmarks/kernels/sanitize.py runs under compute-sanitizer."""
 
 import functools
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import kernel_problems as kp
 
 HAS_CUDA = torch.cuda.is_available()
 
 
-def load():
-    path = Path(__file__).parents[2] / "benchmarks" / "kernel_problems.py"
-    spec = importlib.util.spec_from_file_location("kernel_problems", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_problems"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-kp = load()
 SMALL = kp.problems("cuda" if HAS_CUDA else "cpu")
 LIVE, KEPT = (0, 2, 3), 3  # the sequences that are not padding; one of them, of several chunks
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from golden import DATA, MINI_NAMES, load_golden
+from helpers.golden import DATA, MINI_NAMES, load_golden
 
-from jet_export.errors import JetExportError
-from jet_export.memory import parameter_count
+from jet_export.bundle.memory import parameter_count
 from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
 from jet_export.model.hub import load_config
+from jet_export.utils.errors import JetExportError
 
 
 @pytest.mark.parametrize("name", MINI_NAMES)

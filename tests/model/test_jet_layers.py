@@ -4,15 +4,16 @@ import json
 
 import pytest
 import torch
-from golden import DATA, MINI_NAMES, load_golden
+from helpers.golden import DATA, MINI_NAMES, load_golden
 
-from jet_export.errors import JetExportError
-from jet_export.export import MODES, ONE_ROW, export_graph
-from jet_export.memory import parameter_count
+from jet_export.backends.graph import MODES, ONE_ROW
+from jet_export.backends.inductor.package import export_graph
+from jet_export.bundle.memory import parameter_count
 from jet_export.model.cache import state_specs
 from jet_export.model.config import JetDims, JetNemotronConfig, expand_v_of, jet_2b
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.plugins.cases import JetBlockCase, model_cases
+from jet_export.utils.errors import JetExportError
 
 PAPER = [(4, 256, 288), (4, 192, 384), (4, 128, 576), (8, 256, 144), (8, 192, 192), (8, 128, 288), (12, 128, 192),
          (12, 96, 256), (12, 64, 384)]  # fmt: skip

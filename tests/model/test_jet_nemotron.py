@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from golden import DATA, MINI_NAMES, load_golden, relative_error
+from helpers.golden import DATA, MINI_NAMES, load_golden, relative_error
 
-from jet_export.errors import JetExportError
 from jet_export.model.cache import PAGE, pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.utils.errors import JetExportError
 
 TOLERANCE = 2e-5  # fp32; chunked and recurrent forms round differently
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import relative_error
+from helpers.golden import relative_error
 
-from jet_export.memory import parameter_count
+from jet_export.bundle.memory import parameter_count
 from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b, qwen3_1_7b
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.model.weights import checkpoint_layout

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import DATA, MINI_NAMES, Golden, load_golden
+from helpers.golden import DATA, MINI_NAMES, Golden, load_golden
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from jet_export.errors import JetExportError
 from jet_export.model import weights
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.model.weights import checkpoint_layout
+from jet_export.utils.errors import JetExportError
 
 
 @pytest.fixture

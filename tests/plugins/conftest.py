@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import plugin_harness
 import pytest
 import triton
 from filelock import FileLock
-from plugin_nodes import JET_TINY, MINI
+from helpers import plugin_harness
+from helpers.plugin_nodes import JET_TINY, MINI
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plugins.cases import Case, model_cases
 from jet_export.plugins.harness.build import harness_library
 from jet_export.plugins.headers import cache_dir, fetch_headers, find_headers
 from jet_export.plugins.library import NAME, build_library
+from jet_export.utils.errors import JetExportError
 
 
 @dataclass

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import replay
 import torch
-from eager_bundle import mini_config
-from onnx_models import export
+from helpers import replay
+from helpers.eager_bundle import mini_config
+from helpers.onnx_models import export
 
 from jet_export.kernels import common
 from jet_export.ladder.rungs import SMALL_RUNS

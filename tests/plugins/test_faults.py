@@ -1,32 +1,32 @@
 """Seeded faults: which rung of the ladder catches each. docs/tensorrt-faults.md is this file in words.
 
-Rungs that need a GPU are seeded where the CPU has a stand-in: plugin outputs on replay.py, engines on tests/faults.py;
-faults of the TensorRT runtime are in tests/trt/test_runtime.py.
+Rungs that need a GPU are seeded where the CPU has a stand-in: plugin outputs on replay.py, engines on
+tests/helpers/faults.py; faults of the TensorRT runtime are in tests/backends/tensorrt/test_runtime.py.
 """
 
 import re
-from pathlib import Path
 
 import pytest
-from eager_bundle import mini_config
-from faults import FaultyEngine
-from fp8_models import CALIBRATION, model_of, to_fp8
-from onnx_models import engines
+from helpers.eager_bundle import mini_config
+from helpers.faults import FaultyEngine
+from helpers.fp8_models import CALIBRATION, model_of, to_fp8
+from helpers.onnx_models import engines
+from helpers.paths import DOCS
 from test_evaluator import evaluated
 
-from jet_export.bundle import Limits
+from jet_export.bundle.limits import Limits
 from jet_export.kernels import common
 from jet_export.ladder import rungs
 from jet_export.ladder.rungs import Site
 from jet_export.model.fp8 import Fp8Linear
-from jet_export.onnx_engine import forced_stage
 from jet_export.plugins.cases import case_to_dict, model_cases
 from jet_export.plugins.harness.build import harness_library
 from jet_export.plugins.harness.objects import Harness
 from jet_export.plugins.library import NAME, library_for
-from jet_export.verify import verify_engines
+from jet_export.verify.onnx import forced_stage
+from jet_export.verify.verify import verify_engines
 
-DOC = Path(__file__).parents[2] / "docs/tensorrt-faults.md"
+DOC = DOCS / "tensorrt-faults.md"
 LAUNCHED = ["transposed stride", "wrong FP8 scale", "stale context_lens", "missing reformat", "swapped state binding"]
 UNSEEN = {("wrong FP8 scale", "JetBlock")}  # it has none
 
@@ -48,7 +48,7 @@ def test_plugin_objects_catch_a_missing_reformat(headers, tmp_path, monkeypatch)
     """A plugin that takes any layout gets what it cannot read: TensorRT puts no reformat before it."""
     cases = model_cases(mini_config(), "float32")
     library = library_for(mini_config(), [90], "float32", "float32", "float32", headers)
-    site = Site(tmp_path, tmp_path, headers)
+    site = Site(bundle=tmp_path, work=tmp_path, headers=headers)
     site.__dict__["cases"] = cases
     harness = Harness(harness_library(headers), library / NAME)
     monkeypatch.setattr(rungs, "harness_of", lambda site: (harness, library))
@@ -63,7 +63,7 @@ def test_plugin_objects_catch_a_missing_reformat(headers, tmp_path, monkeypatch)
 def fp8_engines(tmp_path_factory):
     model = model_of()
     to_fp8(model, CALIBRATION[0])
-    return engines(model, tmp_path_factory.mktemp("fp8"), Limits(4, 192, 96))
+    return engines(model, tmp_path_factory.mktemp("fp8"), Limits(max_batch_size=4, max_seq_len=192, prefill_chunk=96))
 
 
 def test_the_onnx_rung_catches_a_wrong_fp8_scale(fp8_engines):
@@ -123,7 +123,7 @@ def test_a_scale_that_model_and_engine_share_is_seen_by_no_rung(tmp_path):
     for module in model.modules():
         if isinstance(module, Fp8Linear):
             module.input_scale = module.input_scale * 8
-    onnx, eager = engines(model, tmp_path, Limits(4, 192, 96))
+    onnx, eager = engines(model, tmp_path, Limits(max_batch_size=4, max_seq_len=192, prefill_chunk=96))
     assert not forced_stage(onnx, eager, 0).failures
 
 

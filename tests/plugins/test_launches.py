@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-import plugin_harness
 import pytest
 import torch
-from plugin_nodes import fields_of, inputs_of
+from helpers import plugin_harness
+from helpers.plugin_nodes import fields_of, inputs_of
 
 from jet_export.kernels import (
     attention_decode,

@@ -9,18 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from onnx_models import export
+from helpers.onnx_models import export
 
+from jet_export.backends.eager import EagerEngine
+from jet_export.backends.onnx.evaluate import OnnxModel
 from jet_export.ladder.inputs import HOSTILE, RUNS, STATES, NodeInputs, attributes_of, node_of, random_inputs
 from jet_export.ladder.rungs import bound_of, relative
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
-from jet_export.onnx_engine import forced_bound, forced_steps, teacher_forced
-from jet_export.onnx_eval import OnnxModel
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
 from jet_export.plugins.harness.nodes import PluginNode, plugin_handlers
 from jet_export.plugins.harness.objects import Harness
 from jet_export.plugins.library import NAME, build_library, library_for
-from jet_export.runtime.engine import EagerEngine
+from jet_export.verify.onnx import forced_bound, forced_steps, teacher_forced
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -167,7 +167,7 @@ def test_several_contexts_on_several_threads(plugins):
 @pytest.mark.parametrize("run", ["ragged prefill", "decode past the window"])
 def test_meaningless_inputs_do_no_harm(plugins, case, run):
     """No fault, and no longer than every sequence claiming all the tokens at the longest context. Under
-    compute-sanitizer: benchmarks/hostile_enqueues.py."""
+    compute-sanitizer: benchmarks/kernels/hostile_enqueues.py."""
     harness, exact = plugins
     inputs = random_inputs(case, *RUNS[run], "cuda")
     valid, n = Call(harness, inputs, in_place=True), len(RUNS[run][0])
@@ -193,9 +193,9 @@ def test_meaningless_inputs_do_no_harm(plugins, case, run):
 def test_the_graph_with_plugins_is_the_model(headers, tmp_path, cache):
     """jet-tiny's exported graph, its jet nodes run by the plugin library: every value the model's own, forced."""
     major, minor = torch.cuda.get_device_capability()
-    from jet_export.bundle import Limits
+    from jet_export.bundle.limits import Limits
 
-    limits = Limits(8, 512, 256)
+    limits = Limits(max_batch_size=8, max_seq_len=512, prefill_chunk=256)
     model = JetNemotronForCausalLM.from_pretrained("jet-tiny", torch.bfloat16, torch.device("cuda"), limits.max_seq_len)
     kv = getattr(torch, cache)
     eager = EagerEngine(model, limits, kv, torch.float32)

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import plugin_harness
 import pytest
-from plugin_nodes import fields_of, inputs_of
+from helpers import plugin_harness
+from helpers.plugin_nodes import fields_of, inputs_of
 
 from jet_export.plugins.cubin import parameters
 from jet_export.plugins.harness.objects import FLOAT32, FLOAT64, INT32, NODES, Harness, tensors_of

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jet_export.errors import JetExportError
-from jet_export.plan import BuildOptions, plugin_sms
+from jet_export.build.plan import BuildOptions, plugin_sms
 from jet_export.plugins import headers, library
 from jet_export.plugins.targets import SHARED, check_fp8, parse_sms, sm_of_arch
+from jet_export.utils.errors import JetExportError
 
 
 def test_sms_are_read_sorted_and_once():
@@ -39,7 +39,7 @@ def test_an_arch_names_its_sm():
 
 
 def options(**values) -> BuildOptions:
-    return BuildOptions("jet-tiny", **values)
+    return BuildOptions(model="jet-tiny", **values)
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
@@ -114,7 +114,7 @@ def test_a_compiler_too_old_is_said(monkeypatch, tmp_path):
     old = script(tmp_path / "old-g++", 'echo "error: unrecognized command line option -std=c++17" >&2; exit 1')
     monkeypatch.setenv("CXX", old)
     with pytest.raises(JetExportError, match=r"old-g\+\+ does not compile C\+\+17: error: unrecog.*\nInstall g\+\+ 7"):
-        library.find_compiler()
+        library.find_compiler(library.PURPOSE)
     with pytest.raises(JetExportError, match=r"does not compile C\+\+17"):
         library.require_tools(None, fetch=True)
 
@@ -128,7 +128,7 @@ def test_progress_says_how_long_it_will_take():
 def test_who_comes_second_waits_and_finds_it_built(monkeypatch, headers, tmp_path):
     """The library appears while the lock is awaited: nothing is compiled a second time."""
     monkeypatch.setattr(library, "build_into", lambda *args: pytest.fail("compiled again"))
-    include, compiler = library.find_headers(headers), library.find_compiler()
+    include, compiler = library.find_headers(headers), library.find_compiler(library.PURPOSE)
     spec = json.dumps({"cases": [], "sms": [90]}, sort_keys=True)
     folder = tmp_path / f"plugins-{library.digest(spec, include, compiler)}"
     real, waited = library.fcntl.flock, []

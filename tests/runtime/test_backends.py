@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from company import distinct, in_company, repeats, tokens
-from eager_bundle import mini_config
-from onnx_models import engines
+from helpers.batching import distinct, in_company, repeats, tokens
+from helpers.eager_bundle import mini_config
+from helpers.onnx_models import engines
 
-from jet_export.bundle import Limits
+from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
 from jet_export.model.jet_nemotron import random_model
 from jet_export.runtime.batching import BatchingEngine

@@ -5,10 +5,9 @@ import threading
 
 import pytest
 import torch
-from eager_bundle import eager_engine, eager_llm
+from helpers.eager_bundle import eager_engine, eager_llm
 
-from jet_export.bundle import Limits
-from jet_export.errors import JetExportError
+from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving, capacity
@@ -17,6 +16,7 @@ from jet_export.runtime.runner import DecodeGraph, Runner
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.scheduler import QueueFull
 from jet_export.runtime.tokenizer import ByteTokenizer
+from jet_export.utils.errors import JetExportError
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=300, prefill_chunk=64)
 
@@ -368,7 +368,7 @@ def test_pools_have_the_pages_of_the_capacity(llm) -> None:
 
 def test_a_graph_is_not_replayed_over_another_sequence() -> None:
     """Prefill, a new sequence and another bucket's step leave no graph believing that its buffers are the next step."""
-    runner = Runner(eager_engine(Limits(2, 64, 16)))
+    runner = Runner(eager_engine(Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=16)))
     graph = DecodeGraph(None, None, None, None, None)
     for act in (lambda: runner.prefill([0], [[5]]), lambda: runner.reset(0)):
         graph.slots = [0]

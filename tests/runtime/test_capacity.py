@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from eager_bundle import eager_llm
+from helpers.eager_bundle import eager_llm
 
-from jet_export.bundle import Limits
-from jet_export.memory import workspace_per_token
+from jet_export.bundle.limits import Limits, max_prefill_tokens
+from jet_export.bundle.memory import workspace_per_token
 from jet_export.model.cache import pages_per_sequence
 from jet_export.runtime import capacity as module
 from jet_export.runtime.capacity import Serving, capacity, what_fits
-from jet_export.runtime.runner import max_prefill_tokens
 
 LIMITS = Limits(max_batch_size=3, max_seq_len=200, prefill_chunk=32)
 

@@ -4,13 +4,13 @@ import gc
 
 import pytest
 import torch
-from bundles import tiny_bundle
-from company import distinct, in_company, repeats, tokens
+from helpers.batching import distinct, in_company, repeats, tokens
+from helpers.bundles import tiny_bundle
 
 from jet_export import LLM, AsyncLLM, Serving
-from jet_export.errors import JetExportError
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.params import Params
+from jet_export.utils.errors import JetExportError
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from company import distinct, in_company, repeats, tokens
-from eager_bundle import eager_engine, eager_llm
+from helpers.batching import distinct, in_company, repeats, tokens
+from helpers.eager_bundle import eager_engine, eager_llm
 
-from jet_export.bundle import Limits
+from jet_export.bundle.limits import Limits
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Params

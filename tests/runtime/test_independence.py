@@ -5,15 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from jet_export.bundle import Limits
+from jet_export.backends.eager import EagerEngine
+from jet_export.bundle.limits import Limits
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
-from jet_export.parity import FACTOR, measure, reference_engine, unit_roundoff
-from jet_export.runtime.batching import BatchingEngine, Sequence
+from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
-from jet_export.runtime.engine import EagerEngine
 from jet_export.runtime.params import Params
 from jet_export.runtime.runner import Runner
+from jet_export.runtime.sequence import Sequence
 from jet_export.runtime.tokenizer import ByteTokenizer
+from jet_export.verify.parity import FACTOR, measure, reference_engine, unit_roundoff
 
 OTHERS, WATCHED = 63, range(0, 64, 8)
 TEXT = b"def mean(values):\n    total = 0\n    for v in values:\n        total += v\n    return total / len(values)\n"
@@ -23,7 +24,9 @@ LEAST = {torch.float32: 0.9, torch.bfloat16: 0.0}  # share of the tokens that ha
 @pytest.fixture(scope="module", params=LEAST, ids=str)
 def engine(request):
     model = JetNemotronForCausalLM.from_pretrained("jet-tiny", request.param, max_positions=256)
-    return EagerEngine(model, Limits(OTHERS + 1, 256, 128), request.param, torch.float32)
+    return EagerEngine(
+        model, Limits(max_batch_size=OTHERS + 1, max_seq_len=256, prefill_chunk=128), request.param, torch.float32
+    )
 
 
 def run(engine, prompts: list[list[int]], new: list[int], budget: int) -> list[Sequence]:

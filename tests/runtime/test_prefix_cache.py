@@ -4,18 +4,19 @@ import random
 
 import pytest
 import torch
-from eager_bundle import eager_engine
+from helpers.eager_bundle import eager_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jet_export.bundle import Limits
-from jet_export.errors import JetExportError
+from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
-from jet_export.runtime.batching import BatchingEngine, Sequence
+from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sampling import Sampling
+from jet_export.runtime.sequence import Sequence
 from jet_export.runtime.tokenizer import ByteTokenizer
+from jet_export.utils.errors import JetExportError
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=5 * PAGE, prefill_chunk=64)
 MANY = 1 << 30
@@ -131,7 +132,7 @@ def test_cancelled_while_it_begins(engine) -> None:
 def test_sizes_that_cannot_work_are_refused(engine) -> None:
     with pytest.raises(JetExportError, match="prefix_cache_bytes is -1"):
         batching(engine, prefix_cache_bytes=-1)
-    odd = eager_engine(Limits(4, 5 * PAGE, 63))
+    odd = eager_engine(Limits(max_batch_size=4, max_seq_len=5 * PAGE, prefill_chunk=63))
     with pytest.raises(JetExportError, match="prefixes would be kept every 8064 tokens"):
         batching(odd, prefix_cache_bytes=MANY)
 

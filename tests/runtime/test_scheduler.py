@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jet_export.errors import JetExportError
 from jet_export.runtime.prefix import Pool, prefix_keys
 from jet_export.runtime.scheduler import Capacity, QueueFull, Request, Scheduler, Status
+from jet_export.utils.errors import JetExportError
 
 
 @st.composite

@@ -6,21 +6,21 @@ import struct
 
 import pytest
 import torch
-from eager_bundle import eager_engine, eager_llm
+from helpers.eager_bundle import eager_engine, eager_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from jet_export.bundle import Limits
-from jet_export.errors import JetExportError
+from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Params
 from jet_export.runtime.runner import PoolSize, Runner
-from jet_export.runtime.session import Session
+from jet_export.runtime.sessions import Session
 from jet_export.runtime.snapshot import load_states, save_states
+from jet_export.utils.errors import JetExportError
 
 LIMITS = Limits(max_batch_size=3, max_seq_len=400, prefill_chunk=48)
 FP8 = torch.float8_e4m3fn
@@ -92,7 +92,9 @@ def test_a_session_is_generate_without_one(pair) -> None:
 @pytest.mark.parametrize("held", [1, 47, PAGE, PAGE + 1, 3 * PAGE - 1])
 def test_another_slot_other_pages_and_another_ring_change_no_bit(device, kind: str, held: int) -> None:
     """From pools in which each slot has its own pages, to a smaller ring on scattered pages full of numbers."""
-    engine = eager_engine(Limits(2, 3 * PAGE + 60, 200), device=device, **DTYPES[kind])
+    engine = eager_engine(
+        Limits(max_batch_size=2, max_seq_len=3 * PAGE + 60, prefill_chunk=200), device=device, **DTYPES[kind]
+    )
     a, row = Runner(engine), prompt(held + 20)
     sizes = PoolSize(slots=5, pages=11, window_pages=9, table_pages=4, ring_pages=3)
     b = Runner(engine, pools=sizes)
@@ -191,7 +193,7 @@ def test_sessions_of_others_are_refused(llm, saved, tmp_path) -> None:
         other.load_session(saved)
     with pytest.raises(JetExportError, match="belongs to another bundle"):
         other.generate([[1]], 2, session=llm.new_session())
-    short = eager_llm(Limits(1, 100, 48))
+    short = eager_llm(Limits(max_batch_size=1, max_seq_len=100, prefill_chunk=48))
     with pytest.raises(JetExportError, match="holds 133 tokens; the bundle's max_seq_len is 100"):
         short.load_session(saved)
     wide = eager_llm(LIMITS, dtype=torch.bfloat16)

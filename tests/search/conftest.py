@@ -1,11 +1,6 @@
-"""Lets these tests import their own helpers, and keeps them from waiting for searches outside."""
-
-import sys
-from pathlib import Path
+"""Keeps these tests from waiting for searches outside."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture(autouse=True)

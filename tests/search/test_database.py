@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from eager_bundle import mini_config
+from helpers.eager_bundle import mini_config
 
-from jet_export.errors import JetExportError
 from jet_export.search import locks
 from jet_export.search.cells import Cell, base_cell
 from jet_export.search.database import Bench, Database, Entry, kernel_hash, machine
+from jet_export.utils.errors import JetExportError
 
 BENCH = Bench({"device": "some", "driver": "1", "kernels": "abc"}, "inductor", "bfloat16", 64, 16, 3, "auto")
 

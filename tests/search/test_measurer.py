@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from eager_bundle import mini_config
+from helpers.eager_bundle import mini_config
 
-from jet_export.errors import JetExportError
 from jet_export.search import work
 from jet_export.search.cells import base_cell
 from jet_export.search.database import Bench, Database
 from jet_export.search.work import Measurer, Processes
+from jet_export.utils.errors import JetExportError
 
 WORKER = """
 import json, os, sys

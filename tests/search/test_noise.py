@@ -5,13 +5,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from fake_hands import SPACE, prepared, searched
+from helpers.fake_executor import SPACE, prepared, searched
 
-from jet_export.errors import JetExportError
 from jet_export.search.cells import Cell, base_cell
 from jet_export.search.database import Entry
 from jet_export.search.output import summary_lines, write_results
 from jet_export.search.worker import settled
+from jet_export.utils.errors import JetExportError
 
 
 def base_slow(phase: str):

@@ -4,11 +4,11 @@ import hashlib
 import json
 
 import pytest
-from fake_hands import SPACE, prepared, searched
+from helpers.fake_executor import SPACE, prepared, searched
 
-from jet_export.errors import JetExportError
 from jet_export.search.points import all_points
 from jet_export.search.sampling import choose_sampler, open_study
+from jet_export.utils.errors import JetExportError
 
 PLACED = (
     SPACE + '[attention]\nlayout = {attn = [0, 1], swa = [1]}\n[precision]\nstate_dtype = ["float32", "bfloat16"]\n'

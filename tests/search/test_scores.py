@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from fake_hands import SPACE, prepared, searched
+from helpers.fake_executor import SPACE, prepared, searched
 
-from jet_export.errors import JetExportError
-from jet_export.memory import parameter_count
+from jet_export.bundle.memory import parameter_count
 from jet_export.search.output import results_dict
 from jet_export.search.run import plan_lines, run_search
 from jet_export.search.scores import load_score, published
 from jet_export.search.space import SPACES, read_space
+from jet_export.utils.errors import JetExportError
 
 
 def test_parameters_are_the_default(tmp_path) -> None:

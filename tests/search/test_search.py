@@ -9,20 +9,20 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
-from eager_bundle import mini_config
-from fake_hands import SPACE, FakeHands, engine_ms, prepared, searched
+from helpers.eager_bundle import mini_config
+from helpers.fake_executor import SPACE, FakeHands, engine_ms, prepared, searched
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jet_export.errors import JetExportError
+from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.plan import BuildOptions, make_plan
 from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
 from jet_export.search.choose import Evaluation, choose, pareto
 from jet_export.search.database import Database
 from jet_export.search.output import build_command, summary_lines, write_results
 from jet_export.search.points import Point, all_points
 from jet_export.search.run import build_engines, judge, plan_lines, run_search
+from jet_export.utils.errors import JetExportError
 
 CELLS = 4 + 2 + 1  # the jet sizes, attn and swa layers, the base
 
@@ -170,7 +170,7 @@ def test_best_json_builds_at_once(tmp_path, monkeypatch) -> None:
     config = JetNemotronConfig.from_json_file(best)
     assert search.chosen is not None and search.chosen.config is not None
     assert config == search.chosen.config
-    plan = make_plan(BuildOptions(str(best), device="cpu", random_weights=True, fp8=True))
+    plan = make_plan(BuildOptions(model=str(best), device="cpu", random_weights=True, fp8=True))
     assert plan.config == config
     command = json.loads(best.read_text())["jet_export_search"]["build"]
     assert command.startswith(f"jet-export build --model {best} --random-weights")

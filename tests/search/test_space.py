@@ -6,15 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from eager_bundle import mini_config
-from fake_hands import prepared
+from helpers.eager_bundle import mini_config
+from helpers.fake_executor import prepared
 
-from jet_export.errors import JetExportError
 from jet_export.model.config import JetDims, jet_2b, jet_4b
 from jet_export.search.constraints import Scene
 from jet_export.search.points import Point, all_points, count_points
 from jet_export.search.run import judge, usable_memory
 from jet_export.search.space import SPACES, default_space, layout_of, read_space
+from jet_export.utils.errors import JetExportError
 
 
 def space_of(tmp_path: Path, text: str, config=None):

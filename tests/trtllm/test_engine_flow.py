@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from fp8_models import CONFIG, model_of, to_fp8
+from helpers.fp8_models import CONFIG, model_of, to_fp8
 from safetensors.torch import load_file
 
-from jet_export.errors import JetExportError
-from jet_export.export_hf import run_export
+from jet_export.build.export_hf import run_export
+from jet_export.build.plan import BuildOptions
 from jet_export.model.cache import state_specs
 from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
 from jet_export.model.fp8 import FP8
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
-from jet_export.plan import BuildOptions
 from jet_export.trtllm.engine_flow import LAYER, recurrent_fields, save_engine_flow
+from jet_export.utils.errors import JetExportError
 
 IDS = torch.arange(40)[None] * 3 % CONFIG.vocab_size
 
@@ -134,7 +134,7 @@ def test_quantisation_and_windows(model, tmp_path) -> None:
 
 def test_command(tmp_path) -> None:
     lines: list[str] = []
-    options = BuildOptions("jet-tiny", backend="onnx", device="cpu", output=tmp_path / "out")
+    options = BuildOptions(model="jet-tiny", backend="onnx", device="cpu", output=tmp_path / "out")
     run_export(options, "trtllm-1.2", lines.append)
     assert lines[-1].startswith("Legacy: for TensorRT-LLM's engine flow")
     assert {"config.json", "rank0.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}

@@ -9,15 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fake_layers
-import fake_models
-import fake_runtime
 import pytest
+from helpers import fake_layers, fake_models, fake_runtime
+from helpers.paths import ROOT
 
 from jet_export.trtllm import check_interfaces
 from jet_export.trtllm.check_interfaces import HERE, Interfaces, check, compare_source, parse_signature
 
-ROOT = Path(__file__).parents[2]
 INTERFACES = Interfaces.load()
 
 

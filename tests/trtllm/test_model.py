@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_models import MODELS
-from fakes import load_model, tensorrt_llm
-from fp8_models import CONFIG, model_of, to_fp8
-from packed import rel
+from helpers.fake_models import MODELS
+from helpers.fake_trtllm import load_model, tensorrt_llm
+from helpers.fp8_models import CONFIG, model_of, to_fp8
+from helpers.packed import rel
 from torch import Tensor
 
-from jet_export.errors import JetExportError
-from jet_export.export_hf import save_unified
+from jet_export.build.export_hf import save_unified
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.utils.errors import JetExportError
 
 LINES = [("1.2.1", "old"), ("1.3.0rc15", "old"), ("1.3.0rc29", "moved")]
 TOL = 1e-5  # fp32: sums in another order
@@ -162,7 +162,7 @@ def test_what_is_not_done_is_refused(fp32, changes: dict, message: str) -> None:
 
 
 def test_tensor_parallel_is_refused(fp32) -> None:
-    from fake_layers import Mapping
+    from helpers.fake_layers import Mapping
 
     with tensorrt_llm(), pytest.raises(JetExportError, match="runs on one GPU; tp_size is 2"):
         load_model(fp32[1], mapping=Mapping(tp_size=2))
@@ -214,7 +214,7 @@ def test_config_sizes_the_states(fp32) -> None:
 
 def test_config_loader(fp32, tmp_path) -> None:
     with tensorrt_llm():
-        from fake_models import CONFIG_LOADERS
+        from helpers.fake_models import CONFIG_LOADERS
 
         config = CONFIG_LOADERS["jet_nemotron"]().load(str(fp32[1]))
         assert config.pretrained_config.num_hidden_layers == 4

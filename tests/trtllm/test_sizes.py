@@ -3,18 +3,18 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from fp8_models import CONFIG
+from helpers.fp8_models import CONFIG
+from helpers.paths import ROOT
 
 from jet_export.model.cache import state_specs
 from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
 from jet_export.trtllm.adapt import KNOWN
 from jet_export.trtllm.sizes import rows, state_shapes, tables
 
-DOCS = (Path(__file__).parents[2] / "docs/tensorrt-llm.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs/tensorrt-llm.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("config", [jet_2b(), jet_4b(), CONFIG], ids=["jet-2b", "jet-4b", "mini"])
@@ -53,11 +53,11 @@ def test_the_documents_commands() -> None:
     commands = re.findall(r"^jet-export (\S+) (.*)$", DOCS, re.M)
     assert len(commands) >= 2
     for name, rest in commands:
-        args = [sys.executable, "-m", "jet_export.cli", name, "--help"]
+        args = [sys.executable, "-m", "jet_export.cli.app", name, "--help"]
         usage = subprocess.run(args, capture_output=True, text=True, check=True).stdout
         for option in re.findall(r"--[a-z0-9-]+", rest):
             assert option in usage, option
-    root = Path(__file__).parents[2]
+    root = ROOT
     for module in set(re.findall(r"python -m (jet_export\.[a-z_.]+)", DOCS)):
         path = root / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()

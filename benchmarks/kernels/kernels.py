@@ -1,0 +1,322 @@
+"""Speed of every kernel on this GPU in one table, beside FLA, SGLang's JetBlock, SDPA's flash attention and FlashInfer
+where installed.
+
+    python benchmarks/kernels/kernels.py [--models 2b,4b] [--parts block,attention,sglang] [--output RESULTS.json]
+
+Correctness comes first, and without it there are no figures. Prefill is timed per call, decode per layer in a CUDA
+graph that walks through several layers' states, so that they do not stay in L2. The roofline is the slower of moving
+the bytes that must be moved at copy speed and computing at the speed of a large bf16 product, both of this process.
+FLA's figures are its delta rule alone: no convolution, SiLU, normalisation of q and k, gates or gated norm; flash
+attention and FlashInfer get roped queries and a filled cache. SGLang's is its JetBlock between the projections, by its
+own code (sglang_path.py): prefill call by call, as it waits for the GPU in between, decode in a CUDA graph. Sweeps of
+attention: kernels_attention.py; of all: tune.py. JSON and a picture are written after every case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kernels_attention as attention
+import torch
+from fla_pinned import import_fla, rule_inputs
+from kernels_table import KernelRow, draw, row, show, to_dicts
+from sglang_path import import_sglang, jet_block_path
+from torch import Tensor
+
+from jet_export.bench import timer
+from jet_export.kernels.attention import rope_ref
+from jet_export.kernels.jet_block import jet_block_ref
+from jet_export.utils.environment import device_slug, environment, write_result
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+DEVICE = "cuda"
+MODELS = {"2b": (12, 96, 256), "4b": (16, 128, 256)}  # H, K, V
+PREFILL = [(1, 2048), (16, 2048), (1, 16384), (1, 65536)]  # B, T
+DECODE = [1, 64, 128, 256, 512]
+
+
+def block_inputs(lens: list[int], model: str, state_dtype: torch.dtype = torch.float32, context: int = 0) -> tuple:
+    """Arguments of jet_block without `decode`, bf16; gates by the published initialisation."""
+    H, K, V = MODELS[model]
+    N, T, D = len(lens), sum(lens), H * V
+
+    def rand(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+    def i32(x):
+        return torch.tensor(x, device=DEVICE, dtype=torch.int32)
+
+    A_log = torch.empty(H, device=DEVICE).uniform_(1, 16).log()
+    dt = torch.empty(H, device=DEVICE).uniform_(-6.9, -2.3).exp()
+    return (
+        rand(T, 2 * H * K + 2 * D + D // 8), rand(T, 2 * H), rand(T, 4 * D).mul_(0.5), A_log,
+        dt + torch.log(-torch.expm1(-dt)), 1 + 0.1 * rand(V), rand(N, 3, D), rand(N, H, K, V, dtype=state_dtype),
+        i32([0, *lens]).cumsum(0, dtype=torch.int32), torch.arange(N, device=DEVICE, dtype=torch.int32),
+        i32([context] * N), H, K, V, 1e-5,
+    )  # fmt: skip
+
+
+def rel(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def correctness(model: str) -> dict[str, float]:
+    """Relative errors against fp64 of a small prefill and a decode step."""
+    errors = {}
+    for name, lens, decode in (("prefill", [1, 65, 300], False), ("decode", [1] * 8, True)):
+        args = block_inputs(lens, model, context=4)
+        exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+        want = jet_block_ref(*exact, decode)
+        errors[name] = rel(torch.ops.jet.jet_block(*args, decode), want)
+        errors[f"{name} state"] = rel(args[7], exact[7])
+    return errors
+
+
+def prefill_work(n: int, model: str) -> tuple[int, int]:
+    """Bytes that jet_block must move for n tokens (q, k, u, gate, kappa, the result), and the delta rule's FLOPs."""
+    H, K, V = MODELS[model]
+    return n * 2 * (2 * H * K + 7 * H * V), n * H * (2 * 64 * (3 * K + V) + 2 * (64 * V + 3 * K * V))
+
+
+def decode_work(B: int, model: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of B sequences' states, read and written, and the layers that a graph has: one of few launches would show
+    its own start."""
+    H, K, V = MODELS[model]
+    moved = 2 * B * H * K * V * dtype.itemsize
+    return moved, max(8, min(24, int(2e10 / moved)))
+
+
+def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[KernelRow]:
+    """jet_block and its parts, each beside its own roofline."""
+    H, K, V = MODELS[model]
+    D, out, ops = H * V, list[KernelRow](), torch.ops.jet
+    for B, T in PREFILL:
+        args = block_inputs([T] * B, model)
+        q, k, v, beta, g = rule_inputs(B, T, H, K, V)
+        q, k = (torch.nn.functional.normalize(x.float(), dim=-1).bfloat16() for x in (q, k))
+        packed, state = [x.flatten(0, 1) for x in (q, k, v, beta, g)], args[7].clone()
+        u, kappa, conv_state = args[0][:, 2 * H * K : 2 * H * K + D], args[2], args[6]
+        gate = args[0][:, 2 * H * K + D : 2 * H * K + 2 * D].unflatten(1, (H, V))
+        variants: dict[str, Callable[[], Any]] = {
+            "jet_block": lambda a=args: ops.jet_block(*a, False),
+            "gated_delta_rule": lambda p=packed, a=args, s=state: ops.gated_delta_rule(*p, s, *a[8:11], False),
+            "dynamic_conv": lambda u=u, c=kappa, s=conv_state, a=args: ops.dynamic_conv(u, c, s, *a[8:11]),
+            "gated_rms_norm": lambda p=packed, a=args, z=gate: ops.gated_rms_norm(p[2], a[5], z, 1e-5),
+        }
+        if fla is not None:
+            variants["fla"] = lambda q=q, k=k, v=v, beta=beta, g=g, s=state: fla.chunk_gated_delta_rule(
+                q, k, v, g, beta, initial_state=s, output_final_state=True
+            )
+        times = timer.compare(variants, graph=True, repeats=15)
+        n = B * T
+        whole_bytes, rule_flops = prefill_work(n, model)
+        work = {  # bytes read and written, FLOPs
+            "jet_block": (whole_bytes, rule_flops),
+            "gated_delta_rule": (n * 2 * (2 * H * K + 2 * D), rule_flops),
+            "dynamic_conv": (n * 2 * 6 * D, 0),
+            "gated_rms_norm": (n * 2 * 3 * D, 0),
+        }
+        split = ", ".join(f"{name} {ms:.3f}" for name, ms in timer.kernel_times(variants["jet_block"]).items())
+        for name, t in times.items():
+            case = (model, f"B{B} T{T}", "bf16, state fp32")
+            if name == "fla":
+                nothing = (0.0, 0.0, *peaks)
+                for ours in ("jet_block", "gated_delta_rule"):
+                    out.append(row(ours, *case, "fla 0.6.0", t, *nothing, "its delta rule alone", same_work=False))
+            else:
+                note = split if name == "jet_block" else ""
+                out.append(row(name, *case, "jet", t, *work[name], *peaks, note))
+    return out
+
+
+def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[KernelRow]:
+    H, K, V = MODELS[model]
+    out = []
+    for B in DECODE:
+        for dtype in (torch.float32, torch.bfloat16):
+            moved, layers = decode_work(B, model, dtype)
+            sets = [block_inputs([1] * B, model, dtype, context=4) for _ in range(layers)]
+            variants = {"jet": lambda s=sets: [torch.ops.jet.jet_block(*a, True) for a in s]}
+            if fla is not None and dtype == torch.float32:
+                q, k, v, beta, g = rule_inputs(B, 1, H, K, V)
+                variants["fla 0.6.0"] = lambda s=sets, q=q, k=k, v=v, g=g, b=beta: [
+                    fla.fused_recurrent_gated_delta_rule(
+                        q, k, v, g=g, beta=b, initial_state=a[7], output_final_state=True, use_qk_l2norm_in_kernel=True
+                    )
+                    for a in s
+                ]
+            times = timer.compare(variants, graph=True, repeats=15, calls=layers)
+            for name, t in times.items():
+                note = "" if name == "jet" else "its delta rule alone"
+                state = "fp32" if dtype == torch.float32 else "bf16"
+                case = ("jet_block decode", model, f"B{B}", f"bf16, state {state}", name)
+                out.append(row(*case, t, moved, 0, *peaks, note))
+    return out
+
+
+def sglang_block(model: str, sglang: Any, peaks: tuple[float, float]) -> list[KernelRow]:
+    """jet_block beside SGLang's JetBlock, prefill and decode, state in fp32. Where their results differ by over 2 % (it
+    rounds to bf16 after every step) there is a note instead of its time."""
+    out: list[KernelRow] = []
+    cases = [("jet_block", f"B{B} T{T}", [T] * B) for B, T in PREFILL]
+    cases += [("jet_block decode", f"B{B}", [1] * B) for B in DECODE]
+    for kernel, shape, lens in cases:
+        decode, work, layers = kernel.endswith("decode"), prefill_work(sum(lens), model), 1
+        if decode:
+            moved, layers = decode_work(len(lens), model, torch.float32)
+            work = moved, 0
+        sets = [block_inputs(lens, model, context=4 if decode else 0) for _ in range(layers)]
+        runs = [jet_block_path(sglang, a, decode)[0] for a in sets]
+        difference = rel(runs[0](), torch.ops.jet.jet_block(*sets[0], decode).double())
+        variants: dict[str, Callable[[], Any]] = {
+            "jet": lambda s=sets, d=decode: [torch.ops.jet.jet_block(*a, d) for a in s]
+        }
+        times = timer.compare(variants, graph=True, repeats=15, calls=layers)
+        note = f"sglang: its result differs by {difference:.1e}"
+        if difference < 2e-2:
+            name, note = f"sglang {sglang.version}", ""
+            theirs = {name: lambda r=runs: [run() for run in r]}
+            times |= timer.compare(theirs, graph=decode, repeats=5, warmup=1, calls=layers)
+        for name, t in times.items():
+            out.append(row(kernel, model, shape, "bf16, state fp32", name, t, *work, *peaks, note))
+    return out
+
+
+def attention_prefill(model: str, peaks: tuple[float, float]) -> list[KernelRow]:
+    heads, out = attention.HEADS[model], []
+    for B, T, context in attention.PREFILL:
+        args = attention.make(B, T, context, heads)
+        attention.prefill(args)  # appends, so that flash sees the same keys
+        flash, _ = attention.flash(args, T, context)
+        fp8 = [*args[:2], args[2].to(attention.FP8), *args[3:]]
+        variants = {
+            ("bf16", "jet"): lambda args=args: attention.prefill(args),
+            ("bf16", "sdpa flash"): flash,
+            ("bf16, cache fp8", "jet"): lambda args=fp8: attention.prefill(args),
+        }
+        flops = 4 * attention.DH * heads[0] * B * (T * context + T * (T + 1) // 2)
+        keys = 2 * heads[1] * attention.DH * B * (context + T)
+        times = timer.compare({str(name): fn for name, fn in variants.items()}, repeats=15, graph=True)
+        for dtypes, name in variants:
+            nbytes = keys * (1 if "fp8" in dtypes else 2) + 4 * B * T * heads[0] * attention.DH
+            case = ("attention prefill", model, f"B{B} T{T}+{context}", dtypes, name)
+            out.append(row(*case, times[str((dtypes, name))], nbytes, flops, *peaks))
+    return out
+
+
+def attention_decode(model: str, peaks: tuple[float, float]) -> list[KernelRow]:
+    heads, out = attention.HEADS[model], []
+    cases = [(b, n, 0) for n in (4096, 65536) for b in (1, 64, 128)] + [(1, 262144, 0), (32, 262144, 0)]
+    cases += [(64, 65536, w) for w in (1152, 2048)]
+    for cache in (attention.BF16, attention.FP8):
+        pool = attention.random_cache(66560, heads[1], cache)
+        for B, context, window in cases:
+            if B * (context // attention.PAGE + 1) > pool.shape[0]:
+                continue
+            size = B * min(context, window or context) * 2 * heads[1] * attention.DH * cache.itemsize
+            calls = max(1, min(20, int(4e8 / size), pool.shape[0] // (B * (context // attention.PAGE + 1))))
+            sets = [attention.make(B, 1, context - 1, heads, cache=pool) for _ in range(calls)]
+            variants: dict[str, Callable[[], Any]] = {
+                "jet": lambda s=sets, w=window: [attention.decode(a, w) for a in s]
+            }
+            note = ""
+            try:
+                runs = [flashinfer_decode(a) for a in sets] if not window else []
+                if runs:
+                    timer.capture(runs[0])
+                    variants["flashinfer"] = lambda r=runs: [run() for run in r]
+            except ImportError:
+                pass  # said by main
+            except Exception as e:
+                note = f"flashinfer: {type(e).__name__}: {str(e)[:60]}"
+            shape = f"B{B} {context}" + (f" window {window}" if window else "")
+            for name, t in timer.compare(variants, repeats=15, graph=True, calls=calls).items():
+                dtypes = f"bf16, cache {attention.NAMES[cache]}"
+                case = ("attention decode", model, shape, dtypes, name)
+                out.append(row(*case, t, size, 0, *peaks, note if name == "jet" else ""))
+        del pool
+    return out
+
+
+def flashinfer_decode(args: list) -> Callable[[], Tensor]:
+    """FlashInfer's paged decode over the same cache (its HND layout is ours), after our append. Raises where it is not
+    installed, does not take these sizes, or gives another result than ours (1 %)."""
+    import flashinfer
+
+    want = attention.decode(args)  # appends the new key
+    qkv, cos_sin, cache, block_table, _, _, context_lens, Hq, Hkv, Dh = args
+    lens = context_lens + 1
+    pages = (lens + attention.PAGE - 1) // attention.PAGE
+    indptr = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
+    indices = torch.cat([block_table[i, :n] for i, n in enumerate(pages.tolist())])
+    q = rope_ref(qkv.view(len(lens), -1, Dh)[:, :Hq], cos_sin[context_lens.long()]).contiguous()
+    workspace = torch.empty(2**28, dtype=torch.uint8, device=qkv.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+    last = (lens - 1) % attention.PAGE + 1
+    wrapper.plan(
+        indptr, indices, last.int(), Hq, Hkv, Dh, attention.PAGE, q_data_type=q.dtype, kv_data_type=cache.dtype
+    )
+    difference = rel(wrapper.run(q, cache).flatten(1), want.double())
+    if not difference < 1e-2:
+        raise ValueError(f"its result differs by {difference:.1e}")
+    return lambda: wrapper.run(q, cache)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="2b,4b")
+    parser.add_argument("--parts", default="block,attention,sglang")
+    parser.add_argument("--output", type=Path, default=RESULTS / device_slug() / "kernels.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("kernels.py times kernels on a GPU, and torch sees none.", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    models, parts = options.models.split(","), options.parts.split(",")
+    result: dict[str, Any] = {
+        "errors": {model: correctness(model) for model in models if {"block", "sglang"} & set(parts)}
+    }
+    checks = [attention.check(*c) for c in attention.CHECKS] if "attention" in parts else []
+    result["attention_checks"] = checks
+    right = all(e < 1e-2 for errors in result["errors"].values() for e in errors.values())
+    if not (right and all(c["ok"] for c in checks)):
+        print(f"wrong results: no speed to report: {result}", file=sys.stderr)
+        return 1
+    fla = import_fla() if "block" in parts else None
+    sglang = import_sglang() if "sglang" in parts else None
+    if "attention" in parts and importlib.util.find_spec("flashinfer") is None:
+        print("FlashInfer is not compared with: it is not installed")
+    copy, matmul = timer.copy_speed(), timer.matmul_speed(torch.bfloat16)
+    result |= {"copy_bytes_per_s": copy, "matmul_flop_per_s": matmul}
+    print(f"copy {copy / 1e12:.2f} TB/s, bf16 product {matmul / 1e12:.0f} TFLOP/s", flush=True)
+    rows: list[KernelRow] = []
+    for model in models:
+        steps: list[Callable[[], list[KernelRow]]] = []
+        if "block" in parts:
+            steps += [lambda m=model: block_prefill(m, fla, (copy, matmul)),
+                      lambda m=model: block_decode(m, fla, (copy, matmul))]  # fmt: skip
+        if sglang is not None:
+            steps.append(lambda m=model: sglang_block(m, sglang, (copy, matmul)))
+        if "attention" in parts:
+            steps += [lambda m=model: attention_prefill(m, (copy, matmul)),
+                      lambda m=model: attention_decode(m, (copy, matmul))]  # fmt: skip
+        for step in steps:
+            rows += step()
+            write_result(options.output, {**result, "rows": to_dicts(rows)})
+            torch.cuda.empty_cache()
+    show(rows)
+    try:
+        draw(options.output.with_suffix(".png"), rows, environment())
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install 'jet-export[bench]')")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

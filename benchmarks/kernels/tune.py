@@ -1,0 +1,330 @@
+"""Times the kernels' configurations on this GPU and writes the best into kernels/configs.json, as rules of its SM.
+
+    python benchmarks/kernels/tune.py [--ops attention_decode,...] [--models 2b,4b] [--minutes 20] [--jobs 8] [--write]
+
+For each op and model, every candidate is first compared with the configuration in use (which the tests hold to the
+reference): one that does not compile, does not fit or differs by more than rounding is left out. The others are timed
+in turn, as CUDA graphs, on the op's workloads; a candidate's score is the geometric mean of its time over that of the
+configuration in use. A rule is written only for a candidate that is faster by MIN_GAIN. Without --write the table stays
+as it is and the rules are only printed. All times: results/tune_<gpu>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jet_export.bench import timer
+from jet_export.kernels import configs
+from jet_export.utils.environment import device_slug, write_result
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+MIN_GAIN = 0.03
+ROUNDING = 2**-7  # relative difference of two correct bf16 results
+HEADS = {"2b": (12, 2), "4b": (16, 2), "qwen3-1.7b": (16, 8)}
+DELTA = {"2b": (12, 96, 256), "4b": (16, 128, 256)}
+BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "attention_decode": [
+        dict(BN=bn, num_warps=w, num_stages=s, programs_per_sm=p)
+        for bn, w, s, p in itertools.product((64, 128), (4, 8), (2, 3, 4), (4, 8))
+    ],
+    "attention_prefill": [
+        dict(BM=bm, BN=bn, num_warps=w, num_stages=s)
+        for bm, bn, w, s in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))
+    ],
+    "rope_append": [dict(BT=bt, num_warps=w) for bt, w in itertools.product((8, 16, 32, 64), (2, 4, 8))],
+    "delta_rule_prepare": [dict(BT=64, num_warps=w, num_stages=1) for w in (2, 4, 8)],
+    "delta_rule_scan": [
+        dict(BV=bv, STAGES=s, num_warps=max(4, bv // 16)) for bv, s in itertools.product((32, 64, 128), (1, 2, 3, 4))
+    ],
+    "delta_rule_decode": [
+        dict(BV=bv, num_warps=w)
+        for bv, w in itertools.product((16, 32, 64, 128, 256), (2, 4, 8, 16))
+        if 8 <= bv * 4 // w <= 64
+    ],
+    "dynamic_conv": [dict(BT=bt, BD=bd) for bt, bd in itertools.product((4, 8, 16, 32), (32, 64, 128, 256))],
+    "gated_rms_norm": [dict(BR=br) for br in (1, 2, 4, 8, 16, 32)],
+    "gemv": [
+        dict(BN=bn, BK=bk, STAGES=s, num_warps=w)
+        for bn, bk, w, s in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (4, 8), (1, 3))
+        if 16 <= bn * bk // (32 * w) <= 64
+    ],
+}
+
+
+@dataclass
+class Task:
+    """One rule to find: an op, the sizes it would hold for, and what is run to time it."""
+
+    op: str
+    model: str
+    where: dict[str, Any]
+    workloads: dict[str, tuple[Callable[[], Any], Callable[[], Any]]]  # what is timed; the same on copied states
+    times: dict[str, dict[str, float]] = field(default_factory=dict)  # configuration -> workload -> ms
+    left_out: dict[str, str] = field(default_factory=dict)  # configuration -> why
+
+
+def key_of(use: dict[str, int]) -> str:
+    return " ".join(f"{k}={v}" for k, v in sorted(use.items()))
+
+
+def geometric_mean_ratio(times: dict[str, float], base: dict[str, float]) -> float:
+    return math.exp(sum(math.log(times[w] / base[w]) for w in base) / len(base))
+
+
+def choose(times: dict[str, dict[str, float]], in_use: str) -> tuple[str, float]:
+    """(the configuration to use, its time relative to the one in use): the latter unless another gains MIN_GAIN."""
+    scores = {key: geometric_mean_ratio(t, times[in_use]) for key, t in times.items()}
+    best = min(scores, key=lambda key: scores[key])
+    return (best, scores[best]) if scores[best] <= 1 - MIN_GAIN else (in_use, 1.0)
+
+
+def merge(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table with new rules: each replaces one of the same op, SM and conditions, or comes before the others."""
+    out = list(rows)
+    for rule in new:
+        same = [i for i, r in enumerate(out) if all(r[k] == rule[k] for k in ("op", "sm", "where"))]
+        if same:
+            out[same[0]] = rule
+        else:
+            first = next((i for i, r in enumerate(out) if r["op"] == rule["op"]), len(out))
+            out.insert(first, rule)
+    configs.parse(out)
+    return out
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One rule a line."""
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("[\n" + ",\n".join(" " + json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
+    tmp.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------- workloads
+
+
+def block_tasks(model: str) -> list[Task]:
+    from kernels import block_inputs
+
+    _, K, V = DELTA[model]
+    prefills = {f"prefill B{b} T{t}": block_inputs([t] * b, model) for b, t in ((1, 16384), (16, 2048), (1, 2048))}
+
+    def run(sets: list[tuple], decode: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        op, args = torch.ops.jet.jet_block, sets[0]
+        conv, state = (x.clone() for x in args[6:8])  # what is timed changes its own
+        return (
+            lambda: [op(*a, decode) for a in sets],
+            lambda: op(*args[:6], conv.clone(), state.clone(), *args[8:], decode),
+        )
+
+    prefill = {name: run([args], False) for name, args in prefills.items()}
+    tasks = [
+        Task("dynamic_conv", model, {"dtype": "bfloat16", "conv_size": 4}, prefill),
+        Task("delta_rule_prepare", model, {"dtype": "bfloat16", "head_k_dim": K}, prefill),
+        *(Task("delta_rule_scan", model, {"dtype": "bfloat16", "head_k_dim": K, "many_heads": many},
+               {n: f for n, f in prefill.items() if many == ("B16" in n)}) for many in (False, True)),
+        Task("gated_rms_norm", model, {"dtype": "bfloat16", "head_v_dim": V}, prefill),
+    ]  # fmt: skip
+    for state in (FP32, BF16):
+        where = {"state_dtype": str(state).removeprefix("torch."), "head_k_dim": K, "head_v_dim": V}
+        # Layers one after the other, as in a model: a graph of one launch would show its own start.
+        sets = {
+            f"decode B{b}": [block_inputs([1] * b, model, state, context=4) for _ in range(8)] for b in (1, 64, 128)
+        }
+        tasks.append(Task("delta_rule_decode", model, where, {n: run(a, True) for n, a in sets.items()}))
+    return tasks
+
+
+def gemv_tasks(model: str) -> list[Task]:
+    from gemv import SIZES
+
+    tasks = []
+    for N, K in SIZES.values() if model == "2b" else ():
+        for dtype in (BF16, FP8):
+            weights = [
+                torch.randn(N, K, device="cuda", dtype=BF16).to(dtype) for _ in range(max(1, int(1e8 / (N * K))))
+            ]
+            x = torch.randn(1, K, device="cuda", dtype=BF16).to(dtype)
+
+            def run(weights: list[torch.Tensor] = weights, x: torch.Tensor = x) -> torch.Tensor:
+                return [torch.ops.jet.gemv(x, w, None, None, None, BF16) for w in weights][-1]
+
+            name = str(dtype).removeprefix("torch.")
+            where = {"dtype": name, "out_features": N, "in_features": K}
+            tasks.append(Task("gemv", model, where, {f"{N} x {K}": (run, run)}))
+    return tasks
+
+
+def attention_tasks(model: str) -> list[Task]:
+    import kernels_attention as attention
+
+    heads = HEADS[model]
+    tasks: list[Task] = []
+    for cache in (BF16, FP8):
+        name = str(cache).removeprefix("torch.")
+        where = {"dtype": "bfloat16", "cache_dtype": name, "head_dim": 128, "group": heads[0] // heads[1]}
+        prefills = {
+            f"B{b} T{t}": attention.make(b, t, 0, heads, cache_dtype=cache) for b, t in ((1, 16384), (16, 2048))
+        }
+        decodes = {
+            f"B{b} {n}": attention.make(b, 1, n - 1, heads, cache_dtype=cache)
+            for b, n in ((1, 4096), (64, 4096), (1, 65536), (32, 65536))
+        }
+        # The cache needs no copy: every call appends the same keys at the same positions.
+        prefill = {n: (partial(attention.prefill, a),) * 2 for n, a in prefills.items()}
+        decode = {n: (partial(attention.decode, a),) * 2 for n, a in decodes.items()}
+        rope = {"dtype": "bfloat16", "cache_dtype": name, "head_dim": 128}
+        tasks += [
+            Task("attention_decode", model, where, decode),
+            Task("attention_prefill", model, where, prefill),
+            Task("rope_append", model, rope, prefill),
+        ]
+    return tasks
+
+
+# ---------------------------------------------------------------------------------------------------- timing
+
+
+def differs(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.float(), b.float()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def tune(task: Task, deadline: float, repeats: int = 15) -> None:
+    """Fills `times` and `left_out`; candidates beyond the deadline are left out."""
+    in_use = current(task)
+    candidates = [in_use, *(c for c in CANDIDATES[task.op] if c != in_use)]
+    expected = {}
+    runs: dict[str, dict[str, Callable[[], Any]]] = {}
+    for use in candidates:
+        key = key_of(use)
+        if time.monotonic() > deadline and use is not in_use:
+            task.left_out[key] = "no time left"
+            continue
+        try:
+            with configs.override(task.op, use):
+                for name, (_, check) in task.workloads.items():
+                    got = check()
+                    expected.setdefault(name, got.clone())
+                    if not differs(got, expected[name]) <= ROUNDING:
+                        raise ValueError(f"{name}: result off by {differs(got, expected[name]):.1e}")
+                runs[key] = {name: timer.capture(run) for name, (run, _) in task.workloads.items()}
+        except Exception as e:
+            if use is in_use:
+                raise
+            task.left_out[key] = f"{type(e).__name__}: {str(e)[:160]}"
+    for name in task.workloads:
+        for key, timing in timer.compare({k: r[name] for k, r in runs.items()}, repeats=repeats).items():
+            task.times.setdefault(key, {})[name] = timing.median
+
+
+def makers(model: str, ops: list[str]) -> list[Callable[[str], list[Task]]]:
+    """Those that make tasks of these ops: inputs take memory."""
+    out: list[Callable[[str], list[Task]]] = []
+    if model in DELTA and any(op.startswith(("delta_rule", "dynamic", "gated")) for op in ops):
+        out.append(block_tasks)
+    if any(op.startswith(("attention", "rope")) for op in ops):
+        out.append(attention_tasks)
+    return [*out, gemv_tasks] if "gemv" in ops else out
+
+
+def compile_ahead(options: argparse.Namespace) -> None:
+    """Fill Triton's cache: compiling is most of the time, and a process compiles one kernel at a time."""
+    command = [sys.executable, __file__, "--ops", options.ops, "--models", options.models, "--compile"]
+    running = [subprocess.Popen([*command, f"{i}/{options.jobs}"]) for i in range(options.jobs)]
+    for process in running:
+        process.wait()
+
+
+def compile_share(models: list[str], ops: list[str], first: int, step: int) -> None:
+    """Run every `step`-th candidate once; those that fail are left to `tune`."""
+    tasks = [t for m in models for make in makers(m, ops) for t in make(m) if t.op in ops]
+    for task, use in [(t, use) for t in tasks for use in CANDIDATES[t.op]][first::step]:
+        with suppress(Exception), configs.override(task.op, use):
+            next(iter(task.workloads.values()))[1]()
+    torch.cuda.synchronize()
+
+
+def current(task: Task) -> dict[str, int]:
+    return dict(configs.find(configs.table(), task.op, configs.current_sm(), task.where).use)
+
+
+def rule_of(task: Task, sm: int, source: str) -> tuple[dict[str, Any] | None, float]:
+    """The rule that the times ask for, None where what is in use stays; and its relative time."""
+    in_use = key_of(current(task))
+    best, ratio = choose(task.times, in_use)
+    if best == in_use:
+        return None, 1.0
+    use = next(c for c in CANDIDATES[task.op] if key_of(c) == best)
+    return {"op": task.op, "sm": sm, "where": task.where, "use": use, "source": source}, ratio
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", default=",".join(configs.OPS))
+    parser.add_argument("--models", default="2b,4b")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile the candidates beforehand")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)  # I/N: every N-th candidate from the I-th, and stop
+    parser.add_argument("--write", action="store_true", help="change kernels/configs.json")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    ops = options.ops.split(",")
+    unknown = [op for op in ops if op not in configs.OPS] + [m for m in options.models.split(",") if m not in HEADS]
+    if unknown:
+        print(f"{unknown[0]}: not known. Ops: {', '.join(configs.OPS)}. Models: {', '.join(HEADS)}.", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("tune.py times kernels on a GPU, and torch sees none.", file=sys.stderr)
+        return 2
+    if options.compile:
+        compile_share(options.models.split(","), ops, *map(int, options.compile.split("/")))
+        return 0
+    if options.jobs:
+        compile_ahead(options)
+    sm = configs.current_sm()
+    assert sm is not None
+    output = options.output or RESULTS / device_slug() / "tune.json"
+    deadline = time.monotonic() + 60 * options.minutes
+    torch.manual_seed(0)
+    rules: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
+    for model in options.models.split(","):
+        for make in makers(model, ops):
+            for task in make(model):
+                if task.op not in ops or any((r["op"], r["where"]) == (task.op, task.where) for r in done):
+                    continue
+                tune(task, deadline)
+                rule, ratio = rule_of(task, sm, f"benchmarks/results/{output.name}")
+                rules += [rule] if rule else []
+                figures = {"times_ms": task.times, "left_out": task.left_out, "rule": rule, "ratio": ratio}
+                done.append({"op": task.op, "model": model, "where": task.where, "in_use": current(task), **figures})
+                change = f"{key_of(rule['use'])}, {1 - ratio:.1%} less time" if rule else "stays"
+                print(f"{model} {task.op} {task.where}: {change} ({len(task.left_out)} left out)", flush=True)
+                write_result(output, {"sm": sm, "min_gain": MIN_GAIN, "tasks": done})
+    if options.write and rules:
+        write_table(configs.TABLE, merge(json.loads(configs.TABLE.read_text()), rules))
+        print(f"{len(rules)} rules of SM {sm} written to {configs.TABLE}: run the GPU tests before committing them")
+    elif rules:
+        print("not written (--write):\n" + "\n".join(json.dumps(r) for r in rules))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

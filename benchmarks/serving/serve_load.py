@@ -1,0 +1,313 @@
+"""A bundle under load: how much it serves, how long requests wait, and what a long prompt does to the others.
+
+    python benchmarks/serving/serve_load.py BUNDLE --output benchmarks/results/cpu/serve-load.json
+
+Random prompts, greedy, lengths log-normal around --prompt-tokens and --output-tokens (sigma 0.5). Four parts:
+  concurrency   a fixed number of requests at once: in flight (the next one joins when one ends), and in static batches
+                (the next group starts when the last of a group has ended); with --deterministic beside them
+  poisson       arrivals at given shares of the largest throughput just measured; goodput counts requests within the SLO
+  join          the gaps between the tokens of running requests while one long prompt joins them
+Times are the client's: TTFT from when a request was due, TPOT the mean after the first token. In this process through
+AsyncLLM, or with --http through `jet-export serve --openai` on loopback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from load_clients import CLOCK, Ask, Client, Http, InProcess, Trace, http_server
+from rich.console import Console
+from rich.table import Table
+
+from jet_export.backends.load import load_engine
+from jet_export.bench.timer import percentile
+from jet_export.bundle.manifest import Manifest
+from jet_export.runtime.capacity import Serving
+from jet_export.runtime.tokenizer import load_tokenizer
+from jet_export.utils.environment import write_result
+
+SIGMA = 0.5
+SHARES = (0.5, 0.95, 0.99)
+
+
+class Workload:
+    """Requests one after the other, the same for the same seed."""
+
+    def __init__(self, args: argparse.Namespace, vocab: int, max_seq_len: int) -> None:
+        self.args, self.vocab, self.max_seq_len = args, vocab, max_seq_len
+
+    def asks(self, n: int, seed: int) -> list[Ask]:
+        rng = random.Random(f"{self.args.seed} {seed}")
+        return [self.ask(rng, self._length(rng, self.args.prompt_tokens), self._length(rng, self.args.output_tokens))
+                for _ in range(n)]  # fmt: skip
+
+    def ask(self, rng: random.Random, prompt: int, new: int) -> Ask:
+        new = min(new, self.max_seq_len - 1)
+        prompt = min(prompt, self.max_seq_len - new)
+        return Ask([rng.randrange(self.vocab) for _ in range(prompt)], new)
+
+    def _length(self, rng: random.Random, mean: float) -> int:
+        return max(1, round(rng.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA)))
+
+
+async def ask_all(client: Client, asks: list[Ask], due: list[float]) -> list[Trace]:
+    """Each at its time, seconds from now, in order."""
+    start = CLOCK.now()
+    traces = [Trace(start + d) for d in due]
+    tasks: list[asyncio.Task] = []
+    for ask, trace in zip(asks, traces, strict=True):
+        while (wait := trace.due - CLOCK.now()) > 0:
+            if CLOCK.cpu and all(task.done() for task in tasks):
+                CLOCK.skip(trace.due)
+            else:
+                await asyncio.sleep(0.002 if CLOCK.cpu else wait)
+        tasks.append(asyncio.create_task(client.run(ask, trace)))
+    await asyncio.gather(*tasks)
+    return traces
+
+
+async def in_flight(client: Client, asks: list[Ask], concurrency: int) -> list[Trace]:
+    """`concurrency` requests at once until all have been asked."""
+    left, traces = iter(asks), []
+
+    async def worker() -> None:
+        for ask in left:
+            traces.append(Trace(CLOCK.now()))
+            await client.run(ask, traces[-1])
+
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return traces
+
+
+async def static_batches(client: Client, asks: list[Ask], size: int) -> list[Trace]:
+    """Groups of `size`; the next one starts when the last of a group has ended."""
+    traces: list[Trace] = []
+    for i in range(0, len(asks), size):
+        traces += await ask_all(client, asks[i : i + size], [0.0] * len(asks[i : i + size]))
+    return traces
+
+
+def summary(traces: list[Trace], slo: tuple[float, float]) -> dict[str, Any]:
+    """Of finished requests; times in milliseconds. The first request's due time to the last token is the duration."""
+    good = [t for t in traces if not t.error and t.times]
+    if not good:
+        return {"requests": len(traces), "failed": len(traces)}
+    seconds = max(t.times[-1] for t in good) - min(t.due for t in traces)
+    within = [t for t in good if t.ttft * 1e3 <= slo[0] and t.tpot * 1e3 <= slo[1]]
+    gaps = [1e3 * (b - a) for t in good for a, b in zip(t.times, t.times[1:], strict=False)]
+    return {
+        "requests": len(traces),
+        "failed": len(traces) - len(good),
+        "seconds": round(seconds, 2),
+        "requests_per_s": len(good) / seconds,
+        "tokens_per_s": sum(t.tokens for t in good) / seconds,
+        "goodput_requests_per_s": len(within) / seconds,
+        "within_slo": len(within) / len(traces),
+        "ttft_ms": shares([1e3 * t.ttft for t in good]),
+        "tpot_ms": shares([1e3 * t.tpot for t in good]),
+        "inter_token_ms": shares(gaps),
+    }
+
+
+def shares(values: list[float]) -> dict[str, float]:
+    return {f"p{round(100 * s)}": round(percentile(values, s), 2) for s in SHARES} if values else {}
+
+
+async def concurrency_part(client: Client, work: Workload, slo, static: bool) -> list[dict[str, Any]]:
+    rows = []
+    for n in work.args.concurrency:
+        asks = work.asks(work.args.rounds * n, n)
+        kinds: dict[str, Callable] = {"in flight": in_flight} | ({"static": static_batches} if static else {})
+        for kind, run in kinds.items():
+            rows.append({"concurrency": n, "batching": kind, **summary(await run(client, asks, n), slo)})
+    return rows
+
+
+async def poisson_part(client: Client, work: Workload, slo, capacity: float) -> list[dict[str, Any]]:
+    """Arrivals at shares of `capacity`, requests/s."""
+    rows, seconds = [], work.args.poisson_seconds
+    for load in work.args.loads:
+        rng, rate, due, now = random.Random(f"{work.args.seed} {load}"), load * capacity, [], 0.0
+        requests = max(1, round(rate * seconds)) if seconds else work.args.requests
+        for _ in range(requests):
+            due.append(now)
+            now += rng.expovariate(rate)
+        traces = await ask_all(client, work.asks(requests, 10**6), due)
+        rows.append({"load": load, "rate": rate, **summary(traces, slo)})
+    return rows
+
+
+async def join_part(client: Client, work: Workload) -> dict[str, Any]:
+    """`--join-streams` requests decode; then one long prompt comes. Gaps that end before it, and until its token."""
+    args, rng = work.args, random.Random(work.args.seed)
+    length = min(args.long_prompt, work.max_seq_len - 2)
+    new = work.max_seq_len - args.prompt_tokens - 1
+    others = [Ask(work.ask(rng, args.prompt_tokens, 1).prompt, new) for _ in range(args.join_streams)]
+    traces = [Trace(CLOCK.now()) for _ in others]
+    tasks = [asyncio.create_task(client.run(a, t)) for a, t in zip(others, traces, strict=True)]
+    while not all(len(t.times) > 1 for t in traces):
+        if any(task.done() for task in tasks):
+            sys.exit(f"join: a stream ended early ({[t.error for t in traces if t.error] or 'no reason given'}).")
+        await asyncio.sleep(0.01)
+    begin = CLOCK.now()
+    await asyncio.sleep(args.join_seconds)
+    long = Trace(CLOCK.now())
+    await client.run(work.ask(rng, length, 1), long)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+    def gaps(since: float, until: float) -> dict[str, float]:
+        found = [
+            1e3 * (b - a) for t in traces for a, b in zip(t.times, t.times[1:], strict=False) if since < b <= until
+        ]
+        return {"gaps": len(found), **shares(found)}
+
+    return {"streams": len(others), "prompt_tokens": length, "ttft_ms": round(1e3 * long.ttft, 1),
+            "before_ms": gaps(begin, long.due), "while_it_joins_ms": gaps(long.due, long.times[0])}  # fmt: skip
+
+
+async def warm_up(client: Client, work: Workload) -> None:
+    """Every power of two of requests at once, a few tokens each: decode's CUDA graphs are captured when first used."""
+    rng, most, n = random.Random(99), max(*work.args.concurrency, work.args.join_streams + 1), 1
+    while True:
+        await in_flight(client, [work.ask(rng, 16, 4) for _ in range(n)], n)
+        if n >= most:
+            return
+        n = min(2 * n, most)
+
+
+def measure(client: Client, work: Workload, result: dict[str, Any], keep: Callable[[], None]) -> None:
+    """`keep` is called after every part."""
+    slo = (work.args.slo_ttft_ms, work.args.slo_tpot_ms)
+
+    async def everything() -> None:
+        await warm_up(client, work)
+        result["concurrency"] = await concurrency_part(client, work, slo, static=True)
+        keep()
+        capacity = max(r["requests_per_s"] for r in result["concurrency"] if r["batching"] == "in flight")
+        result["poisson"] = await poisson_part(client, work, slo, capacity)
+        keep()
+        result["join"] = await join_part(client, work)
+        keep()
+
+    asyncio.run(everything())
+
+
+def print_tables(result: dict[str, Any], slo: tuple[float, float]) -> None:
+    columns = ("requests", "tokens/s", "TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99")
+
+    def cells(r: dict[str, Any]) -> list[str]:
+        if "ttft_ms" not in r:
+            return ["all failed"]
+        values = [r[k][p] for k in ("ttft_ms", "tpot_ms") for p in ("p50", "p95", "p99")]
+        return [str(r["requests"]), f"{r['tokens_per_s']:.1f}", *(f"{v:.0f}" for v in values)]
+
+    def table(first: tuple[str, ...], rows: list[list[str]], last: tuple[str, ...] = ()) -> None:
+        out = Table(box=None, header_style="bold")
+        for name in (*first, *columns, *last):
+            out.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            out.add_row(*row)
+        Console(width=160).print(out)
+
+    rows = result["concurrency"] + result.get("deterministic", [])
+    table(("at once", "batching"), [[str(r["concurrency"]), r["batching"], *cells(r)] for r in rows])
+    print(f"Poisson arrivals; SLO: TTFT {slo[0]:g} ms, TPOT {slo[1]:g} ms")
+    table(
+        ("load", "requests/s"), [[f"{r['load']:.0%}", f"{r['rate']:.2f}", *cells(r),
+                                  f"{r.get('goodput_requests_per_s', 0):.2f} ({r.get('within_slo', 0):.0%})"]
+                                 for r in result["poisson"]], ("goodput",),
+    )  # fmt: skip
+    j = result["join"]
+    before, joining = (f"p50 {j[k]['p50']:.0f}, p99 {j[k]['p99']:.0f} ms" for k in ("before_ms", "while_it_joins_ms"))
+    print(f"{j['streams']} streams, gaps between tokens: {before}; while a prompt of {j['prompt_tokens']} tokens joins")
+    print(f"(its TTFT {j['ttft_ms']:.0f} ms): {joining}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rounds", type=int, default=3, help="requests a place, in the concurrency part")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 1.1], help="of the largest throughput")
+    parser.add_argument("--requests", type=int, default=60, help="of each Poisson run")
+    parser.add_argument("--poisson-seconds", type=float, help="instead: arrivals for so long, whatever the throughput")
+    parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
+    parser.add_argument("--slo-tpot-ms", type=float, default=100.0)
+    parser.add_argument("--long-prompt", type=int, default=32768, help="at most max_seq_len - 2")
+    parser.add_argument("--join-streams", type=int, default=4)
+    parser.add_argument("--join-seconds", type=float, default=2.0)
+    parser.add_argument("--slots", type=int)
+    parser.add_argument("--token-budget", type=int)
+    parser.add_argument("--http", action="store_true", help="through jet-export serve --openai on loopback")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: see load_clients.Clock")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    CLOCK.cpu = args.clock == "cpu"
+    if CLOCK.cpu and args.http:
+        sys.exit("--clock cpu counts this process's time; with --http the engine is in another.")
+    serving = Serving(
+        slots=args.slots, kv_tokens=None, token_budget=args.token_budget, max_waiting=100_000, wait_timeout=1e9
+    )
+    load = os.getloadavg()
+    manifest = Manifest.load(args.bundle)
+    work = Workload(args, manifest.config.vocab_size, manifest.limits.max_seq_len)
+    result: dict[str, Any] = {
+        "command": " ".join(["python", *(a if a != str(args.bundle) else args.bundle.name for a in sys.argv)]),
+        "model": manifest.model["name"], "precision": "fp8" if manifest.quantization else manifest.dtype,
+        "limits": asdict(manifest.limits),
+        "through": "http" if args.http else "AsyncLLM", "clock": args.clock,
+    }  # fmt: skip
+    slo = (args.slo_ttft_ms, args.slo_tpot_ms)
+    result["slo_ms"] = {"ttft": slo[0], "tpot": slo[1]}
+
+    def keep() -> None:
+        result["load_average"] = {"before": load, "after": os.getloadavg()}
+        write_result(args.output, result)
+
+    if args.http:
+        with http_server(args.bundle, serving) as (url, model):
+            measure(Http(url, model), work, result, keep)
+    else:
+        engine, _ = load_engine(args.bundle)
+        tokenizer = load_tokenizer(args.bundle)
+        with InProcess(engine, tokenizer, serving) as client:
+            measure(client, work, result, keep)
+        fixed = Serving(
+            slots=args.slots,
+            kv_tokens=None,
+            token_budget=args.token_budget,
+            max_waiting=100_000,
+            wait_timeout=1e9,
+            deterministic=True,
+        )
+        with InProcess(engine, tokenizer, fixed) as client:
+            asyncio.run(warm_up(client, work))
+            rows = asyncio.run(concurrency_part(client, work, slo, static=False))
+        result["deterministic"] = [{**r, "batching": "deterministic"} for r in rows]
+    failed = sum(r["failed"] for part in ("concurrency", "poisson") for r in result[part])
+    print_tables(result, slo)
+    keep()
+    if failed:
+        sys.exit(f"{failed} requests failed.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What runs a graph: the engine interface, and an engine for each `--backend`."""

@@ -1,0 +1,39 @@
+"""The engine interface: one step over packed tokens.
+
+An engine is stateless: every call takes the pools (in the order of `specs`) and updates them in place.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from jet_export.bundle.dtypes import torch_dtype
+from jet_export.bundle.limits import Limits
+from jet_export.bundle.manifest import Manifest
+from jet_export.model.cache import PackedBatch, StateSpec, state_specs
+from jet_export.model.config import JetNemotronConfig
+
+
+class Engine(ABC):
+    """Runs one step over packed tokens. `config`, `limits` and `specs` say what it takes."""
+
+    config: JetNemotronConfig
+    limits: Limits
+    specs: list[StateSpec]
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
+        """input_ids [T] int64, logit_indices [M] int32 (rows of the packed tokens) -> logits [M, vocab]."""
+
+    @abstractmethod
+    def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        """One token a sequence: input_ids [N] int64 -> logits [N, vocab]."""
+
+
+def manifest_specs(m: Manifest) -> list[StateSpec]:
+    return state_specs(m.config, torch_dtype(m.dtype), torch_dtype(m.kv_cache_dtype), torch_dtype(m.state_dtype))

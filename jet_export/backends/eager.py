@@ -1,0 +1,69 @@
+"""The PyTorch model behind the engine interface: what compiled engines are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from jet_export.backends.base import Engine
+from jet_export.bundle.dtypes import torch_dtype
+from jet_export.bundle.limits import Limits
+from jet_export.bundle.manifest import WEIGHTS, Manifest
+from jet_export.model.cache import PackedBatch, state_specs
+from jet_export.utils.errors import JetExportError
+
+if TYPE_CHECKING:  # imports torch's compiler, a second's work that packages for a GPU do without
+    from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+
+
+class EagerEngine(Engine):
+    """The PyTorch model behind the engine interface."""
+
+    def __init__(
+        self, model: JetNemotronForCausalLM, limits: Limits, kv_dtype: torch.dtype, state_dtype: torch.dtype
+    ) -> None:
+        self.model, self.config, self.limits = model, model.config, limits
+        self.dtype, self.device = model.dtype, model.device
+        self.specs = state_specs(model.config, model.dtype, kv_dtype, state_dtype)
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
+        return self.model.forward_packed(input_ids, batch, states, logit_indices, decode=False).logits
+
+    @torch.inference_mode()
+    def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        return self.model.forward_packed(input_ids, batch, states, None, decode=True).logits
+
+
+def load_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """weights.safetensors on the engine's device, tied parameters under both names."""
+    weights = load_file(directory / WEIGHTS, device=str(manifest.device))
+    if "lm_head.weight" not in weights:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    return weights
+
+
+def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Tensor] | None = None) -> EagerEngine:
+    """The eager model that holds a bundle's own weights, FP8 layers included. `weights`: share a loaded copy."""
+    from jet_export.model.jet_nemotron import empty_model
+
+    weights = weights if weights is not None else load_weights(Path(directory), manifest)
+    model = empty_model(manifest.config, torch_dtype(manifest.dtype), torch.device("meta"), manifest.limits.max_seq_len)
+    if manifest.quantization:
+        from jet_export.quantization.quantize import QuantizationReport, apply_report
+
+        apply_report(model, QuantizationReport.from_dict(manifest.quantization))
+    wanted = set(model.state_dict()) | {"cos_sin"}
+    missing = sorted(wanted - weights.keys())
+    if missing:
+        raise JetExportError(f"{directory}: weight {missing[0]} is missing.", "Build the bundle again.")
+    model.load_state_dict({k: v for k, v in weights.items() if k != "cos_sin" and k in wanted}, assign=True)
+    if weights["lm_head.weight"] is weights["embed_tokens.weight"]:
+        model.lm_head.weight = model.embed_tokens.weight  # one parameter, as in the model that was saved
+    model.cos_sin = weights["cos_sin"]
+    model.requires_grad_(False)
+    return EagerEngine(model, manifest.limits, torch_dtype(manifest.kv_cache_dtype), torch_dtype(manifest.state_dtype))

@@ -1,0 +1,1 @@
+"""AOTInductor: packages compiled from exported graphs, and the engine that calls them."""

@@ -1,0 +1,85 @@
+"""AOTInductor packages behind the engine interface."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jet_export.backends.base import Engine, manifest_specs
+from jet_export.bundle.dtypes import torch_dtype
+from jet_export.bundle.manifest import WEIGHTS, Manifest
+from jet_export.model.cache import PackedBatch
+from jet_export.utils.errors import JetExportError
+
+
+class Package:
+    """One AOTInductor package, called with flat tensors.
+
+    torch's own loader, `aoti_load_package`, compiles and runs test programs to tell what the CPU can do, and parses the
+    package's call signature at every call; here the bundle's manifest has answered the first, and the second is fixed.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        if device.type == "cpu":  # such a package calls the jet:: ops; one for a GPU holds their kernels
+            import jet_export.model.jet_nemotron  # noqa: F401
+        # run_single_threaded: otherwise a call synchronises the stream, which a CUDA graph cannot capture.
+        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+
+    def load_weights(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Point the package at `weights`, which the caller keeps alive. Raises JetExportError where one is missing."""
+        names = {fqn: fqn.removeprefix("model.") for fqn in self.loader.get_constant_fqns()}
+        missing = sorted(set(names.values()) - weights.keys())
+        if missing:
+            raise JetExportError(f"{path}: weight {missing[0]} is not in {WEIGHTS}.", "Build the bundle again.")
+        constants = {fqn: weights[name].detach() for fqn, name in names.items()}  # tensors of ours over the same memory
+        # torch never gives back its reference to a tensor that it does not manage: the memory would stay for good.
+        weakref.finalize(self, let_go, list(constants.values())).atexit = False
+        # use_inactive, check_full_update, user_managed. torch's wrapper of this call imports torch's compiler.
+        self.loader.load_constants(constants, False, True, True)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        (output,) = self.loader.boxed_run(list(inputs))
+        return output
+
+
+@torch.inference_mode()
+def let_go(tensors: list[Tensor]) -> None:
+    """Tensors without memory: what others hold of it stays."""
+    for tensor in tensors:
+        tensor.set_()  # type: ignore[call-overload]
+
+
+class InductorEngine(Engine):
+    """AOTInductor packages over one copy of the weights: prefill, decode, and on a GPU decode of one sequence."""
+
+    def __init__(self, manifest: Manifest, weights: dict[str, Tensor], graphs: dict[str, Package]) -> None:
+        self.config, self.limits, self.device = manifest.config, manifest.limits, manifest.device
+        self.dtype = torch_dtype(manifest.dtype)
+        self.specs = manifest_specs(manifest)
+        self.weights, self.graphs = weights, graphs  # kept alive: the packages hold pointers into the weights
+
+    @classmethod
+    def open(cls, directory: Path, manifest: Manifest, weights: dict[str, Tensor]) -> InductorEngine:
+        graphs = {}
+        for mode, path in package_paths(directory).items():
+            graphs[mode] = Package(path, manifest.device)
+            graphs[mode].load_weights(weights, path)
+        return cls(manifest, weights, graphs)
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
+        return self.graphs["prefill"](input_ids, *batch, logit_indices, *states)
+
+    @torch.inference_mode()
+    def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        alone = len(input_ids) == 1 and "decode_one" in self.graphs
+        return self.graphs["decode_one" if alone else "decode"](input_ids, *batch, *states)
+
+
+def package_paths(directory: Path) -> dict[str, Path]:
+    """A bundle's packages by mode; decode_one is not in a CPU's, nor in one of an earlier version."""
+    paths = {mode: directory / f"{mode}.pt2" for mode in ("prefill", "decode", "decode_one")}
+    return {mode: path for mode, path in paths.items() if mode != "decode_one" or path.is_file()}

@@ -1,0 +1,84 @@
+"""AOTInductor packages: exported graphs, compiled without weights, and loaded once in another process as a check."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from jet_export.backends.graph import ONE_ROW, EngineGraph, dynamic_shapes, example_inputs, quiet_inductor
+from jet_export.backends.inductor.workarounds import lasting_names
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.model.mode import graph_mode
+from jet_export.utils.compiler import compiler_words, find_compiler
+from jet_export.utils.errors import JetExportError
+
+
+def export_graph(
+    model: JetNemotronForCausalLM,
+    mode: str,
+    kv_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    max_tokens: int,
+    max_batch: int,
+) -> ExportedProgram:
+    """torch.export of one graph; `jet::` ops stay nodes."""
+    args = example_inputs(model, kv_dtype, state_dtype, mode)
+    shapes = dynamic_shapes(model, max_tokens, max_batch, mode)
+    graph = EngineGraph(model, decode=mode != "prefill").eval()
+    with torch.no_grad(), quiet_inductor(), graph_mode("inductor", one_row=mode == ONE_ROW):
+        return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
+
+
+def compile_package(program: ExportedProgram, path: Path) -> None:
+    """AOTInductor: one .pt2 without weights."""
+    configs = {
+        "aot_inductor.package_constants_in_so": False,
+        "always_keep_tensor_constants": True,
+        # Round where the eager model rounds: a fused cast left out flips FP8 codes.
+        "emulate_precision_casts": True,
+    }
+    # Division within two units in the last place of fp32, where this torch would round it exactly by default: half the
+    # instructions of SiLU and quantisation. The option's name differs between versions of torch.
+    options = torch._inductor.config._config  # type: ignore[attr-defined]
+    configs |= {k: False for k in options if "divi" in k and k.endswith("rounding")}
+    with (
+        find_compiler("an Inductor package").executable() as cxx,
+        torch._inductor.config.patch({"cpp.cxx": (None, cxx)}),  # torch takes $CXX for one file's name
+        quiet_inductor(),
+        lasting_names(),
+    ):
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+
+
+LOAD_PROBE = """
+import sys
+from pathlib import Path
+import torch
+from jet_export.runtime.engine import Package
+for path in sys.argv[2:]:
+    Package(Path(path), torch.device(sys.argv[1]))
+"""
+
+
+def check_loads(directory: Path, device: str = "cpu") -> None:
+    """Load the packages in another process: code of an unfitting compiler can kill the one that loads it."""
+    packages = sorted(str(p) for p in directory.glob("*.pt2"))
+    probe = [sys.executable, "-c", LOAD_PROBE, device, *packages]
+    done = subprocess.run(probe, capture_output=True, text=True, timeout=600)
+    if done.returncode == 0:
+        return
+    if done.returncode < 0:
+        how = f"the process that loads them dies of {signal.Signals(-done.returncode).name}"
+    else:
+        how = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    raise JetExportError(
+        f"the compiled packages do not load: {how}.",
+        f"The C++ compiler ({shlex.join(compiler_words())}) does not fit this Python's libstdc++. Name the system's: "
+        "export CC=/usr/bin/gcc CXX=/usr/bin/g++, and build again.",
+    )

@@ -1,0 +1,1 @@
+"""ONNX: the exported graph, its evaluation node by node, and an engine over that."""

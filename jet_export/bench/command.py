@@ -1,0 +1,242 @@
+"""`jet-export bench`: verify, measure, compare with a baseline, print and write."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jet_export.backends.load import load_engine
+from jet_export.bench import report
+from jet_export.bench.measure import Case, check_case
+from jet_export.bench.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases, wanted
+from jet_export.bench.ratios import SHAPED, Ratio, headline
+from jet_export.bench.roofline import Peaks, bundle_weights, measure_peaks, product_dtypes
+from jet_export.bench.rows import Row, measure_rows, precision_of
+from jet_export.bench.serving import ServingRow, serve_burst
+from jet_export.bench.verified import Verdict, require_verified
+from jet_export.bundle.limits import Limits
+from jet_export.bundle.manifest import Manifest
+from jet_export.bundle.memory import available_memory, free_cached
+from jet_export.runtime.tokenizer import load_tokenizer
+from jet_export.utils.environment import environment
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import check_directory, sha256_file, write_atomically
+
+Emit = Callable[[str], None]
+SWEEP_TOKENS = 40  # decode steps of a sweep's case, the dropped ones included
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """The command line's options, one to one."""
+
+    bundle: Path
+    asked: Asked
+    baselines: tuple[str, ...] = ()  # preset names or bundles
+    output: Path | None = None
+    fill_seconds: float = 60.0
+
+
+@dataclass
+class BundleRun:
+    """One bundle's figures."""
+
+    bundle: Path
+    manifest: Manifest
+    verdict: Verdict
+    peaks: Peaks
+    load_seconds: float  # engine and weights, the check of the files included
+    rows: list[Row]
+    skipped: list[Skipped]
+    notes: list[str]
+    serving: list[ServingRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        m = self.manifest
+        return {
+            "bundle": str(self.bundle),
+            "manifest_sha256": sha256_file(self.bundle / "manifest.json"),
+            "model": m.model["name"],
+            "backend": m.backend,
+            "quantized": bool((m.quantization or {}).get("fp8")),
+            "dtypes": {"model": m.dtype, "kv_cache": m.kv_cache_dtype, "state": m.state_dtype},
+            "limits": asdict(m.limits),
+            "build_command": m.rebuild_command,
+            "verify": {"passed": self.verdict.passed, "date": self.verdict.date},
+            "load_seconds": round(self.load_seconds, 2),
+            "copy_bytes_per_s": self.peaks.copy,
+            "matmul_flop_per_s": {str(d).removeprefix("torch."): s for d, s in self.peaks.matmul.items()},
+            "rows": [asdict(r) for r in self.rows],
+            "serving": [asdict(r) for r in self.serving],
+            "skipped": [asdict(s) for s in self.skipped],
+            "notes": self.notes,
+        }
+
+
+def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str, Any]:
+    """Measure and print; returns what bench.json holds. Raises JetExportError, before any timing, for options that
+    make no sense and for a bundle that verify fails; and where every case was skipped."""
+    if options.asked.protocol not in PROTOCOLS:
+        raise JetExportError(
+            f"--protocol {options.asked.protocol}: not known.", f"Known: {', '.join(sorted(PROTOCOLS))}."
+        )
+    manifest = Manifest.load(options.bundle)
+    wanted(options.asked, manifest.limits)
+    if options.output is not None:
+        check_directory(options.output)
+    baselines = [baseline_bundle(name, manifest, emit) for name in options.baselines]
+    result: dict[str, Any] = {"environment": environment(), "command": " ".join(command)}
+    result["protocol"] = options.asked.protocol
+
+    def save(**parts: Any) -> None:
+        result.update(parts)
+        if options.output is not None:
+            write_atomically(options.output / "bench.json", json.dumps(result, indent=1) + "\n")
+
+    sweep = bool(baselines)
+    ours = run_bundle(options, options.bundle, sweep, emit, lambda r: save(bundles=[r.to_dict()]))
+    runs = [ours]
+    ratios: list[Ratio] = []
+    for bundle in baselines:
+        runs.append(run_bundle(options, bundle, sweep, emit, lambda r: None))
+        ratios += headline(ours.rows, runs[-1].rows)
+        save(bundles=[r.to_dict() for r in runs], ratios=[asdict(r) for r in ratios])
+    if not any(r.rows or r.serving for r in runs):
+        skipped = dict.fromkeys(line for r in runs for line in report.skipped_lines(r.skipped))
+        raise JetExportError("bench: no case could be measured.", "\n".join(skipped))
+    save(bundles=[r.to_dict() for r in runs], ratios=[asdict(r) for r in ratios], complete=True)
+    show(runs, ratios, emit)
+    if options.output is not None:
+        write_files(options.output, runs, result, emit)
+    return result
+
+
+def run_bundle(
+    options: BenchOptions, bundle: Path, sweep: bool, emit: Emit, keep: Callable[[BundleRun], None]
+) -> BundleRun:
+    """Verify and measure one bundle; `keep` sees what there is after every case."""
+    verdict = require_verified(bundle, emit)
+    begin = time.monotonic()
+    engine, manifest = load_engine(bundle)  # the files' hashes too: the verdict may be an older one
+    load_seconds = time.monotonic() - begin
+    weights = bundle_weights(bundle)
+    free_cached(engine.device)  # what verify has left
+    room = Room(manifest, weights.resident, available_memory(engine.device) + weights.resident)
+    peaks = measure_peaks(engine.device, product_dtypes(manifest))
+    run = BundleRun(bundle, manifest, verdict, peaks, load_seconds, [], [], [], [])
+    emit(
+        f"loaded in {load_seconds:.1f} s; copy {peaks.copy / 1e9:,.1f} GB/s, products "
+        + ", ".join(f"{str(d).removeprefix('torch.')} {s / 1e12:.3g} TFLOP/s" for d, s in peaks.matmul.items())
+    )
+    cases, run.skipped, run.notes = plan_cases(options.asked, room)
+    if options.asked.protocol == "serving":
+        for case in cases:
+            slots = case.batch
+            run.serving.append(serve_burst(engine, load_tokenizer(bundle), case.context, case.new_tokens, slots))
+            keep(run)
+        return run
+    for case in with_sweep(cases, run.skipped, room, options.asked.new_tokens) if sweep else cases:
+        try:
+            run.rows += measure_rows(engine, room, weights, peaks, [case], bundle, options.fill_seconds, emit)
+        except torch.OutOfMemoryError:
+            run.skipped.append(Skipped(case.context, case.batch, case.chunk, "out of memory", "a smaller --batch"))
+        keep(run)
+    del engine
+    free_cached(manifest.device)
+    return run
+
+
+def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, new_tokens: int) -> list[Case]:
+    """The cases, and at each context every power of two of sequences up to the largest that fits, on synthetic states:
+    what ratios at an equal batch and at an equal time per token are read from. Contexts of which only the protocol's
+    own batch does not fit are swept too."""
+    out = list(cases)
+    asked = [(c.context, c.chunk) for c in cases] + [(s.context, s.chunk) for s in skipped]
+    for context, chunk in dict.fromkeys(asked):
+        one = Case(1, context, chunk, min(new_tokens, SWEEP_TOKENS), "synthetic")
+        if check_case(one, room.manifest.limits) is not None:
+            continue
+        have = {c.batch for c in cases if c.context == context}
+        most = min(room.largest(context + new_tokens, chunk), room.manifest.limits.max_batch_size)
+        batches = {2**i for i in range(most.bit_length())} | {most}
+        out += [replace(one, batch=b) for b in sorted(batches - have - {0})]
+    return out
+
+
+def baseline_bundle(name: str, like: Manifest, emit: Emit) -> Path:
+    """A baseline's bundle: a directory as it is, or "MODEL" or "MODEL:fp8" built with the limits of `like`."""
+    path = Path(name)
+    if (path / "manifest.json").is_file():
+        return path
+    from jet_export.build.build import run_build
+    from jet_export.build.plan import BuildOptions, make_plan
+
+    model, _, precision = name.partition(":")
+    if model not in SHAPED or precision not in ("", "bf16", "fp8"):
+        raise JetExportError(
+            f"--baseline {name}: neither a bundle nor a baseline.", f"Known: {', '.join(SHAPED)}, with :fp8 for FP8."
+        )
+    limits: Limits = like.limits
+    backend = like.backend["name"]
+    sizes = f"b{limits.max_batch_size}-s{limits.max_seq_len}-c{limits.prefill_chunk}"
+    output = Path("bundles") / f"{model}-{precision or 'bf16'}-{backend}-{sizes}"
+    options = BuildOptions(
+        model=model, backend=backend, device=like.device.type, fp8=precision == "fp8", random_weights=True,
+        max_batch_size=limits.max_batch_size, max_seq_len=limits.max_seq_len, prefill_chunk=limits.prefill_chunk,
+        output=output,
+    )  # fmt: skip
+    words = ["jet-export", "build", "--model", model, "--random-weights", "--backend", backend, "--device",
+             like.device.type, "--max-batch-size", str(limits.max_batch_size),
+             "--max-seq-len", str(limits.max_seq_len), "--prefill-chunk", str(limits.prefill_chunk),
+             "--output", str(output)]  # fmt: skip
+    emit(f"baseline: {SHAPED[model]}, random weights, {precision or 'bf16'}: {output}")
+    return run_build(make_plan(options), words + (["--fp8"] if options.fp8 else []), emit)
+
+
+def show(runs: Sequence[BundleRun], ratios: Sequence[Ratio], emit: Emit) -> None:
+    from jet_export.utils.console import console
+
+    out = console()
+    out.width = max(out.width, 150)
+    rows = [r for run in runs for r in run.rows]
+    if rows:
+        out.print(report.table(rows))
+    if serving := serving_rows(runs):
+        out.print(report.serving_table(serving))
+    for line in [*report.footnotes(rows), *(n for run in runs for n in run.notes)]:
+        emit(line)
+    for line in dict.fromkeys(line for run in runs for line in report.skipped_lines(run.skipped)):
+        emit(line)
+    if ratios:
+        out.print(report.ratio_table(ratios))
+        for line in dict.fromkeys(f"{r.baseline}, {r.kind}, context {r.context}: {r.why}" for r in ratios if r.why):
+            emit(line)
+
+
+def serving_rows(runs: Sequence[BundleRun]) -> list[tuple[str, str, ServingRow]]:
+    """Of all bundles, each with its model and precision."""
+    return [(run.manifest.model["name"], precision_of(run.manifest), r) for run in runs for r in run.serving]
+
+
+def write_files(directory: Path, runs: Sequence[BundleRun], result: dict[str, Any], emit: Emit) -> None:
+    """bench.csv and bench.png beside bench.json; of the serving protocol no picture."""
+    rows = [r for run in runs for r in run.rows]
+    written = ["bench.json"]
+    if rows:
+        report.write_csv(directory / "bench.csv", rows)
+        written.append("bench.csv")
+        try:
+            report.draw(directory / "bench.png", rows, result["environment"])
+            written.append("bench.png")
+        except JetExportError as e:
+            emit(str(e))
+    elif serving := serving_rows(runs):
+        report.write_serving_csv(directory / "bench.csv", serving)
+        written.append("bench.csv")
+    emit(f"written: {', '.join(str(directory / name) for name in written)}")

@@ -1,0 +1,89 @@
+"""The serving protocol: requests that arrive together and share the batch in flight, through the runtime's scheduler.
+
+The engine is driven in this process, with no HTTP in between: a closed burst, not a rate of arrivals.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from jet_export.backends.base import Engine
+from jet_export.bench.timer import percentile
+from jet_export.model.cache import PAGE, cdiv
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
+from jet_export.runtime.params import Output, Params
+from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
+from jet_export.utils.errors import JetExportError
+
+ROUNDS = 4  # requests a slot
+
+
+@dataclass(frozen=True)
+class ServingRow:
+    """Milliseconds; tokens/s of all requests together, from the first arrival to the last token."""
+
+    context: int
+    new_tokens: int
+    slots: int
+    requests: int
+    tokens_per_s: float
+    total_tokens_per_s: float  # prompts included
+    ttft_p50: float
+    ttft_p99: float
+    ms_per_token_p50: float  # of a request, after its first token
+    ms_per_token_p99: float
+
+
+class _Clocked:
+    """When one request's tokens came."""
+
+    def __init__(self, begin: float) -> None:
+        self.begin, self.times, self.reason = begin, list[float](), ""
+
+    def __call__(self, output: Output) -> None:
+        if output.token is not None:
+            self.times.append(time.perf_counter())
+        self.reason = output.finish_reason or self.reason
+
+
+def serve_burst(
+    engine: Engine, tokenizer: Tokenizer | ByteTokenizer, context: int, new_tokens: int, slots: int, seed: int = 0
+) -> ServingRow:
+    """ROUNDS requests a slot, random prompts of `context` tokens. Raises JetExportError where one does not finish."""
+    requests = ROUNDS * slots
+    pages = slots * cdiv(context + new_tokens, PAGE)  # not max_seq_len's for every slot
+    serving = Serving(slots=slots, kv_tokens=pages * PAGE, max_waiting=requests, wait_timeout=1e9)
+    batching = BatchingEngine(engine, tokenizer, -1, serving)
+    rng = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(engine.config.vocab_size, (requests + slots, context), generator=rng).tolist()
+    params = Params(max_new_tokens=new_tokens, ignore_eos=True)
+    _run(batching, prompts[requests:], Params(max_new_tokens=2, ignore_eos=True))  # warm-up
+    clocks = _run(batching, prompts[:requests], params)
+    bad = next((c.reason for c in clocks if c.reason != "length"), None)
+    if bad:
+        raise JetExportError(f"serving: a request ended with {bad!r}, not with its last token.")
+    end = max(c.times[-1] for c in clocks)
+    seconds = end - min(c.begin for c in clocks)
+    ttft = [1e3 * (c.times[0] - c.begin) for c in clocks]
+    each = [1e3 * (c.times[-1] - c.times[0]) / (len(c.times) - 1) for c in clocks]
+    return ServingRow(
+        context, new_tokens, slots, requests, requests * new_tokens / seconds,
+        requests * (context + new_tokens) / seconds, statistics.median(ttft), percentile(ttft, 0.99),
+        statistics.median(each), percentile(each, 0.99),
+    )  # fmt: skip
+
+
+def _run(batching: BatchingEngine, prompts: Sequence[list[int]], params: Params) -> list[_Clocked]:
+    clocks = []
+    for prompt in prompts:
+        clocks.append(_Clocked(time.perf_counter()))
+        batching.submit(prompt, params, clocks[-1])
+    while batching.step():
+        pass
+    return clocks

@@ -1,0 +1,142 @@
+"""`jet-export build`: checkpoint -> (FP8) -> two exported graphs, AOTInductor packages or one ONNX graph -> bundle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jet_export.backends.tensorrt.flavors import FLAVORS
+from jet_export.build.inductor import room_apart, write_packages
+from jet_export.build.inputs import build_inputs, up_to_date
+from jet_export.build.plan import BuildPlan
+from jet_export.build.steps import check_requirements, copy_side_files, load_model, quantize_model, versions
+from jet_export.bundle.dtypes import dtype_name
+from jet_export.bundle.limits import max_prefill_tokens
+from jet_export.bundle.manifest import WEIGHTS, Manifest, describe_files
+from jet_export.bundle.memory import free_cached
+from jet_export.bundle.target import host_target
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.hub import resolve_checkpoint
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.model.weights import save_tensors
+from jet_export.plugins.targets import sm_name, sm_of_arch
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import replace_directory
+from jet_export.utils.progress import Progress
+
+
+def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] = print) -> Path:
+    """Build the bundle. Everything happens in a temporary directory beside the output, which is renamed at the end."""
+    if plan.download_bytes:
+        check_requirements(plan)
+        resolved = resolve_checkpoint(plan.options.model)
+        plan.directory, plan.config = resolved, JetNemotronConfig.from_json_file(resolved / "config.json")
+    if plan.backend.name == "onnx":
+        from jet_export.backends.onnx.export import require_onnx
+
+        require_onnx()
+    if plan.backend.name in FLAVORS:
+        from jet_export.build.tensorrt import require
+
+        require(plan)
+    inputs = build_inputs(plan)
+    if up_to_date(plan, inputs):
+        emit(f"{plan.output} is up to date.")
+        return plan.output
+    check_requirements(plan)
+    start = time.monotonic()
+    plan.output.parent.mkdir(parents=True, exist_ok=True)
+    tmp = plan.output.parent / f".{plan.output.name}.{os.getpid()}.tmp"
+    tmp.mkdir()
+    try:
+        manifest = _fill(plan, tmp, Progress(emit))
+        manifest.files = describe_files(tmp)
+        manifest.build = {
+            "command": command,
+            "inputs": inputs,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        manifest.save(tmp)
+        if plan.sms:
+            manifest.build["verified"] = _verify(plan, tmp, emit)
+            manifest.save(tmp)
+        replace_directory(tmp, plan.output)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return plan.output
+
+
+def _verify(plan: BuildPlan, tmp: Path, emit: Callable[[str], None]) -> dict[str, Any]:
+    """Verify the finished engine where this machine can run it; the bundle's manifest says what came of it.
+
+    Raises JetExportError where it fails: then nothing is put in place.
+    """
+    here = sm_of_arch(host_target(plan.build_device)["arch"])
+    if here not in plan.target["sms"]:
+        why = f"built without a GPU of SM {', '.join(sm_name(sm) for sm in plan.target['sms'])}"
+        emit(f"  NOT verified: {why}. Verify it where it is to run: jet-export verify {plan.output}")
+        return {"passed": None, "why": why}
+    from jet_export.verify.verify import verify_bundle
+
+    result = verify_bundle(tmp, None, 0, emit)
+    if not result.passed:
+        raise JetExportError(
+            "the engine fails its verification, so that no bundle is written:\n  " + "\n  ".join(result.failures()[:12])
+        )
+    return {"passed": True, "device": result.device, "seconds": round(result.seconds, 1)}
+
+
+def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
+    with progress.stage("load weights"):
+        model = load_model(plan)
+        licence = copy_side_files(plan, tmp)
+    quantization = quantize_model(plan, model, tmp, progress)
+    backend: dict[str, Any] = {"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)}
+    manifest = Manifest(
+        model={"name": plan.options.model, "source": plan.source, "licence": licence, "config": plan.config.to_dict()},
+        backend=backend,
+        target=plan.target,
+        dtype=dtype_name(plan.dtype),
+        kv_cache_dtype=dtype_name(plan.kv_dtype),
+        state_dtype=dtype_name(plan.state_dtype),
+        limits=plan.limits,
+        quantization=quantization,
+        warnings=plan.warnings,
+    )
+    with progress.stage("write weights"):
+        tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
+        save_tensors({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
+    if plan.backend.name == "inductor":
+        apart = room_apart(plan, sum(t.nbytes for t in tensors.values()))
+        if apart:  # the processes read the weights from their file: no copy of this one's
+            del model, tensors
+            manifest.save(tmp)
+        write_packages(plan, manifest, None if apart else model, tmp, progress)
+        return manifest
+    _write_graph(plan, model, tmp, progress)
+    if plan.backend.name in FLAVORS:
+        from jet_export.build.tensorrt import write_engine
+
+        del model, tensors  # TensorRT reads the weights from their file
+        free_cached(plan.build_device)
+        write_engine(plan, tmp, progress, list((quantization or {}).get("fp8", {})))
+        backend["library_in_plan"] = True
+    return manifest
+
+
+def _write_graph(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> None:
+    from jet_export.backends.onnx.export import write_onnx
+
+    tokens = max_prefill_tokens(plan.limits.max_batch_size, plan.limits.prefill_chunk)
+    with progress.stage("export and check the ONNX graph"):
+        write_onnx(model, tmp, plan.kv_dtype, plan.state_dtype, tokens, plan.limits.max_batch_size)
+
+
+def _tied(model: JetNemotronForCausalLM) -> bool:
+    return getattr(model.lm_head, "weight", None) is model.embed_tokens.weight

@@ -1,0 +1,46 @@
+"""The steps of `jet-export build` for AOTInductor packages: one after the other, or side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from jet_export.backends.inductor.compile_worker import compile_mode, compile_side_by_side, side_by_side
+from jet_export.backends.inductor.package import check_loads
+from jet_export.build.plan import BuildPlan
+from jet_export.bundle.manifest import Manifest
+from jet_export.bundle.memory import available_memory, free_cached
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.utils.progress import Progress
+
+
+def room_apart(plan: BuildPlan, weights: int) -> bool:
+    """Whether the packages are compiled side by side; this process's memory on the GPU is given back before."""
+    from jet_export.backends.graph import modes_for
+
+    if plan.build_device.type != "cuda":
+        return False
+    gpu = torch.cuda.mem_get_info(plan.build_device)[0] + torch.cuda.memory_reserved(plan.build_device)
+    return side_by_side(
+        "cuda", len(modes_for("cuda", plan.options.decode_one)), weights, gpu, available_memory(torch.device("cpu"))
+    )
+
+
+def write_packages(
+    plan: BuildPlan, manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress
+) -> None:
+    """One after the other here, or, without the model, side by side from the weights' file."""
+    from jet_export.backends.graph import modes_for
+
+    modes = modes_for(manifest.device.type, plan.options.decode_one)
+    if model is None:
+        free_cached(manifest.device)
+        with progress.stage(f"compile {', '.join(modes)} side by side"):
+            compile_side_by_side(tmp, modes, progress.emit)
+    else:
+        for mode in modes:
+            with progress.stage(f"compile {mode}"):
+                compile_mode(model, manifest, mode, tmp)
+    with progress.stage("check that the packages load"):
+        check_loads(tmp, manifest.device.type)

@@ -1,0 +1,119 @@
+"""The steps that `build` and `export-hf` share: requirements, weights, tokenizer and licence, quantisation."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jet_export.backends.tensorrt.flavors import FLAVORS
+from jet_export.build.plan import BuildPlan
+from jet_export.bundle.manifest import TOKENIZER
+from jet_export.model.fp8_checkpoint import holds_kv_scales
+from jet_export.model.hub import checkpoint_licence, licence_files
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.model.weights import CheckpointFiles
+from jet_export.utils.compiler import find_compiler
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import DATA
+from jet_export.utils.progress import Progress
+from jet_export.utils.version import __version__
+
+CALIBRATION = DATA / "calibration.txt"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+def versions(backend: str) -> dict[str, str]:
+    import triton
+
+    out = {"jet_export": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    if backend in FLAVORS:
+        out[backend] = FLAVORS[backend].version() or "not installed"
+    if backend == "onnx" or backend in FLAVORS:
+        out.update({name: version(name) for name in ("onnx", "onnxscript")})
+    return out
+
+
+def check_requirements(plan: BuildPlan) -> None:
+    """What a build needs, before it downloads or loads gigabytes. Raises JetExportError naming what is missing."""
+    if plan.backend.name == "inductor":
+        find_compiler("an Inductor package")
+    if plan.options.fp8 and find_spec("modelopt") is None:
+        raise JetExportError("--fp8 needs nvidia-modelopt, which is not installed.", "pip install 'jet-export[fp8]'")
+
+
+def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
+    device = plan.build_device
+    if plan.options.random_weights:
+        return random_model(plan.config, plan.dtype, device, plan.options.seed, plan.limits.max_seq_len)
+    assert plan.directory is not None
+    return JetNemotronForCausalLM.from_pretrained(plan.directory, plan.dtype, device, plan.limits.max_seq_len)
+
+
+def copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
+    """Tokenizer and licence of the checkpoint."""
+    directory = plan.directory
+    if directory is None or (plan.options.random_weights and plan.options.model != "jet-tiny"):
+        return None
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, tmp / name)
+    for p in licence_files(directory):
+        shutil.copyfile(p, tmp / p.name)
+    return checkpoint_licence(directory)
+
+
+def quantize_model(
+    plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress
+) -> dict[str, Any] | None:
+    """FP8 projections and KV scales as the plan asks, in place; those that the checkpoint has stay as they are."""
+    from jet_export.quantization import quantize
+
+    o, kv_fp8 = plan.options, plan.kv_dtype == torch.float8_e4m3fn
+    report = quantize.read_report(model)
+    if report.fp8 and (o.keep or (o.fp8_lm_head and "lm_head" not in report.fp8)):
+        flag = f"--keep {o.keep[0]}" if o.keep else "--fp8-lm-head"
+        raise JetExportError(f"{flag}: the checkpoint is FP8 already.", "Start from the bf16 checkpoint.")
+    if report.fp8:
+        progress.emit(f"    the checkpoint is FP8: {len(report.fp8)} projections as they are")
+    elif o.fp8:
+        batches = _calibration(plan, tmp)
+        with progress.stage("calibrate and quantise to FP8 (nvidia-modelopt)"):
+            report = quantize.quantize_fp8(model, batches, o.keep, o.fp8_lm_head)
+        for line in report.summary():
+            progress.emit(f"    {line}")
+    if kv_fp8 and has_kv_scales(plan):
+        report.kv_scales = quantize.kv_scales(model)
+    elif kv_fp8:
+        with progress.stage("calibrate the FP8 KV cache"):
+            report.kv_scales = quantize.calibrate_kv_scales(model, _calibration(plan, tmp))
+    return report.to_dict() if report.fp8 or kv_fp8 else None
+
+
+def _calibration(plan: BuildPlan, directory: Path) -> list[torch.Tensor]:
+    """Token windows of the calibration text, by the tokenizer in `directory` where there is one."""
+    from jet_export.quantization.calibrate import calibration_tokens, read_calibration_text
+    from jet_export.runtime.tokenizer import Tokenizer
+
+    text = read_calibration_text(plan.options.calibration or CALIBRATION)
+    tokenizer = Tokenizer(directory / TOKENIZER) if (directory / TOKENIZER).exists() else None
+    # Random weights: no text makes their activations better known, and a CPU takes minutes over all of it.
+    length, windows = (128, 1) if plan.options.random_weights else (512, 8)
+    return calibration_tokens(tokenizer, text, plan.config.vocab_size, min(length, plan.limits.max_seq_len), windows)
+
+
+def has_kv_scales(plan: BuildPlan) -> bool:
+    """The weights that were loaded brought the scales of an FP8 KV cache along."""
+    if plan.options.random_weights or plan.directory is None:
+        return False
+    return holds_kv_scales(CheckpointFiles.open(plan.directory).file_of, plan.config)

@@ -1,0 +1,114 @@
+"""The bundle: a directory with an engine, its weights, its tokenizer and `manifest.json`, which describes them all.
+
+Loading checks the schema, the host and every file's sha256 before any native code is loaded. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jet_export.bundle.limits import Limits
+from jet_export.model.config import JetNemotronConfig
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import sha256_file
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass
+class Manifest:
+    model: dict[str, Any]  # name, source, config (published layout), licence
+    backend: dict[str, Any]  # name, torch and triton versions
+    target: dict[str, Any]  # device type and what it must offer
+    dtype: str
+    kv_cache_dtype: str
+    state_dtype: str
+    limits: Limits
+    quantization: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+    build: dict[str, Any] = field(default_factory=dict)  # command, inputs, date, seconds
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> sha256, bytes
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def config(self) -> JetNemotronConfig:
+        return JetNemotronConfig.from_dict(self.model["config"], where="manifest.json: model.config")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.target["device"])
+
+    @property
+    def rebuild_command(self) -> str:
+        return " ".join(self.build.get("command", [])) or "jet-export build"
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what the engine computes: its files, the model and its dtypes. Equal for copies of a bundle."""
+        files = {name: entry["sha256"] for name, entry in self.files.items()}
+        values = [self.model["config"], self.dtype, self.kv_cache_dtype, self.state_dtype, files]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Manifest:
+        """Parse manifest.json. Raises JetExportError where it is no bundle or of another schema."""
+        path = Path(directory) / MANIFEST
+        if not path.is_file():
+            raise JetExportError(f"{directory}: not a bundle (no {MANIFEST}).", "Make one with `jet-export build`.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values["schema_version"]
+        except (ValueError, KeyError, TypeError):
+            raise JetExportError(f"{path}: damaged (not a manifest).", "Build the bundle again.") from None
+        if version != SCHEMA_VERSION:
+            again = " ".join(values.get("build", {}).get("command", ["jet-export build"]))
+            raise JetExportError(
+                f"{path}: schema version {version}, this jet-export reads {SCHEMA_VERSION}.",
+                f"Build it again: {again} --force",
+            )
+        try:
+            return cls(**{**values, "limits": Limits(**values["limits"])})
+        except (TypeError, KeyError) as e:
+            raise JetExportError(f"{path}: damaged ({e}).", "Build the bundle again.") from None
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """sha256 and size of every file but the manifest."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with ThreadPoolExecutor(8) as pool:
+        sums = list(pool.map(sha256_file, paths))
+    return {
+        str(p.relative_to(directory)): {"sha256": s, "bytes": p.stat().st_size}
+        for p, s in zip(paths, sums, strict=True)
+    }
+
+
+def rebuild_hint(manifest: Manifest) -> str:
+    return f"Build it again here: {manifest.rebuild_command} --force"
+
+
+def check_files(directory: str | Path, manifest: Manifest) -> None:
+    """Refuse a bundle with a changed, missing or added file."""
+    directory, again = Path(directory), rebuild_hint(manifest)
+    on_disk = describe_files(directory)
+    for name, entry in manifest.files.items():
+        if name not in on_disk:
+            raise JetExportError(f"{directory}: {name} is missing.", again)
+        if on_disk[name]["sha256"] != entry["sha256"]:
+            raise JetExportError(f"{directory}: {name} has changed since it was built (sha256 differs).", again)
+    added = sorted(on_disk.keys() - manifest.files.keys())
+    if added:
+        raise JetExportError(f"{directory}: {added[0]} is not in the manifest.", "Remove it, or build again.")

@@ -1,0 +1,1 @@
+"""The `jet-export` command line: one file a command."""

@@ -1,0 +1,75 @@
+"""The `jet-export` command: its subcommands, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from jet_export.cli import bench, build, export_hf, generate, inspect, search, serve, verify
+from jet_export.utils.errors import GPU_MEMORY, JetExportError, out_of_gpu_memory
+
+app = typer.Typer(
+    name="jet-export",
+    help="Build, verify and run inference engines for Jet-Nemotron models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from jet_export.utils.environment import version_lines
+
+    for line in version_lines():
+        typer.echo(line)
+    raise typer.Exit
+
+
+@app.callback()
+def jet_export(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Versions, CUDA and the GPU; then stop."),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(epilog="Example: jet-export build --model jet-4b --fp8")(build.build)
+app.command(epilog='Example: jet-export generate bundles/jet-tiny-fp8-inductor --prompt "def "')(generate.generate)
+app.command(epilog="Example: jet-export verify bundles/jet-tiny-fp8-inductor --json verify.json")(verify.verify)
+app.command(epilog="Example: jet-export bench bundles/jet-2b-fp8-inductor --protocol paper --baseline qwen3-1.7b")(
+    bench.bench
+)
+app.command(epilog="Example: jet-export inspect --model jet-4b --batch 64 --context 65536")(inspect.inspect)
+app.command(epilog="Example: jet-export serve bundles/jet-tiny-fp8-inductor --openai --port 8000")(serve.serve)
+app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --fp8 --output jet-4b-fp8")(
+    export_hf.export_hf
+)
+app.command(epilog="Example: jet-export search --model jet-2b --output searches/jet-2b")(search.search)
+
+
+def main() -> None:
+    """Console entry point. Bad input: one message on standard error, exit status 2."""
+    try:
+        app()
+    except JetExportError as e:
+        typer.echo(f"error: {e}", err=True)
+        sys.exit(2)
+    except RuntimeError as e:
+        said = out_of_gpu_memory(f"{type(e).__name__}: {e}")
+        if said is None:
+            raise
+        typer.echo(f"error: {said}\n{GPU_MEMORY}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

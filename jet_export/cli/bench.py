@@ -1,0 +1,36 @@
+"""`jet-export bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jet_export.cli.options import Bundle, command_line
+from jet_export.utils.errors import JetExportError
+
+
+def bench(
+    bundle: Bundle,
+    protocol: Annotated[str, typer.Option(help="latency, paper (its batches and chunks) or serving.")] = "latency",
+    contexts: Annotated[str | None, typer.Option(help="Tokens held, e.g. 1024,4096,64k.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences at once, e.g. 1,8; auto: the most that fit.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Decode steps of each case.")] = 128,
+    baseline: Annotated[list[str] | None, typer.Option(help="qwen3-1.7b, qwen3-1.7b:fp8, or a bundle.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for bench.json, bench.csv and bench.png.")] = None,
+    fill_seconds: Annotated[float, typer.Option(help="Longer prefills are replaced by synthetic states.")] = 60.0,
+) -> None:
+    """Measure speed and memory, beside the roofline; verified first, and nothing is timed where that fails."""
+    from jet_export.bench.command import BenchOptions, run_bench
+    from jet_export.bench.protocols import Asked, parse_batches, parse_contexts
+
+    if new_tokens < 2:
+        raise JetExportError(f"--new-tokens {new_tokens}: must be at least 2.")
+    asked = Asked(
+        protocol=protocol, contexts=parse_contexts(contexts), batches=parse_batches(batch), new_tokens=new_tokens
+    )
+    options = BenchOptions(
+        bundle=bundle, asked=asked, baselines=tuple(baseline or ()), output=output, fill_seconds=fill_seconds
+    )
+    run_bench(options, command_line(), typer.echo)

@@ -1,0 +1,207 @@
+"""What `jet-export inspect` prints: a bundle, an architecture that is not built, or the batch that a time allows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from jet_export.backends.tensorrt.flavors import FLAVORS
+from jet_export.bundle.dtypes import dtype_name, torch_dtype
+from jet_export.bundle.limits import Limits
+from jet_export.bundle.manifest import Manifest
+from jet_export.bundle.memory import engine_memory, weight_bytes
+from jet_export.cli.tables import architecture, memory_table
+from jet_export.model.hub import load_config
+from jet_export.utils.console import console, human
+from jet_export.utils.errors import JetExportError
+
+DEFAULT_CHUNK = 2048  # of an architecture that is not built
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """The command line's options, one to one. Raises JetExportError for those that make no sense, or none together."""
+
+    bundle: Path | None
+    model: str | None
+    batch: int | None
+    context: int | None
+    fp8: bool
+    kv_cache_dtype: str
+    state_dtype: str
+    prefill_chunk: int | None
+    tpot_ms: float | None
+    measured: Path | None
+
+    def __post_init__(self) -> None:
+        if (self.bundle is None) == (self.model is None):
+            raise JetExportError("inspect: give a bundle or --model, one of the two.")
+        for flag, number in (
+            ("--batch", self.batch),
+            ("--context", self.context),
+            ("--prefill-chunk", self.prefill_chunk),
+        ):
+            if number is not None and number < 1:
+                raise JetExportError(f"inspect {flag} {number}: must be at least 1.")
+        for flag, value, known in (
+            ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "bfloat16", "fp8")),
+            ("--state-dtype", self.state_dtype, ("float32", "bfloat16")),
+        ):
+            if value not in known:
+                raise JetExportError(f"inspect {flag} {value}: not known.", f"Known: {', '.join(known)}.")
+        asked = (
+            ("--fp8", self.fp8),
+            ("--kv-cache-dtype", self.kv_cache_dtype != "auto"),
+            ("--state-dtype", self.state_dtype != "float32"),
+            ("--prefill-chunk", self.prefill_chunk is not None),
+        )
+        if self.bundle is not None and (flags := [flag for flag, given in asked if given]):
+            raise JetExportError(f"inspect {flags[0]}: belongs to --model; a bundle has its own.", "Leave it out.")
+        if self.measured is not None and self.tpot_ms is None:
+            raise JetExportError("inspect --measured: belongs to --tpot-ms.", "Add --tpot-ms 20, or leave it out.")
+        if self.batch is not None and self.tpot_ms is not None:
+            raise JetExportError("inspect --batch: --tpot-ms finds the batch itself.", "Leave one of the two out.")
+        if self.tpot_ms is not None and (self.context is None or not 0 < self.tpot_ms < math.inf):
+            raise JetExportError(
+                "inspect --tpot-ms: needs --context and a positive time.", "--context 65536 --tpot-ms 20"
+            )
+
+
+def run_inspect(o: InspectOptions) -> None:
+    if o.tpot_ms is not None:
+        print_prediction(o)
+    elif o.bundle is not None:
+        inspect_bundle(o.bundle, o.batch, o.context)
+    else:
+        inspect_model(o)
+
+
+def inspect_model(o: InspectOptions) -> None:
+    """Memory of an architecture that is not built yet."""
+    assert o.model is not None
+    config = load_config(o.model)
+    dtype = torch.bfloat16
+    kv = dtype if o.kv_cache_dtype == "auto" else torch_dtype(o.kv_cache_dtype)
+    batch, length = o.batch or 1, o.context or config.max_position_embeddings
+    limits = Limits(
+        max_batch_size=batch, max_seq_len=length, prefill_chunk=min(o.prefill_chunk or DEFAULT_CHUNK, length)
+    )
+    memory = engine_memory(config, limits, dtype, kv, torch_dtype(o.state_dtype), weight_bytes(config, dtype, o.fp8))
+    out = console()
+    out.print(f"{o.model}: {architecture(config)}", markup=False)
+    precisions = f"{'FP8' if o.fp8 else 'bf16'} weights, KV cache {dtype_name(kv)}, state {o.state_dtype}"
+    out.print(f"{batch} sequences x {length} tokens, {precisions}", markup=False)
+    out.print(memory_table(memory))
+
+
+def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None:
+    """A built bundle: its limits, layers and precisions, files, and memory."""
+    m = Manifest.load(bundle)
+    c = m.config
+    batch, context = batch or m.limits.max_batch_size, context or m.limits.max_seq_len
+    out = console()
+    out.print(f"{m.model['name']}: {architecture(c)}", markup=False)
+    out.print(f"backend {m.backend['name']} (torch {m.backend['torch']}) for {m.target['arch']}; built "
+              f"{m.build['date']} in {m.build['seconds']} s by: {m.rebuild_command}", markup=False)  # fmt: skip
+    out.print(
+        f"limits: {m.limits.max_batch_size} sequences x {m.limits.max_seq_len} tokens, chunk {m.limits.prefill_chunk}"
+    )
+    for warning in m.warnings:
+        out.print(f"warning: {warning}", markup=False)
+    out.print(layer_precisions(bundle))
+    if m.backend["name"] in FLAVORS:
+        print_engine(bundle, m, out)
+    files = Table(box=None, header_style="bold")
+    files.add_column("file")
+    files.add_column("bytes", justify="right")
+    for name, entry in m.files.items():
+        files.add_row(name, human(entry["bytes"]))
+    out.print(files)
+    limits = Limits(max_batch_size=batch, max_seq_len=context, prefill_chunk=min(m.limits.prefill_chunk, context))
+    kv, state = torch_dtype(m.kv_cache_dtype), torch_dtype(m.state_dtype)
+    weights = m.files["weights.safetensors"]["bytes"]
+    out.print(f"{batch} sequences x {context} tokens:")
+    out.print(memory_table(engine_memory(c, limits, torch_dtype(m.dtype), kv, state, weights)))
+
+
+def print_prediction(o: InspectOptions) -> None:
+    """The largest batch that keeps a time per token, from a measured table. Raises JetExportError without a table."""
+    from jet_export.bench import predict as p
+    from jet_export.bench.rows import precision_name, precision_of
+
+    assert o.context is not None and o.tpot_ms is not None
+    if o.bundle is not None:
+        m = Manifest.load(o.bundle)
+        name, c, precision, chunk = m.model["name"], m.config, precision_of(m), m.limits.prefill_chunk
+        names, weights = (m.dtype, m.kv_cache_dtype, m.state_dtype), m.files["weights.safetensors"]["bytes"]
+    else:
+        assert o.model is not None
+        name, c, chunk = o.model, load_config(o.model), o.prefill_chunk or DEFAULT_CHUNK
+        kv = "bfloat16" if o.kv_cache_dtype == "auto" else dtype_name(torch_dtype(o.kv_cache_dtype))
+        names = ("bfloat16", kv, o.state_dtype)
+        precision = precision_name(o.fp8, *names)
+        weights = weight_bytes(c, torch.bfloat16, o.fp8)
+    table = p.find_table(name, precision, o.measured)
+    found = p.predict(c, names, weights, table, o.context, o.tpot_ms, table.available(), chunk)
+    out = console()
+    for line in p.lines(found, table, o.context, o.tpot_ms):
+        out.print(line, markup=False)
+    if found.memory is not None:
+        out.print(memory_table(found.memory))
+
+
+def print_engine(bundle: Path, m: Manifest, out: Console) -> None:
+    """Of a TensorRT engine: whether it was verified, and the layers that it really has, by profile."""
+    from jet_export.backends.tensorrt.layers import REPORT, LayerReport, rows
+    from jet_export.backends.tensorrt.profiles import NAMES
+
+    flavor = FLAVORS[m.backend["name"]]
+    verified = m.build["verified"]
+    how = f"verified at the build on {verified['device']}" if verified["passed"] else f"NOT verified: {verified['why']}"
+    out.print(f"{flavor.title} {m.backend[flavor.backend]}; {how}", markup=False)
+    table = Table(box=None, header_style="bold")
+    for column in ("layers of the engine", "node", "precision"):
+        table.add_column(column)
+    for name in NAMES:
+        table.add_column(name, justify="right")
+    for row in rows(LayerReport.load(bundle / REPORT)):
+        table.add_row(row.what, row.name, row.precision, *map(str, row.counts))
+    out.print(table)
+
+
+def layer_precisions(bundle: Path) -> Table:
+    """Every projection's precision and size, read from the weights file itself; equal layers share a row."""
+    from safetensors import safe_open
+
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    with safe_open(bundle / "weights.safetensors", "pt") as f:
+        for name in f.keys():  # noqa: SIM118  not a dict
+            t = f.get_slice(name)
+            if len(t.get_shape()) != 2 or name == "cos_sin":
+                continue
+            parts = name.split(".")
+            layer = int(parts[1]) if parts[0] == "layers" else -1
+            short = ".".join(parts[2:-1] if layer >= 0 else parts[:-1]) or name
+            groups.setdefault((short, t.get_dtype(), "x".join(map(str, t.get_shape()))), []).append(layer)
+    table = Table(box=None, header_style="bold")
+    for column in ("projection", "precision", "shape", "layers"):
+        table.add_column(column)
+    for (short, dtype, shape), layers in sorted(groups.items(), key=lambda kv: kv[0]):
+        table.add_row(short, dtype, shape, ranges(layers) if layers != [-1] else "")
+    return table
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    spans: list[list[int]] = []
+    for n in sorted(numbers):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

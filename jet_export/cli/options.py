@@ -1,0 +1,33 @@
+"""What the commands' options share: types, and how texts are read."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jet_export.utils.errors import JetExportError
+
+Model = Annotated[str, typer.Option(help="jet-tiny, jet-2b, jet-4b, a checkpoint directory, config.json or a hub id.")]
+Bundle = Annotated[Path, typer.Argument(help="A directory made by `jet-export build`.", show_default=False)]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same bits for a prompt whatever else runs with it; slower.")
+]
+
+
+def command_line() -> list[str]:
+    """This process's command, quoted for a shell, as bundles and results record it."""
+    return ["jet-export", *(shlex.quote(a) for a in sys.argv[1:])]
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """512M, 4G, or a number of bytes; K, M, G are powers of 1024. Raises JetExportError."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    unit = units.get(text[-1:].upper(), 1)
+    digits = text[:-1] if unit > 1 else text
+    if not digits.isascii() or not digits.isdigit():
+        raise JetExportError(f"{option} {text}: not a size.", "Give bytes, or a number with K, M or G, e.g. 512M.")
+    return int(digits) * unit

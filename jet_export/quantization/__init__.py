@@ -1,0 +1,1 @@
+"""FP8 by nvidia-modelopt: calibration, and which layers are quantised."""

@@ -1,0 +1,62 @@
+"""A tokenizer's chat template: messages to the text of a prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jet_export.utils.errors import JetExportError
+
+
+class ChatTemplate:
+    """`chat_template` of a tokenizer_config.json, or a chat_template.jinja, in Hugging Face's dialect of Jinja."""
+
+    def __init__(self, source: str, special: dict[str, str]) -> None:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise
+        self.special = special
+        try:
+            self.template = environment.from_string(source)
+        except TemplateError as e:
+            raise JetExportError(f"The tokenizer's chat template is no template ({e}).") from None
+
+    def __call__(self, messages: list[dict[str, str]]) -> str:
+        """Raises JetExportError where the template refuses the messages."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+        except (TemplateError, TypeError, ValueError) as e:
+            raise JetExportError(f"The chat template refuses these messages: {e}.") from None
+
+
+def _raise(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def load_chat_template(directory: str | Path) -> ChatTemplate | None:
+    """The template of a bundle's tokenizer, None where it has none."""
+    path = Path(directory) / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((t["template"] for t in source if t["name"] == "default"), None)
+    file = Path(directory) / "chat_template.jinja"
+    if file.is_file():
+        source = file.read_text(encoding="utf-8")
+    if not source:
+        return None
+    special = {
+        k: _text(v) for k, v in config.items() if k in ("bos_token", "eos_token", "pad_token", "unk_token") and v
+    }
+    return ChatTemplate(source, special)
+
+
+def _text(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])

@@ -1,0 +1,1 @@
+"""The model behind Triton Inference Server, its repository, and a run of the server."""

@@ -1,0 +1,335 @@
+"""Triton Inference Server as a program: where it is, what it needs, and a run of it from start to clean stop."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from jet_export.server.triton.repository import Repository, write_repository
+from jet_export.server.triton.tensors import CONTROL
+from jet_export.utils.errors import JetExportError
+from jet_export.utils.processes import signal_at_parents_end
+
+GRACE = 10  # seconds that running requests have to end in, after SIGTERM
+MARGIN = 20  # and after they have been told to end
+SETTLE = 4  # seconds that an idle server has to end in
+LOADING = 600  # seconds that a model may take to load
+LOAD_FAILURE = re.compile(
+    r"failed to load '.*?' version \d+: \w[\w ]*: (?:TritonModelException: )?(.*?)(?:\\n\\nAt:.*)?\"?$"
+)
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+INSTALL = (
+    "Install one: pip install 'jet-export[serve]' brings nvidia-pytriton's, for Linux on x86-64 and Python up to 3.12; "
+    "or run in NVIDIA's tritonserver container; or use --openai, which needs none."
+)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver. `backends`: the directory of its backends; `libraries`: what its programs load beside."""
+
+    binary: Path
+    backends: Path
+    libraries: tuple[Path, ...] = ()
+
+    @property
+    def stub(self) -> Path:
+        return self.backends / "python" / "triton_python_backend_stub"
+
+    def environment(self) -> dict[str, str]:
+        """For the server. Its Python backend takes the environment of the python3 that it finds first on PATH."""
+        environment = dict(os.environ)
+        paths = [*map(str, self.libraries), str(sysconfig.get_config_var("LIBDIR"))]
+        paths += [p for p in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if p]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+        return environment
+
+
+def find_server(scratch: Path) -> Installation:
+    """The tritonserver on PATH, or nvidia-pytriton's, whose backend is put together under `scratch`.
+
+    Raises JetExportError where there is none, or its Python backend is not for this Python.
+    """
+    on_path = shutil.which("tritonserver")
+    if on_path:
+        binary = Path(on_path).resolve()
+        found = Installation(binary, binary.parents[1] / "backends")
+    else:
+        found = _wheel(scratch)
+    check_stub(found)
+    return found
+
+
+def _wheel(scratch: Path) -> Installation:
+    spec = find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise JetExportError("serve: no tritonserver is installed.", INSTALL)
+    package = Path(spec.origin).parent
+    home = package / "tritonserver"
+    stub = home / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
+    if not stub.is_file():
+        has = sorted(p.name for p in stub.parents[1].iterdir())
+        raise JetExportError(
+            f"nvidia-pytriton has a Python backend for Python {', '.join(has)}, and this is {PYTHON}.",
+            "Use one of those, or --openai.",
+        )
+    backends = scratch / "backends"
+    (backends / "python").mkdir(parents=True)
+    for path in (*(home / "backends" / "python").iterdir(), stub):
+        (backends / "python" / path.name).symlink_to(path)
+    return Installation(home / "bin" / "tritonserver", backends, (package.parent / "nvidia_pytriton.libs",))
+
+
+def check_stub(server: Installation) -> None:
+    """Raises JetExportError where the Python backend's stub is missing, or is for another Python or numpy than ours."""
+    stub = server.stub
+    if not stub.is_file():
+        raise JetExportError(f"{server.binary} has no Python backend ({stub} is missing).", INSTALL)
+    content = stub.read_bytes()
+    versions = {v.decode() for v in re.findall(rb"libpython(3\.\d+)", content)}
+    if versions and PYTHON not in versions:
+        raise JetExportError(
+            f"{stub} is for Python {', '.join(sorted(versions))}, and this is Python {PYTHON}.",
+            "Run jet-export with that Python, or build the stub for this one "
+            "(github.com/triton-inference-server/python_backend, Building Custom Python Backend Stub).",
+        )
+    import numpy
+
+    if int(numpy.__version__.split(".")[0]) >= 2 and b"numpy._core" not in content:
+        raise JetExportError(
+            f"{stub} works with numpy 1 only, and this is numpy {numpy.__version__}.",
+            "Install the older one: pip install 'numpy<2'.",
+        )
+    tried = subprocess.run([stub], env=server.environment(), capture_output=True, text=True, check=False)
+    if tried.returncode == 127 or "error while loading" in tried.stderr:
+        raise JetExportError(
+            f"{stub} does not start: {tried.stderr.strip()[-300:]}.",
+            f"Install the missing library; Python's own is Debian's and Ubuntu's libpython{PYTHON}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """0: a free one."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+def reserve(host: str, ports: Ports) -> Ports:
+    """The ports to use. Raises JetExportError where one is taken or none."""
+    taken: list[socket.socket] = []
+    try:
+        for name, port in (("http", ports.http), ("grpc", ports.grpc), ("metrics", ports.metrics)):
+            try:
+                family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+                taken.append(socket.create_server((host, port), family=family))
+            except (OSError, OverflowError) as e:
+                raise JetExportError(
+                    f"--host {host} --{name}-port {port}: {e}.", "Choose another; 0 picks a free one."
+                ) from None
+        http, grpc, metrics = (s.getsockname()[1] for s in taken)
+        return Ports(http=http, grpc=grpc, metrics=metrics)
+    finally:
+        for s in taken:
+            s.close()
+
+
+def run_triton(
+    repository: Repository, host: str, ports: Ports, log: Callable[[str], None], grace: float = GRACE
+) -> None:
+    """Run Triton Inference Server on the model until SIGTERM or SIGINT.
+
+    Then what runs may finish; after `grace` seconds the rest is ended, each request with an answer that says so.
+    Raises JetExportError where no server is installed, a port is taken, the model does not load, or the server ends.
+    """
+    with tempfile.TemporaryDirectory(prefix="jet-export-triton-") as scratch:
+        model = write_repository(Path(scratch) / "models", repository)
+        server = find_server(Path(scratch))
+        ports = reserve(host, ports)
+        run = Run(server, Path(scratch), host, ports, grace)
+        before = {s: signal.signal(s, run.stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            run.start()
+            if run.wait_until_ready():
+                show_endpoints(model.name, host, ports, log)
+            run.wait()
+        finally:
+            run.clean_up()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+def show_endpoints(name: str, host: str, ports: Ports, log: Callable[[str], None]) -> None:
+    host = f"[{host}]" if ":" in host else host
+    log(f"POST http://{host}:{ports.http}/v2/models/{name}/generate  /generate_stream")
+    log(f"GET  http://{host}:{ports.http}/v2/models/{name}/config  /v2/health/ready")
+    log(f"gRPC {host}:{ports.grpc}  model {name}, ModelStreamInfer")
+    log(f"GET  http://{host}:{ports.metrics}/metrics")
+
+
+class Run:
+    """One tritonserver process. Its output is shown where it warns, and kept to explain a failure."""
+
+    def __init__(self, server: Installation, scratch: Path, host: str, ports: Ports, grace: float) -> None:
+        self.server, self.host, self.ports, self.grace = server, host, ports, grace
+        self.control = scratch / "control"
+        self.control.mkdir()
+        self.models = scratch / "models"
+        self.region = f"jet-export-{os.getpid()}-"  # of the backend's shared memory
+        self.lines: deque[str] = deque(maxlen=200)
+        self.ready = self.stopped = False
+        self.timers: list[threading.Timer] = []
+        self.process: subprocess.Popen[str]
+
+    def command(self) -> list[str]:
+        options: dict[str, object] = {
+            "model-repository": self.models,
+            "backend-directory": self.server.backends,
+            "http-address": self.host,
+            "http-port": self.ports.http,
+            "grpc-address": self.host,
+            "grpc-port": self.ports.grpc,
+            "metrics-address": self.host,
+            "metrics-port": self.ports.metrics,
+            "disable-auto-complete-config": None,
+            "exit-timeout-secs": int(self.grace) + MARGIN,
+            "log-info": "false",
+            "rate-limit": "execution_count",  # of the instances that wait, the one that has had the fewest
+        }
+        words = [f"--{k}" if v is None else f"--{k}={v}" for k, v in options.items()]
+        backend = {"shm-region-prefix-name": self.region, "stub-timeout-seconds": LOADING}
+        words += [f"--backend-config=python,{k}={v}" for k, v in backend.items()]
+        return [str(self.server.binary), *words]
+
+    def start(self) -> None:
+        environment = {**self.server.environment(), CONTROL: str(self.control)}
+        self.process = subprocess.Popen(
+            self.command(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True, preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if self.ready and not self.stopped and re.match(r"[WE]\d{4} ", line):
+                print(line, end="", file=sys.stderr, flush=True)
+
+    def wait_until_ready(self) -> bool:
+        """False where it was told to stop meanwhile. Raises JetExportError where the model does not load."""
+        url = f"http://{'[' + self.host + ']' if ':' in self.host else self.host}:{self.ports.http}/v2/health/ready"
+        end = time.monotonic() + LOADING
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while self.process.poll() is None and not self.stopped:
+            try:
+                with opener.open(url, timeout=5):
+                    self.ready = True
+                    return True
+            except (urllib.error.URLError, OSError):
+                if time.monotonic() > end:
+                    raise JetExportError(f"tritonserver was not ready after {LOADING} s.") from None
+                time.sleep(0.05)
+        if not self.stopped:
+            self.reader.join(1)
+            raise JetExportError(f"tritonserver does not start: {self._reason()}")
+        return False
+
+    def _reason(self) -> str:
+        """What the server said of its failure: the model's own message where there is one."""
+        for line in self.lines:
+            found = LOAD_FAILURE.search(line)
+            if found:
+                return found[1].replace("\\n", "\n")
+        errors = [line for line in self.lines if re.match(r"E\d{4} |error", line)]
+        return " | ".join((errors or list(self.lines))[-3:]) or f"status {self.process.returncode}"
+
+    def stop(self, *_: object) -> None:
+        """Handles a signal: no new requests; those that run have `grace` seconds."""
+        if self.stopped:
+            return
+        self.stopped = True
+        if hasattr(self, "process"):
+            (self.control / "draining").touch()
+            self.process.terminate()
+            self._later(self.grace, (self.control / "stop").touch)
+            self._later(self.grace + MARGIN + 5, self.process.kill)
+
+    def _later(self, seconds: float, what: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, what)
+        timer.daemon = True
+        timer.start()
+        self.timers.append(timer)
+
+    def wait(self) -> None:
+        """Raises JetExportError where the server ends untold or not as told, or where an instance of the model dies."""
+        idle_since: float | None = None
+        while self.process.poll() is None:
+            time.sleep(0.05)
+            now = time.monotonic()
+            busy = list(self.control.glob("*.busy"))
+            idle_since = (idle_since or now) if self.stopped and not busy else None
+            if idle_since is not None and now > idle_since + SETTLE:
+                # Every request is answered. Triton waits on for clients that keep their connections, and for good
+                # where a gRPC stream was cancelled after a response: its frontend then never lets go of the model.
+                self.process.kill()
+                self.process.wait()
+                return
+            dead = next((p for p in busy if not _lives(p)), None)
+            if dead is not None and self.process.poll() is None:
+                raise JetExportError(f"{dead.stem}, an instance of the model, has died.", "Start the server again.")
+        self.reader.join(1)
+        status = self.process.returncode
+        if not self.stopped or status != 0:
+            how = f"killed by signal {-status}" if status < 0 else f"with status {status}"
+            raise JetExportError(f"tritonserver ended {how}: {self._reason()}")
+
+    def clean_up(self) -> None:
+        """No process and no shared memory stays behind, however this ends."""
+        for timer in self.timers:
+            timer.cancel()
+        if hasattr(self, "process"):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # it and its backend's processes
+            self.process.wait()
+        for path in Path("/dev/shm").glob(f"{self.region}*"):
+            path.unlink(missing_ok=True)
+
+
+def _lives(busy: Path) -> bool:
+    """Whether the process lives whose id the file holds. A file that goes meanwhile tells of none that died."""
+    try:
+        pid = busy.read_text()
+    except FileNotFoundError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return not pid  # still being written
+    return state not in "ZX"
+
+
+def _end_with_parent() -> None:
+    """In the server's process: it gets SIGTERM where jet-export is killed."""
+    signal_at_parents_end(signal.SIGTERM)

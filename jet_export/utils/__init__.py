@@ -1,0 +1,1 @@
+"""What every other package may use: errors, files, processes, compilers, progress, the console, the environment."""

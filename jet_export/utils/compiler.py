@@ -1,0 +1,71 @@
+"""The C++ compiler: $CXX, which may be several words ("ccache g++") or empty, else g++."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from jet_export.utils.errors import JetExportError
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A command that compiles C++17: an executable's path, and the words after it."""
+
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+    def version(self) -> str:
+        """What `--version` prints."""
+        return subprocess.run([*self.words, "--version"], capture_output=True, text=True).stdout
+
+    @contextmanager
+    def executable(self) -> Iterator[str]:
+        """One path that runs the whole command, for programs that take $CXX for the name of a file."""
+        if len(self.words) == 1:
+            yield self.words[0]
+            return
+        with TemporaryDirectory(prefix="jet-export-cxx-") as folder:
+            # Callers tell compilers apart by their names.
+            script = Path(folder) / ("clang++" if any("clang" in word for word in self.words) else "g++")
+            script.write_text(f'#!/bin/sh\nexec {self} "$@"\n')
+            script.chmod(0o755)
+            yield str(script)
+
+
+def compiler_words() -> list[str]:
+    """The words of $CXX; g++ where it is unset or empty. Raises JetExportError where quotes do not match."""
+    text = os.environ.get("CXX", "")
+    try:
+        return shlex.split(text) or ["g++"]
+    except ValueError as e:
+        raise JetExportError(f"CXX={text}: {e}.", "Name a C++ compiler, e.g. export CXX=/usr/bin/g++.") from None
+
+
+def find_compiler(needed_by: str) -> Compiler:
+    """The C++17 compiler. Raises JetExportError where there is none, or one too old; `needed_by` says for what."""
+    name, *rest = compiler_words()
+    path = shutil.which(name)
+    if path is None:
+        raise JetExportError(
+            f"no C++ compiler: {name} is not on the PATH, and {needed_by} is compiled with it.",
+            "Install g++ (Debian, Ubuntu: apt-get install g++), or set CXX to a C++17 compiler.",
+        )
+    compiler = Compiler((path, *rest))
+    command = [*compiler.words, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    probe = subprocess.run(command, input="inline int one = 1; int main() {}\n", capture_output=True, text=True)
+    if probe.returncode:
+        why = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[0]
+        raise JetExportError(
+            f"{compiler} does not compile C++17: {why}", "Install g++ 7 or newer, or set CXX to a C++17 compiler."
+        )
+    return compiler

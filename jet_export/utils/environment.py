@@ -1,0 +1,92 @@
+"""What a result was measured with: GPU, CPU, driver, versions, date and commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from jet_export.utils.version import __version__
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def checkout_commit() -> str:
+    """The commit of the checkout that this package runs from; "unknown" for an installed one, and without git.
+
+    Only this project's own repository is asked: one that merely surrounds an installation is not the source's.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
+    env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
+    env["GIT_CEILING_DIRECTORIES"] = str(root.parent)
+    try:
+        git = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, env=env
+        )
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def version_lines() -> list[str]:
+    """What `jet-export --version` prints."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return [
+        f"jet-export {__version__} (commit {os.environ.get('JET_COMMIT') or checkout_commit()})",
+        f"torch {torch.__version__}, Triton {triton.__version__}, CUDA {torch.version.cuda or 'none (a CPU build)'}",
+        f"GPU {gpu}, Python {platform.python_version()}",
+    ]
+
+
+def environment() -> dict[str, str]:
+    """What a result was measured with. The commit: $JET_COMMIT, or that of this checkout."""
+    commit = os.environ.get("JET_COMMIT") or checkout_commit()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu_bytes": str(torch.cuda.get_device_properties().total_memory) if torch.cuda.is_available() else "0",
+        "driver": driver,
+        "cpu": cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+    }
+
+
+def device_slug() -> str:
+    """The folder of results measured here: "h100", "h200", "rtx-4090"; "cpu" without a GPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    words = torch.cuda.get_device_name().removeprefix("NVIDIA ").removeprefix("GeForce ").lower().split()
+    return "-".join(words[:2]) if words[0] in ("rtx", "tesla") else words[0]
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """`result` with the environment, as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")

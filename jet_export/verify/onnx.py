@@ -1,0 +1,122 @@
+"""An ONNX graph beside the model with every value forced: no error reaches another comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jet_export.backends.eager import EagerEngine
+from jet_export.backends.graph import feeds
+from jet_export.backends.onnx.engine import OnnxEngine
+from jet_export.backends.onnx.evaluate import OnnxModel
+from jet_export.model.cache import PackedBatch
+from jet_export.model.fp8 import Fp8Linear
+from jet_export.verify.parity import StageResult, unit_roundoff
+from jet_export.verify.trial import SPARE, Layout, decode_step, prefill_step, random_prompts
+
+FORCED = "every node, forced"
+
+
+class ValueMatch(NamedTuple):
+    """How far one value of the graph is from the model's own. Norms relative to the model's."""
+
+    name: str
+    relative: float
+    max_abs: float
+
+
+HELD = [7, 0, 9]  # tokens that the sequences of a forced step hold
+
+
+def forced_steps(eager: EagerEngine, seed: int) -> Iterator[tuple[Tensor, PackedBatch, Tensor, list[Tensor]]]:
+    """A ragged prefill and a decode step, with padding rows, from noise: ids, batch, logit_indices, states."""
+    layout = Layout(eager.config, 2 * SPARE, SPARE, seed, eager.device)
+    prompts = random_prompts(eager.config, SPARE, seed)
+    for call in (prefill_step(eager.limits), decode_step()):
+        ids = torch.tensor([t for row, n in zip(call.rows, call.lens, strict=True) for t in prompts[row][:n]])
+        rows = torch.arange(len(ids), dtype=torch.int32, device=eager.device)
+        states = [layout.noise(spec) for spec in eager.specs]
+        yield ids.to(eager.device), layout.batch(call, HELD), rows, states
+
+
+def forced_bound(eager: EagerEngine, name: str) -> float:
+    """fp32: sums in another order. bf16: results are one rounding apart, u; so are both operands of FP8 products."""
+    if eager.dtype == torch.float32:
+        return 1e-5
+    module = dict(eager.model.named_modules()).get(name)
+    return (3 if isinstance(module, Fp8Linear) else 1) * unit_roundoff(eager.dtype)
+
+
+def forced_stage(engine: OnnxEngine, eager: EagerEngine, seed: int) -> StageResult:
+    """`teacher_forced` as a stage of verify."""
+    tokens, failures = 0, []
+    for ids, batch, rows, states in forced_steps(eager, seed):
+        tokens += len(ids)
+        step = "decode" if len(ids) == len(batch.slots) else "prefill"
+        for m in teacher_forced(engine.graph, eager, ids, batch, rows, states):
+            bound = forced_bound(eager, m.name)
+            if not m.relative <= bound:
+                failures.append(f"{FORCED}: {step}: {m.name}: relative error {m.relative:.3g}, bound {bound:.3g}")
+    return StageResult(FORCED, tokens, [], failures)
+
+
+@torch.inference_mode()
+def teacher_forced(
+    graph: OnnxModel,
+    eager: EagerEngine,
+    input_ids: Tensor,
+    batch: PackedBatch,
+    logit_indices: Tensor,
+    states: list[Tensor],
+) -> list[ValueMatch]:
+    """Evaluate the graph with every value that the model has too replaced by the model's own as soon as it is compared.
+
+    No error reaches another comparison: between two of them lies a handful of nodes. `states` stay unchanged.
+    """
+    names = [s.name for s in eager.specs]
+    expected = model_values(graph, eager, input_ids, batch, logit_indices, states)
+    out: list[ValueMatch] = []
+
+    def observe(name: str, value: Tensor) -> Tensor:
+        if name not in expected:
+            return value
+        want = expected[name]
+        a, b = value.double(), want.double()
+        error = (a - b).norm() / b.norm().clamp(min=1e-30)
+        out.append(ValueMatch(name, error.item(), (a - b).abs().max().item()))
+        return want
+
+    graph.run(feeds(names, input_ids, batch, logit_indices, states), observe)
+    return out
+
+
+def model_values(
+    graph: OnnxModel,
+    eager: EagerEngine,
+    input_ids: Tensor,
+    batch: PackedBatch,
+    logit_indices: Tensor,
+    states: list[Tensor],
+) -> dict[str, Tensor]:
+    """The model's own values under the graph's names: outputs of modules, `<path>.input`, logits, states after."""
+    made = {name for node in graph.nodes for name in node.outputs}
+    values: dict[str, Tensor] = {}
+    hooks = []
+    for path, module in eager.model.named_modules():
+        if path in made:
+            hooks.append(module.register_forward_hook(lambda m, x, y, path=path: values.update({path: y})))
+        if f"{path}.input" in made:
+            hooks.append(module.register_forward_pre_hook(lambda m, x, p=path: values.update({f"{p}.input": x[0]})))
+    after = [s.clone() for s in states]
+    try:
+        decode = input_ids.shape[0] == batch.slots.shape[0]
+        out = eager.model.forward_packed(input_ids, batch, after, logit_indices, decode)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    values["logits"] = out.logits
+    values.update({f"{s.name}_out": state for s, state in zip(eager.specs, after, strict=True)})
+    return values

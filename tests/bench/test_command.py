@@ -1,0 +1,228 @@
+"""`jet-export bench`: correctness before speed, and what is measured, written and refused."""
+
+import csv
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.eager_bundle import eager_engine, mini_config
+from safetensors.torch import save_file
+
+from jet_export.bench import command, verified
+from jet_export.bench.command import BenchOptions, baseline_bundle, run_bench
+from jet_export.bench.protocols import Asked
+from jet_export.bench.roofline import Peaks, bundle_weights
+from jet_export.bundle.limits import Limits
+from jet_export.bundle.manifest import Manifest, describe_files
+from jet_export.cli import app as cli
+from jet_export.utils.errors import JetExportError
+
+LIMITS = Limits(max_batch_size=4, max_seq_len=96, prefill_chunk=32)
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    """A bundle directory whose engine is the eager model; verification is `outcome`'s."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = tmp_path / "mini"
+    directory.mkdir()
+    engine = eager_engine(LIMITS)
+    tensors = {k: v for k, v in engine.model.state_dict().items() if k != "lm_head.weight"}
+    save_file({**tensors, "cos_sin": engine.model.cos_sin}, directory / "weights.safetensors")
+    manifest = Manifest(
+        model={"name": "mini", "source": "random weights, seed 0", "config": mini_config().to_dict()},
+        backend={"name": "inductor", "torch": torch.__version__}, target={"device": "cpu", "arch": "x86_64"},
+        dtype="float32", kv_cache_dtype="float32", state_dtype="float32", limits=LIMITS,
+        build={"command": ["jet-export", "build", "--model", "mini.json"]}, files=describe_files(directory),
+    )  # fmt: skip
+    manifest.save(directory)
+    monkeypatch.setattr(command, "load_engine", lambda path: (engine, manifest))
+    peaks = Peaks(1e10, {torch.float32: 1e11})
+    monkeypatch.setattr(command, "measure_peaks", lambda device, dtypes: peaks)
+    return directory
+
+
+@pytest.fixture
+def outcome(monkeypatch):
+    """What verify finds, and how often it was asked."""
+    found = SimpleNamespace(failures=[], runs=0)
+
+    def verify_bundle(*args):
+        found.runs += 1
+        return SimpleNamespace(passed=not found.failures, failures=lambda: found.failures)
+
+    monkeypatch.setattr("jet_export.verify.verify.verify_bundle", verify_bundle)
+    return found
+
+
+def run(bundle, *contexts: int, output=None, lines=None, **asked):
+    options = BenchOptions(
+        bundle=bundle,
+        asked=Asked(**{"protocol": "latency", **asked, "contexts": contexts, "new_tokens": 6}),
+        output=output,
+    )
+    return run_bench(options, ["jet-export", "bench"], (lines if lines is not None else []).append)
+
+
+def test_red_verification_prints_no_speed(bundle, outcome, monkeypatch) -> None:
+    outcome.failures = ["prefill: logits: relative error 1, bound 0.1"]
+    monkeypatch.setattr(command, "measure_rows", lambda *a: pytest.fail("measured"))
+    with pytest.raises(JetExportError, match=r"verify fails \(1 failures, the first: prefill: logits.* no speed"):
+        run(bundle, 32)
+    with pytest.raises(JetExportError, match="verify fails"):  # and is not taken for green the second time
+        run(bundle, 32)
+    assert outcome.runs == 2
+
+
+def test_a_verified_bundle_is_not_verified_again_until_it_changes(bundle, outcome, monkeypatch) -> None:
+    run(bundle, 32)
+    run(bundle, 32)
+    assert outcome.runs == 1
+    manifest = bundle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed 0"', '"seed 1"') + "\n")
+    run(bundle, 32)
+    assert outcome.runs == 2
+    monkeypatch.setattr(verified, "source_digest", lambda: "another version of the code")
+    run(bundle, 32)
+    assert outcome.runs == 3
+
+
+def test_a_verdict_of_another_bundle_does_not_count(bundle, outcome) -> None:
+    run(bundle, 32)
+    (file,) = verified.cache_directory().iterdir()
+    key = verified.key_of(bundle)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "key": "0" * 64}))
+    assert file.name == f"{key}.json" and verified.recall(bundle) is None
+    file.write_text("{")
+    assert verified.recall(bundle) is None
+
+
+def test_rows_and_files(bundle, outcome, tmp_path) -> None:
+    out, lines = tmp_path / "out", []
+    result = run(bundle, 32, 64, 512, output=out, lines=lines)
+    written = json.loads((out / "bench.json").read_text())
+    assert written == json.loads(json.dumps(result)) and written["complete"]
+    assert {"gpu", "torch", "date", "commit"} <= written["environment"].keys()
+    (b,) = written["bundles"]
+    assert [(r["context"], r["batch"], r["filled_by"]) for r in b["rows"]] == [(32, 1, "prefill"), (64, 1, "prefill")]
+    assert b["build_command"] == "jet-export build --model mini.json" and b["verify"]["passed"]
+    for r in b["rows"]:
+        assert r["decode_tokens_per_s"] > 0 and r["prefill_tokens_per_s"] > 0 and r["ttft_p50"] <= r["ttft_p99"]
+        moved = r["step_bytes"]["total"] / 1e10
+        assert r["decode_of_roofline"] == pytest.approx(moved / (r["ms_per_token"] * 1e-3))
+        assert r["step_bytes"]["weights"] == bundle_weights(bundle).read
+    (s,) = b["skipped"]
+    assert s["reason"] == "context 512 and 6 new tokens exceed max_seq_len 96"
+    assert any("skipped: context 512" in line and "--max-seq-len 518" in line for line in lines)
+    assert len((out / "bench.csv").read_text().splitlines()) == 3
+
+
+def test_batch_auto_takes_the_bundles_limit(bundle, outcome) -> None:
+    lines: list[str] = []
+    result = run(bundle, 32, batches=(0,), lines=lines)
+    assert [r["batch"] for r in result["bundles"][0]["rows"]] == [4]
+    assert any("batch 4 is the bundle's max_batch_size" in line for line in lines)
+
+
+def test_a_baseline_is_swept_and_compared(bundle, outcome) -> None:
+    options = BenchOptions(
+        bundle=bundle,
+        asked=Asked(protocol="latency", contexts=(32,), batches=None, new_tokens=6),
+        baselines=(str(bundle),),
+    )
+    result = run_bench(options, ["jet-export"], lambda line: None)
+    assert [sorted(r["batch"] for r in b["rows"]) for b in result["bundles"]] == [[1, 2, 4]] * 2
+    ours, theirs = ({r["batch"]: r["ms_per_token"] for r in b["rows"]} for b in result["bundles"])
+    in_time = {"equal time per token"} if min(ours.values()) <= theirs[4] else set()  # real times: either may happen
+    assert {r["at"] for r in result["ratios"]} == {"equal batch", "largest batch"} | in_time
+    assert all((r["ratio"] is None) == (r["baseline_of_roofline"] < 0.7) for r in result["ratios"])
+
+
+def test_serving_takes_memory_for_its_own_requests_only(bundle, outcome, monkeypatch) -> None:
+    from jet_export.runtime import batching
+
+    seen = []
+    capacity = batching.capacity
+    monkeypatch.setattr(batching, "capacity", lambda *a: seen.append(capacity(*a)) or seen[-1])
+    run(bundle, 8, protocol="serving", batches=(3,))
+    assert (seen[0].slots, seen[0].pages) == (3, 3)
+
+
+def test_serving_finishes_every_request(bundle, outcome) -> None:
+    result = run(bundle, 40, protocol="serving", batches=(2,))
+    (r,) = result["bundles"][0]["serving"]
+    assert (r["slots"], r["requests"], r["new_tokens"]) == (2, 8, 6)
+    assert 0 < r["ttft_p50"] <= r["ttft_p99"] and 0 < r["ms_per_token_p50"] <= r["ms_per_token_p99"]
+    assert r["total_tokens_per_s"] == pytest.approx(r["tokens_per_s"] * 46 / 6)
+
+
+def test_serving_is_a_table_and_a_csv(bundle, outcome, tmp_path, capsys) -> None:
+    lines: list[str] = []
+    result = run(bundle, 40, 8, protocol="serving", batches=(2,), output=tmp_path / "out", lines=lines)
+    (b,) = result["bundles"]
+    with open(tmp_path / "out" / "bench.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    for line, r in zip(rows, b["serving"], strict=True):
+        assert line == {"model": "mini", "precision": "fp32", **{k: str(v) for k, v in r.items()}}
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[:4] == ["model", "context", "new", "tokens"]
+    assert [line.split()[:6] for line in out[1:]] == [["mini", "fp32", n, "6", "8", "2"] for n in ("40", "8")]
+    assert lines[-1] == f"written: {tmp_path / 'out' / 'bench.json'}, {tmp_path / 'out' / 'bench.csv'}"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--protocol", "fast"], "--protocol fast: not known"),
+        (["--contexts", "1k,?"], "--contexts 1k,?: not a list"),
+        (["--batch", "most"], "--batch most: neither auto"),
+        (["--new-tokens", "1"], "--new-tokens 1: must be at least 2"),
+        (["--baseline", "qwen9"], "--baseline qwen9: neither a bundle nor a baseline"),
+        (["--batch", "²"], "--batch ²: neither auto"),
+        (["--protocol", "paper", "--contexts", "5000"], "the paper has no context of 5000 tokens"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(bundle, outcome, monkeypatch, capsys, args, message) -> None:
+    monkeypatch.setattr(sys, "argv", ["jet-export", "bench", str(bundle), *args])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 2 and message in capsys.readouterr().err and outcome.runs == 0
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_runs(bundle, outcome, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(JetExportError, match=r"--output .*: .*file is a file.\nName a directory"):
+            run(bundle, 32, output=output)
+    assert outcome.runs == 0 and (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_is_refused_leaves_no_directory(bundle, outcome, tmp_path) -> None:
+    for directory, asked in ((tmp_path / "nosuch", {}), (bundle, {"protocol": "paper"})):
+        with pytest.raises(JetExportError):
+            run(directory, 32, output=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_every_case_is_skipped_nothing_is_complete(bundle, outcome, tmp_path) -> None:
+    for protocol in ("latency", "serving"):
+        lines: list[str] = []
+        with pytest.raises(JetExportError) as e:
+            run(bundle, 512, 1024, output=tmp_path / "out", protocol=protocol, lines=lines)
+        assert str(e.value).startswith("bench: no case could be measured.\nskipped: context 512, batch 1")
+        assert "--max-seq-len 1030" in str(e.value) and not any("skipped" in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_is_built_with_the_limits_of_the_bundle(bundle, monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr("jet_export.build.build.run_build", lambda plan, words, emit: asked.append((plan, words)))
+    monkeypatch.chdir(tmp_path)
+    for name in ("qwen3-1.7b", "qwen3-1.7b:fp8"):
+        baseline_bundle(name, Manifest.load(bundle), lambda line: None)
+    (bf16, words), (fp8, _) = asked
+    assert bf16.limits == fp8.limits == LIMITS and not bf16.options.fp8 and fp8.options.fp8
+    assert bf16.options.random_weights and bf16.config.qk_norm and "--random-weights" in words
+    assert bf16.output != fp8.output

@@ -1,0 +1,154 @@
+"""The timer and the cases that `jet-export bench` and the search time."""
+
+import time
+
+import pytest
+import torch
+from helpers.eager_bundle import eager_engine
+
+from jet_export.bench import timer
+from jet_export.bench.measure import DROPPED, Case, check_case, measure_engine
+from jet_export.bundle.limits import Limits
+from jet_export.utils.errors import JetExportError
+
+LIMITS = Limits(max_batch_size=4, max_seq_len=96, prefill_chunk=16)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return eager_engine(LIMITS)
+
+
+def test_the_timer_tells_durations_on_a_cpu():
+    times = timer.compare(
+        {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, repeats=5, warmup=1, device="cpu"
+    )
+    assert 2 <= times["short"].median < 15
+    assert 20 <= times["long"].median <= times["long"].p90
+
+
+def test_variants_are_timed_in_turn():
+    order = []
+    timer.compare({n: lambda n=n: order.append(n) for n in "ab"}, repeats=2, warmup=1, device="cpu")
+    assert order == ["a", "b", "a", "b", "a", "b"]
+
+
+def test_calls_divide():
+    one, ten = (
+        timer.compare({"x": lambda: time.sleep(0.01)}, repeats=3, warmup=0, calls=n, device="cpu")["x"].median
+        for n in (1, 10)
+    )
+    assert one / 20 < ten < one / 5
+
+
+def test_percentiles():
+    values = [float(i) for i in range(100, 0, -1)]
+    assert timer.percentile(values, 0.9) == 91 and timer.percentile(values, 0.99) == 100
+    assert timer.summary([3.0]) == timer.Timing(3.0, 3.0)
+
+
+def test_copy_speed_is_of_memory_moved():
+    assert 1e8 < timer.copy_speed(2**22, "cpu") < 1e13
+
+
+@pytest.mark.parametrize("fill", ["prefill", "synthetic"])
+def test_a_case_decodes_every_sequence_at_its_context(engine, fill, monkeypatch):
+    seen = []
+    decode = type(engine).decode
+    monkeypatch.setattr(
+        type(engine), "decode", lambda s, i, b, st: seen.append(b.context_lens.tolist()) or decode(s, i, b, st)
+    )
+    case = Case(batch=3, context=40, chunk=16, new_tokens=12, fill=fill, repeats=2)
+    (m,) = measure_engine(engine, [case])
+    assert seen[1:] == [[40 + i] * 3 for i in range(12)]  # after the warm-up
+    assert m.filled_by == fill
+    assert len(m.ttft) == (6 if fill == "prefill" else 0)
+    assert m.decode_tokens_per_s == pytest.approx(3 / (m.step.median * 1e-3))
+    assert 0 < m.step.median <= m.step.p90 and m.prefill_tokens_per_s > 0
+    assert m.peak_bytes is None  # a CPU
+
+
+def test_prefill_speed_and_time_to_first_token_are_of_one_fill(engine):
+    (m,) = measure_engine(engine, [Case(batch=2, context=48, chunk=16, new_tokens=4, fill="prefill")])
+    assert m.ttft[0] == m.ttft[1] == m.ttft_p99
+    assert m.prefill_tokens_per_s == pytest.approx(2 * 48 / (m.ttft[0] * 1e-3))
+
+
+def test_synthetic_states_are_finite_and_not_zero(engine):
+    from jet_export.bench.measure import Run
+
+    run = Run(engine, Case(2, 64, 16, 4), 0, False)
+    run.synthesise()
+    assert all(s.isfinite().all() and (s != 0).any(dim=-1).all() for s in run.runner.states)
+    assert engine.decode(run.next, run.runner.batch([0, 1], [1, 1]), run.runner.states).isfinite().all()
+
+
+def test_auto_gives_up_filling(engine):
+    case = Case(batch=2, context=64, chunk=8, new_tokens=4)
+    assert [m.filled_by for m in measure_engine(engine, [case], fill_seconds=1e-6)] == ["synthetic"]
+    assert [m.filled_by for m in measure_engine(engine, [case], fill_seconds=60)] == ["prefill"]
+
+
+def test_fills_are_repeated_while_the_time_allows(engine, monkeypatch):
+    """Each takes 4 s of this clock, 2 a call: one more is begun only if it would end in time."""
+    clock = [0.0]
+    monkeypatch.setattr("jet_export.bench.measure.time.monotonic", lambda: clock[0])
+
+    def call(fn, device):
+        fn()
+        clock[0] += 2
+        return 2e3
+
+    monkeypatch.setattr("jet_export.bench.measure.stopwatch", call)
+    case = Case(1, 32, 16, 4, repeats=5)
+    for seconds, fills in ((3, 0), (7, 1), (9, 2), (60, 5)):
+        clock[0] = 0.0
+        (m,) = measure_engine(engine, [case], fill_seconds=seconds)
+        assert (len(m.ttft), m.filled_by) == (fills, "prefill" if fills else "synthetic")
+        assert m.prefill_tokens_per_s == pytest.approx(8)
+
+
+def test_the_first_steps_are_dropped(engine, monkeypatch):
+    ticks = iter(range(1, 1000))  # the first is the prefill call's
+    monkeypatch.setattr("jet_export.bench.measure.stopwatch", lambda fn, device: fn() or float(next(ticks)))
+    (m,) = measure_engine(engine, [Case(1, 16, 16, new_tokens=DROPPED + 20, fill="prefill")])
+    assert m.step.median == pytest.approx(2 + DROPPED + 9.5)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(5, 16, 16, 4), "batch 5 exceeds max_batch_size 4"),
+        (Case(1, 94, 16, 4), "context 94 and 4 new tokens exceed max_seq_len 96"),
+        (Case(1, 16, 32, 4), "chunk 32 exceeds prefill_chunk 16"),
+    ],
+)
+def test_a_case_that_does_not_fit_is_refused(engine, case, message):
+    assert check_case(case, LIMITS) == message
+    with pytest.raises(JetExportError, match=message):
+        measure_engine(engine, [case])
+
+
+def test_sizes_and_fills_are_checked(engine):
+    with pytest.raises(JetExportError, match="sizes must be positive"):
+        measure_engine(engine, [Case(0, 16, 16, 4)])
+    with pytest.raises(JetExportError, match="fill 'noise' is not known"):
+        measure_engine(engine, [Case(1, 16, 16, 4, fill="noise")])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_measuring_on_a_gpu():
+    (m,) = measure_engine(eager_engine(LIMITS, device="cuda"), [Case(2, 40, 16, 12)])
+    assert m.step.median > 0 and m.peak_bytes > m.state_bytes > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_peaks_of_a_gpu():
+    """Any GPU that runs this copies at over 100 GB/s and multiplies at over 1 TFLOP/s; FP8 no slower than bf16."""
+    assert 1e11 < timer.copy_speed(2**28) < 1e14
+    bf16 = timer.matmul_speed(torch.bfloat16)
+    assert 1e12 < bf16 < 1e16
+    if torch.cuda.get_device_capability() >= (8, 9):
+        assert timer.matmul_speed(torch.float8_e4m3fn) > 0.9 * bf16

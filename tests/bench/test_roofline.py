@@ -1,0 +1,100 @@
+"""Bytes and operations of a step, beside figures worked out by hand."""
+
+import pytest
+import torch
+
+from jet_export.bench.roofline import (
+    FP8,
+    Peaks,
+    Weights,
+    count_weights,
+    decode_seconds,
+    mixer_flops,
+    prefill_seconds,
+    step_bytes,
+)
+from jet_export.bundle.memory import weight_bytes
+from jet_export.model.cache import PAGE, state_specs
+from jet_export.model.config import jet_2b, jet_4b, qwen3_1_7b
+from jet_export.model.weights import checkpoint_layout
+
+BF16 = torch.bfloat16
+
+
+def sizes(config, fp8: bool = False) -> dict:
+    """A bundle's tensors, by the layout of its checkpoint."""
+    out: dict = {}
+    for s in checkpoint_layout(config).values():
+        _, n, _ = out.get(s.param, (BF16, 0, 0))
+        dtype = FP8 if fp8 and s.param.startswith("layers.") and len(s.shape) == 2 else BF16
+        out[s.param] = dtype, n + torch.Size(s.shape).numel(), len(s.shape)
+    return {**out, "cos_sin": (BF16, 1000, 2)}
+
+
+def test_jet_2b_at_64k_and_batch_128_moves_what_was_worked_out_by_hand() -> None:
+    """KV 17.2 GB, fp32 states 7.25 (read and written), weights 3.9, windows 0.3: 28.7 GB, 13,500 tok/s at 3.02 TB/s."""
+    c = jet_2b()
+    b = step_bytes(c, state_specs(c, BF16), count_weights(sizes(c)).read, 128, 65536)
+    gigabytes = [x / 1e9 for x in (b.kv_full, b.recurrent_states, b.weights, b.kv_window)]
+    assert gigabytes == pytest.approx([17.2, 7.25, 3.9, 0.3], abs=0.05)
+    assert b.total / 1e9 == pytest.approx(28.7 + b.conv_states / 1e9, abs=0.1)
+    assert 128 / decode_seconds(b, Peaks(3.02e12, {})) == pytest.approx(13_500, rel=0.02)
+
+
+def test_weights_read_are_the_models_and_not_the_rope_table() -> None:
+    for c in (jet_2b(), jet_4b(), qwen3_1_7b()):
+        w = count_weights(sizes(c))
+        assert w.read == pytest.approx(weight_bytes(c, BF16, False), rel=1e-5)
+        assert w.resident == w.read + 2000
+
+
+def test_an_output_projection_of_its_own_replaces_the_embedding() -> None:
+    tied = {"embed_tokens.weight": (BF16, 100, 2), "norm.weight": (BF16, 10, 1)}
+    assert count_weights(tied).read == 220
+    assert count_weights({**tied, "lm_head.weight": (FP8, 100, 2)}).read == 120
+    assert count_weights({**tied, "lm_head.weight": (FP8, 100, 2)}).resident == 320
+
+
+def test_products_of_jet_2b() -> None:
+    """3.46 GFLOP a token in the layers' products."""
+    (products,) = count_weights(sizes(jet_2b())).products.values()
+    assert 2 * products / 1e9 == pytest.approx(3.46, abs=0.1)
+
+
+def test_windows_and_caches_stop_growing_where_they_should() -> None:
+    c = jet_2b()
+    specs = state_specs(c, BF16)
+    short, long = step_bytes(c, specs, 0, 4, 1000), step_bytes(c, specs, 0, 4, 2000)
+    assert long.kv_full == 2 * short.kv_full and long.recurrent_states == short.recurrent_states
+    assert long.kv_window == pytest.approx(short.kv_window * 1152 / 1000, rel=1e-6)
+    assert step_bytes(c, specs, 0, 4, 9000).kv_window == long.kv_window
+    row = next(s for s in specs if s.rows == "pages").row_bytes
+    assert short.kv_full == 4 * 2 * row // PAGE * 1000
+
+
+def test_attention_of_a_prefill_is_quadratic_and_windows_are_not() -> None:
+    c = qwen3_1_7b()
+    assert mixer_flops(c, 2000) / mixer_flops(c, 1000) == pytest.approx(4, rel=2e-3)
+    assert mixer_flops(c, 3) == 28 * 4 * 128 * 16 * 6
+    jet = jet_2b()
+    per_token = [mixer_flops(jet, n) / n for n in (4096, 8192)]
+    assert per_token[0] < per_token[1] < 2 * per_token[0]
+
+
+def test_the_slower_of_products_and_bytes_bounds_a_prefill() -> None:
+    c = jet_2b()
+    specs, weights = state_specs(c, BF16), Weights(10**9, 10**9, {BF16: 10**9})
+    args = (c, specs, weights)
+    fast_memory, fast_products = Peaks(1e20, {BF16: 1e12}), Peaks(1e9, {BF16: 1e30})
+    assert prefill_seconds(*args, fast_memory, BF16, 1, 1000, 500, 2) > 2 * 1e9 * 1000 / 1e12
+    two = prefill_seconds(*args, fast_products, BF16, 1, 1000, 500, 2)
+    assert two == pytest.approx((2e9 + sum(step_bytes(c, specs, 0, 1, n).total for n in (0, 500))) / 1e9)
+
+
+def test_fp8_products_are_faster_where_the_device_has_them() -> None:
+    c = jet_2b()
+    w = Weights(0, 0, {FP8: 10**9})
+    args = (c, state_specs(c, BF16), w)
+    slow = prefill_seconds(*args, Peaks(1e20, {BF16: 1e12, torch.float32: 1e12}), BF16, 1, 100, 100, 1)
+    fast = prefill_seconds(*args, Peaks(1e20, {BF16: 1e12, FP8: 2e12}), BF16, 1, 100, 100, 1)
+    assert slow - fast == pytest.approx(2 * 10**9 * 100 / 2e12)

@@ -1,0 +1,241 @@
+"""The build's flow, with the compiler replaced by one that writes a few bytes: up to date, --force, no half bundles.
+
+What the real compiler makes is tested in tests/parity.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.eager_bundle import write_mini_config
+from helpers.golden import DATA, MINI_NAMES, load_golden
+from helpers.paths import ROOT
+
+from jet_export.backends.eager import load_weights
+from jet_export.backends.inductor import package
+from jet_export.backends.load import check_bundle
+from jet_export.build import backend_choice as backends
+from jet_export.build import build, inductor
+from jet_export.build.build import run_build
+from jet_export.build.plan import BuildOptions, make_plan
+from jet_export.bundle.manifest import Manifest
+from jet_export.bundle.memory import engine_memory, weight_bytes
+from jet_export.model.hub import checkpoint_licence, licence_files
+from jet_export.utils.errors import JetExportError
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Builds without compiling; returns the names of the packages that were "compiled"."""
+    made = []
+
+    def compile_package(program, path: Path) -> None:
+        made.append(path.name)
+        path.write_bytes(b"package")
+
+    monkeypatch.setattr(package, "compile_package", compile_package)
+    monkeypatch.setattr(inductor, "check_loads", lambda directory, device: None)
+    return made
+
+
+def options(tmp_path: Path, **changes) -> BuildOptions:
+    model = str(write_mini_config(tmp_path)) if "model" not in changes else changes.pop("model")
+    values = {"device": "cpu", "random_weights": True, "max_seq_len": 256, "output": tmp_path / "out" / "bundle"}
+    return BuildOptions(model=model, **{**values, **changes})
+
+
+def make(o: BuildOptions) -> list[str]:
+    lines: list[str] = []
+    run_build(make_plan(o), ["jet-export", "build"], lines.append)
+    return lines
+
+
+def test_second_build_is_up_to_date(quick, tmp_path) -> None:
+    make(options(tmp_path))
+    assert quick == ["prefill.pt2", "decode.pt2"]
+    manifest = (tmp_path / "out/bundle/manifest.json").read_bytes()
+    assert make(options(tmp_path)) == [f"{tmp_path / 'out/bundle'} is up to date."]
+    assert quick == ["prefill.pt2", "decode.pt2"]
+    assert (tmp_path / "out/bundle/manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "weights was random, seed 0, now random, seed 1"),
+        ({"max_batch_size": 3}, "limits.max_batch_size was 8, now 3"),
+        ({"state_dtype": "bfloat16"}, "state_dtype was float32, now bfloat16"),
+        ({"dtype": "float32"}, "dtype was bfloat16, now float32"),
+    ],
+)
+def test_other_inputs_are_named_and_need_force(quick, tmp_path, change: dict, named: str) -> None:
+    make(options(tmp_path))
+    before = (tmp_path / "out/bundle/manifest.json").read_bytes()
+    with pytest.raises(JetExportError, match=named):
+        make(options(tmp_path, **change))
+    assert (tmp_path / "out/bundle/manifest.json").read_bytes() == before
+    make(options(tmp_path, **change, force=True))
+    assert len(quick) == 4
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["bundle"]
+
+
+def test_failure_leaves_nothing_and_keeps_the_old_bundle(quick, tmp_path, monkeypatch) -> None:
+    make(options(tmp_path))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out/bundle").iterdir()}
+
+    def broken(program, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(package, "compile_package", broken)
+    with pytest.raises(KeyboardInterrupt):
+        make(options(tmp_path, seed=1, force=True))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["bundle"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out/bundle").iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        make(options(tmp_path, output=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_output_that_is_no_bundle_is_left_alone(quick, tmp_path) -> None:
+    (tmp_path / "out/bundle").mkdir(parents=True)
+    (tmp_path / "out/bundle/thesis.txt").write_text("mine")
+    with pytest.raises(JetExportError, match="exists and is not a bundle"):
+        make(options(tmp_path))
+    assert (tmp_path / "out/bundle/thesis.txt").read_text() == "mine"
+
+
+def test_manifest_and_weights(quick, tmp_path) -> None:
+    make(options(tmp_path, max_batch_size=3, prefill_chunk=64))
+    directory = tmp_path / "out/bundle"
+    m = Manifest.load(directory)
+    check_bundle(directory, m)
+    assert (m.limits.max_batch_size, m.limits.max_seq_len, m.limits.prefill_chunk) == (3, 256, 64)
+    assert m.config.to_dict() == m.model["config"]
+    weights = load_weights(directory, m)
+    assert weights["cos_sin"].shape == (256, m.config.head_dim)
+    assert weights["lm_head.weight"] is weights["embed_tokens.weight"]
+    assert weights["layers.0.self_attn.A_log"].dtype == torch.float32
+    stored = sum(t.nbytes for k, t in weights.items() if k not in ("cos_sin", "lm_head.weight"))
+    assert stored == weight_bytes(m.config, torch.bfloat16, fp8=False)
+
+
+def test_checkpoint_build_copies_tokenizer_and_licence(quick, tmp_path) -> None:
+    checkpoint = load_golden(DATA / MINI_NAMES[0]).save_checkpoint(tmp_path / "ckpt")
+    (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "LICENSE").write_text("The Licence, version 1\nmore\n")
+    make(options(tmp_path, model=str(checkpoint), random_weights=False))
+    directory = tmp_path / "out/bundle"
+    assert (directory / "tokenizer.json").read_text() == "{}"
+    assert (directory / "LICENSE").exists()
+    assert Manifest.load(directory).model["licence"] == "The Licence, version 1"
+
+
+def test_licence_of_a_model_card(tmp_path) -> None:
+    assert checkpoint_licence(tmp_path) is None
+    (tmp_path / "README.md").write_text("# A model\n\n---\nlicense: not-here\n---\n")
+    assert checkpoint_licence(tmp_path) is None and licence_files(tmp_path) == []
+    card = tmp_path / "README.md"
+    card.write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# A model\n")
+    assert checkpoint_licence(tmp_path) == "apache-2.0"
+    assert licence_files(tmp_path) == [card]  # goes along: nothing else names the licence
+    (tmp_path / "LICENSE").write_text("The Licence, version 1\n")
+    assert checkpoint_licence(tmp_path) == "The Licence, version 1"
+    assert licence_files(tmp_path) == [tmp_path / "LICENSE"]
+
+
+def test_more_positions_than_trained_is_a_warning_in_the_manifest(quick, tmp_path) -> None:
+    plan = make_plan(options(tmp_path, max_seq_len=8192))
+    assert "8192 exceeds the 4096 positions" in plan.warnings[0]
+    make(options(tmp_path, max_seq_len=8192))
+    assert Manifest.load(tmp_path / "out/bundle").warnings == plan.warnings
+
+
+def test_auto_never_picks_a_backend_unseen_on_the_architecture() -> None:
+    assert backends.choose_backend("auto", "x86_64").name == "inductor"
+    with pytest.raises(JetExportError, match="no engine kind has a committed result on sm_75"):
+        backends.choose_backend("auto", "sm_75")
+    assert backends.choose_backend("inductor", "sm_75").reason == "asked for by name"
+
+
+GPUS = {"sm_90": ("NVIDIA H100", "NVIDIA H200")}
+
+
+def test_every_seen_backend_names_a_committed_result() -> None:
+    """A test that builds, verifies and runs such an engine, or the JSON of a bundle that did on such a GPU."""
+    root = ROOT
+    for kinds in backends.SEEN_RUNNING.values():
+        for arch, path in kinds.items():
+            assert (root / path).is_file(), path
+            if arch.startswith("sm_"):
+                result = json.loads((root / path).read_text())
+                assert result["environment"]["gpu"].startswith(GPUS[arch])
+                verified = [r for r in result["results"] if r.get("verify_exit_status") == 0]
+                assert verified
+                assert all(r["verify"]["passed"] and r["verify"]["stages"] for r in verified)
+
+
+def test_memory_of_the_published_models() -> None:
+    """The states that the paper's sizes give: 28 MB a sequence for jet-2b in fp32, KV of two layers at 64K."""
+    from jet_export.bundle.limits import Limits
+    from jet_export.model.config import jet_2b
+
+    c = jet_2b()
+    m = engine_memory(
+        c,
+        Limits(max_batch_size=128, max_seq_len=65536, prefill_chunk=2048),
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        0,
+    )
+    assert m.recurrent_states == 128 * 24 * 12 * 96 * 256 * 4
+    assert m.kv_full == 128 * 2 * 65536 * 2 * 2 * 128 * 2
+    assert m.kv_window == 128 * 2 * (25 + 1) * 128 * 2 * 2 * 128 * 2
+
+
+def test_no_compiler(quick, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(JetExportError, match="no C\\+\\+ compiler: no-such-compiler is not on the PATH"):
+        make(options(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_modelopt(quick, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    with pytest.raises(JetExportError, match=r"--fp8 needs nvidia-modelopt.*\npip install 'jet-export\[fp8\]'"):
+        make(options(tmp_path, fp8=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_requirements_come_before_a_download(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(build, "resolve_checkpoint", lambda name: pytest.fail("downloaded"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(JetExportError, match="no-such-compiler"):
+        make(BuildOptions(model="jet-2b", device="cpu", output=tmp_path / "out"))
+
+
+def test_compiler_whose_packages_crash_on_load(tmp_path) -> None:
+    """A library whose constructor aborts, in place of the compiled one, stands for an unfitting libstdc++."""
+    cxx = shutil.which("g++")
+    if cxx is None:
+        pytest.skip("no g++")
+    (tmp_path / "crash.c").write_text("#include <stdlib.h>\n__attribute__((constructor)) void f(void) { abort(); }\n")
+    subprocess.run([cxx, "-x", "c", "-fPIC", "-shared", "crash.c", "-o", "crash.so"], cwd=tmp_path, check=True)
+    good = tmp_path / "good"
+    good.mkdir()
+    package.compile_package(torch.export.export(torch.nn.ReLU(), (torch.randn(3, 2),)), good / "a.pt2")
+    package.check_loads(good)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    with zipfile.ZipFile(good / "a.pt2") as source, zipfile.ZipFile(bad / "a.pt2", "w") as target:
+        for item in source.infolist():
+            crash = item.filename.endswith(".so")
+            target.writestr(item, (tmp_path / "crash.so").read_bytes() if crash else source.read(item))
+    with pytest.raises(JetExportError, match=r"do not load: .* dies of SIGABRT(.|\n)*export CC=/usr/bin/gcc"):
+        package.check_loads(bad)

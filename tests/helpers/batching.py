@@ -1,0 +1,45 @@
+"""One request among others: what it makes, with every logit, to be compared to the bit."""
+
+import random
+
+import torch
+
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.params import Params
+from jet_export.runtime.sequence import Sequence
+
+
+def tokens(n: int, seed: int) -> list[int]:
+    return torch.randint(0, 128, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def in_company(engine: BatchingEngine, prompt: list[int], others: list[tuple[list[int], int]], at: int) -> Sequence:
+    """Run `prompt` with others, (prompt, new tokens), one more of them a step; it is the `at`-th to come."""
+    asked = [*others[:at], (prompt, 8), *others[at:]]
+    running = []
+    for row, new in asked:
+        running.append(engine.submit(row, Params(new), lambda _: None, keep_logits=row is prompt))
+        engine.step()
+    while engine.step():
+        pass
+    return running[at]
+
+
+def repeats(make, prompt: list[int], runs: int, longest: int = 140) -> list[Sequence]:
+    """Runs of one prompt: alone, then among 1 to `slots` - 1 others of all lengths, in other places.
+
+    `make` gives a BatchingEngine; every fifth run takes a new one.
+    """
+    rng, out = random.Random(0), []
+    engine = make()
+    for i in range(runs):
+        n = i % engine.scheduler.capacity.slots
+        others = [(tokens(rng.randint(1, longest), 50 + i + j), rng.randint(1, 12)) for j in range(n)]
+        if i % 5 == 4:
+            engine = make()
+        out.append(in_company(engine, prompt, others, rng.randint(0, n)))
+    return out
+
+
+def distinct(runs: list[Sequence]) -> int:
+    return len({(tuple(s.tokens), torch.stack(s.logits).numpy().tobytes()) for s in runs})

@@ -1,0 +1,262 @@
+"""Bad input gets 4xx with a reason and harms nobody; signals end the program cleanly."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from helpers.paths import TESTS
+
+pytest.importorskip("fastapi")
+
+from helpers.serving import async_llm, server
+
+from jet_export.cli import app as cli
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return async_llm()
+
+
+@pytest.fixture(scope="module")
+def address(llm):
+    with server(llm) as address:
+        yield address
+
+
+def post(address: str, content, path: str = "completions", kind: str = "application/json") -> httpx.Response:
+    if not isinstance(content, bytes):
+        content = json.dumps(content).encode()
+    return httpx.post(f"{address}/v1/{path}", content=content, headers={"Content-Type": kind}, timeout=30)
+
+
+def body(**changes) -> dict:
+    return {"model": "mini", "prompt": "abc", "max_tokens": 2, "temperature": 0, **changes}
+
+
+RAW = [
+    (b"\xff\xfe{}", "not UTF-8"),
+    (b'{"model": "mini", "prompt": "\xe9"}', "not UTF-8"),
+    (b"", "not JSON"),
+    (b"{", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"null", "valid dictionary"),
+    (b'{"model": "mini", "prompt": "a", "temperature": NaN}', "NaN"),
+    (b'{"model": "mini", "prompt": "a", "temperature": 1e999}', "temperature inf"),
+    (b'{"model": "mini", "prompt": "a", "seed": ' + b"9" * 5000 + b"}", "not JSON"),
+    (b'{"model": "mini", "prompt": "\\ud800"}', "prompt"),
+]
+FIELDS = [
+    ({"prompt": ""}, "empty"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "empty"),
+    ({"prompt": [128]}, "token 128 is not in the vocabulary"),
+    ({"prompt": [-1]}, "token -1"),
+    ({"prompt": [2**70]}, "token"),
+    ({"prompt": ["ok", "h\u00e9"]}, "not in the vocabulary"),
+    ({"prompt": [1.5]}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": ["a"] * 5000}, "5000 prompts"),
+    ({"prompt": "a" * 399}, "exceed max_seq_len 400"),
+    ({"max_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_tokens": -5}, "max_new_tokens is -5"),
+    ({"max_tokens": 10**30}, "exceed max_seq_len"),
+    ({"max_tokens": "7"}, "max_tokens: Input should be a valid integer"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"temperature": -0.1}, "temperature -0.1"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.01}, "top_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"seed": 2**63}, "seed"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop_token_ids": [1000]}, "token 1000"),
+    ({"logprobs": 21}, "logprobs 21"),
+    ({"logprobs": -1}, "logprobs -1"),
+    ({"n": 2}, "n: "),
+    ({"logit_bias": {"1": 5}}, "logit_bias is not supported"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"echo": True, "logprobs": 1}, "echo and logprobs"),
+]
+CHAT = [
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
+    ({"tools": []}, "tools is not supported"),
+    ({"messages": [{"role": "user", "content": "x" * 400}]}, "exceed max_seq_len"),
+    ({"top_logprobs": 2}, "needs logprobs"),
+]
+
+
+def refused(answer: httpx.Response, message: str, status: int = 400) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert len(answer.content) < 2000 and "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("changes", "message"), FIELDS)
+def test_bad_fields(address, changes, message: str, stream: bool) -> None:
+    refused(post(address, body(stream=stream, **changes)), message)
+
+
+@pytest.mark.parametrize(("raw", "message"), RAW)
+def test_bad_bodies(address, raw: bytes, message: str) -> None:
+    refused(post(address, raw), message)
+
+
+@pytest.mark.parametrize(("changes", "message"), CHAT)
+def test_bad_chats(address, changes, message: str) -> None:
+    chat = {"model": "mini", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **changes}
+    refused(post(address, chat, "chat/completions"), message)
+
+
+def test_other_refusals(address) -> None:
+    refused(post(address, body(model="gpt-9")), "'gpt-9' is not served here", 404)
+    refused(post(address, body(), kind="text/plain"), "Content-Type", 415)
+    refused(post(address, body(), "embeddings"), "Not Found", 404)
+    refused(httpx.get(f"{address}/v1/completions"), "Method Not Allowed", 405)
+
+
+def test_a_prompt_of_10_mb(address) -> None:
+    refused(post(address, body(prompt="a" * 10_000_000)), "longer than", 413)
+
+    def endless():
+        for _ in range(160):
+            yield b" " * 65536
+
+    answer = httpx.post(f"{address}/v1/completions", content=endless(), headers={"Content-Type": "application/json"})
+    refused(answer, "longer than", 413)
+
+
+def test_a_client_that_goes_in_the_middle_of_its_body(address, llm, caplog) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    for sent in (b"", b"POST", b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+                 b"Content-Length: 100\r\n\r\n{", b"\x16\x03\x01\x00\xff" * 50):  # fmt: skip
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(sent)
+    time.sleep(0.2)
+    assert httpx.get(f"{address}/health").status_code == 200
+    assert not [r for r in caplog.records if r.exc_info]
+
+
+def test_good_requests_among_bad_ones_are_answered_right(address, llm) -> None:
+    expected = post(address, body(max_tokens=8)).json()["choices"][0]["text"]
+    for raw, _ in RAW:
+        assert post(address, raw).status_code == 400
+        assert post(address, body(max_tokens=8)).json()["choices"][0]["text"] == expected
+    assert llm.batching.scheduler.slots.used == 0
+
+
+def start(port: int, grace: float = 20) -> tuple[subprocess.Popen, str]:
+    command, path = (
+        [sys.executable, "-m", "serving", str(port), str(grace)],
+        str(TESTS),
+    )
+    environment = {**os.environ, "PYTHONPATH": path}
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert program.stdout is not None
+    address = program.stdout.readline().strip()
+    assert address, program.communicate()[1]
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            assert httpx.get(f"{address}/health").status_code == 200
+            return program, address
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_killed_and_started_again_then_told_to_stop() -> None:
+    """Killed while it answers, it starts again on the same port; SIGTERM lets it finish what runs, and it exits 0."""
+    program, address = start(0)
+    with httpx.stream("POST", f"{address}/v1/completions", json=body(max_tokens=390, stream=True)) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        program.kill()
+        program.communicate(timeout=20)
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+    program, address = start(int(address.rsplit(":", 1)[1]))
+    try:
+        with httpx.stream("POST", f"{address}/v1/completions", json=body(max_tokens=200, stream=True)) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            program.send_signal(signal.SIGTERM)
+            assert "data: [DONE]" in list(lines)
+        _, err = program.communicate(timeout=20)
+    finally:
+        program.kill()
+    assert program.returncode == 0, err
+    assert "Traceback" not in err
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{address}/health")
+
+
+def test_sigterm_cancels_what_does_not_end_in_time_and_says_so() -> None:
+    program, address = start(0, grace=0)
+    try:
+        url = f"{address}/v1/completions"
+        with (
+            ThreadPoolExecutor(1) as pool,
+            httpx.stream("POST", url, json=body(max_tokens=390, stream=True), timeout=30) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            whole = pool.submit(post, address, body(max_tokens=390, prompt=["a"] * 8))
+            while "jet_requests_waiting 5" not in httpx.get(f"{address}/metrics").text:  # 9 less 4 slots
+                assert not whole.done()
+                time.sleep(0.01)
+            program.send_signal(signal.SIGTERM)
+            assert "shutting down" in [line for line in lines if line][-1]
+            refused(whole.result(), "shutting down", 503)
+        _, err = program.communicate(timeout=20)
+    finally:
+        program.kill()
+    assert program.returncode == 0, err
+    assert "Traceback" not in err
+
+
+def run_cli(monkeypatch, capsys, *args: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["jet-export", "serve", *args])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(e.value.code or 0), captured.out + captured.err
+
+
+def test_command_line(monkeypatch, capsys, tmp_path) -> None:
+    status, out = run_cli(monkeypatch, capsys, "--help")
+    assert status == 0 and "Example: jet-export serve" in out
+    for args, message in (
+        ((str(tmp_path),), "not a bundle"),
+        ((str(tmp_path), "--openai", "--triton-repo", "x"), "exclude each other"),
+        ((str(tmp_path), "--openai", "--port", "0"), "not a bundle"),
+        ((str(tmp_path), "--openai", "--port", "99999"), "--port 99999"),
+        ((str(tmp_path), "--openai", "--prefix-cache-bytes", "4GB"), "--prefix-cache-bytes 4GB: not a size"),
+        ((str(tmp_path), "--openai", "--prefix-cache-bytes", "-1"), "--prefix-cache-bytes -1: not a size"),
+    ):
+        status, out = run_cli(monkeypatch, capsys, *args)
+        assert status == 2 and message in out and "Traceback" not in out
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    status, out = run_cli(monkeypatch, capsys, str(tmp_path), "--openai")
+    assert status == 2 and "pip install 'jet-export[serve]'" in out
+
+
+def test_sizes() -> None:
+    assert [cli.parse_bytes(t, "x") for t in ("0", "123", "2K", "3m", "4G")] == [0, 123, 2048, 3 << 20, 4 << 30]
+
+
+def test_importing_jet_export_needs_no_server() -> None:
+    code = "import sys, jet_export, jet_export.cli; sys.exit(any(m in sys.modules for m in ('fastapi', 'uvicorn')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,228 @@
+"""The model repository, what requests may say, and what is asked of an installed tritonserver; no server runs here."""
+
+import os
+import socket
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.paths import DOCS
+
+pytest.importorskip("pydantic")
+
+from helpers.eager_bundle import mini_config
+
+from jet_export.cli import app as cli
+from jet_export.runtime.capacity import Serving
+from jet_export.server.triton import tritonserver
+from jet_export.server.triton.metrics import samples
+from jet_export.server.triton.repository import Repository, gpu_indices, write_repository
+from jet_export.server.triton.request import Asked, ask
+from jet_export.server.triton.tensors import INPUTS, OUTPUTS
+from jet_export.server.triton.tritonserver import Installation, Ports, check_stub, find_server, reserve
+from jet_export.utils.errors import JetExportError
+
+
+@pytest.fixture
+def bundle(monkeypatch, tmp_path):
+    """Only its manifest is read."""
+
+    class Manifest:
+        model = {"name": "mini"}  # noqa: RUF012
+        config = mini_config()
+        device = type("device", (), {"type": "cpu"})
+
+    monkeypatch.setattr("jet_export.bundle.manifest.Manifest.load", lambda directory: Manifest)
+    return tmp_path / "bundle"
+
+
+def config_of(model: Path):
+    from google.protobuf import text_format
+
+    pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    return text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
+
+
+def test_a_repository_is_what_triton_reads(bundle, tmp_path) -> None:
+    model = write_repository(tmp_path / "repo", Repository(bundle, Serving(slots=3, wait_timeout=2.5), instances=2))
+    assert [p.name for p in sorted(model.iterdir())] == ["1", "config.pbtxt"] and model.name == "mini"
+    assert len((model / "1/model.py").read_text().splitlines()) <= 60
+    config = config_of(model)
+    assert (config.name, config.backend, config.max_batch_size) == ("mini", "python", 0)
+    assert config.model_transaction_policy.decoupled
+    assert [(g.count, g.kind) for g in config.instance_group] == [(2, 2)]  # KIND_CPU
+    parameters = {k: v.string_value for k, v in config.parameters.items()}
+    assert parameters["bundle"] == str(bundle) and parameters["slots"] == "3" and parameters["wait_timeout"] == "2.5"
+    assert {i.name for i in config.input} == {t.name for t in INPUTS} and all(i.optional for i in config.input)
+    assert {o.name for o in config.output} == {t.name for t in OUTPUTS}
+
+
+def test_gpus(bundle, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["jet_export.bundle.manifest"].Manifest.load(bundle).device, "type", "cuda")
+    config = config_of(write_repository(tmp_path / "repo", Repository(bundle, instances=1, gpus=gpu_indices("0,3"))))
+    assert [(g.count, g.kind, list(g.gpus)) for g in config.instance_group] == [(1, 1, [0, 3])]
+    for text, message in (
+        ("0,x", "--gpus 0,x: not indices"),
+        ("0,0", "different indices"),
+        ("-1", "different indices"),
+    ):
+        with pytest.raises(JetExportError, match=message):
+            Repository(bundle, gpus=gpu_indices(text)).files()
+
+
+def test_written_again_replaced_and_refused(bundle, tmp_path) -> None:
+    repo, lines = tmp_path / "repo", []
+    other = repo / "other" / "1"
+    other.mkdir(parents=True)
+    (repo / "other" / "config.pbtxt").write_text("")
+    model = write_repository(repo, Repository(bundle), log=lines.append)
+    assert lines[-1] == f"Next: tritonserver --model-repository={repo}"
+    before = (model / "config.pbtxt").stat().st_mtime_ns
+    write_repository(repo, Repository(bundle), log=lines.append)
+    assert "up to date" in lines[-1] and (model / "config.pbtxt").stat().st_mtime_ns == before
+    changed = Repository(bundle, Serving(slots=2))
+    with pytest.raises(JetExportError, match=r"other settings or changed by hand.*\n.*--force"):
+        write_repository(repo, changed)
+    assert "slots" not in (model / "config.pbtxt").read_text()
+    write_repository(repo, changed, force=True)
+    assert 'key: "slots"' in (model / "config.pbtxt").read_text() and other.is_dir()
+    (model / "config.pbtxt").write_text("name: 'mini'")
+    with pytest.raises(JetExportError, match="did not write"):
+        write_repository(repo, changed, force=True)
+    home = tmp_path / "home"
+    (home / "documents").mkdir(parents=True)
+    for place in (home, tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with pytest.raises(JetExportError, match="exists and is not a model repository"):
+            write_repository(place, changed, force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home", "repo"]  # nothing half-written
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = (DOCS / "triton.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 5]
+    assert rows == [f"| `{t.name}` | {t.kind} | [{t.dim}] | {t.text} |" for t in (*INPUTS, *OUTPUTS)]
+
+
+def test_requests_say_one_thing_in_three_places() -> None:
+    assert set(t.name for t in INPUTS) - {"sampling_parameters"} <= set(Asked.model_fields)
+    asked = ask(
+        {"text_input": "a", "max_tokens": 3, "sampling_parameters": '{"max_tokens": "9", "temperature": "0.5"}'},
+        '{"temperature": 2.0, "top_k": 7, "stop": "x", "triton_enable_empty_final_response": true}',
+    )
+    p = asked.params
+    assert (p.max_new_tokens, p.sampling.temperature, p.sampling.top_k, p.stop) == (3, 0.5, 7, ("x",))
+    assert ask({"text_input": "a"}).params.sampling.greedy
+    assert ask({"text_input": "a", "top_k": 5}).params.sampling.temperature == 1
+    assert ask({"text_input": "a", "seed": 2**64 - 1}).params.sampling.seed == -1
+    assert ask({"text_input": "a", "stop_words": ["", "b"], "end_id": 3}).params.stop == ("b",)
+    assert ask({"text_input": "a", "end_id": 3, "stop_token_ids": [4]}).params.stop_ids == (4, 3)
+    assert [ask({"text_input": "a", k: True}).params.logprobs for k in ("return_log_probs", "stream")] == [0, None]
+    assert [ask({"text_input": "a", "stream": s}).with_prompt for s in (False, True)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "parameters", "message"),
+    [
+        ({}, "", "text_input or input_ids"),
+        ({"text_input": "a", "input_ids": [1]}, "", "one of the two"),
+        ({"text_input": "a"}, '{"lora_name": "x"}', "lora_name is not supported"),
+        ({"text_input": "a"}, '{"beam_width": 2}', "beam_width"),
+        ({"text_input": "a"}, '{"min_tokens": 5}', "min_tokens"),
+        ({"text_input": "a"}, '{"presence_penalty": 0.1}', "presence_penalty"),
+        ({"text_input": "a"}, '{"bad_words": "no"}', "bad_words"),
+        ({"text_input": "a"}, '{"max_tokens": "many"}', "max_tokens"),
+        ({"text_input": "a"}, "[", "parameters is not JSON"),
+        ({"text_input": "a", "sampling_parameters": "[" * 100_000}, "", "sampling_parameters is not JSON"),
+        ({"text_input": "a", "sampling_parameters": "3"}, "", "sampling_parameters is not a JSON object"),
+        ({"text_input": "a", "temperature": float("nan")}, "", "temperature nan"),
+        ({"text_input": "a", "repetition_penalty": float("inf")}, "", "repetition_penalty inf"),
+        ({"text_input": "a", "max_tokens": -1}, "", "max_new_tokens is -1"),
+        ({"text_input": "a", "stop_words": ["x" * 300]}, "", "stop: at most"),
+    ],
+)
+def test_bad_requests(tensors, parameters, message: str) -> None:
+    with pytest.raises(JetExportError, match=message):
+        _ = ask(tensors, parameters).params
+
+
+def test_samples_of_prometheus_text() -> None:
+    text = '# HELP a_b Words here.\n# TYPE a_b histogram\na_b_bucket{le="0.5"} 2\na_b_sum 1.5\n'
+    assert list(samples(text)) == [
+        ("a_b_bucket", "histogram", "Words here.", {"le": "0.5"}, 2.0),
+        ("a_b_sum", "histogram", "Words here.", {}, 1.5),
+    ]
+
+
+def installation(tmp_path, stub: str) -> Installation:
+    """A server whose stub is a shell script."""
+    server = Installation(tmp_path / "bin" / "tritonserver", tmp_path / "backends")
+    server.stub.parent.mkdir(parents=True)
+    server.stub.write_text("#!/bin/sh\n" + stub)
+    server.stub.chmod(server.stub.stat().st_mode | stat.S_IXUSR)
+    return server
+
+
+def test_a_stub_of_another_python_numpy_or_machine_is_refused(tmp_path, monkeypatch) -> None:
+    ours = f"# libpython{tritonserver.PYTHON} numpy._core\nexit 1\n"
+    check_stub(installation(tmp_path / "ok", ours))
+    with pytest.raises(JetExportError, match=r"is for Python 3.6, and this is Python"):
+        check_stub(installation(tmp_path / "python", "# libpython3.6m.so numpy._core\n"))
+    with pytest.raises(JetExportError, match=r"does not start: .*libpython3.*not found.*\n.*libpython"):
+        check_stub(installation(tmp_path / "library", "echo libpython3.so: not found >&2; exit 127 # numpy._core\n"))
+    monkeypatch.setattr("numpy.__version__", "2.3.5")
+    with pytest.raises(JetExportError, match=r"numpy 1 only, and this is numpy 2.3.5.*\n.*pip install 'numpy<2'"):
+        check_stub(installation(tmp_path / "numpy", ours.replace("numpy._core", "")))
+    with pytest.raises(JetExportError, match="has no Python backend"):
+        check_stub(Installation(tmp_path / "tritonserver", tmp_path / "none"))
+
+
+def test_where_a_server_is_found(tmp_path, monkeypatch) -> None:
+    server = installation(tmp_path, f"# libpython{tritonserver.PYTHON} numpy._core\nexit 1\n")
+    server.binary.parent.mkdir()
+    server.binary.write_text("#!/bin/sh\n")
+    server.binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(server.binary.parent))
+    assert find_server(tmp_path / "scratch") == server
+    assert server.environment()["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(tritonserver, "find_spec", lambda name: None)
+    with pytest.raises(JetExportError, match=r"no tritonserver is installed.*\n.*jet-export\[serve\].*--openai"):
+        find_server(tmp_path)
+
+
+def test_ports() -> None:
+    free = reserve("127.0.0.1", Ports(http=0, grpc=0, metrics=0))
+    assert len({free.http, free.grpc, free.metrics}) == 3 and min(free.http, free.grpc, free.metrics) > 0
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(JetExportError, match=f"--grpc-port {port}: .*in use.*\n.*0 picks a free one"):
+            reserve("127.0.0.1", Ports(http=0, grpc=port, metrics=0))
+    with pytest.raises(JetExportError, match="--metrics-port 99999"):
+        reserve("127.0.0.1", Ports(http=0, grpc=0, metrics=99999))
+    with pytest.raises(JetExportError, match="--http-port"):
+        reserve("no.such.host.invalid", Ports(http=0, grpc=0, metrics=0))
+
+
+def test_command_line(bundle, tmp_path, monkeypatch, capsys) -> None:
+    def run(*args: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["jet-export", "serve", str(bundle), *args])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(e.value.code or 0), captured.out + captured.err
+
+    status, out = run("--triton-repo", str(tmp_path / "repo"), "--instances", "2")
+    assert status == 0 and (tmp_path / "repo/mini/1/model.py").is_file() and "--rate-limit=execution_count" in out
+    for args, message in (
+        (("--instances", "0"), "--instances 0"),
+        (("--triton-repo", str(tmp_path)), "not a model repository"),
+        (("--gpus", "a"), "--gpus a"),
+    ):
+        status, out = run(*args)
+        assert status == 2 and message in out and "Traceback" not in out
+    monkeypatch.setattr(tritonserver, "find_server", lambda scratch: installation(tmp_path, ""))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, out = run("--http-port", str(taken.getsockname()[1]))
+    assert status == 2 and "in use" in out
