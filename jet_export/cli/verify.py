@@ -34,9 +34,17 @@ def verify(
     """Compare a bundle's engine with the PyTorch model, state by state; exit status 1 where it fails, and with --ladder
     3 where nothing failed but a rung could not run."""
     if ladder:
-        from jet_export.cli.ladder import run_ladder
+        from jet_export.ladder.climb import LadderOptions
 
-        raise typer.Exit(run_ladder(bundle, json_file, tensorrt_headers, fetch_headers, text, seed, typer.echo))
+        options = LadderOptions(
+            bundle=bundle,
+            report=json_file or LADDER_REPORT,
+            tensorrt_headers=tensorrt_headers,
+            fetch_headers=fetch_headers,
+            text=text,
+            seed=seed,
+        )
+        raise typer.Exit(run_ladder(options, typer.echo))
     if bundle is None:
         raise JetExportError("verify: which bundle?", "Name one made by `jet-export build`, or pass --ladder.")
     if tensorrt_headers or fetch_headers:

@@ -60,7 +60,7 @@ LOAD_PROBE = """
 import sys
 from pathlib import Path
 import torch
-from jet_export.runtime.engine import Package
+from jet_export.backends.inductor.engine import Package
 for path in sys.argv[2:]:
     Package(Path(path), torch.device(sys.argv[1]))
 """
