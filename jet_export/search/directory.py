@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import existing, write_atomically
 
-if TYPE_CHECKING:
-    from jet_export.search.run import Search
-
 RECORD = "search.json"
 
 
-def check_output(search: Search, resume: bool) -> None:
-    """Raises JetExportError where the output holds anything else than this search, to `resume`, or cannot be made."""
-    record = search.output / RECORD
-    there = existing(search.output)
+def check_output(output: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Raises JetExportError where `output` holds anything but the search of this identity, to `resume`, or cannot be
+    made."""
+    record = output / RECORD
+    there = existing(output)
     if not there.is_dir():
-        raise JetExportError(f"--output {search.output}: {there} is no directory.", "Choose another place.")
+        raise JetExportError(f"--output {output}: {there} is no directory.", "Choose another place.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise JetExportError(f"--output {search.output}: {there} cannot be written to.", "Choose another place.")
+        raise JetExportError(f"--output {output}: {there} cannot be written to.", "Choose another place.")
     if record.exists():
         try:
             before = json.loads(record.read_text())
         except (ValueError, OSError):
             before = {}
         before = before if isinstance(before, dict) else {}
-        differing = sorted(k for k, v in search.identity().items() if before.get(k) != v)
+        differing = sorted(k for k, v in identity.items() if before.get(k) != v)
         if differing:
-            raise JetExportError(f"{search.output}: holds another search ({', '.join(differing)} differ).",
+            raise JetExportError(f"{output}: holds another search ({', '.join(differing)} differ).",
                                  "Pass another --output DIR.")  # fmt: skip
         if not resume:
-            raise JetExportError(f"{search.output}: holds this search already.",
+            raise JetExportError(f"{output}: holds this search already.",
                                  "Pass --resume to go on with it, or another --output DIR.")  # fmt: skip
-    elif search.output.exists() and any(search.output.iterdir()):
-        raise JetExportError(f"--output {search.output}: is not empty and holds no search.", "Choose another place.")
+    elif output.exists() and any(output.iterdir()):
+        raise JetExportError(f"--output {output}: is not empty and holds no search.", "Choose another place.")
 
 
-def open_output(search: Search) -> None:
-    """The output directory with the search's identity."""
-    search.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(search.output / RECORD, json.dumps(search.identity(), indent=1, allow_nan=False) + "\n")
+def open_output(output: Path, identity: dict[str, Any]) -> None:
+    """Make the output directory, with the search's identity in it."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / RECORD, json.dumps(identity, indent=1, allow_nan=False) + "\n")

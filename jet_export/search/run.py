@@ -187,10 +187,10 @@ def check_fp8(space: Space, space_file: Path, device: torch.device) -> None:
 def run_search(search: Search, emit: Callable[[str], None], hands: Hands | None = None) -> Search:
     """Sample, measure, choose. Files are written by output.write_results."""
     start = time.monotonic()
-    check_output(search, search.options.resume)
+    check_output(search.output, search.identity(), search.options.resume)
     refuse_all(search)  # where no point is left, nothing is created
     database = Database(search.database_file)
-    open_output(search)
+    open_output(search.output, search.identity())
     workshop = open_workshop(search, database, hands, emit)
     try:
         search_with(search, workshop, emit)
@@ -220,7 +220,7 @@ def build_engines(search: Search, emit: Callable[[str], None], hands: Hands | No
     if search.sampler != "exact":
         raise JetExportError("--build-only: the points of a sampled space are not known before others are measured.",
                              "Leave it out, or make the space smaller.")  # fmt: skip
-    check_output(search, resume=True)
+    check_output(search.output, search.identity(), resume=True)
     refuse_all(search)
     able = [e for e in search.evaluations.values() if not e.refused and e.score is not None]
     best = sorted(able, key=lambda e: -(e.score or 0.0))[: search.options.whole]
