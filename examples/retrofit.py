@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +169,7 @@ def save(model: JetTiny, config: JetNemotronConfig, checkpoint: Path, output: Pa
     config.save(output / "config.json")
 
 
-TOY = {
+TOY: dict[str, Any] = {
     "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True, "max_position_embeddings": 512,

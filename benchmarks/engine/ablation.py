@@ -4,8 +4,9 @@
 
 Rows: eager PyTorch, torch.compile, engine bf16, engine FP8, + FP8 KV cache, + bf16 state. The last only if bf16 passed
 its gate (results/cpu/state_precision.json); otherwise it is listed as left out, with the reason. Eager and
-torch.compile run without CUDA graphs, engines with them. Every row is verified first (jet-export verify's stages against the eager
-model) and gives no figure where that fails. A case is batch:context:chunk, filled as `jet-export bench` does.
+torch.compile run without CUDA graphs, engines with them. Every row is verified first (jet-export verify's stages
+against the eager model) and gives no figure where that fails. A case is batch:context:chunk, filled as
+`jet-export bench` does.
 """
 
 from __future__ import annotations

@@ -1,24 +1,21 @@
 """bf16 error against fp64 of our chunked gated delta rule and of FLA's, on the same inputs; H200/H100 only.
 
-    python benchmarks/kernels/accuracy_vs_fla.py [--output benchmarks/results/h200/accuracy_vs_fla.json]
+    python benchmarks/kernels/accuracy_vs_fla.py [--output FILE]
 
 Gates: `init` as the published initialisation gives them, `slow` almost no decay (long memory), `fast` decay to nothing
 within tokens; `equal keys` has every token write to nearly the same key, where the delta rule's inverse matters most.
 Exit status 1 where ours is worse than FLA's by more than 2 percent, which is what one draw of inputs varies by.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
+from arguments import output_of, parser_of
 from fla_pinned import import_fla, rule_inputs
 from torch import Tensor
 
 from jet_export.kernels.gated_delta_rule import chunk_gated_delta_rule_ref
-from jet_export.utils.environment import device_slug, write_result
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from jet_export.utils.environment import write_result
 
 SHAPES = [(12, 96, 256), (16, 128, 256)]
 CASES = ["init", "slow", "fast", "equal keys"]
@@ -42,10 +39,9 @@ def rel(a: Tensor, b: Tensor) -> float:
 def compare(fla, case: str, T: int, H: int, K: int, V: int) -> dict:
     q, k, v, beta, g = inputs(case, T, H, K, V)
     S = torch.randn(1, H, K, V, device="cuda")
-    o, state = chunk_gated_delta_rule_ref(*(x.double() for x in (q, k, v, beta, g, S)))
-    i32 = {"device": "cuda", "dtype": torch.int32}
-    pool, one = S.clone(), torch.ones(1, **i32)
-    bounds = torch.tensor([0, T], **i32)
+    o, state = chunk_gated_delta_rule_ref(*[x.double() for x in (q, k, v, beta, g, S)])
+    pool, one = S.clone(), torch.ones(1, device="cuda", dtype=torch.int32)
+    bounds = torch.tensor([0, T], device="cuda", dtype=torch.int32)
     ours = torch.ops.jet.gated_delta_rule(*(x[0] for x in (q, k, v, beta, g)), pool, bounds, one * 0, one, False)
     theirs, their_state = fla.chunk_gated_delta_rule(
         q, k, v, g, beta, initial_state=S, output_final_state=True, use_qk_l2norm_in_kernel=True
@@ -58,8 +54,7 @@ def compare(fla, case: str, T: int, H: int, K: int, V: int) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", default=RESULTS / device_slug() / "accuracy_vs_fla.json")
+    parser = parser_of(__doc__, "accuracy_vs_fla")
     options = parser.parse_args()
     fla = import_fla()
     if fla is None:
@@ -69,7 +64,7 @@ def main() -> int:
         errors = "; ".join(f"{n} ours {row[n]['ours']:.3e} fla {row[n]['fla']:.3e}" for n in ("o", "state"))
         print(f"{row['case']} T{row['T']} K{row['K']} V{row['V']}: {errors}")
     worse = [row for row in rows for n in ("o", "state") if not row[n]["ours"] <= 1.02 * row[n]["fla"]]
-    write_result(options.output, {"dtype": "bfloat16", "fla": "0.6.0", "rows": rows, "worse": len(worse)})
+    write_result(output_of(options), {"dtype": "bfloat16", "fla": "0.6.0", "rows": rows, "worse": len(worse)})
     print(f"{len(worse)} of {2 * len(rows)} errors are larger than FLA's")
     return 1 if worse else 0
 

@@ -2,9 +2,12 @@
 
 Kept are the candidates that its autotuner picks among on Hopper for these head sizes; where several can win (the state
 recurrence, the output kernel, the WY kernels) more than one stays, and FLA's own autotuner chooses.
-`python fla_pinned.py H K V` compiles them into Triton's cache and times nothing.
+As a program it compiles them into Triton's cache and times nothing:
+
+    python benchmarks/kernels/fla_pinned.py H K V
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -64,7 +67,10 @@ def rule_inputs(B: int, T: int, H: int, K: int, V: int, seed: int = 0) -> tuple:
 
 
 if __name__ == "__main__":
-    H, K, V = map(int, sys.argv[1:4])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("H", "K", "V"):
+        parser.add_argument(name, type=int)
+    H, K, V = vars(parser.parse_args()).values()
     rule = import_fla(compile_only=True)
     if rule is not None:
         for B, T in ((1, 128), (2, 128)):

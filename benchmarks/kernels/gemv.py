@@ -1,6 +1,6 @@
 """Linear layers of one token: jet::gemv in every tile size beside the library's product, jet-2b's sizes, one GPU.
 
-    python benchmarks/kernels/gemv.py [--tiles all] [--output benchmarks/results/gemv.json]
+    python benchmarks/kernels/gemv.py [--tiles all] [--output FILE]
 
 Times are a call's in a CUDA graph over copies of the weights that do not fit L2, launch gaps included. The roofline is
 reading W once at copy speed. --tiles table (the default): the configuration in use; all: every candidate, for
@@ -9,31 +9,24 @@ kernels/configs.json. The library's FP8 product is also timed with 16, 64 and 12
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import lacks_gpu, output_of, parser_of
+from candidates import CANDIDATES, GEMV_SIZES
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tune import CANDIDATES
 
 from jet_export.bench import timer
 from jet_export.kernels import configs
 from jet_export.kernels.gemv import gemv_ref
-from jet_export.utils.environment import device_slug, write_result
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from jet_export.utils.environment import write_result
 
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
-SIZES = {  # out_features, in_features
-    "in_proj": (8832, 1536), "w2": (12288, 384), "o_proj": (1536, 3072), "gate_up_proj": (17920, 1536),
-    "down_proj": (1536, 8960), "lm_head": (151936, 1536),
-}  # fmt: skip
 COPIES = 2.4e8  # bytes of weights that a graph walks through
 BOUND = 5e-3  # of bf16 results
 
@@ -46,7 +39,7 @@ def library(x: Tensor, w: Tensor, one: Tensor) -> Tensor:
 
 def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: float) -> dict[str, Any]:
     """Microseconds of every variant of one layer; a wrong one raises."""
-    N, K = SIZES[name]
+    N, K = GEMV_SIZES[name]
     nbytes = N * K * dtype.itemsize
     copies = max(2, min(40, int(COPIES / nbytes)))
     weights = [torch.randn(N, K, device="cuda", dtype=BF16).to(dtype) for _ in range(copies)]
@@ -88,22 +81,21 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "gemv")
     parser.add_argument("--tiles", choices=("table", "all"), default="table")
-    parser.add_argument("--output", type=Path, default=RESULTS / device_slug() / "gemv.json")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("gemv.py times kernels on a GPU, and torch sees none.", file=sys.stderr)
+    if lacks_gpu("gemv.py"):
         return 2
+    output = output_of(options)
     torch.manual_seed(0)
     copy = timer.copy_speed()
     results: list[dict[str, Any]] = []
-    for name, dtype in itertools.product(SIZES, (FP8, BF16)):
+    for name, dtype in itertools.product(GEMV_SIZES, (FP8, BF16)):
         if name == "lm_head" and dtype == FP8:
             continue
         results.append(measure(name, dtype, CANDIDATES["gemv"] if options.tiles == "all" else [], copy))
         torch.cuda.empty_cache()
-        write_result(options.output, {"copy_bytes_per_s": copy, "layers": results})
+        write_result(output, {"copy_bytes_per_s": copy, "layers": results})
     show(results)
     return 0
 

@@ -1,6 +1,6 @@
 """The plugins on meaningless batch tensors, under compute-sanitizer and timed; needs a GPU.
 
-    python benchmarks/kernels/hostile_enqueues.py [--fetch-headers] [--output benchmarks/results/hostile-enqueues.json]
+    python benchmarks/kernels/hostile_enqueues.py [--fetch-headers] [--output FILE]
 
 A TensorRT builder may time plugins on whatever lies in memory. Each plugin of jet-2b and jet-4b (bf16 and FP8 cache) is
 enqueued with random, negative, huge and falling cu_seqlens, slots, context_lens and block_table. Two passes, a process
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import output_of, parser_of
 from cuda_tools import find
 
 from jet_export.ladder.inputs import HOSTILE, attributes_of, node_of, random_inputs
@@ -132,8 +133,7 @@ def memcheck(sanitizer: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="benchmarks/results/hostile-enqueues.json")
+    parser = parser_of(__doc__, "hostile-enqueues")
     parser.add_argument("--tensorrt-headers", default=None)
     parser.add_argument("--fetch-headers", action="store_true")
     parser.add_argument("--seeds", type=int, default=10)
@@ -152,10 +152,11 @@ def main() -> int:
     status, said, rows = child([], {}, [*arguments, "--timed", "--seeds", str(o.seeds)])
     timed = {"passed": status == 0 and all(row["bounded"] for row in rows), "rows": rows,
              "said": [] if status == 0 else said.strip().splitlines()[-40:]}  # fmt: skip
+    output = output_of(o)
     checked = memcheck(sanitizer, arguments)
     passed = bool(timed["passed"] and checked["passed"])
-    write_result(o.output, {"passed": passed, "memcheck": checked, "timed": timed})
-    print(f"{'PASSED' if passed else 'FAILED'}: memcheck {checked['errors']} errors; {o.output}")
+    write_result(output, {"passed": passed, "memcheck": checked, "timed": timed})
+    print(f"{'PASSED' if passed else 'FAILED'}: memcheck {checked['errors']} errors; {output}")
     return 0 if passed else 1
 
 

@@ -1,7 +1,7 @@
 """Speed of every kernel on this GPU in one table, beside FLA, SGLang's JetBlock, SDPA's flash attention and FlashInfer
 where installed.
 
-    python benchmarks/kernels/kernels.py [--models 2b,4b] [--parts block,attention,sglang] [--output RESULTS.json]
+    python benchmarks/kernels/kernels.py [--models 2b,4b] [--parts block,attention,sglang] [--output FILE]
 
 Correctness comes first, and without it there are no figures. Prefill is timed per call, decode per layer in a CUDA
 graph that walks through several layers' states, so that they do not stay in L2. The roofline is the slower of moving
@@ -14,15 +14,14 @@ attention: kernels_attention.py; of all: tune.py. JSON and a picture are written
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import kernels_attention as attention
 import torch
+from arguments import lacks_gpu, output_of, parser_of
 from fla_pinned import import_fla, rule_inputs
 from kernels_table import KernelRow, draw, row, show, to_dicts
 from sglang_path import import_sglang, jet_block_path
@@ -31,9 +30,7 @@ from torch import Tensor
 from jet_export.bench import timer
 from jet_export.kernels.attention import rope_ref
 from jet_export.kernels.jet_block import jet_block_ref
-from jet_export.utils.environment import device_slug, environment, write_result
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from jet_export.utils.environment import environment, write_result
 
 DEVICE = "cuda"
 MODELS = {"2b": (12, 96, 256), "4b": (16, 128, 256)}  # H, K, V
@@ -269,14 +266,13 @@ def flashinfer_decode(args: list) -> Callable[[], Tensor]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "kernels")
     parser.add_argument("--models", default="2b,4b")
     parser.add_argument("--parts", default="block,attention,sglang")
-    parser.add_argument("--output", type=Path, default=RESULTS / device_slug() / "kernels.json")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("kernels.py times kernels on a GPU, and torch sees none.", file=sys.stderr)
+    if lacks_gpu("kernels.py"):
         return 2
+    output = output_of(options)
     torch.manual_seed(0)
     models, parts = options.models.split(","), options.parts.split(",")
     result: dict[str, Any] = {
@@ -308,11 +304,11 @@ def main() -> int:
                       lambda m=model: attention_decode(m, (copy, matmul))]  # fmt: skip
         for step in steps:
             rows += step()
-            write_result(options.output, {**result, "rows": to_dicts(rows)})
+            write_result(output, {**result, "rows": to_dicts(rows)})
             torch.cuda.empty_cache()
     show(rows)
     try:
-        draw(options.output.with_suffix(".png"), rows, environment())
+        draw(output.with_suffix(".png"), rows, environment())
     except ImportError:
         print("no picture: matplotlib is not installed (pip install 'jet-export[bench]')")
     return 0

@@ -8,16 +8,15 @@ roped q, k, v in the same process. Decode times a CUDA graph of calls on differe
 and divides the key and value bytes that must be read by the time.
 """
 
-import argparse
 import functools
 import multiprocessing
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from arguments import lacks_gpu, output_of, parser_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,9 +24,7 @@ from jet_export.bench import timer
 from jet_export.kernels.attention import attention_ref, rope_ref
 from jet_export.kernels.attention_decode import DecodeConfig, attention_decode_triton
 from jet_export.kernels.attention_prefill import PrefillConfig, attention_prefill_triton
-from jet_export.utils.environment import device_slug, write_result
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from jet_export.utils.environment import write_result
 
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 NAMES = {BF16: "bf16", FP32: "fp32", FP8: "fp8"}
@@ -243,10 +240,12 @@ def precompile(sweep: bool) -> set:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, "kernels_attention")
     parser.add_argument("--sweep", action="store_true", help="also time every configuration of the sweep lists")
-    parser.add_argument("--output", type=Path, default=RESULTS / device_slug() / "kernels_attention.json")
     options = parser.parse_args()
+    if lacks_gpu("kernels_attention.py"):
+        sys.exit(2)
+    output = output_of(options)
     torch.manual_seed(0)
     t = time.time()
     runs = precompile(options.sweep)
@@ -262,7 +261,7 @@ def main() -> None:
     print(f"copy {copy / 1e12:.2f} TB/s, {time.time() - t:.0f} s", flush=True)
     result: dict[str, Any] = {"copy_tb_s": copy / 1e12, "checks": checks}
     result["prefill"] = bench_prefill(options.sweep, runs)
-    write_result(options.output, result)
+    write_result(output, result)
     for r in result["prefill"]:
         print(
             f"{r['model']} B{r['batch']} T{r['tokens']} +{r['context']:<6} {r['variant']:32} {r['ms']:8.3f} ms"
@@ -270,7 +269,7 @@ def main() -> None:
         )
     print(f"{time.time() - t:.0f} s", flush=True)
     result["decode"] = bench_decode(copy, options.sweep, runs)
-    write_result(options.output, result)
+    write_result(output, result)
     for r in result["decode"]:
         keys = "ragged" if r["ragged"] else f"window {r['window']}" if r["window"] else "all"
         print(

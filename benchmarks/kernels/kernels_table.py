@@ -5,8 +5,8 @@ python benchmarks/kernels/kernels_table.py RESULTS.json      # print and draw a 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def draw(path: Path, rows: list[KernelRow], environment: dict[str, str]) -> None
     cases = list(dict.fromkeys((r.kernel, r.model, r.shape, r.dtypes) for r in rows))
     figure, axis = plt.subplots(figsize=(11, 1 + 0.45 * len(cases)))
     variants = list(dict.fromkeys(r.variant for r in rows))
-    colours = dict(zip(variants, plt.colormaps["tab10"].colors, strict=False))
+    colours = dict(zip(variants, map(plt.colormaps["tab10"], range(10)), strict=False))
     shown: set[str] = set()
     for y, case in enumerate(cases):
         mine = [r for r in rows if (r.kernel, r.model, r.shape, r.dtypes) == case]
@@ -122,9 +122,9 @@ def to_dicts(rows: list[KernelRow]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    file = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    file = parser.parse_args().results
     found, where = read(file)
     show(found)
     draw(file.with_suffix(".png"), found, where)

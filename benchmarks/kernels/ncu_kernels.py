@@ -1,6 +1,6 @@
 """What the kernels wait for: Nsight Compute's counters of every kernel of a JetBlock, as a table and JSON.
 
-    python benchmarks/kernels/ncu_kernels.py [--models 2b,4b] [--output benchmarks/results/ncu_kernels.json]
+    python benchmarks/kernels/ncu_kernels.py [--models 2b,4b] [--output FILE]
 
 For each kernel: time, bytes moved to and from memory and their rate, registers, resident warps, how busy the tensor
 cores are, and the reasons for which warps stall, the largest first (cycles a warp waits per instruction it issues). ncu
@@ -10,15 +10,13 @@ the clocks of the moment; kernels.py's are the ones to quote.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from arguments import output_of, parser_of
 
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 METRICS = {
@@ -101,11 +99,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "ncu")
     parser.add_argument("--models", default="2b,4b")
     parser.add_argument("--ncu", help="path of ncu")
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--output", type=Path, help="default: results/<gpu>/ncu.json")
     parser.add_argument("--cases", action="store_true", help="run the cases here, without ncu")
     options = parser.parse_args()
     models = options.models.split(",")
@@ -118,7 +115,7 @@ def main() -> int:
     if ncu is None:
         print("ncu is not on the PATH nor in $CUDA_HOME/bin: it comes with the CUDA toolkit.", file=sys.stderr)
         return 2
-    from jet_export.utils.environment import device_slug, write_result
+    from jet_export.utils.environment import write_result
 
     metrics = [*METRICS.values(), *(f"smsp__average_warps_issue_stalled_{r}_per_issue_active.ratio" for r in REASONS)]
     child = [sys.executable, __file__, "--cases", "--models", options.models]
@@ -137,7 +134,7 @@ def main() -> int:
             case = next(cases, "?")
         names.append(case)
     rows = [{"case": c, **r} for c, r in zip(names, rows, strict=True)]
-    write_result(options.output or RESULTS / device_slug() / "ncu.json", {"kernels": rows})
+    write_result(output_of(options), {"kernels": rows})
     show(rows)
     return 0
 

@@ -21,7 +21,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from arguments import output_of, parser_of
+
 BOUND = 2e-2  # of bf16 results; what is looked for here is memory, and a NaN
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) (?:error|hazard)")
@@ -109,12 +110,11 @@ def names_of(only: str, processes: int, device: str = "cuda") -> list[str] | Non
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "sanitize")
     parser.add_argument("--tools", default="memcheck,racecheck")
     parser.add_argument("--only", default="", help="problems whose name contains this")
     parser.add_argument("--seconds", type=float, default=900, help="of each tool")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
-    parser.add_argument("--output", type=Path, help="default: results/<gpu>/sanitize.json")
     parser.add_argument("--problems", action="store_true", help="run the problems here, under no tool")
     parser.add_argument("--device", default="cuda", help="with --problems; cpu: small ones, by Triton's interpreter")
     parser.add_argument("--processes", type=int, default=4, help="side by side")
@@ -141,7 +141,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    from jet_export.utils.environment import device_slug, write_result
+    from jet_export.utils.environment import write_result
 
     names = names_of(options.only, options.processes)
     if names is None:
@@ -157,7 +157,7 @@ def main() -> int:
         verdict = "clean" if r["clean"] else f"NOT CLEAN: {r['errors']} errors, exit status {r['exit_status']}"
         verdict += f", not finished: {', '.join(r['unfinished'])}" if r["unfinished"] else ""  # type: ignore[arg-type]
         print(f"{tool}: {verdict}; {len(r['problems'])} problems in {r['seconds']} s", flush=True)  # type: ignore[arg-type]
-        write_result(options.output or RESULTS / device_slug() / "sanitize.json", {"results": results})
+        write_result(output_of(options), {"results": results})
     return 0 if all(r["clean"] for r in results) else 1
 
 

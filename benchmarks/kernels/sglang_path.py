@@ -163,7 +163,7 @@ def jet_block_path(sglang: Any, args: tuple, decode: bool) -> tuple[Callable[[],
         o_norm=norm, A_log=A_log, dt_bias=dt_bias, conv_size=conv.kernel_size, head_k_dim=K, head_v_dim=V, num_heads=H,
         total_k_dim=Q, total_v_dim=D, layer_id=0,
     )  # fmt: skip
-    linear = LinearBackend()
+    linear: Any = LinearBackend()
     linear.forward_metadata = SimpleNamespace(mamba_cache_indices=slots, query_start_loc=cu_seqlens)
     linear.req_to_token_pool = SimpleNamespace(mamba2_layer_cache=lambda layer: cache)
     batch = SimpleNamespace(extend_seq_lens=None if decode else lens, batch_size=len(lens))
@@ -176,7 +176,7 @@ def jet_block_path(sglang: Any, args: tuple, decode: bool) -> tuple[Callable[[],
     return run, cache
 
 
-def made(cls: type, **attributes: Any) -> Any:
+def made(cls: Any, **attributes: Any) -> Any:
     """An instance of a torch module without its own __init__, which would build linear layers."""
     module = cls.__new__(cls)
     nn.Module.__init__(module)

@@ -6,13 +6,12 @@ For each op and model, every candidate is first compared with the configuration 
 reference): one that does not compile, does not fit or differs by more than rounding is left out. The others are timed
 in turn, as CUDA graphs, on the op's workloads; a candidate's score is the geometric mean of its time over that of the
 configuration in use. A rule is written only for a candidate that is faster by MIN_GAIN. Without --write the table stays
-as it is and the rules are only printed. All times: results/tune_<gpu>.json.
+as it is and the rules are only printed. All times: benchmarks/results/<gpu>/tune.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import subprocess
@@ -26,46 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import ROOT, lacks_gpu, output_of, parser_of
+from candidates import CANDIDATES, GEMV_SIZES
 
 from jet_export.bench import timer
 from jet_export.kernels import configs
-from jet_export.utils.environment import device_slug, write_result
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from jet_export.utils.environment import write_result
 
 MIN_GAIN = 0.03
 ROUNDING = 2**-7  # relative difference of two correct bf16 results
 HEADS = {"2b": (12, 2), "4b": (16, 2), "qwen3-1.7b": (16, 8)}
 DELTA = {"2b": (12, 96, 256), "4b": (16, 128, 256)}
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
-
-CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "attention_decode": [
-        dict(BN=bn, num_warps=w, num_stages=s, programs_per_sm=p)
-        for bn, w, s, p in itertools.product((64, 128), (4, 8), (2, 3, 4), (4, 8))
-    ],
-    "attention_prefill": [
-        dict(BM=bm, BN=bn, num_warps=w, num_stages=s)
-        for bm, bn, w, s in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))
-    ],
-    "rope_append": [dict(BT=bt, num_warps=w) for bt, w in itertools.product((8, 16, 32, 64), (2, 4, 8))],
-    "delta_rule_prepare": [dict(BT=64, num_warps=w, num_stages=1) for w in (2, 4, 8)],
-    "delta_rule_scan": [
-        dict(BV=bv, STAGES=s, num_warps=max(4, bv // 16)) for bv, s in itertools.product((32, 64, 128), (1, 2, 3, 4))
-    ],
-    "delta_rule_decode": [
-        dict(BV=bv, num_warps=w)
-        for bv, w in itertools.product((16, 32, 64, 128, 256), (2, 4, 8, 16))
-        if 8 <= bv * 4 // w <= 64
-    ],
-    "dynamic_conv": [dict(BT=bt, BD=bd) for bt, bd in itertools.product((4, 8, 16, 32), (32, 64, 128, 256))],
-    "gated_rms_norm": [dict(BR=br) for br in (1, 2, 4, 8, 16, 32)],
-    "gemv": [
-        dict(BN=bn, BK=bk, STAGES=s, num_warps=w)
-        for bn, bk, w, s in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (4, 8), (1, 3))
-        if 16 <= bn * bk // (32 * w) <= 64
-    ],
-}
 
 
 @dataclass
@@ -152,10 +123,8 @@ def block_tasks(model: str) -> list[Task]:
 
 
 def gemv_tasks(model: str) -> list[Task]:
-    from gemv import SIZES
-
     tasks = []
-    for N, K in SIZES.values() if model == "2b" else ():
+    for N, K in GEMV_SIZES.values() if model == "2b" else ():
         for dtype in (BF16, FP8):
             weights = [
                 torch.randn(N, K, device="cuda", dtype=BF16).to(dtype) for _ in range(max(1, int(1e8 / (N * K))))
@@ -276,22 +245,20 @@ def rule_of(task: Task, sm: int, source: str) -> tuple[dict[str, Any] | None, fl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "tune")
     parser.add_argument("--ops", default=",".join(configs.OPS))
     parser.add_argument("--models", default="2b,4b")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile the candidates beforehand")
     parser.add_argument("--compile", help=argparse.SUPPRESS)  # I/N: every N-th candidate from the I-th, and stop
     parser.add_argument("--write", action="store_true", help="change kernels/configs.json")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     ops = options.ops.split(",")
     unknown = [op for op in ops if op not in configs.OPS] + [m for m in options.models.split(",") if m not in HEADS]
     if unknown:
         print(f"{unknown[0]}: not known. Ops: {', '.join(configs.OPS)}. Models: {', '.join(HEADS)}.", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
-        print("tune.py times kernels on a GPU, and torch sees none.", file=sys.stderr)
+    if lacks_gpu("tune.py"):
         return 2
     if options.compile:
         compile_share(options.models.split(","), ops, *map(int, options.compile.split("/")))
@@ -300,7 +267,8 @@ def main() -> int:
         compile_ahead(options)
     sm = configs.current_sm()
     assert sm is not None
-    output = options.output or RESULTS / device_slug() / "tune.json"
+    output = output_of(options)
+    source = str(output.resolve().relative_to(ROOT)) if output.resolve().is_relative_to(ROOT) else output.name
     deadline = time.monotonic() + 60 * options.minutes
     torch.manual_seed(0)
     rules: list[dict[str, Any]] = []
@@ -311,7 +279,7 @@ def main() -> int:
                 if task.op not in ops or any((r["op"], r["where"]) == (task.op, task.where) for r in done):
                     continue
                 tune(task, deadline)
-                rule, ratio = rule_of(task, sm, f"benchmarks/results/{output.name}")
+                rule, ratio = rule_of(task, sm, source)
                 rules += [rule] if rule else []
                 figures = {"times_ms": task.times, "left_out": task.left_out, "rule": rule, "ratio": ratio}
                 done.append({"op": task.op, "model": model, "where": task.where, "in_use": current(task), **figures})

@@ -62,7 +62,7 @@ class Outcome:
 def steps(out: Path, bundles: Path) -> list[Step]:
     """In order of what the next figures depend on."""
 
-    def script(name: str, *args: str | Path) -> list[str]:
+    def script(name: str, *args: str | Path | int) -> list[str]:
         return [PYTHON, str(BENCHMARKS / name), *map(str, args)]
 
     def build(name: str) -> list[str]:

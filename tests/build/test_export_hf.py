@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fp8_models import CALIBRATION, CONFIG, TEXT, model_of
-from safetensors import safe_open
+from helpers.golden import tensors_of
+from helpers.paths import with_helpers
 from torch import Tensor, nn
 
 from jet_export.build.export_hf import check_output, run_export, save_unified
@@ -24,16 +25,6 @@ from jet_export.quantization.calibrate import quiet
 from jet_export.quantization.quantize import QuantizationReport, apply_report, calibrate_kv_scales, quantize_fp8
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.progress import Progress
-
-
-def tensors_of(directory: Path) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as f:
-            for name in f.keys():  # noqa: SIM118
-                assert name not in out
-                out[name] = f.get_tensor(name)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -254,33 +245,22 @@ def test_nothing_fp8_writes_no_quantisation(tmp_path) -> None:
 
 
 EXPORT = """
-import re, sys, threading, time, torch
+import sys, torch
 from pathlib import Path
-from jet_export.export_hf import save_unified
+from helpers.private_memory import PeakGrowth
+from jet_export.build.export_hf import save_unified
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
 from jet_export.model import weights
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-
-def sample():
-    while not stop.is_set():
-        peaks.append(anonymous())
-        time.sleep(0.002)
 
 config = JetNemotronConfig.from_json_file(sys.argv[1])
 model = empty_model(config, torch.float32, torch.device("cpu"))
 for p in model.parameters():
     p.data.fill_(0.5)
-before, peaks, stop = anonymous(), [], threading.Event()
-thread = threading.Thread(target=sample)
-thread.start()
 weights.SHARD_BYTES = 100_000_000
-save_unified(model, Path(sys.argv[2]), kv_fp8=False)
-stop.set()
-thread.join()
-print(before, max([*peaks, anonymous()]) - before)
+with PeakGrowth() as memory:
+    save_unified(model, Path(sys.argv[2]), kv_fp8=False)
+print(memory.before, memory.grown)
 """
 
 
@@ -291,7 +271,8 @@ def test_writing_needs_no_copy_of_the_model(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "out").mkdir()
     args = [sys.executable, "-c", EXPORT, str(tmp_path / "config.json"), str(tmp_path / "out")]
-    held, grown = map(int, subprocess.run(args, capture_output=True, text=True, check=True).stdout.split())
+    done = subprocess.run(args, env=with_helpers(), capture_output=True, text=True, check=True)
+    held, grown = map(int, done.stdout.split())
     assert held > 250e6
     assert sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) > 250e6
     assert grown < 30e6

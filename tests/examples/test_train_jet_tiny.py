@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.compare import relative_error
 from jet_tiny import corpus
 from jet_tiny.data import Batches, Data
 from jet_tiny.delta_rule import ChunkScan, UnitLowerInverse, delta_rule_chunked, delta_rule_recurrent
@@ -25,10 +26,6 @@ from jet_export.model.config import JetNemotronConfig
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "jet_export" / "data" / "jet-tiny"
 GOLDENS = sorted((ROOT / "tests" / "data").glob("*.safetensors"))
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,16 @@ import torch
 
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.params import Params
-from jet_export.runtime.sequence import Sequence
+from jet_export.runtime.sequence import RunningSequence
 
 
 def tokens(n: int, seed: int) -> list[int]:
     return torch.randint(0, 128, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def in_company(engine: BatchingEngine, prompt: list[int], others: list[tuple[list[int], int]], at: int) -> Sequence:
+def among_others(
+    engine: BatchingEngine, prompt: list[int], others: list[tuple[list[int], int]], at: int
+) -> RunningSequence:
     """Run `prompt` with others, (prompt, new tokens), one more of them a step; it is the `at`-th to come."""
     asked = [*others[:at], (prompt, 8), *others[at:]]
     running = []
@@ -25,7 +27,7 @@ def in_company(engine: BatchingEngine, prompt: list[int], others: list[tuple[lis
     return running[at]
 
 
-def repeats(make, prompt: list[int], runs: int, longest: int = 140) -> list[Sequence]:
+def repeats(make, prompt: list[int], runs: int, longest: int = 140) -> list[RunningSequence]:
     """Runs of one prompt: alone, then among 1 to `slots` - 1 others of all lengths, in other places.
 
     `make` gives a BatchingEngine; every fifth run takes a new one.
@@ -37,9 +39,9 @@ def repeats(make, prompt: list[int], runs: int, longest: int = 140) -> list[Sequ
         others = [(tokens(rng.randint(1, longest), 50 + i + j), rng.randint(1, 12)) for j in range(n)]
         if i % 5 == 4:
             engine = make()
-        out.append(in_company(engine, prompt, others, rng.randint(0, n)))
+        out.append(among_others(engine, prompt, others, rng.randint(0, n)))
     return out
 
 
-def distinct(runs: list[Sequence]) -> int:
+def distinct(runs: list[RunningSequence]) -> int:
     return len({(tuple(s.tokens), torch.stack(s.logits).numpy().tobytes()) for s in runs})

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from helpers.once import once
+
+from helpers.built_once import built_once
 
 
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return once(tmp_path_factory, "jet-tiny-fp8-inductor", _build)
+    return built_once(tmp_path_factory, "jet-tiny-fp8-inductor", _build)
 
 
 def _build(output: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from helpers.eager_bundle import mini_config
-
 from jet_export.model.config import JetNemotronConfig
 from jet_export.search.cells import Cell
 from jet_export.search.database import Bench, Database, Entry
@@ -85,7 +84,16 @@ class FakeHands:
                 ms = engine_ms(cell, batch, context, phase) * (self.whole if cell.kind == "whole" else 1.0)
                 details = {"filled_by": self.filled_by} if self.filled_by else {}
                 every = [ms * disturbed for disturbed in self.repeats(cell, phase)]
-                entries.append(Entry(batch, context, phase, min(every), max(every), {**details, "every_ms": every}))
+                entries.append(
+                    Entry(
+                        batch=batch,
+                        context=context,
+                        phase=phase,
+                        median_ms=min(every),
+                        p90_ms=max(every),
+                        details={**details, "every_ms": every},
+                    )
+                )
             self.database.put(self.bench, cell, entries)
 
     def discard(self, cell: Cell) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from helpers.fake_layers import Embedding, Linear, LMHead, Mapping, QuantConfig
 from torch import nn
+
+from helpers.fake_layers import Embedding, Linear, LMHead, Mapping, QuantConfig
 
 MODELS: dict[str, type] = {}
 MAPPERS: dict[str, type] = {}
@@ -120,8 +121,9 @@ class DecoderModelForCausalLM(nn.Module, metaclass=PostInit):
             if excluded and getattr(module, "quant_config", None) is not None:
                 module.quant_config = QuantConfig()
         for module in self.modules():
-            if callable(getattr(module, "create_weights", None)):
-                module.create_weights()
+            create_weights = getattr(module, "create_weights", None)
+            if callable(create_weights):
+                create_weights()
 
     @property
     def config(self):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from helpers.fake_layers import KVCacheParams
 
 
@@ -21,7 +23,9 @@ class MambaHybridCacheManager:
         pattern = c.hybrid_override_pattern
         assert len(pattern) == c.num_hidden_layers and set(pattern) <= {"M", "*"}
         conv_dim = c.mamba_head_dim * c.mamba_num_heads + 2 * c.n_groups * c.ssm_state_size
-        self.conv, self.ssm, self.keys = {}, {}, {}
+        self.conv: dict[int, Tensor] = {}
+        self.ssm: dict[int, Tensor] = {}
+        self.keys: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         for i, kind in enumerate(pattern):
             if kind == "M":
                 self.conv[i] = self._pool(slots, (conv_dim, c.conv_kernel - 1), c.torch_dtype, strided)
@@ -69,7 +73,7 @@ class MambaHybridCacheManager:
 class ManagerOf13(MambaHybridCacheManager):
     line = "1.3"
 
-    def get_state_indices(self, request_ids, is_padding):
+    def get_state_indices(self, request_ids, is_padding):  # type: ignore[override]
         return [self.slot_of[r] for r in request_ids]
 
 

@@ -4,12 +4,14 @@ import importlib
 import sys
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
+
 from helpers import fake_layers, fake_models, fake_runtime
 
 T = "tensorrt_llm"
-LAYOUT = {
+LAYOUT: dict[str, list[Any]] = {
     f"{T}.functional": [fake_layers.PositionEmbeddingType],
     f"{T}._torch.model_config": [fake_models.ModelConfig],
     f"{T}._torch.models.modeling_utils": [
@@ -28,13 +30,13 @@ ATTENTION = {
     "old": (f"{T}._torch.modules.attention", f"{T}._torch.attention_backend.interface"),
     "moved": (f"{T}._torch.attention.attention", f"{T}._torch.attention.backends.interface"),
 }
-INTERFACE = [fake_layers.PositionalEmbeddingParams, fake_layers.RopeParams]
+INTERFACE: list[Any] = [fake_layers.PositionalEmbeddingParams, fake_layers.RopeParams]
 OURS = "jet_export.trtllm."
 
 
 def _modules(version, attention):
     layout = {**LAYOUT, ATTENTION[attention][0]: [fake_layers.Attention], ATTENTION[attention][1]: INTERFACE}
-    modules = {}
+    modules: dict[str, Any] = {}
     for path, members in layout.items():
         for i in range(1, path.count(".") + 2):
             name = ".".join(path.split(".")[:i])

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.paths import ROOT, TESTS
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
-DATA = Path(__file__).parents[1] / "data"
-LARGE = Path(os.environ.get("JET_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens"))
+DATA = TESTS / "data"
+LARGE = Path(os.environ.get("JET_GOLDENS", ROOT.parent / "shared" / "goldens"))
 MINI_NAMES = sorted(p.name for p in DATA.glob("*.safetensors"))
 LARGE_NAMES = ["k128-bfloat16-b3-200-d8.safetensors", "s96-float32-b1-128_96-d4.safetensors"]
 
@@ -47,6 +48,16 @@ class Golden:
         return JetNemotronForCausalLM.from_pretrained(self.save_checkpoint(directory), self.dtype, device)
 
 
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's shards; none is in two."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        shard = load_file(path)
+        assert not shard.keys() & tensors.keys()
+        tensors |= shard
+    return tensors
+
+
 def load_golden(path: Path) -> Golden:
     with safe_open(path, "pt") as f:
         meta = f.metadata()
@@ -54,9 +65,3 @@ def load_golden(path: Path) -> Golden:
     weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
     outputs = {k: v for k, v in tensors.items() if not k.startswith("weight.")}
     return Golden(json.loads(meta["config"]), json.loads(meta["chunks"]), weights, outputs)
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b|| in fp64; NaN never passes a comparison."""
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    return float((a - b).norm() / b.norm())

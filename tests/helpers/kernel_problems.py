@@ -7,14 +7,14 @@ returns the outputs; `reference` is the kernel's specification on the CPU in fp3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from helpers.compare import relative_error
+from helpers.poison import poisoned
 from jet_export.kernels.attention import attention_ref
 from jet_export.kernels.attention_decode import attention_decode_triton
 from jet_export.kernels.attention_prefill import attention_prefill_triton
@@ -79,19 +79,6 @@ class Problem:
 def raw(x: Tensor) -> Tensor:
     """Indexing is not implemented for FP8: its bytes."""
     return x.view(torch.uint8) if x.dtype == FP8 else x
-
-
-@contextmanager
-def poisoned(value: float) -> Iterator[None]:
-    """Every output and workspace of a kernel starts as `value`: what is left unwritten shows."""
-    new_empty = Tensor.new_empty
-
-    def filled(self: Tensor, *shape, **kwargs) -> Tensor:
-        x = new_empty(self, *shape, **kwargs)
-        return x.fill_(value) if x.is_floating_point() and x.device.type != "meta" else x
-
-    with patch.object(Tensor, "new_empty", filled):
-        yield
 
 
 def i32(values: list[int], device: str) -> Tensor:
@@ -253,13 +240,13 @@ def one_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
 
 def error_of(problem: Problem) -> float:
     """Relative error of a launch with NaN in every output beforehand; NaN where an element was not written."""
-    with poisoned(float("nan")):
+    with poisoned():
         got, _ = problem.run()
     inputs = {n: x.float().cpu() if x.is_floating_point() and x.dtype != FP8 else x.cpu()
               for n, x in problem.copies().items()}  # fmt: skip
     live = live_tokens(problem.inputs)
     want = problem.reference(inputs).float().flatten(1)[live]
-    return float((got.float().cpu().flatten(1)[live] - want).norm() / want.norm())
+    return relative_error(got.float().cpu().flatten(1)[live], want)
 
 
 def live_tokens(inputs: Inputs) -> Tensor:

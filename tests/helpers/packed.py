@@ -1,17 +1,9 @@
-"""Random packed inputs for the kernel tests, and the error they are judged by."""
+"""Random packed inputs of jet::jet_block and its parts, for the kernel tests."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-
-
-def rel(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b|| in fp64; nan never passes a comparison."""
-    a, b = a.double().cpu(), b.double().cpu()
-    return ((a - b).norm() / b.norm().clamp(min=1e-300)).item()
 
 
 @dataclass
@@ -93,16 +85,3 @@ class Packed:
             x = x.to(dtype)
         copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device or x.device)
         return copy.copy_(x)
-
-
-@contextmanager
-def nan_filled():
-    """Tensor.new_empty gives NaN: what a kernel leaves unwritten shows."""
-    new_empty = Tensor.new_empty
-
-    def filled(self: Tensor, *shape, **kwargs) -> Tensor:
-        x = new_empty(self, *shape, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    with patch.object(Tensor, "new_empty", filled):
-        yield

@@ -12,16 +12,6 @@ from jet_export.kernels.attention_prefill import PrefillConfig, attention_prefil
 FP8 = torch.float8_e4m3fn
 
 
-def rel(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b|| in fp64; nan never passes a comparison."""
-    a, b = a.double().cpu(), b.double().cpu()
-    return float((a - b).norm() / b.norm().clamp(min=1e-300))
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))
-
-
 @dataclass
 class Case:
     """Arguments of the op, in its order."""

@@ -67,6 +67,7 @@ def run_job(path: Path) -> dict:
 
     def enqueue(step: dict) -> int:
         plugin = harness.create(step["node"], step["fields"])
+        assert plugin is not None, harness.messages()
         args = (step["inputs"], step["addresses"], step["outputs"], step["workspace"], step.get("stream", 77))
         return harness.enqueue(step["node"], plugin, *args)
 

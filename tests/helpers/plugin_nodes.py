@@ -1,11 +1,11 @@
 """A case's attributes and input shapes, as a graph would give them."""
 
-from pathlib import Path
 from typing import Any
 
+from helpers.paths import ROOT
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
 
-JET_TINY = Path(__file__).parents[2] / "jet_export/data/jet-tiny/config.json"
+JET_TINY = ROOT / "jet_export/data/jet-tiny/config.json"
 MINI: list[Case] = [
     JetBlockCase(2, 32, 48, 4, "bfloat16", "bfloat16"),
     AttentionCase(4, 2, 32, 16, 40, "bfloat16", "float8_e4m3fn"),

@@ -1,6 +1,6 @@
 """A GPU made of Triton's interpreter: runs on the CPU what the plugins launched on the recording driver.
 
-python replay.py JOB.json        with TRITON_INTERPRET=1; see test_evaluator.py
+python replay.py JOB.json        with TRITON_INTERPRET=1; run_job() does that
 
 The launches of a plugin arrive as a cubin's hash, a grid and argument bytes, addresses among them. The table beside the
 library says which kernel in which configuration a cubin is; its Python function is run over that grid at those
@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import json
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,24 @@ from typing import Any
 import torch
 
 sys.path.insert(1, str(Path(__file__).parents[1]))  # tests, for helpers
+from helpers.compare import relative_error
+from helpers.paths import with_helpers
 from helpers.plugin_harness import FakeGpu, image_hash
 
 MODULES = ["dynamic_conv", "gated_delta_rule_chunk", "gated_delta_rule_decode", "gated_rms_norm", "rope_append",
            "attention_prefill", "attention_decode"]  # fmt: skip
 DTYPES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i32": torch.int32, "*fp8e4nv": torch.float8_e4m3fn}
+
+
+def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What this program prints for the job."""
+    (folder / "job.json").write_text(json.dumps(job))
+    env = with_helpers(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    command = [sys.executable, __file__, str(folder / "job.json")]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    printed: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return printed
 
 
 def tensor_at(address: int, dtype: torch.dtype) -> torch.Tensor:
@@ -107,7 +121,7 @@ def evaluate(job: dict) -> dict:
             continue  # end to end a decode step, whose states are any prefill's; interpreting takes its time
         given = feeds([s.name for s in eager.specs], ids, batch, rows, states)
         ours, theirs = graph.run(given), plain.run(given)
-        whole += [((ours[n] - theirs[n]).norm() / theirs[n].norm()).item() for n in ours]
+        whole += [relative_error(ours[n], theirs[n]) for n in ours]
     return {"nodes": nodes, "end_to_end": max(whole), "launches": replay.count}
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.fp8_models import to_fp8
-from helpers.once import once
 
+from helpers.built_once import built_once
+from helpers.fp8_models import to_fp8
 from jet_export.build.build import run_build
 from jet_export.build.export_hf import save_unified
 from jet_export.build.plan import BuildOptions, make_plan
@@ -72,7 +72,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 def rtx_bundle(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     need_headers()
-    return once(tmp_path_factory, f"rtx {name}", MAKERS[name])
+    return built_once(tmp_path_factory, f"rtx {name}", MAKERS[name])
 
 
 def run_on_cpu(bundle: Path, copy: Path) -> Path:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.paged import FP8, make_case, oracle, rel, same_bits
+from helpers.compare import relative_error, same_bits
+from helpers.paged import FP8, make_case, oracle
 
 from jet_export.kernels.attention import attention_ref
 
@@ -17,20 +18,20 @@ RAGGED = [([5, 1, 40, 3], [0, 0, 21, 63]), ([1, 1, 1], [0, 16, 47]), ([33], [0])
 def test_reference_is_the_definition(lens, context, window, cache_dtype):
     """With an FP8 cache: every key and value is rounded to FP8 on its way, the current token's too."""
     c = make_case(lens, context, window=window, cache_dtype=cache_dtype, k_scale=0.02, v_scale=0.5)
-    assert rel(attention_ref(*c.args()), oracle(c)) < 1e-6
+    assert relative_error(attention_ref(*c.args()), oracle(c)) < 1e-6
 
 
 def test_fp8_saturates():
     c = make_case([9], [0], cache_dtype=FP8, k_scale=1e-3, v_scale=1e-3)
     o, cache = c.run("ref")
-    assert rel(o, oracle(c)) < 1e-6
+    assert relative_error(o, oracle(c)) < 1e-6
     assert cache.float()[c.block_table[0, 0].long(), 1, :, :9].abs().max() == 448
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 1), (8, 1)])
 def test_grouped_queries(heads):
     c = make_case([7, 2], [0, 30], heads=heads, window=9)
-    assert rel(attention_ref(*c.args()), oracle(c)) < 1e-6
+    assert relative_error(attention_ref(*c.args()), oracle(c)) < 1e-6
 
 
 def test_positions_beyond_the_rotary_table_use_its_last_row():
@@ -43,7 +44,7 @@ def test_positions_beyond_the_rotary_table_use_its_last_row():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models_round_rope_and_output_only(dtype):
     c = make_case([20, 1], [0, 40], dtype=dtype)
-    assert rel(attention_ref(*c.args()), oracle(c)) < torch.finfo(dtype).eps / 2
+    assert relative_error(attention_ref(*c.args()), oracle(c)) < torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("lens, context", [([5, 1, 9], [0, 3, 21]), ([1, 1, 1], [0, 16, 47])])

@@ -1,16 +1,13 @@
 """The kernels of jet::attention: kernel = reference, and the laws of a cache. Interpreted where there is no GPU."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers.packed import nan_filled
-from helpers.paged import FP8, Case, in_steps, interpreter_fp8, make_case, pick, poison, rel, same_bits
-from helpers.paths import TESTS
+from helpers.compare import relative_error, same_bits
+from helpers.kernel_compiler import compile_report
+from helpers.paged import FP8, Case, in_steps, interpreter_fp8, make_case, pick, poison
+from helpers.poison import poisoned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RAGGED = ([5, 1, 40, 3], [0, 5, 21, 63])
@@ -21,14 +18,14 @@ DECODE = ([1, 1, 1], [0, 16, 75])
 def exact_fp8_and_no_lucky_memory(monkeypatch):
     if DEVICE == "cpu":
         interpreter_fp8(monkeypatch)
-    with nan_filled():
+    with poisoned():
         yield
 
 
 def assert_kernel_is_reference(c: Case, form: str) -> None:
     expected, expected_cache = c.run("ref")
     o, cache = c.run(form, DEVICE)
-    assert rel(o, expected) < 2e-6
+    assert relative_error(o, expected) < 2e-6
     if cache.dtype == FP8:
         # A multiply-add contracted on the GPU may move a key across a rounding boundary.
         different = (cache.view(torch.uint8) != expected_cache.view(torch.uint8)).float().mean()
@@ -72,14 +69,14 @@ def test_chunks_are_the_whole(form, options):
     c = make_case([26, 26], [0, 9], heads=(2, 1), **options)
     whole, _ = c.run(form, DEVICE)
     for steps in ([1, 2, 3, 20], [25, 1]):
-        assert rel(in_steps(c, steps, form, DEVICE), whole) < 2e-6
+        assert relative_error(in_steps(c, steps, form, DEVICE), whole) < 2e-6
 
 
 @pytest.mark.parametrize("window", [0, 7])
 def test_decode_continues_prefill(window):
     c = make_case([6, 6], [14, 30], window=window)
     whole, _ = c.run("ref")
-    assert rel(in_steps(c, [1] * 6, "decode", DEVICE), whole) < 2e-6
+    assert relative_error(in_steps(c, [1] * 6, "decode", DEVICE), whole) < 2e-6
 
 
 @pytest.mark.parametrize("form", ["ref", "prefill"])
@@ -87,7 +84,7 @@ def test_packed_is_one_by_one(form):
     c = make_case(*RAGGED, window=20)
     o, _ = c.run(form, DEVICE)
     alone = [pick(c, [n]).run(form, DEVICE)[0] for n in range(len(c.slots))]
-    assert rel(o, torch.cat(alone)) < 2e-6
+    assert relative_error(o, torch.cat(alone)) < 2e-6
 
 
 @pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
@@ -97,7 +94,7 @@ def test_a_ring_is_an_unbounded_table(form):
     table = make_case([64], [0], heads=(2, 1), window=window, page=page)
     ring = replace(table, block_table=table.block_table[:, : -(-(window + chunk) // page) + 1].contiguous())
     steps = [chunk] * 5 + [1] * 14 if form == "decode" else [chunk] * 6 + [4]
-    assert rel(in_steps(ring, steps, form, DEVICE), table.run("ref")[0]) < 2e-6
+    assert relative_error(in_steps(ring, steps, form, DEVICE), table.run("ref")[0]) < 2e-6
 
 
 @pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
@@ -137,7 +134,7 @@ def test_a_window_off_by_one_is_seen(form, off):
     """These tests can fail: one key more or less moves the output a thousand times their tolerance."""
     c = make_case(*(DECODE if form == "decode" else RAGGED), window=8)
     o, _ = replace(c, window=8 + off).run(form, DEVICE)
-    assert rel(o, c.run("ref")[0]) > 2e-3
+    assert relative_error(o, c.run("ref")[0]) > 2e-3
 
 
 @pytest.mark.parametrize("form", ["prefill", "decode"])
@@ -153,12 +150,8 @@ def test_bad_layouts_are_refused(form):
 
 def test_kernels_fit_sm_90():
     """Compiled ahead of time with the configurations in use: shared memory fits, no global scratch, few spills."""
-    script = TESTS / "helpers/aot_attention.py"
     cases = ["bfloat16-128-1152", "float8_e4m3fn-128-0", "bfloat16-256-0", "float32-64-0"]
-    env = os.environ | {"TRITON_INTERPRET": "0"}
-    result = subprocess.run([sys.executable, script, *cases], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    report = json.loads(result.stdout)
+    report = compile_report(cases)
     assert len(report) == 4 * len(cases)  # append, prefill, decode, combine
     for kernel in report:
         assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == kernel["f64"] == 0, kernel
@@ -180,7 +173,7 @@ def test_on_the_gpu(dtype, cache_dtype, form, window):
     c = poison(make_case(lens, context, dtype=dtype, cache_dtype=cache_dtype, window=window, **options))
     expected, expected_cache = c.run("ref")
     o, cache = c.run(form, "cuda", small=False)
-    assert rel(o, expected) < (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+    assert relative_error(o, expected) < (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
     if dtype != torch.float32:
         assert same_bits(cache, expected_cache)
 

@@ -1,11 +1,15 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.packed import Packed, nan_filled, rel
+from helpers.compare import relative_error
+from helpers.packed import Packed
+from helpers.poison import poisoned
 
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
 
-RAGGED = {"lens": [1, 2, 3, 40], "context": [5, 1, 0, 9], "rows": [3, 0, 5, 1]}
+RAGGED: dict[str, Any] = {"lens": [1, 2, 3, 40], "context": [5, 1, 0, 9], "rows": [3, 0, 5, 1]}
 
 
 def test_ref_is_a_causal_convolution_where_taps_are_constant():
@@ -15,7 +19,7 @@ def test_ref_is_a_causal_convolution_where_taps_are_constant():
     v = dynamic_conv_ref(u, taps, *rest)
     kernel = kappa[0].view(u.shape[1], 1, -1)
     y = F.conv1d(F.pad(u.T, (kernel.shape[-1] - 1, 0))[None], kernel, groups=u.shape[1])[0].T
-    assert rel(v, F.silu(y)) < 1e-12
+    assert relative_error(v, F.silu(y)) < 1e-12
 
 
 @pytest.mark.parametrize("W", [2, 3, 4])
@@ -23,9 +27,9 @@ def test_kernel_is_reference(device, W):
     p = Packed(**RAGGED, W=W, extra=8, device=device)
     exact, ref, got = p.conv_args(torch.float64), p.conv_args(), p.conv_args()
     want = dynamic_conv_ref(*exact)
-    with nan_filled():
+    with poisoned():
         v = dynamic_conv_triton(*got)
-    assert rel(v, want) <= rel(dynamic_conv_ref(*ref), want) + 1e-5
+    assert relative_error(v, want) <= relative_error(dynamic_conv_ref(*ref), want) + 1e-5
     assert torch.equal(got[2], ref[2])  # the state holds raw inputs: exact
 
 
@@ -41,7 +45,7 @@ def test_split_with_carried_state_is_whole(device, conv, split):
         bounds, held = torch.tensor([[0, n], [start, 0]], dtype=torch.int32, device=device)
         parts.append(conv(u[start : start + n], kappa[start : start + n], state, bounds, slots, held[:1]))
         start += n
-    assert rel(torch.cat(parts), whole) < 1e-6
+    assert relative_error(torch.cat(parts), whole) < 1e-6
     assert torch.equal(state, whole_state)
 
 
@@ -67,4 +71,4 @@ def test_16_bit_error_is_one_rounding(dtype):
     p = Packed([1, 2, 300], H=12, V=256, context=[5, 0, 5], dtype=dtype, device="cuda")
     want = dynamic_conv_ref(*p.conv_args(torch.float64))
     v = torch.ops.jet.dynamic_conv(*p.conv_args())
-    assert rel(v, want) <= rel(want.to(dtype), want) * 1.01
+    assert relative_error(v, want) <= relative_error(want.to(dtype), want) * 1.01

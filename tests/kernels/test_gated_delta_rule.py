@@ -2,7 +2,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers.packed import Packed, nan_filled, rel
+from helpers.compare import relative_error
+from helpers.packed import Packed
+from helpers.poison import poisoned
 from helpers.rounded_chunk import rounded_chunk
 
 from jet_export.kernels import gated_delta_rule_chunk
@@ -51,7 +53,7 @@ def big_chunks(monkeypatch):
 def test_chunked_is_recurrent(T, K):
     args = one_sequence(T, K)
     for a, b in zip(chunk_gated_delta_rule_ref(*args), gated_delta_rule_ref(*args), strict=True):
-        assert rel(a, b) < 1e-11
+        assert relative_error(a, b) < 1e-11
 
 
 def test_chunked_gradient_is_recurrent_gradient():
@@ -61,7 +63,7 @@ def test_chunked_gradient_is_recurrent_gradient():
         o, S = rule(*inputs)
         grads.append(torch.autograd.grad((o * o.detach().cos()).sum() + (S * S.detach().sin()).sum(), inputs))
     for a, b in zip(*grads, strict=True):
-        assert rel(a, b) < 1e-9
+        assert relative_error(a, b) < 1e-9
 
 
 def test_chunked_survives_fast_decay_and_equal_keys():
@@ -71,7 +73,7 @@ def test_chunked_survives_fast_decay_and_equal_keys():
     want = gated_delta_rule_ref(*(x.double() for x in (q, k, v, torch.ones_like(beta), g, S)))
     got = chunk_gated_delta_rule_ref(q, k, v, torch.ones_like(beta), g, S)
     for a, b in zip(got, want, strict=True):
-        assert rel(a, b) < 1e-4
+        assert relative_error(a, b) < 1e-4
 
 
 # The kernels: equal to the reference, and the same laws
@@ -91,7 +93,7 @@ def test_unit_lower_inverse(device, BT, equal):
     A = (torch.ones(BT, BT) if equal else torch.randn(BT, BT, generator=r) / 4).tril(-1).to(device)
     X = torch.full_like(A, torch.nan)
     inverse_kernel[(1,)](A, X, BT=BT)
-    assert rel(X, torch.linalg.inv(torch.eye(BT, dtype=torch.float64) + A.double().cpu())) < 2e-6
+    assert relative_error(X, torch.linalg.inv(torch.eye(BT, dtype=torch.float64) + A.double().cpu())) < 2e-6
 
 
 @pytest.mark.parametrize("K, V", [(32, 64), (96, 48), (128, 32)])
@@ -100,10 +102,10 @@ def test_kernel_is_reference(device, K, V):
     want, want_state = exact(p)
     ref, got = p.rule_args(False), p.rule_args(False)
     o_ref = packed_gated_delta_rule_ref(*ref)
-    with nan_filled():
+    with poisoned():
         o = gated_delta_rule_triton(*got)
-    assert rel(o, want) <= rel(o_ref, want) + 1e-5
-    assert rel(got[5], want_state) <= rel(ref[5], want_state) + 1e-5
+    assert relative_error(o, want) <= relative_error(o_ref, want) + 1e-5
+    assert relative_error(got[5], want_state) <= relative_error(ref[5], want_state) + 1e-5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for the 16-bit kernels, which run on a GPU")
@@ -113,10 +115,10 @@ def test_kernel_with_chunks_of_64_is_reference(device, big_chunks, K, V):
     want, want_state = exact(p)
     ref, got = p.rule_args(False), p.rule_args(False)
     o_ref = packed_gated_delta_rule_ref(*ref)
-    with nan_filled():
+    with poisoned():
         o = gated_delta_rule_triton(*got)
-    assert rel(o, want) <= rel(o_ref, want) + 1e-5
-    assert rel(got[5], want_state) <= rel(ref[5], want_state) + 1e-5
+    assert relative_error(o, want) <= relative_error(o_ref, want) + 1e-5
+    assert relative_error(got[5], want_state) <= relative_error(ref[5], want_state) + 1e-5
 
 
 @pytest.mark.parametrize("K, V", [(32, 64), (96, 40)])
@@ -124,10 +126,10 @@ def test_decode_is_reference_and_prefill(device, K, V):
     p = Packed([1] * 4, K=K, V=V, context=[1, 0, 5, 5], rows=[0, 4, 2, 5], device=device)
     want, want_state = exact(p, decode=True)
     decode, prefill = p.rule_args(True), p.rule_args(False)
-    with nan_filled():
+    with poisoned():
         o, o_prefill = gated_delta_rule_triton(*decode), gated_delta_rule_triton(*prefill)
     for args, out in ((decode, o), (prefill, o_prefill)):
-        assert rel(out, want) < 1e-5 and rel(args[5], want_state) < 1e-5
+        assert relative_error(out, want) < 1e-5 and relative_error(args[5], want_state) < 1e-5
 
 
 @pytest.mark.parametrize("split", [[1, 2, 3, 40], [17, 16, 13], [45, 1]])
@@ -143,8 +145,8 @@ def test_split_with_carried_state_is_whole(device, rule, split):
         inputs = (x[start : start + n] for x in (q, k, v, beta, g))
         parts.append(rule(*inputs, state, bounds, slots, held[:1], n == 1))
         start += n
-    assert rel(torch.cat(parts), whole) < 1e-5
-    assert rel(state, whole_state) < 1e-5
+    assert relative_error(torch.cat(parts), whole) < 1e-5
+    assert relative_error(state, whole_state) < 1e-5
 
 
 @pytest.mark.parametrize("rule", [packed_gated_delta_rule_ref, gated_delta_rule_triton], ids=["ref", "kernel"])
@@ -183,10 +185,10 @@ def test_the_scans_two_forms_share_out_the_batches(device, monkeypatch):
             q, k, v, beta, g, state, cu, slots, context, _ = p.rule_args(False)
             end, rows = int(cu[n]), slots[:n].long()
             args = (*(x[:end] for x in (q, k, v, beta, g)), state, cu[: n + 1], slots[:n], context[:n])
-            with nan_filled():
+            with poisoned():
                 results[only] = gated_delta_rule_triton(*args, False), state
         o, state = results[None]
-        assert rel(o, want[:end]) < 3e-6 and rel(state[rows], want_state[rows]) < 3e-6
+        assert relative_error(o, want[:end]) < 3e-6 and relative_error(state[rows], want_state[rows]) < 3e-6
         assert all(torch.equal(a, b) for a, b in zip(results[meant], results[None], strict=True))
         o, state = results[1 - meant]  # the form that is not meant leaves everything as it was
         assert o.isnan().all() and torch.equal(state, p.recurrent_state)
@@ -237,9 +239,9 @@ def test_16_bit_error_is_that_of_the_rounded_chunk_form(H, K, V, dtype):
         inputs = (x[s] for x in (q, k, v, beta, g))
         o_n, rounded_state[slot] = rounded_chunk(*inputs, pool[slot] * (context[n] > 0), dtype)
         o_rounded[s] = o_n.to(dtype)
-    assert rel(o, want) <= 1.1 * rel(o_rounded, want)
+    assert relative_error(o, want) <= 1.1 * relative_error(o_rounded, want)
     rows = slots.long()
-    assert rel(got[5][rows], want_state[rows]) <= 1.1 * rel(rounded_state[rows], want_state[rows])
+    assert relative_error(got[5][rows], want_state[rows]) <= 1.1 * relative_error(rounded_state[rows], want_state[rows])
 
 
 @pytest.mark.gpu
@@ -267,5 +269,5 @@ def test_bf16_decode_is_one_rounding(state_dtype):
     want, want_state = exact(p, decode=True)
     args = p.rule_args(True)
     o = torch.ops.jet.gated_delta_rule(*args)
-    assert rel(o, want) <= 1.01 * rel(want.bfloat16(), want)
-    assert rel(args[5], want_state) <= 1.01 * rel(want_state.to(state_dtype), want_state) + 1e-6
+    assert relative_error(o, want) <= 1.01 * relative_error(want.bfloat16(), want)
+    assert relative_error(args[5], want_state) <= 1.01 * relative_error(want_state.to(state_dtype), want_state) + 1e-6

@@ -1,11 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
-from helpers.packed import nan_filled, rel
+from helpers.compare import relative_error
+from helpers.poison import poisoned
 
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 
 
-def inputs(T: int, H: int, V: int, device, dtype=torch.float32) -> tuple:
+def inputs(T: int, H: int, V: int, device, dtype=torch.float32) -> tuple[Any, ...]:
     """o, w_o, gate (a column slice of wider rows), eps."""
     r = torch.Generator().manual_seed(0)
     o, gate = torch.randn(T, H, V, generator=r), torch.randn(T, H * V + 24, generator=r)
@@ -14,19 +17,23 @@ def inputs(T: int, H: int, V: int, device, dtype=torch.float32) -> tuple:
     return o.to(device, dtype), w_o.to(device, dtype), gate, 1e-5
 
 
+def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.double() if torch.is_tensor(x) else x for x in args)
+
+
 def test_ref_is_norm_then_gate():
     o, w_o, gate, eps = inputs(5, 2, 48, "cpu", torch.float64)
     want = torch.nn.functional.rms_norm(o, (48,), w_o, eps) * gate * torch.sigmoid(gate)
-    assert rel(gated_rms_norm_ref(o, w_o, gate, eps), want) < 1e-12
+    assert relative_error(gated_rms_norm_ref(o, w_o, gate, eps), want) < 1e-12
 
 
 @pytest.mark.parametrize("T, V", [(1, 64), (17, 48), (33, 256)])
 def test_kernel_is_reference(device, T, V):
     args = inputs(T, 3, V, device)
-    want = gated_rms_norm_ref(*(x.double() if torch.is_tensor(x) else x for x in args))
-    with nan_filled():
+    want = gated_rms_norm_ref(*widened(args))
+    with poisoned():
         out = gated_rms_norm_triton(*args)
-    assert rel(out, want) <= rel(gated_rms_norm_ref(*args), want) + 1e-5
+    assert relative_error(out, want) <= relative_error(gated_rms_norm_ref(*args), want) + 1e-5
 
 
 def test_zero_stays_zero_whatever_the_gate(device):
@@ -46,5 +53,5 @@ def test_opcheck_with_strided_rows():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_error_is_one_rounding(dtype):
     args = inputs(300, 12, 256, "cuda", dtype)
-    want = gated_rms_norm_ref(*(x.double() if torch.is_tensor(x) else x for x in args))
-    assert rel(torch.ops.jet.gated_rms_norm(*args), want) <= rel(want.to(dtype), want) * 1.01
+    want = gated_rms_norm_ref(*widened(args))
+    assert relative_error(torch.ops.jet.gated_rms_norm(*args), want) <= relative_error(want.to(dtype), want) * 1.01

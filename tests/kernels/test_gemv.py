@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.compare import relative_error
 from helpers.golden import DATA, MINI_NAMES, load_golden
-from helpers.packed import nan_filled, rel
+from helpers.poison import poisoned
 
 from jet_export.backends.eager import EagerEngine
 from jet_export.backends.graph import ONE_ROW
@@ -33,7 +34,7 @@ def inputs(N, K, dtype=torch.float32, device="cpu"):
 
 def launched(x, w, x_scale, w_scale, bias, out_dtype):
     """y by the kernel; what it leaves unwritten is NaN."""
-    with nan_filled():
+    with poisoned():
         return gemv_triton(x, w, x_scale, w_scale, bias, out_dtype)
 
 
@@ -45,14 +46,14 @@ def test_kernel_is_reference(device, N, K, scaled, biased):
     extra = *(scales if scaled else (None, None)), bias if biased else None
     got = launched(x, w, *extra, torch.float32)
     exact = gemv_ref(x.double(), w.double(), *extra, torch.float64)
-    assert rel(got, exact) <= rel(gemv_ref(x, w, *extra, torch.float32), exact) + 1e-5
+    assert relative_error(got, exact) <= relative_error(gemv_ref(x, w, *extra, torch.float32), exact) + 1e-5
 
 
 @pytest.mark.parametrize("use", [dict(BN=1, BK=64), dict(BN=16, BK=256), dict(BN=2, BK=2048)], ids=str)
 def test_every_tile_gives_the_same_sums(device, use):
     x, w, *_ = inputs(40, 520, device=device)
     with configs.override("gemv", {**use, "STAGES": 1, "num_warps": 4}):
-        assert rel(launched(x, w, None, None, None, torch.float32), x.double() @ w.double().t()) < 1e-6
+        assert relative_error(launched(x, w, None, None, None, torch.float32), x.double() @ w.double().t()) < 1e-6
 
 
 def test_opcheck():
@@ -68,7 +69,7 @@ def test_an_fp8_layer_in_the_graph_of_one_token_is_the_layer(dtype):
     x = torch.randn(1, 96).to(dtype)
     with graph_mode("inductor", one_row=True):
         got = layer(x)
-    assert got.dtype == dtype and rel(got, layer(x)) < (1e-6 if dtype == torch.float32 else 2**-8)
+    assert got.dtype == dtype and relative_error(got, layer(x)) < (1e-6 if dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.parametrize("name", [n for n in MINI_NAMES if "float32" in n])
@@ -89,8 +90,9 @@ def test_the_graph_of_one_token_is_decode(name, tmp_path):
         with torch.no_grad():
             got = module(tokens, *runners[1].batch([1], [1]), None, runners[1].states)
         runners[1].hold(1, runners[1].context_lens[1] + 1)
-        assert rel(got, want) < 1e-5
-        assert all(rel(a, b) < 1e-5 for a, b in zip(runners[1].states, runners[0].states, strict=True) if b.any())
+        assert relative_error(got, want) < 1e-5
+        states = zip(runners[1].states, runners[0].states, strict=True)
+        assert all(relative_error(a, b) < 1e-5 for a, b in states if b.any())
 
 
 COMPILE = """
@@ -135,4 +137,4 @@ def test_on_a_gpu_one_rounding_from_the_exact_product(N, K, dtype):
     x, w, scales, bias = inputs(N, K, dtype, "cuda")
     got = torch.ops.jet.gemv(x, w, *scales, bias.bfloat16(), torch.bfloat16)
     exact = F.linear(x.double(), w.double()) * 0.125 + bias.bfloat16().double()
-    assert rel(got, exact) < 2**-8
+    assert relative_error(got, exact) < 2**-8

@@ -1,7 +1,9 @@
 import pytest
 import torch
-from helpers.aot import compile_report
-from helpers.packed import Packed, nan_filled, rel
+from helpers.compare import relative_error
+from helpers.kernel_compiler import compile_report
+from helpers.packed import Packed
+from helpers.poison import poisoned
 from helpers.rounded_chunk import rounded_chunk
 
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref
@@ -15,16 +17,16 @@ def check(got: torch.Tensor, got_args: tuple, p: Packed, decode: bool) -> None:
     """Output and states no further from the fp64 reference than the fp32 reference is, plus 1e-5."""
     exact, ref = p.block_args(decode, torch.float64), p.block_args(decode)
     want, out_ref = jet_block_ref(*exact), jet_block_ref(*ref)
-    assert rel(got, want) <= rel(out_ref, want) + 1e-5
+    assert relative_error(got, want) <= relative_error(out_ref, want) + 1e-5
     for i in STATES:
-        assert rel(got_args[i], exact[i]) <= rel(ref[i], exact[i]) + 1e-5
+        assert relative_error(got_args[i], exact[i]) <= relative_error(ref[i], exact[i]) + 1e-5
 
 
 @pytest.mark.parametrize("K, V, W", [(32, 64, 4), (96, 40, 3), (128, 32, 4)])
 def test_prefill_is_reference(device, K, V, W):
     p = Packed([1, 2, 3, 65], H=2, K=K, V=V, W=W, extra=8, context=[5, 1, 0, 5], rows=[3, 0, -1, 5], device=device)
     args = p.block_args(False)
-    with nan_filled():
+    with poisoned():
         out = jet_block_triton(*args)
     check(out, args, p, False)
 
@@ -34,7 +36,7 @@ def test_decode_is_reference_and_prefill(device, K, V, W):
     p = Packed([1] * 4, K=K, V=V, W=W, extra=8, context=[5, 1, 0, 5], rows=[3, 0, -1, 5], device=device)
     for decode in (True, False):
         args = p.block_args(decode)
-        with nan_filled():
+        with poisoned():
             out = jet_block_triton(*args)
         check(out, args, p, decode)
 
@@ -52,8 +54,8 @@ def test_split_with_carried_states_is_whole(device, block, split):
         inputs = (x[start : start + n] for x in (qkuz, ba, kappa))
         parts.append(block(*inputs, *weights, conv, state, bounds, slots, held[:1], H, K, V, eps, n == 1))
         start += n
-    assert rel(torch.cat(parts), whole) < 1e-5
-    assert torch.equal(conv, whole_conv) and rel(state, whole_state) < 1e-5
+    assert relative_error(torch.cat(parts), whole) < 1e-5
+    assert torch.equal(conv, whole_conv) and relative_error(state, whole_state) < 1e-5
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
@@ -144,8 +146,8 @@ def test_16_bit_error_is_that_of_the_rounded_form(H, K, V, dtype):
     want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args)
     rounded, rounded_state = rounded_block(p)
     rows = p.slots.long()
-    assert rel(out, want) <= 1.1 * rel(rounded, want)
-    assert rel(args[7][rows], exact[7][rows]) <= 1.1 * rel(rounded_state[rows], exact[7][rows])
+    assert relative_error(out, want) <= 1.1 * relative_error(rounded, want)
+    assert relative_error(args[7][rows], exact[7][rows]) <= 1.1 * relative_error(rounded_state[rows], exact[7][rows])
     assert torch.equal(args[6].double(), exact[6])
 
 
@@ -157,8 +159,8 @@ def test_bf16_decode_rounds_once(H, K, V, state_dtype):
     exact, args = p.block_args(True, torch.float64), p.block_args(True)
     want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args)
     beta_rounding = 2**-9  # sigmoid(b) is rounded to the model dtype by definition; fp64's reference does not
-    assert rel(out, want) <= rel(want.bfloat16(), want) + beta_rounding
-    assert rel(args[7], exact[7]) <= rel(exact[7].to(state_dtype), exact[7]) + beta_rounding
+    assert relative_error(out, want) <= relative_error(want.bfloat16(), want) + beta_rounding
+    assert relative_error(args[7], exact[7]) <= relative_error(exact[7].to(state_dtype), exact[7]) + beta_rounding
 
 
 @pytest.mark.gpu

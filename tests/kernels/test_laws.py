@@ -6,6 +6,8 @@ import functools
 import pytest
 import torch
 from helpers import kernel_problems as kp
+from helpers.compare import same_bits
+from helpers.poison import poisoned
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -14,31 +16,23 @@ SMALL = kp.problems("cuda" if HAS_CUDA else "cpu")
 LIVE, KEPT = (0, 2, 3), 3  # the sequences that are not padding; one of them, of several chunks
 
 
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(bits(a), bits(b))
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_every_element_is_written_and_right(name: str) -> None:
     p = SMALL[name]
     assert kp.error_of(p) < 1e-5
-    with kp.poisoned(7.0):
+    with poisoned(7.0):
         a, after_a = p.run()
     b, after_b = once(name)
     live = kp.live_tokens(p.inputs)
-    assert same(a[live], b[live])
-    assert all(same(after_a[n], after_b[n]) for n in p.states)
+    assert same_bits(a[live], b[live])
+    assert all(same_bits(after_a[n], after_b[n]) for n in p.states)
 
 
 @pytest.mark.parametrize("name", kp.one_token_problems("cpu"))
 def test_one_token_every_element_is_written_and_right(name: str) -> None:
     p = kp.one_token_problems("cuda" if HAS_CUDA else "cpu")[name]
     assert kp.error_of(p) < 1e-5
-    assert same(p.run()[0], p.run()[0])
+    assert same_bits(p.run()[0], p.run()[0])
 
 
 @functools.cache
@@ -51,12 +45,12 @@ def test_results_repeat_bit_for_bit_and_rows_of_nobody_stay(name: str) -> None:
     p = SMALL[name]
     (a, after_a), (b, after_b) = once(name), p.run()
     live = kp.live_tokens(p.inputs)
-    assert same(a[live], b[live])
+    assert same_bits(a[live], b[live])
     for n in p.states:
-        assert same(after_a[n], after_b[n])
+        assert same_bits(after_a[n], after_b[n])
         mine = torch.cat([p.rows(s)[n] for s in LIVE])
         nobodys = [i for i in range(len(after_a[n])) if i not in mine]
-        assert nobodys and same(kp.raw(after_a[n])[nobodys], kp.raw(p.inputs[n])[nobodys])
+        assert nobodys and same_bits(kp.raw(after_a[n])[nobodys], kp.raw(p.inputs[n])[nobodys])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -65,10 +59,10 @@ def test_a_sequence_does_not_depend_on_the_others(name: str) -> None:
     out, after = once(name)
     other_out, other_after = p.disturbed(KEPT).run()
     rows = p.rows(KEPT)
-    assert same(out[rows[p.tokens[0]]], other_out[rows[p.tokens[0]]])
+    assert same_bits(out[rows[p.tokens[0]]], other_out[rows[p.tokens[0]]])
     for n in p.states:
-        assert same(kp.raw(after[n])[rows[n]], kp.raw(other_after[n])[rows[n]])
-    assert not same(out, other_out)  # the others did change
+        assert same_bits(kp.raw(after[n])[rows[n]], kp.raw(other_after[n])[rows[n]])
+    assert not same_bits(out, other_out)  # the others did change
 
 
 @pytest.mark.gpu
@@ -79,7 +73,7 @@ def test_models_sizes_on_a_gpu(name: str) -> None:
     assert kp.error_of(p) < 2e-2
     (a, after_a), (b, after_b) = p.run(), p.run()
     live = kp.live_tokens(p.inputs)
-    assert same(a[live], b[live]) and all(same(after_a[n], after_b[n]) for n in p.states)
+    assert same_bits(a[live], b[live]) and all(same_bits(after_a[n], after_b[n]) for n in p.states)
     out, _ = p.disturbed(3).run()
     rows = p.rows(3)[p.tokens[0]]
-    assert same(a[rows], out[rows])
+    assert same_bits(a[rows], out[rows])

@@ -5,7 +5,8 @@ Bounds: fp32 up to 64 tokens 1e-5; fp32 longer 3e-3, since the published chunk k
 
 import pytest
 import torch
-from helpers.golden import DATA, LARGE, LARGE_NAMES, MINI_NAMES, Golden, load_golden, relative_error
+from helpers.compare import relative_error
+from helpers.golden import DATA, LARGE, LARGE_NAMES, MINI_NAMES, Golden, load_golden
 
 from jet_export.model.cache import states_per_layer
 

@@ -1,10 +1,12 @@
 """Laws of the model: any split of a sequence gives the same logits, rows are independent, padding is inert."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from helpers.golden import DATA, MINI_NAMES, load_golden, relative_error
+from helpers.compare import relative_error
+from helpers.golden import DATA, MINI_NAMES, load_golden
 
 from jet_export.model.cache import PAGE, pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
@@ -131,8 +133,9 @@ def test_no_room_is_refused_before_anything_is_written(model, config, device) ->
 def test_random_weights_use_the_published_initialisation(config) -> None:
     wide = JetNemotronConfig.from_dict({**config.to_dict(), "layer_types": ["jet"] * 200})
     model = random_model(wide, torch.float32, seed=3)
-    A = torch.cat([layer.self_attn.A_log for layer in model.layers]).exp()
-    dt = torch.nn.functional.softplus(torch.cat([layer.self_attn.dt_bias for layer in model.layers]))
+    blocks: list[Any] = [layer.self_attn for layer in model.layers]
+    A = torch.cat([block.A_log for block in blocks]).exp()
+    dt = torch.nn.functional.softplus(torch.cat([block.dt_bias for block in blocks]))
     assert A.min() > 0
     assert A.max() <= 16
     assert abs(A.mean() - 8) < 1

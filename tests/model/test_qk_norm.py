@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.golden import relative_error
+from helpers.compare import relative_error
 
 from jet_export.bundle.memory import parameter_count
 from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b, qwen3_1_7b
@@ -17,10 +17,10 @@ TOLERANCE = 2e-5  # fp32
 
 @pytest.fixture(scope="module")
 def config() -> JetNemotronConfig:
-    sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
     return dataclasses.replace(
-        qwen3_1_7b(), layer_types=("attn",) * 3, vocab_size=199, max_position_embeddings=512, **sizes
-    )
+        qwen3_1_7b(), layer_types=("attn",) * 3, vocab_size=199, max_position_embeddings=512, hidden_size=64,
+        intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.golden import DATA, MINI_NAMES, Golden, load_golden
-from safetensors import safe_open
+from helpers.golden import DATA, MINI_NAMES, Golden, load_golden, tensors_of
+from helpers.paths import with_helpers
 from safetensors.torch import save_file
 
 from jet_export.model import weights
@@ -21,14 +21,6 @@ from jet_export.utils.errors import JetExportError
 @pytest.fixture
 def golden() -> Golden:
     return load_golden(DATA / MINI_NAMES[1])
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    out = {}
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as f:
-            out.update({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
-    return out
 
 
 @pytest.mark.parametrize("name", MINI_NAMES)
@@ -113,24 +105,13 @@ def test_directory_without_weights(golden: Golden, tmp_path) -> None:
 
 
 LOAD = """
-import re, sys, threading, time, torch
+import sys, torch
+from helpers.private_memory import PeakGrowth
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
-def anonymous():  # bytes of private memory; pages of the mapped file are not in it
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-
-def sample():
-    while not stop.is_set():
-        peaks.append(anonymous())
-        time.sleep(0.002)
-
-before, peaks, stop = anonymous(), [], threading.Event()
-thread = threading.Thread(target=sample)
-thread.start()
-model = JetNemotronForCausalLM.from_pretrained(sys.argv[1], torch.float32)
-stop.set()
-thread.join()
-print(max([*peaks, anonymous()]) - before)
+with PeakGrowth() as memory:
+    model = JetNemotronForCausalLM.from_pretrained(sys.argv[1], torch.float32)
+print(memory.grown)
 """
 
 
@@ -143,14 +124,16 @@ def test_loading_needs_the_model_and_little_more(golden: Golden, tmp_path) -> No
     assert size > 300e6
     model.save_pretrained(tmp_path)
     del model
-    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(command, env=with_helpers(), capture_output=True, text=True, check=True)
     assert size <= int(done.stdout) + 10e6
     assert int(done.stdout) < size + 60e6
 
 
 def test_saving_needs_a_published_layout(golden: Golden, tmp_path) -> None:
     model = golden.model(tmp_path / "in")
-    model.layers[0].self_attn.w2 = torch.nn.Identity()
+    block: Any = model.layers[0].self_attn
+    block.w2 = torch.nn.Identity()
     with pytest.raises(JetExportError, match=r"layers.0.self_attn.w2.bias is FP8"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,16 +1,12 @@
 """The evaluator with the plugin library in place of the torch ops: on a GPU as it is, on a CPU over replay.py."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import replay
 from helpers.eager_bundle import mini_config
 from helpers.onnx_models import export
+from helpers.replay import run_job
 
 from jet_export.kernels import common
 from jet_export.ladder.rungs import SMALL_RUNS
@@ -28,15 +24,6 @@ def library(headers) -> Path:
     return library_for(mini_config(), [SM], "float32", "float32", "float32", headers)
 
 
-def evaluated(job: dict, tmp_path) -> dict:
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, replay.__file__, str(tmp_path / "job.json")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.mark.skipif(
     not common.INTERPRET, reason="the CPU's stand-in for a GPU; with one, the test below is the real thing"
 )
@@ -48,7 +35,7 @@ def test_the_plugins_own_launches_compute_the_graph(headers, tools, library, tmp
     job = {"config": str(tmp_path / "mini.json"), "folder": str(library), "headers": str(headers), "sm": SM,
            "fake": str(tools[1]), "graph": str(export(model, tmp_path / "graph"))}  # fmt: skip
     config.save(tmp_path / "mini.json")
-    found = evaluated(job, tmp_path)
+    found = run_job(job, tmp_path)
     prefill, decode = found["nodes"]
     states = {s.name + "_out" for s in state_specs(config, torch.float32, torch.float32, torch.float32)}
     assert states | {"logits", "layers.0.self_attn.o_proj.input"} <= prefill.keys() == decode.keys(), prefill.keys()
@@ -64,7 +51,7 @@ def test_plugins_compute_what_their_references_do(headers, tools, library, tmp_p
     cases = model_cases(mini_config(), "float32")
     job = {"folder": str(library), "headers": str(headers), "sm": SM, "fake": str(tools[1]), "runs": SMALL_RUNS,
            "kinds": ["any", "near"], "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
-    found = evaluated(job, tmp_path)
+    found = run_job(job, tmp_path)
     assert len(found["errors"]) == found["hostile"] == 2 * len(cases) * len(SMALL_RUNS)
     assert max(found["errors"].values()) < 1e-5, found["errors"]
     assert not found["lost"]

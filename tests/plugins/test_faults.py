@@ -12,7 +12,7 @@ from helpers.faults import FaultyEngine
 from helpers.fp8_models import CALIBRATION, model_of, to_fp8
 from helpers.onnx_models import engines
 from helpers.paths import DOCS
-from test_evaluator import evaluated
+from helpers.replay import run_job
 
 from jet_export.bundle.limits import Limits
 from jet_export.kernels import common
@@ -37,7 +37,7 @@ def test_plugin_outputs_catch(headers, tools, tmp_path):
     cases = model_cases(mini_config(), "float32")
     job = {"folder": str(library), "headers": str(headers), "sm": 90, "fake": str(tools[1]), "faults": LAUNCHED,
            "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
-    found = evaluated(job, tmp_path)
+    found = run_job(job, tmp_path)
     assert max(found.pop("").values()) < 1e-5
     for fault, errors in found.items():
         for node, error in errors.items():

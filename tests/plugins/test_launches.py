@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -58,7 +59,7 @@ class Recorder:
 def launched(case, inputs: list, T: int, N: int, sms: int, sm: int | None) -> tuple[list[tuple], list, torch.Tensor]:
     """The torch launchers' launches over uninitialised tensors of these shapes, configured for this SM; the inputs; the
     output."""
-    tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in inputs]
+    tensors: list[Any] = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in inputs]
     recorder, fields = Recorder(), fields_of(case)
     patches = [patch.object(module, "wrap", recorder) for module in MODULES]
     patches.append(patch.object(attention_decode, "num_sms", lambda device: sms))
@@ -182,6 +183,7 @@ def test_launches_are_those_of_the_ops(model, request, tmp_path):
     for want, got in zip(wanted, found["results"], strict=True):
         node = want.step["node"]
         plugin = harness.create(node, want.step["fields"])
+        assert plugin is not None
         want.check(got, harness.workspace(node, plugin, want.inputs))
     kernels = json.loads((built.folder / "kernels.json").read_text())
     assert found["loads"] == len(kernels)  # each once, however many plugins

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.compare import same_bits
 from helpers.onnx_models import export
 
 from jet_export.backends.eager import EagerEngine
@@ -62,10 +63,6 @@ class Call:
 
     def __call__(self) -> None:
         self.node.enqueue(self.inputs.tensors, self.outputs, self.workspace)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def check(call: Call, wanted: list[torch.Tensor], exact: bool) -> None:

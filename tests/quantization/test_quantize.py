@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.compare import relative_error
 from helpers.fp8_models import CALIBRATION, CONFIG, model_of
-from helpers.golden import DATA, load_golden, relative_error
+from helpers.golden import DATA, load_golden
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,15 +32,6 @@ from jet_export.quantization.quantize import (
     select,
 )
 from jet_export.utils.errors import JetExportError
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On matrices this small a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logits(model: JetNemotronForCausalLM, kv_dtype: torch.dtype | None = None) -> Tensor:
@@ -160,7 +152,7 @@ class TestQuantizeFp8:
 
     def test_prints_nothing_and_imports_late(self) -> None:
         code = (
-            "import sys, torch; torch.set_num_threads(1); import jet_export.quantize as q\n"
+            "import sys, torch; torch.set_num_threads(1); import jet_export.quantization.quantize as q\n"
             "assert not [m for m in sys.modules if m.split('.')[0] in ('modelopt', 'transformers')]\n"
             "from jet_export.model.config import JetNemotronConfig as C\n"
             "from jet_export.model.jet_nemotron import random_model\n"

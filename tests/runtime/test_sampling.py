@@ -1,5 +1,7 @@
 """Sampling: greedy, the filters' definitions, and repeatability."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -54,4 +56,5 @@ def test_same_seed_same_tokens() -> None:
 )
 def test_bad_parameters_are_refused(field: str, value: float) -> None:
     with pytest.raises(JetExportError, match=field):
-        Sampling(**{field: value})
+        values: dict[str, Any] = {field: value}
+        Sampling(**values)

@@ -28,7 +28,7 @@ layers = 1
 
 
 def command(*more: str) -> list[str]:
-    main = "from jet_export.cli import main; main()"
+    main = "from jet_export.cli.app import main; main()"
     words = ["search", "--model", "jet-tiny", "--device", "cpu", "--space", "space.toml", "--whole", "0", "--jobs", "1"]
     return [sys.executable, "-c", main, *words, *more]
 

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers import fake_layers, fake_models, fake_runtime
 from helpers.paths import ROOT
 
@@ -62,7 +64,7 @@ def test_seeded_faults_are_found(tmp_path, file: str, old: str, new: str, messag
     assert any(re.search(message, p) for p in check(folder)), check(folder)
 
 
-STAND_INS = {
+STAND_INS: dict[str, Any] = {
     "Linear": fake_layers.Linear, "Embedding": fake_layers.Embedding, "RMSNorm": fake_layers.RMSNorm,
     "GatedMLP": fake_layers.GatedMLP, "Attention": fake_layers.Attention, "forward": fake_layers.Attention.forward,
     "RopeParams.from_config": fake_layers.RopeParams.from_config, "register_mapper": fake_models.register_mapper,
@@ -77,7 +79,7 @@ STAND_INS = {
 @pytest.mark.parametrize("name", STAND_INS)
 def test_stand_ins_have_the_listed_signatures(name: str) -> None:
     listed = next(s for n, s in INTERFACES.callables.items() if n.endswith(f".{name}"))
-    item = STAND_INS[name]
+    item: Any = STAND_INS[name]
     mine = inspect.signature(item.__init__ if inspect.isclass(item) else item).parameters
     kinds = {n: p.kind for n, p in mine.items() if n != "self"}
     assert kinds == {n: p.kind for n, p in listed.parameters.items()}
@@ -93,17 +95,16 @@ def test_stand_ins_have_the_protocols_members() -> None:
     for protocol, item in {
         "MappingLike": fake_layers.Mapping(), "QuantConfigLike": fake_layers.QuantConfig(),
         "ModelConfigLike": fake_models.ModelConfig(), "CacheManagerLike": fake_runtime.MambaHybridCacheManager,
-        "KVCacheParamsLike": fake_layers.KVCacheParams(True), "MambaMetadataLike": fake_runtime.MambaMetadata(None),
+        "KVCacheParamsLike": fake_layers.KVCacheParams(True),
+        "MambaMetadataLike": fake_runtime.MambaMetadata(torch.zeros(0)),
     }.items():  # fmt: skip
         for member in INTERFACES.protocols[protocol]:
             assert hasattr(item, member), f"{protocol}.{member}"
 
 
 def test_stand_ins_refuse(tmp_path) -> None:
-    import torch
-
     with pytest.raises(TypeError, match="unexpected keyword argument 'features'"):
-        fake_layers.Linear(4, 4, features=2)
+        fake_layers.Linear(4, 4, features=2)  # type: ignore[call-arg]
     linear = fake_layers.Linear(4, 4, bias=False, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"weight \(5, 4\)"):
         linear.load_weights([{"weight": torch.zeros(5, 4, dtype=torch.bfloat16)}])
@@ -115,7 +116,7 @@ def test_stand_ins_refuse(tmp_path) -> None:
     with pytest.raises(KeyError, match="weight_scale"):
         fp8.load_weights([{"weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}])
     with pytest.raises(TypeError, match="missing 2 required positional arguments: 'request_ids' and 'is_padding'"):
-        fake_runtime.ManagerOf13.get_state_indices(object())
+        fake_runtime.ManagerOf13.get_state_indices(object())  # type: ignore[call-arg, arg-type]
 
 
 def imports_of(path: Path) -> set[str]:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.compare import relative_error
 from helpers.fake_models import MODELS
 from helpers.fake_trtllm import load_model, tensorrt_llm
 from helpers.fp8_models import CONFIG, model_of, to_fp8
-from helpers.packed import rel
 from torch import Tensor
 
 from jet_export.build.export_hf import save_unified
@@ -64,7 +64,7 @@ def test_logits_are_our_models(fp32, version: str, attention: str, strided: bool
     for r, parts in out.items():
         logits = torch.cat(parts)
         assert len(logits) == len(prompts[r]) > CONFIG.window_size * (r != 9)
-        assert rel(logits, whole(model, prompts[r])) < TOL
+        assert relative_error(logits, whole(model, prompts[r])) < TOL
 
 
 def test_a_freed_slot_starts_from_zero(fp32) -> None:
@@ -74,7 +74,7 @@ def test_a_freed_slot_starts_from_zero(fp32) -> None:
         executor.step({1: ids(9, 1)}, {})
         executor.free(1)
         logits = executor.step({2: ids(5, 2)}, {})[2]
-    assert rel(logits, whole(model, ids(5, 2))) < TOL
+    assert relative_error(logits, whole(model, ids(5, 2))) < TOL
 
 
 def test_fp8_checkpoint(tmp_path) -> None:
@@ -91,7 +91,7 @@ def test_fp8_checkpoint(tmp_path) -> None:
     for name, dtype in dtypes.items():
         fp8 = "layers.3." not in name and "ba_proj" not in name
         assert (dtype == torch.float8_e4m3fn) == fp8, name
-    assert rel(logits, whole(model, ids(40, 6))) < 1e-2  # bf16 roundings in another order
+    assert relative_error(logits, whole(model, ids(40, 6))) < 1e-2  # bf16 roundings in another order
 
 
 def test_jet_tiny(tmp_path) -> None:
@@ -105,7 +105,7 @@ def test_jet_tiny(tmp_path) -> None:
         parts = [executor.step({1: tokens[:140]}, {})[1]]
         parts += [executor.step({}, {1: t[None]})[1] for t in tokens[140:]]
     ours = whole(model, tokens)
-    assert rel(torch.cat(parts), ours) < 5e-2
+    assert relative_error(torch.cat(parts), ours) < 5e-2
     assert (torch.cat(parts).argmax(-1) == ours.argmax(-1)).float().mean() > 0.9
 
 
@@ -144,7 +144,7 @@ def test_seeded_faults_are_seen(fp32, monkeypatch, fault: str) -> None:
             out = run_batches(executor, prompts)
         except (ValueError, RuntimeError, AssertionError):
             return
-    errors = {r: rel(torch.cat(parts), whole(model, prompts[r])) for r, parts in out.items()}
+    errors = {r: relative_error(torch.cat(parts), whole(model, prompts[r])) for r, parts in out.items()}
     assert not max(errors.values()) < 100 * TOL, errors
 
 

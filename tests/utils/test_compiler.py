@@ -9,8 +9,8 @@ import pytest
 from jet_export.utils.compiler import Compiler, find_compiler
 from jet_export.utils.errors import JetExportError
 
-GXX = shutil.which("g++")
-needs_gxx = pytest.mark.skipif(GXX is None, reason="needs g++")
+GXX = shutil.which("g++") or ""
+needs_gxx = pytest.mark.skipif(not GXX, reason="needs g++")
 
 
 @needs_gxx

@@ -5,6 +5,7 @@ from itertools import count
 import pytest
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.utils import IndentedBuffer
+from torch.utils._ordered_set import OrderedSet
 
 from jet_export.backends.inductor.workarounds import lasting_names
 
@@ -26,7 +27,8 @@ def torchs(request, monkeypatch) -> None:
 def generator() -> CppWrapperCpu:
     """As much of a code generator as naming arrays takes."""
     wrapper = CppWrapperCpu.__new__(CppWrapperCpu)
-    wrapper.int_array_id, wrapper.declared_int_array_vars, wrapper.codegen_int_array_var_cache = count(), set(), {}
+    wrapper.int_array_id, wrapper.declared_int_array_vars = count(), OrderedSet()
+    wrapper.codegen_int_array_var_cache = {}
     return wrapper
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from helpers.compare import relative_error, same_bits
 from helpers.fp8_models import CALIBRATION, model_of, to_fp8
-from helpers.golden import DATA, MINI_NAMES, load_golden, relative_error
+from helpers.golden import DATA, MINI_NAMES, load_golden
 from helpers.onnx_models import engines, export
 from helpers.packed import Packed
-from helpers.paged import make_case, same_bits
+from helpers.paged import make_case
 
 from jet_export.backends.eager import EagerEngine
 from jet_export.backends.onnx.evaluate import HANDLERS, OnnxModel, attention, jet_block

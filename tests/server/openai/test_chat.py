@@ -14,17 +14,23 @@ def config(directory, **values) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(values))
 
 
+def rendered(directory) -> str:
+    template = load_chat_template(directory)
+    assert template is not None
+    return template(USER)
+
+
 def test_where_it_is_found(tmp_path) -> None:
     assert load_chat_template(tmp_path) is None
     config(tmp_path, bos_token="<s>")
     assert load_chat_template(tmp_path) is None
     config(tmp_path, bos_token={"content": "<s>"}, chat_template="{{ bos_token }}{{ messages[0]['content'] }}")
-    assert load_chat_template(tmp_path)(USER) == "<s>hi"
+    assert rendered(tmp_path) == "<s>hi"
     named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages[0]['role'] }}"}]
     config(tmp_path, chat_template=named)
-    assert load_chat_template(tmp_path)(USER) == "user"
+    assert rendered(tmp_path) == "user"
     (tmp_path / "chat_template.jinja").write_text("file")
-    assert load_chat_template(tmp_path)(USER) == "file"
+    assert rendered(tmp_path) == "file"
 
 
 def test_equals_transformers() -> None:

@@ -1,4 +1,4 @@
-"""What is built once a test run, also where several workers run it."""
+"""Files that are built once a test run, by whichever worker needs them first."""
 
 import os
 from collections.abc import Callable
@@ -14,8 +14,8 @@ def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The path `name`, made by `make(path)` by whoever needs it first; `make` must put it in place whole."""
+def built_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The path `name`, made by `make(path)` where it does not exist yet; `make` must put it in place whole."""
     path = shared_directory(tmp_path_factory) / name
     with FileLock(f"{path}.lock"):
         if not path.exists():
