@@ -1,0 +1,112 @@
+"""Sampling settings of every slot, and the draw of a step's tokens: by kernels/sampling.py, in NumPy on a CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jet_export.kernels.sampling import (
+    BIAS,
+    FLOATS,
+    INTS,
+    MASK,
+    MAX_BLOCKED,
+    PENALTIES,
+    SamplerState,
+    sample_triton,
+)
+from jet_export.kernels.sampling_ref import RowSettings, sample_ref
+
+
+class SlotSampler:
+    """One a BatchingEngine. `begin` gives a slot to a request; `sample` draws for a step's rows, whatever their mix."""
+
+    def __init__(self, slots: int, vocab: int, device: torch.device, kernels: bool | None = None) -> None:
+        """`kernels`: launch them; by default on a GPU."""
+        self.kernels = device.type == "cuda" if kernels is None else kernels
+        self.slots, self.vocab, self.device = slots, vocab, device
+        self.state = SamplerState(
+            floats=torch.zeros(slots, len(FLOATS), device=device),
+            ints=torch.zeros(slots, len(INTS), dtype=torch.int64, device=device),
+            blocked=torch.full((slots, MAX_BLOCKED), -1, dtype=torch.int32, device=device),
+            counts=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            seen=torch.zeros(1, 1, dtype=torch.int8, device=device),
+            bias=torch.zeros(1, 1, device=device),
+        )
+        self.on_host: dict[int, tuple[RowSettings, list[int], list[int]]] = {}  # on a CPU: settings, prompt, output
+
+    def begin(self, slot: int, row: RowSettings, prompt: list[int], made: list[int], masked: bool = False) -> None:
+        """A request takes the slot, having made some tokens already. `masked`: its steps bring a token mask."""
+        if len(row.blocked) > MAX_BLOCKED:
+            raise ValueError(f"{len(row.blocked)} blocked tokens; at most {MAX_BLOCKED}")
+        if not self.kernels:
+            self.on_host[slot] = (row, prompt, list(made))
+            return
+        flags = (PENALTIES if row.penalised else 0) | (BIAS if row.logit_bias else 0) | (MASK if masked else 0)
+        seed = (row.seed + 2**63) % 2**64 - 2**63  # the same 64 bits, signed
+        ints = [seed, len(made), row.choice, row.top_k, row.min_tokens if row.blocked else 0, flags]
+        self.state.floats[slot] = self._upload([getattr(row, name) for name in FLOATS], torch.float32)
+        self.state.ints[slot] = self._upload(ints, torch.int64)
+        if row.blocked:
+            padded = [*row.blocked, *[-1] * (MAX_BLOCKED - len(row.blocked))]
+            self.state.blocked[slot] = self._upload(padded, torch.int32)
+        if row.penalised:
+            self._begin_counts(slot, prompt, made)
+        if row.logit_bias:
+            self._begin_bias(slot, row.logit_bias)
+
+    def _upload(self, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+        host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
+
+    def _begin_counts(self, slot: int, prompt: list[int], made: list[int]) -> None:
+        if self.state.counts.numel() == 1:
+            shape = self.slots, self.vocab
+            self.state = self.state._replace(
+                counts=torch.zeros(shape, dtype=torch.int32, device=self.device),
+                seen=torch.zeros(shape, dtype=torch.int8, device=self.device),
+            )
+        self.state.counts[slot].zero_()
+        self.state.seen[slot].zero_()
+        if prompt:
+            self.state.seen[slot].index_fill_(0, self._upload(sorted(set(prompt)), torch.int64), 1)
+        if made:
+            ones = torch.ones(len(made), dtype=torch.int32, device=self.device)
+            self.state.counts[slot].index_add_(0, self._upload(made, torch.int64), ones)
+
+    def _begin_bias(self, slot: int, bias: tuple[tuple[int, float], ...]) -> None:
+        if self.state.bias.numel() == 1:
+            self.state = self.state._replace(bias=torch.zeros(self.slots, self.vocab, device=self.device))
+        self.state.bias[slot].zero_()
+        tokens, values = zip(*bias, strict=True)
+        index = self._upload(list(tokens), torch.int64)
+        self.state.bias[slot].index_add_(0, index, self._upload(list(values), torch.float32))
+
+    def sample(
+        self,
+        logits: Tensor,  # [N, V], rows contiguous
+        slots: Tensor,  # [N] int32, each at most once
+        allowed: Tensor | None = None,  # [N, cdiv(V, 32)] int32: bit v of a row is set where token v may come
+    ) -> tuple[Tensor, Tensor]:
+        """(tokens [N] int64, -1 where a row has none; ln of the sum of exp of the logits [N] fp32).
+
+        Each slot moves on by one token. On a GPU nothing synchronises.
+        """
+        if not self.kernels:
+            return self._sample_on_host(logits, slots, allowed)
+        return sample_triton(self.state, logits, slots, allowed)
+
+    def _sample_on_host(self, logits: Tensor, slots: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens = []
+        for i, slot in enumerate(slots.tolist()):
+            row, prompt, made = self.on_host[slot]
+            mask = None if allowed is None else unpacked(allowed[i], self.vocab)
+            tokens.append(sample_ref(logits[i].double().numpy(), row, prompt, made, mask))
+            made.append(tokens[-1])
+        return torch.tensor(tokens, dtype=torch.int64), logits.float().logsumexp(-1)
+
+
+def unpacked(words: Tensor, vocab: int) -> np.ndarray:
+    """[cdiv(vocab, 32)] int32 -> [vocab] bool."""
+    return np.unpackbits(words.numpy().view(np.uint8), bitorder="little")[:vocab].astype(bool)
