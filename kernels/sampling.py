@@ -160,17 +160,16 @@ def kth_largest(p_y, k, V: tl.constexpr, BV: tl.constexpr):
     prefix = tl.zeros([], tl.int32)
     left = k.to(tl.int32)
     o_bin = tl.arange(0, 256)
-    for level in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * level
+    for level in range(4):
+        shift = 24 - 8 * level
+        known = tl.where(level == 0, 0, -(1 << tl.minimum(shift + 8, 30)))  # the bytes that are settled
         b_count = tl.zeros([256], tl.int32)
         for i in range(0, tl.cdiv(V, BV)):
             o_v = i * BV + tl.arange(0, BV)
             b_y = tl.load(p_y + o_v, mask=o_v < V, other=-float("inf"))
-            b_u = (ordered_bits(b_y) ^ -2147483648).to(tl.uint32, bitcast=True)
-            m = o_v < V
-            if level > 0:
-                m = m & ((b_u >> (shift + 8)) == (prefix.to(tl.uint32, bitcast=True) >> (shift + 8)))
-            b_count += tl.histogram(((b_u >> shift) & 255).to(tl.int32), 256, mask=m)
+            b_u = ordered_bits(b_y) ^ -2147483648  # of the order of unsigned integers
+            m = (o_v < V) & ((b_u & known) == (prefix & known))
+            b_count += tl.histogram((b_u >> shift) & 255, 256, mask=m)
         b_from = tl.cumsum(b_count, 0, reverse=True)  # tokens with this byte or a larger one
         byte = tl.max(tl.where(b_from >= left, o_bin, 0), 0)
         left -= tl.sum(tl.where(o_bin > byte, b_count, 0), 0)
@@ -259,7 +258,8 @@ def sample_triton(
     Launches the two kernels. Nothing synchronises.
     """
     N, V = logits.shape
-    BG = min(1024, triton.next_power_of_2(-(-V // 4)))
+    groups = triton.next_power_of_2(triton.cdiv(V, 4))
+    BG, row_BG = min(512, groups), min(1024, groups)  # groups of four tokens in a tile
     tiles = triton.cdiv(V, 4 * BG)
     partial = logits.new_empty(5, N, tiles, dtype=torch.float32)
     index = logits.new_empty(2, N, tiles, dtype=torch.int32)
@@ -276,6 +276,6 @@ def sample_triton(
     sample_rows_kernel[(N,)](
         slots, state.floats, state.ints, state.counts, values, index[0], y_of_best, y_max, raw_max, raw_sum, index[1],
         y_out, out, lse,
-        V=V, NUM_TILES=tiles, BT=triton.next_power_of_2(tiles), BV=4 * BG, BG=BG, num_warps=8,
+        V=V, NUM_TILES=tiles, BT=triton.next_power_of_2(tiles), BV=4 * row_BG, BG=row_BG, num_warps=16,
     )  # fmt: skip
     return out, lse
