@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as fx_config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.fx.experimental import _config
 
 from jet_export.backends.base import Engine
 from jet_export.backends.eager import EagerEngine
@@ -43,6 +43,8 @@ from jet_export.utils.environment import write_result
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import check_file
 from jet_export.verify.verify import verify_engines
+
+fx_config: Any = _config  # its `patch` is added when it is imported
 
 GATE = Path(__file__).parents[1] / "results/cpu/state_precision.json"
 BUILDS = {
@@ -100,7 +102,9 @@ def parse_cases(text: str, new_tokens: int) -> list[Case]:
     """Raises JetExportError for what is not batch:context:chunk."""
     try:
         sizes = [tuple(int(n) for n in part.split(":")) for part in text.split(",")]
-        return [Case(batch, context, chunk, new_tokens) for batch, context, chunk in sizes]
+        return [
+            Case(batch=batch, context=context, chunk=chunk, new_tokens=new_tokens) for batch, context, chunk in sizes
+        ]
     except ValueError:
         raise JetExportError(
             f"--cases {text}: not a list of batch:context:chunk.", "For example: 1:1024:1024"
@@ -122,7 +126,7 @@ def eager_engine(model: str, limits: Limits, device: torch.device) -> EagerEngin
         net = JetNemotronForCausalLM.from_pretrained(resolve_checkpoint(model), dtype, device, limits.max_seq_len)
     else:
         net = random_model(load_config(model), dtype, device, max_positions=limits.max_seq_len)
-    return EagerEngine(net, limits, dtype, torch.float32)
+    return EagerEngine(net, limits, kv_dtype=dtype, state_dtype=torch.float32)
 
 
 def build(row: str, model: str, limits: Limits, directory: Path, device: str) -> tuple[Path, str]:

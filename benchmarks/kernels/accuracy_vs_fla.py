@@ -39,7 +39,7 @@ def rel(a: Tensor, b: Tensor) -> float:
 def compare(fla, case: str, T: int, H: int, K: int, V: int) -> dict:
     q, k, v, beta, g = inputs(case, T, H, K, V)
     S = torch.randn(1, H, K, V, device="cuda")
-    o, state = chunk_gated_delta_rule_ref(*[x.double() for x in (q, k, v, beta, g, S)])
+    o, state = chunk_gated_delta_rule_ref(q.double(), k.double(), v.double(), beta.double(), g.double(), S.double())
     pool, one = S.clone(), torch.ones(1, device="cuda", dtype=torch.int32)
     bounds = torch.tensor([0, T], device="cuda", dtype=torch.int32)
     ours = torch.ops.jet.gated_delta_rule(*(x[0] for x in (q, k, v, beta, g)), pool, bounds, one * 0, one, False)

@@ -14,7 +14,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "rope_append": [dict(BT=bt, num_warps=w) for bt, w in itertools.product((8, 16, 32, 64), (2, 4, 8))],
     "delta_rule_prepare": [dict(BT=64, num_warps=w, num_stages=1) for w in (2, 4, 8)],
     "delta_rule_scan": [
-        dict(BV=bv, STAGES=s, num_warps=max(4, bv // 16)) for bv, s in itertools.product((32, 64, 128), (1, 2, 3, 4))
+        dict(BV=bv, STAGES=s, num_warps=max(4, bv // 16), one_wave=132)
+        for bv, s in itertools.product((32, 64, 128), (1, 2, 3, 4))
     ],
     "delta_rule_decode": [
         dict(BV=bv, num_warps=w)

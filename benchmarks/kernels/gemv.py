@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def library(x: Tensor, w: Tensor, one: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, w)
 
 
+def gemv(x: Tensor, scales: tuple[Tensor | None, Tensor | None], w: Tensor) -> Tensor:
+    y: Tensor = torch.ops.jet.gemv(x, w, *scales, None, BF16)
+    return y
+
+
 def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: float) -> dict[str, Any]:
     """Microseconds of every variant of one layer; a wrong one raises."""
     N, K = GEMV_SIZES[name]
@@ -56,13 +62,13 @@ def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: fl
     add("library", lambda w: library(x, w, one))
     for rows in (16, 64, 128) if dtype == FP8 else ():
         many = x.float().repeat(rows, 1).to(dtype)
-        add(f"library, {rows} rows", lambda w, many=many: library(many, w, one))
+        add(f"library, {rows} rows", partial(library, many, one=one))
     for use in tiles or [configs.lookup("gemv", dtype=dtype, out_features=N, in_features=K)]:
         if use["BK"] < 2 * K:
             with configs.override("gemv", use):
                 label = "gemv " + " ".join(f"{k}={v}" for k, v in use.items())
                 scales = (one, one) if dtype == FP8 else (None, None)
-                add(label, lambda w, scales=scales: torch.ops.jet.gemv(x, w, *scales, None, BF16))
+                add(label, partial(gemv, x, scales))
     times = timer.compare(variants, repeats=10, calls=copies)
     us = {k: round(1e3 * t.median, 2) for k, t in times.items()}
     return {"layer": name, "dtype": str(dtype).removeprefix("torch."), "bytes": nbytes,

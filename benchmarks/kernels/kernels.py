@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import kernels_attention as attention
@@ -66,10 +67,11 @@ def rel(a: Tensor, b: Tensor) -> float:
 def correctness(model: str) -> dict[str, float]:
     """Relative errors against fp64 of a small prefill and a decode step."""
     errors = {}
+    reference: Callable[..., Tensor] = jet_block_ref
     for name, lens, decode in (("prefill", [1, 65, 300], False), ("decode", [1] * 8, True)):
         args = block_inputs(lens, model, context=4)
-        exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-        want = jet_block_ref(*exact, decode)
+        exact: list[Any] = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+        want = reference(*exact, decode)
         errors[name] = rel(torch.ops.jet.jet_block(*args, decode), want)
         errors[f"{name} state"] = rel(args[7], exact[7])
     return errors
@@ -101,14 +103,14 @@ def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kern
         u, kappa, conv_state = args[0][:, 2 * H * K : 2 * H * K + D], args[2], args[6]
         gate = args[0][:, 2 * H * K + D : 2 * H * K + 2 * D].unflatten(1, (H, V))
         variants: dict[str, Callable[[], Any]] = {
-            "jet_block": lambda a=args: ops.jet_block(*a, False),
-            "gated_delta_rule": lambda p=packed, a=args, s=state: ops.gated_delta_rule(*p, s, *a[8:11], False),
-            "dynamic_conv": lambda u=u, c=kappa, s=conv_state, a=args: ops.dynamic_conv(u, c, s, *a[8:11]),
-            "gated_rms_norm": lambda p=packed, a=args, z=gate: ops.gated_rms_norm(p[2], a[5], z, 1e-5),
+            "jet_block": partial(ops.jet_block, *args, False),
+            "gated_delta_rule": partial(ops.gated_delta_rule, *packed, state, *args[8:11], False),
+            "dynamic_conv": partial(ops.dynamic_conv, u, kappa, conv_state, *args[8:11]),
+            "gated_rms_norm": partial(ops.gated_rms_norm, packed[2], args[5], gate, 1e-5),
         }
         if fla is not None:
-            variants["fla"] = lambda q=q, k=k, v=v, beta=beta, g=g, s=state: fla.chunk_gated_delta_rule(
-                q, k, v, g, beta, initial_state=s, output_final_state=True
+            variants["fla"] = partial(
+                fla.chunk_gated_delta_rule, q, k, v, g, beta, initial_state=state, output_final_state=True
             )
         times = timer.compare(variants, graph=True, repeats=15)
         n = B * T
@@ -139,15 +141,14 @@ def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kerne
         for dtype in (torch.float32, torch.bfloat16):
             moved, layers = decode_work(B, model, dtype)
             sets = [block_inputs([1] * B, model, dtype, context=4) for _ in range(layers)]
-            variants = {"jet": lambda s=sets: [torch.ops.jet.jet_block(*a, True) for a in s]}
+            variants = {"jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, True) for a in sets])}
             if fla is not None and dtype == torch.float32:
                 q, k, v, beta, g = rule_inputs(B, 1, H, K, V)
-                variants["fla 0.6.0"] = lambda s=sets, q=q, k=k, v=v, g=g, b=beta: [
-                    fla.fused_recurrent_gated_delta_rule(
-                        q, k, v, g=g, beta=b, initial_state=a[7], output_final_state=True, use_qk_l2norm_in_kernel=True
-                    )
-                    for a in s
-                ]
+                rule = partial(
+                    fla.fused_recurrent_gated_delta_rule, q, k, v, g=g, beta=beta, output_final_state=True,
+                    use_qk_l2norm_in_kernel=True,
+                )  # fmt: skip
+                variants["fla 0.6.0"] = attention.in_turn([partial(rule, initial_state=a[7]) for a in sets])
             times = timer.compare(variants, graph=True, repeats=15, calls=layers)
             for name, t in times.items():
                 note = "" if name == "jet" else "its delta rule alone"
@@ -171,14 +172,12 @@ def sglang_block(model: str, sglang: Any, peaks: tuple[float, float]) -> list[Ke
         sets = [block_inputs(lens, model, context=4 if decode else 0) for _ in range(layers)]
         runs = [jet_block_path(sglang, a, decode)[0] for a in sets]
         difference = rel(runs[0](), torch.ops.jet.jet_block(*sets[0], decode).double())
-        variants: dict[str, Callable[[], Any]] = {
-            "jet": lambda s=sets, d=decode: [torch.ops.jet.jet_block(*a, d) for a in s]
-        }
+        variants = {"jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, decode) for a in sets])}
         times = timer.compare(variants, graph=True, repeats=15, calls=layers)
         note = f"sglang: its result differs by {difference:.1e}"
         if difference < 2e-2:
             name, note = f"sglang {sglang.version}", ""
-            theirs = {name: lambda r=runs: [run() for run in r]}
+            theirs = {name: attention.in_turn(runs)}
             times |= timer.compare(theirs, graph=decode, repeats=5, warmup=1, calls=layers)
         for name, t in times.items():
             out.append(row(kernel, model, shape, "bf16, state fp32", name, t, *work, *peaks, note))
@@ -193,9 +192,9 @@ def attention_prefill(model: str, peaks: tuple[float, float]) -> list[KernelRow]
         flash, _ = attention.flash(args, T, context)
         fp8 = [*args[:2], args[2].to(attention.FP8), *args[3:]]
         variants = {
-            ("bf16", "jet"): lambda args=args: attention.prefill(args),
+            ("bf16", "jet"): partial(attention.prefill, args),
             ("bf16", "sdpa flash"): flash,
-            ("bf16, cache fp8", "jet"): lambda args=fp8: attention.prefill(args),
+            ("bf16, cache fp8", "jet"): partial(attention.prefill, fp8),
         }
         flops = 4 * attention.DH * heads[0] * B * (T * context + T * (T + 1) // 2)
         keys = 2 * heads[1] * attention.DH * B * (context + T)
@@ -219,15 +218,13 @@ def attention_decode(model: str, peaks: tuple[float, float]) -> list[KernelRow]:
             size = B * min(context, window or context) * 2 * heads[1] * attention.DH * cache.itemsize
             calls = max(1, min(20, int(4e8 / size), pool.shape[0] // (B * (context // attention.PAGE + 1))))
             sets = [attention.make(B, 1, context - 1, heads, cache=pool) for _ in range(calls)]
-            variants: dict[str, Callable[[], Any]] = {
-                "jet": lambda s=sets, w=window: [attention.decode(a, w) for a in s]
-            }
+            variants = {"jet": attention.in_turn([partial(attention.decode, a, window) for a in sets])}
             note = ""
             try:
                 runs = [flashinfer_decode(a) for a in sets] if not window else []
                 if runs:
                     timer.capture(runs[0])
-                    variants["flashinfer"] = lambda r=runs: [run() for run in r]
+                    variants["flashinfer"] = attention.in_turn(runs)
             except ImportError:
                 pass  # said by main
             except Exception as e:
@@ -288,20 +285,18 @@ def main() -> int:
     sglang = import_sglang() if "sglang" in parts else None
     if "attention" in parts and importlib.util.find_spec("flashinfer") is None:
         print("FlashInfer is not compared with: it is not installed")
-    copy, matmul = timer.copy_speed(), timer.matmul_speed(torch.bfloat16)
+    copy, matmul = peaks = timer.copy_speed(), timer.matmul_speed(torch.bfloat16)
     result |= {"copy_bytes_per_s": copy, "matmul_flop_per_s": matmul}
     print(f"copy {copy / 1e12:.2f} TB/s, bf16 product {matmul / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[KernelRow] = []
     for model in models:
         steps: list[Callable[[], list[KernelRow]]] = []
         if "block" in parts:
-            steps += [lambda m=model: block_prefill(m, fla, (copy, matmul)),
-                      lambda m=model: block_decode(m, fla, (copy, matmul))]  # fmt: skip
+            steps += [partial(block_prefill, model, fla, peaks), partial(block_decode, model, fla, peaks)]
         if sglang is not None:
-            steps.append(lambda m=model: sglang_block(m, sglang, (copy, matmul)))
+            steps.append(partial(sglang_block, model, sglang, peaks))
         if "attention" in parts:
-            steps += [lambda m=model: attention_prefill(m, (copy, matmul)),
-                      lambda m=model: attention_decode(m, (copy, matmul))]  # fmt: skip
+            steps += [partial(attention_prefill, model, peaks), partial(attention_decode, model, peaks)]
         for step in steps:
             rows += step()
             write_result(output, {**result, "rows": to_dicts(rows)})

@@ -12,6 +12,8 @@ import functools
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,11 +77,18 @@ def make(batch, tokens, context, heads, dtype=BF16, cache: Tensor | None = None,
 
 
 def prefill(args: list, window: int = 0, scale: float = 1.0, config: PrefillConfig | None = None) -> Tensor:
-    return attention_prefill_triton(*args, window, scale, scale, config=config)
+    launch: Callable[..., Tensor] = attention_prefill_triton
+    return launch(*args, window, scale, scale, config=config)
 
 
 def decode(args: list, window: int = 0, scale: float = 1.0, config: DecodeConfig | None = None) -> Tensor:
-    return attention_decode_triton(*args[:4], *args[5:], window, scale, scale, config=config)
+    launch: Callable[..., Tensor] = attention_decode_triton
+    return launch(*args[:4], *args[5:], window, scale, scale, config=config)
+
+
+def in_turn(runs: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """All of them, one after the other."""
+    return lambda: [run() for run in runs]
 
 
 # ---------------------------------------------------------------------------------------------------- correctness
@@ -103,8 +112,9 @@ def check(kind: str, dtype: torch.dtype, cache_dtype: torch.dtype, heads: tuple,
     args[4], args[6] = i32(torch.tensor([0, *lens]).cumsum(0)), i32(context)
     args[5][2] = -1
     scale = 0.03 if cache_dtype == FP8 else 1.0
-    cpu = [a.cpu() if isinstance(a, Tensor) else a for a in args]
-    expected = attention_ref(*cpu, window, scale, scale).float()
+    cpu: list[Any] = [a.cpu() if isinstance(a, Tensor) else a for a in args]
+    reference: Callable[..., Tensor] = attention_ref
+    expected = reference(*cpu, window, scale, scale).float()
     got = (decode if kind == "decode" else prefill)(args, window, scale).float().cpu()
     error = float((got - expected).norm() / expected.norm())
     stored = [c.view(torch.uint8) if c.dtype == FP8 else c for c in (args[2].cpu(), cpu[2])]
@@ -152,15 +162,15 @@ def bench_prefill(sweep: bool, runs: set) -> list[dict]:
             o = prefill(args)  # appends, so that flash sees the same keys
             run, packed = flash(args, T, context)
             error = float((packed(run()).float() - o.float()).norm() / o.float().norm())
-            fns = {"sdpa flash": run, "jet::attention": lambda args=args: prefill(args)}
+            fns: dict[str, Callable[[], Any]] = {"sdpa flash": run, "jet::attention": partial(prefill, args)}
             for window in (1152, 2048) if model == "2b" and context else ():
-                fns[f"jet::attention window {window}"] = lambda args=args, w=window: prefill(args, w)
+                fns[f"jet::attention window {window}"] = partial(prefill, args, window)
             fp8 = [*args[:2], args[2].to(FP8), *args[3:]]
-            fns["jet::attention fp8 cache"] = lambda args=fp8: prefill(args)
+            fns["jet::attention fp8 cache"] = partial(prefill, fp8)
             for c in PREFILL_SWEEP if sweep and model == "2b" else ():
                 for dtype, a in ((BF16, args), (FP8, fp8)):
                     if (dtype, c) in runs:
-                        fns[f"{NAMES[dtype]} {c}"] = lambda a=a, c=c: prefill(a, config=PrefillConfig(*c))
+                        fns[f"{NAMES[dtype]} {c}"] = partial(prefill, a, config=PrefillConfig(*c))
             for name, t in timer.compare(fns, repeats=5 if sweep else 20, graph=True).items():
                 rows.append(
                     {"model": model, "batch": B, "tokens": T, "context": context, "variant": name}
@@ -184,14 +194,11 @@ def bench_decode(copy: float, sweep: bool, runs: set) -> list[dict]:
                 sets = [make(B, 1, context - 1, heads, cache=pool) for _ in range(calls)]
                 for args in sets:
                     args[6] = i32(lens - 1)
-                configs = {"jet::attention": None}
+                configs: dict[str, DecodeConfig | None] = {"jet::attention": None}
                 if sweep and model == "2b" and not window:
                     configs |= {f"{c}": DecodeConfig(*c) for c in DECODE_SWEEP if (dtype, c) in runs}
-                fns = {
-                    name: lambda c=c, w=window, sets=sets: [decode(s, w, 1.0, c) for s in sets]
-                    for name, c in configs.items()
-                }
-                for name, t in timer.compare(fns, 8 if sweep else 20, graph=True, calls=calls).items():
+                fns = {name: in_turn([partial(decode, s, window, 1.0, c) for s in sets]) for name, c in configs.items()}
+                for name, t in timer.compare(fns, repeats=8 if sweep else 20, graph=True, calls=calls).items():
                     speed = size / t.median * 1e3
                     rows.append(
                         {
@@ -278,7 +285,7 @@ def main() -> None:
         )
     for B, context in ((1, 4096), (64, 65536)) if options.sweep else ():
         args = make(B, 1, context - 1, HEADS["2b"])
-        print(B, context, timer.kernel_times(lambda args=args: decode(args)))
+        print(B, context, timer.kernel_times(partial(decode, args)))
     print(f"{time.time() - t:.0f} s")
 
 

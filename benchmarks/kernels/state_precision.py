@@ -112,7 +112,7 @@ def jet_tiny_recall() -> dict[str, dict[str, float]]:
     runners = {}
     # quality.recall's own names: "engine" is what is judged, "unquantised" what it is compared with.
     for name, state_dtype in (("engine", torch.bfloat16), ("unquantised", torch.float32)):
-        runners[name] = Runner(EagerEngine(model, limits, model.dtype, state_dtype))
+        runners[name] = Runner(EagerEngine(model, limits, kv_dtype=model.dtype, state_dtype=state_dtype))
     found = recall(runners, Tokenizer.from_file(str(JET_TINY_DIR / "tokenizer.json")))
     names = {"engine": "bfloat16", "unquantised": "float32", "queries": "queries"}
     return {distance: {names[k]: v for k, v in shares.items()} for distance, shares in found.items()}

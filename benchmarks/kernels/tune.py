@@ -39,6 +39,9 @@ DELTA = {"2b": (12, 96, 256), "4b": (16, 128, 256)}
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
 
+Workloads = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]  # what is timed; the same on copied states
+
+
 @dataclass
 class Task:
     """One rule to find: an op, the sizes it would hold for, and what is run to time it."""
@@ -46,7 +49,7 @@ class Task:
     op: str
     model: str
     where: dict[str, Any]
-    workloads: dict[str, tuple[Callable[[], Any], Callable[[], Any]]]  # what is timed; the same on copied states
+    workloads: Workloads
     times: dict[str, dict[str, float]] = field(default_factory=dict)  # configuration -> workload -> ms
     left_out: dict[str, str] = field(default_factory=dict)  # configuration -> why
 
@@ -156,8 +159,8 @@ def attention_tasks(model: str) -> list[Task]:
             for b, n in ((1, 4096), (64, 4096), (1, 65536), (32, 65536))
         }
         # The cache needs no copy: every call appends the same keys at the same positions.
-        prefill = {n: (partial(attention.prefill, a),) * 2 for n, a in prefills.items()}
-        decode = {n: (partial(attention.decode, a),) * 2 for n, a in decodes.items()}
+        prefill: Workloads = {n: (partial(attention.prefill, a),) * 2 for n, a in prefills.items()}
+        decode: Workloads = {n: (partial(attention.decode, a),) * 2 for n, a in decodes.items()}
         rope = {"dtype": "bfloat16", "cache_dtype": name, "head_dim": 128}
         tasks += [
             Task("attention_decode", model, where, decode),
@@ -179,7 +182,7 @@ def tune(task: Task, deadline: float, repeats: int = 15) -> None:
     """Fills `times` and `left_out`; candidates beyond the deadline are left out."""
     in_use = current(task)
     candidates = [in_use, *(c for c in CANDIDATES[task.op] if c != in_use)]
-    expected = {}
+    expected: dict[str, torch.Tensor] = {}
     runs: dict[str, dict[str, Callable[[], Any]]] = {}
     for use in candidates:
         key = key_of(use)

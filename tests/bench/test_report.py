@@ -38,7 +38,7 @@ def test_more_lines_than_can_be_told_apart_become_two_a_model() -> None:
 
 
 def test_skipped_cases_that_one_build_allows_share_a_line() -> None:
-    cases = [Skipped(4096, b, 256, "too long", "jet-export build") for b in (1, 8)]
+    cases = [Skipped(context=4096, batch=b, chunk=256, reason="too long", remedy="jet-export build") for b in (1, 8)]
     assert skipped_lines(cases) == ["skipped: context 4096, batch 1, 8, chunk 256: too long\n  jet-export build"]
 
 
@@ -57,7 +57,12 @@ def test_the_picture_names_the_source_of_every_reference(tmp_path, monkeypatch) 
 
     labels = []
     plot = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: labels.append(k.get("label")) or plot(self, *a, **k))
+
+    def recorded(self, *args, **kwargs):
+        labels.append(kwargs.get("label"))
+        return plot(self, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", recorded)
     environment = {"gpu": "none", "torch": "2", "date": "today", "commit": "abc"}
     draw(tmp_path / "x.png", [row(128, 10_000, context=65536)], environment)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,6 @@
 """The build's flow, with the compiler replaced by one that writes a few bytes: up to date, --force, no half bundles.
 
-What the real compiler makes is tested in tests/parity.
+What the real compiler makes is tested in tests/verify.
 """
 
 import json

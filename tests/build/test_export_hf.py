@@ -5,6 +5,7 @@ import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_scales_reach_the_logits(fp8_model, written) -> None:
     reference = logits(fp8_model, FP8)
     for change in ("in_proj.weight_scale", "in_proj.input_scale", "k_scale", "v_scale"):
         again = JetNemotronForCausalLM.from_pretrained(written, max_positions=256)
-        attn = again.layers[1 if change in ("k_scale", "v_scale") else 0].self_attn
+        attn: Any = again.layers[1 if change in ("k_scale", "v_scale") else 0].self_attn
         if change in ("k_scale", "v_scale"):
             setattr(attn, change, getattr(attn, change) * 1.5)
         else:
@@ -101,7 +102,7 @@ def published_skeleton(model: JetNemotronForCausalLM, attribute: str) -> nn.Modu
     root = nn.Module()
     for name, (param, start, shape) in checkpoint_layout(model.config).items():
         *path, leaf = name.split(".")
-        parent = root
+        parent: Any = root
         for part in path:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
@@ -132,7 +133,7 @@ def modelopts_own(fp8_model) -> tuple[dict[str, Tensor], dict]:
         from jet_export.quantization.calibrate import modelopt_config
 
         model, layout = model_of(), checkpoint_layout(CONFIG)  # the same weights, before they were quantised
-        skeleton = published_skeleton(model, "weight")
+        skeleton: Any = published_skeleton(model, "weight")
         skeleton.lm_head = nn.Linear(CONFIG.hidden_size, CONFIG.vocab_size, bias=False)  # tied: not in the layout
         layers = {n.removesuffix(".weight"): _parent(fp8_model, s.param) for n, s in layout.items() if "weight" in n}
         fp8 = {name: m for name, m in layers.items() if isinstance(m, Fp8Linear)}
@@ -161,7 +162,9 @@ def test_tensors_are_those_that_modelopt_writes(modelopts_own, written) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
-        close = {"rtol": 1e-6, "atol": 0} if tensor.dtype == torch.float32 else {"rtol": 0.125, "atol": 2**-9}
+        close: dict[str, Any] = (
+            {"rtol": 1e-6, "atol": 0} if tensor.dtype == torch.float32 else {"rtol": 0.125, "atol": 2**-9}
+        )
         torch.testing.assert_close(ours[name].float(), tensor.float(), **close)
 
 
@@ -195,7 +198,7 @@ def test_modelopts_reader_of_fp8_weights(fp8_model, written) -> None:
     for name, tensor in stored.items():
         if tensor.dtype == FP8:
             param, start, (rows, *_) = layout[name]
-            ours = _parent(fp8_model, param)
+            ours: Any = _parent(fp8_model, param)
             expected = ours.weight[start : start + rows].float() * ours.weight_scale
             assert torch.equal(from_quantized_weight(tensor, stored[f"{name}_scale"], "fp8", torch.float32), expected)
             read += 1
@@ -297,7 +300,8 @@ def test_jet_tiny_and_a_build_from_the_export(tmp_path) -> None:
     plan = make_plan(BuildOptions(model=str(out), device="cpu", kv_cache_dtype="fp8", max_seq_len=256))
     assert plan.fp8 and plan.output.name == "checkpoint-fp8-inductor"
     (tmp_path / "bundle").mkdir()
-    model, lines = load_model(plan), []
+    model = load_model(plan)
+    lines: list[str] = []
     report = quantize_model(plan, model, tmp_path / "bundle", Progress(lines.append))
     assert lines == ["    the checkpoint is FP8: 33 projections as they are"]
     assert report is not None and len(report["kv_scales"]) == 2 and min(map(min, report["kv_scales"].values())) > 0

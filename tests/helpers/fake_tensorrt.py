@@ -152,16 +152,21 @@ class Runtime:
     def load_library(self, plugin_path: str) -> object | None:
         path = Path(plugin_path)
         self.loaded = path.is_file() and path.read_bytes() == self.trt.library
-        return object() if self.loaded else self.fail(f"{path}: cannot be loaded")
+        if self.loaded:
+            return object()
+        self.fail(f"{path}: cannot be loaded")
+        return None
 
     def fail(self, text: str) -> None:
         self.logger.log(self.trt.ILogger.ERROR, text)
 
     def deserialize_cuda_engine(self, plan: Any) -> Checked | None:
         if bytes(plan) != self.trt.plan:
-            return self.fail("not a plan of this version")
+            self.fail("not a plan of this version")
+            return None
         if not (self.engine_host_code_allowed or self.loaded):
-            return self.fail("Cannot find plugin: JetBlock, version: 1")
+            self.fail("Cannot find plugin: JetBlock, version: 1")
+            return None
         return self.trt.wrap("ICudaEngine", Engine(self))
 
 
@@ -207,11 +212,15 @@ class Context:
 
     def __init__(self, engine: Engine, how: Any) -> None:
         self.engine, self.trt, self.how = engine, engine.trt, how
-        self.fail = engine.runtime.fail
         self.profile: int | None = None
         self.memory = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+
+    def refuse(self, text: str) -> bool:
+        """Logs it; False, as the real calls return."""
+        self.engine.runtime.fail(text)
+        return False
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.profile = profile_index
@@ -222,16 +231,16 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name not in self.engine.bindings or self.engine.bindings[name]["output"] or self.profile is None:
-            return bool(self.fail(f"{name}: not an input, or no profile is set"))
+            return self.refuse(f"{name}: not an input, or no profile is set")
         low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
         if len(shape) != len(low) or any(not a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
-            return bool(self.fail(f"{name}: {shape} is not in profile {self.profile}"))
+            return self.refuse(f"{name}: {shape} is not in profile {self.profile}")
         self.shapes[name] = shape
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self.engine.bindings or not memory or memory % ALIGNMENT:
-            return bool(self.fail(f"{name}: no such tensor, or a bad address {memory:#x}"))
+            return self.refuse(f"{name}: no such tensor, or a bad address {memory:#x}")
         self.addresses[name] = memory
         return True
 
@@ -254,7 +263,7 @@ class Context:
     def execute_async_v3(self, stream_handle: int) -> bool:
         problem = self.problem()
         if problem:
-            return bool(self.fail(problem))
+            return self.refuse(problem)
         feeds = {name: self.at(name, shape).clone() for name, shape in self.shapes.items()}
         for name, value in self.trt.graph.run(feeds).items():
             self.at(name, tuple(value.shape)).copy_(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ class SplitProducts(nn.Module):
 class FusedMLP(nn.Module):
     """silu(gate) * up rounded once, as a compiler fuses it, not twice."""
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, mlp: Any) -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj = mlp.gate_up_proj, mlp.down_proj
 

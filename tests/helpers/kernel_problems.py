@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,11 @@ class Problem:
         return Problem(self.name, changed, self.launch, self.reference, self.tokens, self.slots, self.pages)
 
 
+def over_inputs(op: Callable[..., Tensor], *rest: Any, first: int | None = None) -> Callable[[Inputs], Tensor]:
+    """op of the inputs in their order, or of the `first` of them, and of `rest`."""
+    return lambda inputs: op(*list(inputs.values())[:first], *rest)
+
+
 def raw(x: Tensor) -> Tensor:
     """Indexing is not implemented for FP8: its bytes."""
     return x.view(torch.uint8) if x.dtype == FP8 else x
@@ -117,30 +123,29 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
             "conv_state": nobodys_nan(rand(N + 2, W - 1, D), slots),
             "recurrent_state": nobodys_nan(rand(N + 2, H, K, V, dtype=state), slots), **common,
         }  # fmt: skip
-        names = list(block)
-
-        def block_args(i: Inputs, names: list[str] = names, decode: bool = decode) -> tuple:
-            return (*(i[n] for n in names), H, K, V, 1e-5, decode)
-
         form = "decode" if decode else "prefill"
         yield Problem(
-            f"jet_block {form}", block, lambda i, f=block_args: jet_block_triton(*f(i)),
-            lambda i, f=block_args: jet_block_ref(*f(i)), ("qkuz", "ba", "kappa"), ("conv_state", "recurrent_state"),
-        )  # fmt: skip
+            f"jet_block {form}",
+            block,
+            launch=over_inputs(jet_block_triton, H, K, V, 1e-5, decode),
+            reference=over_inputs(jet_block_ref, H, K, V, 1e-5, decode),
+            tokens=("qkuz", "ba", "kappa"),
+            slots=("conv_state", "recurrent_state"),
+        )
         rule = {
             "q": rand(T, H, K), "k": rand(T, H, K), "v": rand(T, H, V), "beta": rand(T, H).sigmoid(),
             "g": -rand(T, H, dtype=torch.float32).abs(), "recurrent_state": block["recurrent_state"], **common,
         }  # fmt: skip
         yield Problem(
-            f"gated_delta_rule {form}", rule, lambda i, d=decode: gated_delta_rule_triton(*i.values(), d),
-            lambda i, d=decode: packed_gated_delta_rule_ref(*i.values(), d), ("q", "k", "v", "beta", "g"),
+            f"gated_delta_rule {form}", rule, over_inputs(gated_delta_rule_triton, decode),
+            over_inputs(packed_gated_delta_rule_ref, decode), ("q", "k", "v", "beta", "g"),
             ("recurrent_state",),
         )  # fmt: skip
         if decode:
             continue
         conv = {"u": rand(T, D), "kappa": block["kappa"], "conv_state": block["conv_state"], **common}
         yield Problem(
-            "dynamic_conv", conv, lambda i: dynamic_conv_triton(*i.values()), lambda i: dynamic_conv_ref(*i.values()),
+            "dynamic_conv", conv, over_inputs(dynamic_conv_triton), over_inputs(dynamic_conv_ref),
             ("u", "kappa"), ("conv_state",),
         )  # fmt: skip
         norm = {"o": rand(T, H, V), "w_o": block["w_o"], "gate": rand(T, H, V), **common}
@@ -182,16 +187,11 @@ def attention_problems(device: str, dtype: torch.dtype, cache: torch.dtype, head
                 "slots": i32([3, -1, 0, 2], device), "context_lens": i32(context, device),
             }  # fmt: skip
 
-            def launch(i: Inputs, decode: bool = decode, window: int = window) -> Tensor:
-                args = list(i.values())
-                sizes = (Hq, Hkv, Dh, window, scale, scale)
-                if decode:
-                    return attention_decode_triton(*args[:4], *args[5:], *sizes)
-                return attention_prefill_triton(*args, *sizes)
+            def launch(i: Inputs, decode: bool = decode, sizes: tuple = (Hq, Hkv, Dh, window, scale, scale)) -> Tensor:
+                op: Callable[..., Tensor] = attention_decode_triton if decode else attention_prefill_triton
+                return op(*(x for n, x in i.items() if n != "cu_seqlens" or not decode), *sizes)
 
-            def reference(i: Inputs, window: int = window) -> Tensor:
-                return attention_ref(*i.values(), Hq, Hkv, Dh, window, scale, scale)
-
+            reference = over_inputs(attention_ref, Hq, Hkv, Dh, window, scale, scale)
             name = f"attention {'decode' if decode else 'prefill'}" + (f" window {window}" if window else "")
             yield Problem(name, inputs, launch, reference, ("qkv",), (), ("kv_cache",))
 
@@ -232,8 +232,8 @@ def one_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
             y = torch.float32 if dtype == torch.float32 else torch.bfloat16
             name = f"gemv {N} x {K} {str(dtype).removeprefix('torch.')}"
             out[name] = Problem(
-                name, inputs, lambda i, y=y: gemv_triton(*list(i.values())[:5], y),
-                lambda i: gemv_ref(*list(i.values())[:5], torch.float32), ("x",),
+                name, inputs, over_inputs(gemv_triton, y, first=5), over_inputs(gemv_ref, torch.float32, first=5),
+                ("x",),
             )  # fmt: skip
     return out
 

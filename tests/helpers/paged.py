@@ -1,5 +1,6 @@
 """Random arguments of jet::attention for the tests, its definition in fp64, and FP8 for Triton's interpreter."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -46,11 +47,11 @@ class Case:
         if form == "ref":
             o = attention_ref(*args)
         elif form == "prefill":
-            o = attention_prefill_triton(*args, config=PrefillConfig(32, min(page, 16), 4, 1) if small else None)
+            prefill: Callable[..., Tensor] = attention_prefill_triton
+            o = prefill(*args, config=PrefillConfig(32, min(page, 16), 4, 1) if small else None)
         else:
-            o = attention_decode_triton(
-                *args[:4], *args[5:], config=DecodeConfig(min(page, 16), 4, 1, 1) if small else None
-            )
+            decode: Callable[..., Tensor] = attention_decode_triton
+            o = decode(*args[:4], *args[5:], config=DecodeConfig(min(page, 16), 4, 1, 1) if small else None)
         return o.cpu(), args[2].cpu()
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -34,7 +36,8 @@ def exact(p: Packed, decode: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         if slot >= 0:
             s = slice(int(cu[n]), int(cu[n + 1]))
             start = pool[slot : slot + 1] * (context[n] > 0)
-            o[s], pool[slot] = (x[0] for x in gated_delta_rule_ref(*(x[None, s] for x in (q, k, v, beta, g)), start))
+            args = (q[None, s], k[None, s], v[None, s], beta[None, s], g[None, s], start)
+            o[s], pool[slot] = (x[0] for x in gated_delta_rule_ref(*args))
     return o, pool
 
 
@@ -60,18 +63,19 @@ def test_chunked_gradient_is_recurrent_gradient():
     inputs = [x.requires_grad_() for x in one_sequence(70, 32)]
     grads = []
     for rule in (chunk_gated_delta_rule_ref, gated_delta_rule_ref):
-        o, S = rule(*inputs)
-        grads.append(torch.autograd.grad((o * o.detach().cos()).sum() + (S * S.detach().sin()).sum(), inputs))
+        o, state = rule(*inputs)
+        loss = (o * o.detach().cos()).sum() + (state * state.detach().sin()).sum()
+        grads.append(torch.autograd.grad(loss, inputs))
     for a, b in zip(*grads, strict=True):
         assert relative_error(a, b) < 1e-9
 
 
 def test_chunked_survives_fast_decay_and_equal_keys():
-    q, k, v, beta, g, S = (x.float() for x in one_sequence(130, 32))
+    q, k, v, beta, g, state = (x.float() for x in one_sequence(130, 32))
     k = k[:, :1].expand_as(k)
     g = torch.where(torch.arange(130)[None, :, None] % 7 == 3, -90.0, g * 1e-3)
-    want = gated_delta_rule_ref(*(x.double() for x in (q, k, v, torch.ones_like(beta), g, S)))
-    got = chunk_gated_delta_rule_ref(q, k, v, torch.ones_like(beta), g, S)
+    want = gated_delta_rule_ref(*(x.double() for x in (q, k, v, torch.ones_like(beta), g, state)))
+    got = chunk_gated_delta_rule_ref(q, k, v, torch.ones_like(beta), g, state)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-4
 
@@ -164,33 +168,34 @@ def test_packed_is_one_by_one_bit_for_bit(device, rule):
     assert torch.equal(state, packed_state)
 
 
-def test_the_scans_two_forms_share_out_the_batches(device, monkeypatch):
-    """Up to a number of heads one form does all the work, beyond it the other; both are the reference to fp32 rounding.
+def test_each_batch_is_served_by_one_form_of_the_scan(device, monkeypatch):
+    """One form serves batches of up to 6 heads, the other the larger ones; both are the reference to fp32 rounding.
 
-    Whether they give the same bits is asked of a GPU only, below: a CPU's BLAS may sum products of another shape in
-    another order."""
-    config, forms = gated_delta_rule_chunk.chunk_config, []
+    Equal bits are required on a GPU only, below: a CPU's BLAS may sum products of another shape in another order."""
+    config = gated_delta_rule_chunk.chunk_config
+    forms: list[dict[str, Any]] = []
 
     def two_forms(dtype, K, V):
         prepare, (scan,) = config(dtype, K, V)
-        forms[:] = [scan | {"BV": 16, "FEW_HEADS": 6}, scan | {"BV": 32, "FEW_HEADS": 6, "MANY": True}]
+        forms[:] = [scan | {"BV": 16, "MAX_HEADS": 6}, scan | {"BV": 32, "MIN_HEADS": 7}]
         return prepare, [forms[0 if only is None else only]] if only is not None else forms
 
     monkeypatch.setattr(gated_delta_rule_chunk, "chunk_config", two_forms)
     p = Packed([17, 3, 40, 16], H=2, K=32, V=48, device=device)
     want, want_state = exact(p)
-    for n, meant in ((3, 0), (4, 1)):  # 6 heads, 8 heads
+    for n, form in ((3, 0), (4, 1)):  # 6 heads, 8 heads
         results = {}
-        for only in (None, meant, 1 - meant):
+        for only in (None, form, 1 - form):
             q, k, v, beta, g, state, cu, slots, context, _ = p.rule_args(False)
             end, rows = int(cu[n]), slots[:n].long()
-            args = (*(x[:end] for x in (q, k, v, beta, g)), state, cu[: n + 1], slots[:n], context[:n])
+            tokens = (q[:end], k[:end], v[:end], beta[:end], g[:end])
             with poisoned():
-                results[only] = gated_delta_rule_triton(*args, False), state
+                o = gated_delta_rule_triton(*tokens, state, cu[: n + 1], slots[:n], context[:n], False)
+                results[only] = o, state
         o, state = results[None]
         assert relative_error(o, want[:end]) < 3e-6 and relative_error(state[rows], want_state[rows]) < 3e-6
-        assert all(torch.equal(a, b) for a, b in zip(results[meant], results[None], strict=True))
-        o, state = results[1 - meant]  # the form that is not meant leaves everything as it was
+        assert all(torch.equal(a, b) for a, b in zip(results[form], results[None], strict=True))
+        o, state = results[1 - form]  # the other form writes nothing
         assert o.isnan().all() and torch.equal(state, p.recurrent_state)
 
 
@@ -236,7 +241,7 @@ def test_16_bit_error_is_that_of_the_rounded_chunk_form(H, K, V, dtype):
     o_rounded, rounded_state = torch.zeros_like(v), pool.clone()
     for n, slot in enumerate(slots.tolist()):
         s = slice(int(cu[n]), int(cu[n + 1]))
-        inputs = (x[s] for x in (q, k, v, beta, g))
+        inputs = (q[s], k[s], v[s], beta[s], g[s])
         o_n, rounded_state[slot] = rounded_chunk(*inputs, pool[slot] * (context[n] > 0), dtype)
         o_rounded[s] = o_n.to(dtype)
     assert relative_error(o, want) <= 1.1 * relative_error(o_rounded, want)
@@ -247,9 +252,9 @@ def test_16_bit_error_is_that_of_the_rounded_chunk_form(H, K, V, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("H, K", [(12, 96), (16, 128)])
 def test_a_sequence_has_the_same_bits_alone_and_among_many(H, K):
-    """Alone it is the scan's form for few heads, among nine the one for many, where the table has two (SM 9.0)."""
-    few_heads = gated_delta_rule_chunk.chunk_config(torch.bfloat16, K, 256)[1][0]["FEW_HEADS"]
-    assert few_heads == 0 or H <= few_heads < 9 * H
+    """Alone it uses the scan's narrow tiles, among nine the wide ones, where the table has both (SM 9.0)."""
+    max_heads = gated_delta_rule_chunk.chunk_config(torch.bfloat16, K, 256)[1][0]["MAX_HEADS"]
+    assert max_heads == 0 or H <= max_heads < 9 * H
     p = Packed([130, 64, 333, 1, 65, 200, 64, 7, 100], H=H, K=K, V=256, dtype=torch.bfloat16, device="cuda")
     q, k, v, beta, g, state, cu, slots, context, _ = p.rule_args(False)
     alone_state = state.clone()

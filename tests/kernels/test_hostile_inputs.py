@@ -4,6 +4,9 @@ A TensorRT builder may time the plugins on meaningless inputs. Here every load a
 checked; on a GPU benchmarks/kernels/hostile_enqueues.py enqueues the plugins under compute-sanitizer.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from helpers.checked_memory import checked_memory
@@ -37,6 +40,7 @@ def integers(kind: str, shape: tuple[int, ...], like: torch.Tensor, seed: int) -
 
 
 KINDS = ["any", "near", "falling", "smallest", "largest"]
+block: Callable[..., torch.Tensor] = jet_block_triton
 BATCH = ["cu_seqlens", "slots", "context_lens"]
 
 
@@ -45,14 +49,14 @@ def spoilt(kind: str, names: list) -> list[list]:
     return [names, *([name] for name in names if kind == "any")]
 
 
-def block_tensors(decode: bool) -> dict[str, torch.Tensor]:
+def block_tensors(decode: bool) -> dict[str, Any]:
     p = Packed([1] * N if decode else LENS, H=1, K=16, V=16, context=[0, 5, 9], extra=16)
     return p.tensors
 
 
-def run_block(tensors: dict[str, torch.Tensor], decode: bool, limit: int = 1 << 40) -> int:
+def run_block(tensors: dict[str, Any], decode: bool, limit: int = 1 << 40) -> int:
     with checked_memory(list(tensors.values()), limit) as memory:
-        jet_block_triton(*tensors.values(), 1, 16, 16, 1e-5, decode)
+        block(*tensors.values(), 1, 16, 16, 1e-5, decode)
     return memory.accesses
 
 
@@ -69,10 +73,9 @@ def test_jet_block_stays_inside(kind, decode):
 
 def run_attention(args: list, decode: bool, limit: int = 1 << 40) -> int:
     with checked_memory(args, limit) as memory:
-        if decode:
-            attention_decode_triton(*args[:4], *args[5:], config=DecodeConfig(16, 4, 1, 1))
-        else:
-            attention_prefill_triton(*args, config=PrefillConfig(16, 16, 4, 1))
+        launch: Callable[..., torch.Tensor] = attention_decode_triton if decode else attention_prefill_triton
+        config = DecodeConfig(16, 4, 1, 1) if decode else PrefillConfig(16, 16, 4, 1)
+        launch(*(args[:4] + args[5:] if decode else args), config=config)
     return memory.accesses
 
 
@@ -99,7 +102,7 @@ def test_a_slot_that_no_pool_has_is_padding():
     tensors = block_tensors(True)
     tensors["slots"] = torch.tensor([2, 5, -1], dtype=torch.int32)  # of 5 rows
     before = tensors["recurrent_state"].clone()
-    o = jet_block_triton(*tensors.values(), 1, 16, 16, 1e-5, True)
+    o = block(*tensors.values(), 1, 16, 16, 1e-5, True)
     changed = (tensors["recurrent_state"] != before).flatten(1).any(1)
     assert changed.tolist() == [False, False, True, False, False]
     assert o.abs().amax(1).gt(0).tolist() == [True, False, False]

@@ -132,7 +132,7 @@ def rounded_block(p: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     for n, slot in enumerate(slots.tolist()):
         s = slice(int(cu[n]), int(cu[n + 1]))
         start = state[slot] * (context[n] > 0)
-        o_n, state[slot] = rounded_chunk(*(x[s] for x in (q, k, v, beta, g)), start, dtype)
+        o_n, state[slot] = rounded_chunk(q[s], k[s], v[s], beta[s], g[s], start, dtype)
         o[s] = o_n.to(dtype)
     return gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), eps).reshape(T, H * V), state
 

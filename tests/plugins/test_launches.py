@@ -9,6 +9,7 @@ import json
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from helpers import plugin_harness
 from helpers.plugin_nodes import fields_of, inputs_of
+from torch import Tensor
 
 from jet_export.kernels import (
     attention_decode,
@@ -59,20 +61,23 @@ class Recorder:
 def launched(case, inputs: list, T: int, N: int, sms: int, sm: int | None) -> tuple[list[tuple], list, torch.Tensor]:
     """The torch launchers' launches over uninitialised tensors of these shapes, configured for this SM; the inputs; the
     output."""
-    tensors: list[Any] = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in inputs]
+    tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in inputs]
     recorder, fields = Recorder(), fields_of(case)
-    patches = [patch.object(module, "wrap", recorder) for module in MODULES]
+    block: Callable[..., Tensor] = jet_block.jet_block_triton
+    prefill: Callable[..., Tensor] = attention_prefill.attention_prefill_triton
+    decode: Callable[..., Tensor] = attention_decode.attention_decode_triton
+    patches: list[Any] = [patch.object(module, "wrap", recorder) for module in MODULES]
     patches.append(patch.object(attention_decode, "num_sms", lambda device: sms))
     with ExitStack() as stack:
         for p in patches:
             stack.enter_context(p)
         stack.enter_context(use_sm(sm))
         if isinstance(case, JetBlockCase):
-            o = jet_block.jet_block_triton(*tensors, *fields.values(), T == N)
+            o = block(*tensors, *fields.values(), T == N)
         elif T == N:
-            o = attention_decode.attention_decode_triton(*tensors[:4], *tensors[5:], *fields.values())
+            o = decode(*tensors[:4], *tensors[5:], *fields.values())
         else:
-            o = attention_prefill.attention_prefill_triton(*tensors, *fields.values())
+            o = prefill(*tensors, *fields.values())
     return recorder.launches, tensors, o
 
 

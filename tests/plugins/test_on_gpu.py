@@ -195,7 +195,7 @@ def test_the_graph_with_plugins_is_the_model(headers, tmp_path, cache):
     limits = Limits(max_batch_size=8, max_seq_len=512, prefill_chunk=256)
     model = JetNemotronForCausalLM.from_pretrained("jet-tiny", torch.bfloat16, torch.device("cuda"), limits.max_seq_len)
     kv = getattr(torch, cache)
-    eager = EagerEngine(model, limits, kv, torch.float32)
+    eager = EagerEngine(model, limits, kv_dtype=kv, state_dtype=torch.float32)
     library = library_for(model.config, [10 * major + minor], BF16, "float32", cache, headers)
     graph = OnnxModel.load(export(model, tmp_path, kv), "cuda", plugin_handlers(library, headers))
     for ids, batch, rows, states in forced_steps(eager, seed=0):

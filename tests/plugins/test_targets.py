@@ -82,9 +82,14 @@ def folder_of_headers(at: Path) -> Path:
 
 def test_headers_are_fetched_only_when_asked_for(monkeypatch, tmp_path):
     asked = []
+
+    def fetch_headers(emit) -> Path:
+        asked.append(emit)
+        return tmp_path
+
     monkeypatch.setenv("JET_EXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(headers, "installed_headers", lambda: None)
-    monkeypatch.setattr(headers, "fetch_headers", lambda emit: asked.append(emit) or tmp_path)
+    monkeypatch.setattr(headers, "fetch_headers", fetch_headers)
     with pytest.raises(JetExportError, match=r"were not found.*\n.*development package, .*DIR.*--fetch-headers"):
         headers.headers_for(None, fetch=False)
     given = folder_of_headers(tmp_path / "given")

@@ -64,7 +64,8 @@ class TestKvScales:
 
     def test_zero_keys(self) -> None:
         model = model_of()
-        model.layers[2].self_attn.qkv_proj.weight[64:96].zero_()
+        attention: Any = model.layers[2].self_attn
+        attention.qkv_proj.weight[64:96].zero_()
         with pytest.raises(JetExportError, match=r"model\.layers\.2\.self_attn: its keys have .* 0 in calibration"):
             calibrate_kv_scales(model, CALIBRATION)
 

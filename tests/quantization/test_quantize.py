@@ -89,7 +89,7 @@ class TestQuantizeFp8:
         for ids in CALIBRATION:
             model(ids)
         for name, scales in report.fp8.items():
-            weight = model.get_submodule(name.removeprefix("model.")).weight
+            weight = model.get_parameter(f"{name.removeprefix('model.')}.weight")
             assert scales["weight_scale"] == torch.tensor(float(weight.abs().max()) / 448).item()
             assert scales["input_scale"] == torch.tensor(amax[name] / 448).item()
 
@@ -105,7 +105,7 @@ class TestQuantizeFp8:
         model = model_of(dtype)
         names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         paths = [n for n in names if not n.endswith(("lm_head", "ba_proj"))]
-        weights = {n: model.get_submodule(n).weight for n in paths}
+        weights = {n: model.get_parameter(f"{n}.weight") for n in paths}
         fake = calibrated_copy(model, paths, CALIBRATION)
         quantize_fp8(model, CALIBRATION)
         seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -117,7 +117,9 @@ class TestQuantizeFp8:
             fake.get_submodule(path).register_forward_hook(hook)
         fake(CALIBRATION[0])
         for path in paths:
-            (x, expected), theirs, ours = seen[path], fake.get_submodule(path), model.get_submodule(path)
+            x, expected = seen[path]
+            theirs: Any = fake.get_submodule(path)
+            ours: Any = model.get_submodule(path)
             assert_same_codes(theirs.weight_quantizer(weights[path]), ours.weight, weights[path], ours.weight_scale)
             assert_same_codes(theirs.input_quantizer(x), quantize(x, ours.input_scale), x, ours.input_scale)
             if dtype == torch.float32:
@@ -142,7 +144,7 @@ class TestQuantizeFp8:
 
     def test_frees_the_weights_it_replaces(self) -> None:
         model = model_of()
-        old = weakref.ref(model.layers[0].mlp.down_proj.weight)
+        old = weakref.ref(model.get_parameter("layers.0.mlp.down_proj.weight"))
         gc.disable()
         try:
             quantize_fp8(model, CALIBRATION[:1])
@@ -185,7 +187,11 @@ class TestKeep:
         model = model_of()
         keep = ["model.layers.*.mlp.down_proj", "lm_head", "model.layers.0"]
         report = quantize_fp8(model, CALIBRATION[:1], keep=keep, lm_head=True)
-        assert {type(layer.mlp.down_proj) for layer in model.layers} == {type(model.lm_head)} == {nn.Linear}
+        assert (
+            {type(model.get_submodule(f"layers.{i}.mlp.down_proj")) for i in range(len(model.layers))}
+            == {type(model.lm_head)}
+            == {nn.Linear}
+        )
         assert not [n for n in report.fp8 if n.endswith("down_proj") or n.startswith(("model.layers.0.", "lm_head"))]
         assert dict(report.kept)["lm_head"] == "--keep lm_head"
 
@@ -230,7 +236,7 @@ class TestErrors:
     @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
     def test_weight_without_a_scale(self, value: float) -> None:
         model = model_of()
-        model.layers[2].mlp.down_proj.weight.fill_(value)
+        model.get_parameter("layers.2.mlp.down_proj.weight").fill_(value)
         with pytest.raises(
             JetExportError, match=r"model\.layers\.2\.mlp\.down_proj: its weight (.|\n)*--keep model"
         ) as e:
@@ -240,14 +246,14 @@ class TestErrors:
 
     def test_input_without_a_scale(self) -> None:
         model = model_of()
-        model.layers[1].post_attention_layernorm.weight.zero_()
+        model.get_parameter("layers.1.post_attention_layernorm.weight").zero_()
         with pytest.raises(JetExportError, match=r"model\.layers\.1\.mlp\.gate_up_proj: its input .* 0 in calibration"):
             quantize_fp8(model, CALIBRATION)
         assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch", "jet_export"}
 
     def test_input_not_finite(self) -> None:
         model = model_of()
-        model.layers[1].post_attention_layernorm.weight.fill_(math.nan)
+        model.get_parameter("layers.1.post_attention_layernorm.weight").fill_(math.nan)
         with pytest.raises(JetExportError, match=r"model\.layers\.1\.mlp\.gate_up_proj: its input is not finite"):
             quantize_fp8(model, CALIBRATION)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def model() -> JetNemotronForCausalLM:
     to_fp8(model, IDS)
     for i, kind in enumerate(CONFIG.layer_types):
         if kind != "jet":
-            model.layers[i].self_attn.k_scale, model.layers[i].self_attn.v_scale = 0.5, 0.25
+            attention: Any = model.layers[i].self_attn
+            attention.k_scale, attention.v_scale = 0.5, 0.25
     return model
 
 

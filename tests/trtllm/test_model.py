@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +170,9 @@ def test_tensor_parallel_is_refused(fp32) -> None:
 
 
 def test_other_quantisation_is_refused(fp32) -> None:
-    quant = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "exclude_modules": []}}
+    quant: dict[str, Any] = {
+        "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "exclude_modules": []}
+    }
     (fp32[1] / "hf_quant_config.json").write_text(json.dumps(quant))
     with tensorrt_llm(), pytest.raises(JetExportError, match="quant_algo NVFP4 is not supported"):
         load_model(fp32[1])

@@ -52,13 +52,13 @@ def tiny(request) -> EagerEngine:
         to_fp8(model, ids)
         calibrate_kv_scales(model, [ids])
         kv = FP8
-    return EagerEngine(model, LIMITS, kv, torch.float32)
+    return EagerEngine(model, LIMITS, kv_dtype=kv, state_dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def mini() -> EagerEngine:
     model = random_model(mini_config(), torch.float32, max_positions=LIMITS.max_seq_len)
-    return EagerEngine(model, LIMITS, torch.float32, torch.float32)
+    return EagerEngine(model, LIMITS, kv_dtype=torch.float32, state_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -102,7 +102,7 @@ def test_faults_are_noticed_in_fp32(mini, name) -> None:
     ],
 )
 def test_any_limits(mini, limits) -> None:
-    eager = EagerEngine(mini.model, limits, torch.float32, torch.float32)
+    eager = EagerEngine(mini.model, limits, kv_dtype=torch.float32, state_dtype=torch.float32)
     assert not failures(other_rounding(eager), eager)
     assert failures(StateNotCarried(eager), eager)
     for s in scenarios(eager.config, limits):
@@ -119,7 +119,7 @@ def test_scenarios_cross_what_they_should() -> None:
     config = JetNemotronForCausalLM.from_pretrained("jet-tiny").config
     chunked = scenarios(config, Limits(max_batch_size=8, max_seq_len=2048, prefill_chunk=2048))[1]
     assert {1, 2, 3} <= set(chunked.stages[0].calls[i].lens[0] for i in range(len(chunked.stages[0].calls)))
-    layout = Layout(config, chunked.tokens, chunked.longest_call, 0, torch.device("cpu"))
+    layout = Layout(config, tokens=chunked.tokens, longest_call=chunked.longest_call, seed=0, device=torch.device("cpu"))
     assert chunked.tokens > layout.tables["window_pages"].shape[1] * 128 > config.window_size
     assert sum(chunk_sizes(1000, 60)) == 1000 and max(chunk_sizes(1000, 60)) == 60
 
@@ -128,7 +128,7 @@ def test_zeroed_states_move_the_logits_beyond_the_bound() -> None:
     """With random weights too, as the published initialisation of A_log and dt_bias makes states that matter."""
     config = JetNemotronForCausalLM.from_pretrained("jet-tiny").config
     model = random_model(config, max_positions=LIMITS.max_seq_len)
-    eager = EagerEngine(model, LIMITS, torch.bfloat16, torch.float32)
+    eager = EagerEngine(model, LIMITS, kv_dtype=torch.bfloat16, state_dtype=torch.float32)
     for s in verify_engines(StateNotCarried(eager), eager):
         if s.name in ("chunked prefill", "ragged batch", "decode", "one decode step", "one prefill step"):
             logits = s.measures[0]
@@ -186,7 +186,7 @@ def test_empty_sequences_start_from_zero_in_noisy_pools(mini) -> None:
     """A trial equals the batch API, whose pools are zero."""
     scenario = scenarios(mini.config, LIMITS)[0]
     prompts = random_prompts(mini.config, scenario.tokens, 0)
-    layout = Layout(mini.config, scenario.tokens, scenario.longest_call, 3, torch.device("cpu"))
+    layout = Layout(mini.config, tokens=scenario.tokens, longest_call=scenario.longest_call, seed=3, device=torch.device("cpu"))
     trial = Trial(mini, layout, prompts)
     call = scenario.stages[0].calls[0]
     logits = trial.step(call)
@@ -204,7 +204,7 @@ def directory(mini, tmp_path_factory):
                "cos_sin": mini.model.cos_sin}, path / WEIGHTS)  # fmt: skip
     model = {"name": "mini", "source": "random weights, seed 0", "licence": None, "config": mini.config.to_dict()}
     dtype = dtype_name(torch.float32)
-    manifest = Manifest(model, {"name": "inductor"}, host_target(torch.device("cpu")), dtype, dtype, dtype, LIMITS)
+    manifest = Manifest(model=model, backend={"name": "inductor"}, target=host_target(torch.device("cpu")), dtype=dtype, kv_cache_dtype=dtype, state_dtype=dtype, limits=LIMITS)
     manifest.files = describe_files(path)
     manifest.save(path)
     return path

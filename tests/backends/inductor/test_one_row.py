@@ -1,6 +1,7 @@
 """Which package a decode step goes to: a bundle's third one, where it has it, for a single sequence."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def opened(monkeypatch, tmp_path):
     def opened(*names: str) -> module.InductorEngine:
         for name in names:
             (tmp_path / f"{name}.pt2").touch()
-        manifest = type("M", (), {"config": None, "limits": None, "device": torch.device("cuda"), "dtype": "bfloat16"})
+        manifest: Any = type(
+            "M", (), {"config": None, "limits": None, "device": torch.device("cuda"), "dtype": "bfloat16"}
+        )
         return module.InductorEngine.open(tmp_path, manifest, {"w": torch.zeros(1)})
 
     return opened

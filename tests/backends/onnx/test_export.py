@@ -172,7 +172,7 @@ def tiny() -> JetNemotronForCausalLM:
 
 
 def trial_batch(model, call, held, eager):
-    layout = Layout(model.config, 200, 64, 0, torch.device("cpu"))
+    layout = Layout(model.config, tokens=200, longest_call=64, seed=0, device=torch.device("cpu"))
     trial = Trial(eager, layout, random_prompts(model.config, 200, 0))
     ids = torch.randint(model.config.vocab_size, (sum(call.lens),), generator=torch.Generator().manual_seed(1))
     return ids, layout.batch(call, held), trial.states
@@ -206,7 +206,7 @@ def test_tiny_ragged_steps(tiny, tmp_path, call, held) -> None:
 def test_fp8_every_node_on_the_models_own_inputs(fp8_model, fp8_file, step) -> None:
     """Each projection, norm, core and sum, within its own roundings; what holds no FP8 product, mostly to the bit."""
     graph = OnnxModel.load(fp8_file)
-    eager = EagerEngine(fp8_model, LIMITS, FP8, torch.float32)
+    eager = EagerEngine(fp8_model, LIMITS, kv_dtype=FP8, state_dtype=torch.float32)
     inputs = list(forced_steps(eager, 0))[step]
     matches = teacher_forced(graph, eager, *inputs)
     assert [m for m in matches if not m.relative <= forced_bound(eager, m.name)] == []
@@ -229,7 +229,7 @@ def test_fp8_end_to_end(fp8_model, tmp_path) -> None:
     engine, eager = engines(fp8_model, tmp_path, LIMITS, FP8)
     runners = [Runner(e) for e in (engine, eager)]
     prompts = random_prompts(fp8_model.config, 80, 0)
-    logits = [[], []]
+    logits: list[list[torch.Tensor]] = [[], []]
     for r, out in zip(runners, logits, strict=True):
         out.append(r.prefill([0, 1, 2], [p[:50] for p in prompts], all_logits=True))
         out.append(r.prefill([0, 1, 2], [p[50 : 52 + i] for i, p in enumerate(prompts)], all_logits=True))

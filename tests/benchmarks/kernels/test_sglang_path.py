@@ -3,11 +3,13 @@
 import importlib.util
 import sys
 import textwrap
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.paths import BENCHMARKS
 
 from jet_export.kernels.jet_block import jet_block_ref
 
@@ -99,7 +101,8 @@ def compare(path, sglang, lens: list[int], decode: bool, context: list[int]) -> 
     """Its output and both its caches with the reference's."""
     args = arguments(lens, context)
     run, cache = path.jet_block_path(sglang, args, decode)
-    want = jet_block_ref(*args, decode)
+    reference: Callable[..., torch.Tensor] = jet_block_ref
+    want = reference(*args, decode)
     torch.testing.assert_close(run(), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(cache.temporal.transpose(-1, -2), args[7], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(cache.conv[0].transpose(-1, -2), args[6])
@@ -113,7 +116,7 @@ CASES = pytest.mark.parametrize(
 
 @pytest.fixture
 def path(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend("benchmarks")
+    monkeypatch.syspath_prepend(BENCHMARKS / "kernels")
     import sglang_path
 
     for name, text in FILES.items():
@@ -158,11 +161,12 @@ def test_sglang_itself(monkeypatch, lens, decode, context) -> None:
     """Its files as published, in Triton's interpreter, which they do not know of."""
     import triton.language as tl
 
-    monkeypatch.syspath_prepend("benchmarks")
+    monkeypatch.syspath_prepend(BENCHMARKS / "kernels")
     import sglang_path
 
     monkeypatch.setattr(torch.cpu, "device", lambda index: nullcontext(), raising=False)
     sglang = sglang_path.import_sglang()
+    assert sglang is not None
     sys.modules.pop("sglang_path")
     kernels = sglang.module.fused_recurrent_gated_delta_rule_update.__globals__
     monkeypatch.setitem(kernels, "exp", lambda x: tl.exp(x))  # bound before the interpreter replaces tl's functions

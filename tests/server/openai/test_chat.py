@@ -1,4 +1,4 @@
-"""Chat templates: where a bundle has one, what it renders, and what it may not do."""
+"""Chat templates: where they are found, what they render, and what they cannot do."""
 
 import json
 
@@ -55,7 +55,7 @@ You help.<|im_end|>
     "source",
     ["{{ raise_exception('no') }}", "{{ messages[0]['role'] + 1 }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"],
 )
-def test_a_template_that_fails_or_reaches_out_refuses(source: str) -> None:
+def test_a_template_that_fails_or_leaves_the_sandbox_is_refused(source: str) -> None:
     with pytest.raises(JetExportError, match="refuses these messages"):
         ChatTemplate(source, {})(USER)
 
