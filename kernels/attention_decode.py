@@ -1,17 +1,18 @@
 """One new token a sequence over the paged cache, split over the keys: the decode form of jet::attention.
 
-The keys before the new token, from the window's edge on, are cut into tiles of BN, and those evenly into at most S
-splits. Program (split, key/value head, sequence) reads its tiles once for all G = Hq / Hkv query heads and writes
+The keys before the new token, from the window's start on, are cut into tiles of BN keys, and the tiles evenly into at
+most `splits` splits. Program (split, key/value head, sequence) reads its tiles once for all G = Hq / Hkv query heads
+and writes
 
     o_s = sum_j exp2(s2 * q.k_j - m_s) v_j / l_s,    lse_s = m_s + log2(l_s)        s2 = scale * log2(e)
 
-The last split also ropes the new key, appends it and its value to the cache, and starts its sum from them: nobody else
-reads that position, so the append needs no kernel of its own. A second kernel adds the splits that have work:
+The last split also applies RoPE to the new key, appends it and its value to the cache, and starts its sum from them: no
+other program reads that position, so the append needs no kernel of its own. A second kernel combines the splits:
 
     o = sum_s exp2(lse_s - max lse) o_s / sum_s exp2(lse_s - max lse)
 
-S depends on sizes alone (batch, heads, SMs, width of the block table); the division of a context among the splits is
-done on the device. Source: Flash-Decoding (Dao et al., 2023). The reference is `attention.attention_ref`.
+`splits` depends on sizes alone (batch, heads, SMs, width of the block table); each context is divided among the splits
+on the device. Source: Flash-Decoding (Dao et al., 2023). The reference is `attention.attention_ref`.
 """
 
 from typing import NamedTuple
@@ -33,25 +34,25 @@ class DecodeConfig(NamedTuple):
     BN: int  # keys of a tile, at most a page
     num_warps: int
     num_stages: int
-    programs_per_sm: int  # what the number of splits aims at where batches are large
+    programs_per_sm: int  # target of the number of splits for large batches
 
 
 def decode_config(head_dim: int, group: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> DecodeConfig:
-    """From the table (configs.py); group: query heads a key/value head. A tile is at most a page."""
+    """From the table (configs.py); group: query heads per key/value head. A tile is at most a page."""
     use = lookup("attention_decode", head_dim=head_dim, group=group, dtype=dtype, cache_dtype=cache_dtype)
     return DecodeConfig(**{**use, "BN": min(page, use["BN"])})
 
 
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the device the op is traced for; an H100's where there is none."""
+    """Multiprocessors of the device that the op is traced for; an H100's if there is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 132
 
 
 def num_splits(N, num_kv_heads: int, keys, sms: int, programs_per_sm: int):
     """Splits of a sequence of at most `keys` keys; N and keys may be symbolic.
 
-    Several programs an SM keep it busy when lengths differ, but beyond 16 splits a row only as many as fill the GPU
-    once: every split has to be started and added up. Each has 128 keys at least.
+    Several programs per SM keep it busy when lengths differ. Every split costs a program and a term of the sum, so
+    beyond 16 splits per row there are at most two programs per SM. Each split has at least 128 keys.
     """
     rows = N * num_kv_heads
     splits = torch.sym_max(2 * sms // rows, torch.sym_min(programs_per_sm * sms // rows, 16))
@@ -59,22 +60,22 @@ def num_splits(N, num_kv_heads: int, keys, sms: int, programs_per_sm: int):
 
 
 @triton.jit
-def tiles_of(p, S, WINDOW: tl.constexpr, BN: tl.constexpr):
-    """First key, first tile, end tile and tiles a split for the keys before position p."""
+def tiles_of(p, splits, WINDOW: tl.constexpr, BN: tl.constexpr):
+    """First key, first tile, end tile and tiles per split, for the keys before position p."""
     key_lo = 0
     if WINDOW > 0:
         key_lo = tl.maximum(p - WINDOW + 1, 0)
     tile_lo = key_lo // BN
     tile_hi = tl.cdiv(p, BN)
-    return key_lo, tile_lo, tile_hi, tl.maximum(tl.cdiv(tile_hi - tile_lo, S), 1)
+    return key_lo, tile_lo, tile_hi, tl.maximum(tl.cdiv(tile_hi - tile_lo, splits), 1)
 
 
 @triton.jit
 def unpack(b_x):
-    """Pairs of FP8 numbers, as 16 bits, to two fp16 tensors: the lower bytes and the upper ones.
+    """Convert pairs of FP8 numbers, given as 16 bits, to two fp16 tensors: the lower bytes and the upper ones.
 
-    Tensor cores want neighbouring keys in a register. Shared memory is transposed on the way there in units of 16 bits;
-    single bytes would be loaded one by one, which halves the speed of decoding.
+    Tensor cores need neighbouring keys in one register. Loads from shared memory transpose in units of 16 bits; single
+    bytes would be loaded one by one, which halves the speed of decoding.
     """
     if INTERPRETED:
         b_lo = (b_x & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
@@ -99,7 +100,7 @@ def attend_fp8(
     b_acc, b_l, b_m, b_q, b_s2, p_k, p_table, i_page, lo, hi, key_lo, M, pages, stride_page, stride_kv,
     PAGE: tl.constexpr, DH: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """`attend_tiles` of an FP8 cache where all rows see the same keys, the values read in pairs (see `unpack`)."""
+    """`attend_tiles` for an FP8 cache when all rows see the same keys; values are read in pairs (see `unpack`)."""
     o_n = tl.arange(0, BN)
     b_lo, b_hi = tl.split(tl.reshape(b_acc, [BM, BD // 2, 2]))
     for j in tl.range(lo, hi, BN):
@@ -118,17 +119,17 @@ def attend_fp8(
     return tl.reshape(tl.join(b_lo, b_hi), [BM, BD]), b_l, b_m
 
 
-@triton.jit(do_not_specialize=["S", "M", "P", "pages", "stride_table"])
+@triton.jit(do_not_specialize=["splits", "M", "P", "pages", "stride_table"])
 def attention_decode_kernel(
     qkv, cos_sin, kv_cache, block_table, slots, context_lens, o_s, lse_s,
-    S, M, P, pages, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
+    splits, M, P, pages, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     i_s, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p = context_of(context_lens, i_n, M, PAGE, WINDOW)
-    key_lo, tile_lo, tile_hi, per_split = tiles_of(p, S, WINDOW, BN)
+    key_lo, tile_lo, tile_hi, per_split = tiles_of(p, splits, WINDOW, BN)
     tile = tile_lo + i_s * per_split
     if (tl.load(slots + i_n) < 0) | ((i_s > 0) & (tile >= tile_hi)):
         return
@@ -147,7 +148,7 @@ def attention_decode_kernel(
     b_l = tl.zeros([BM], tl.float32)
     b_m = tl.full([BM], -1e30, tl.float32)
 
-    if tile + per_split >= tile_hi:  # the last split, which has the fewest tiles: the new token
+    if tile + per_split >= tile_hi:  # the last split, which has the fewest tiles, adds the new token
         o_1 = tl.arange(0, 1)
         m_d = (o_d < DH)[None, :]
         dtype = kv_cache.dtype.element_ty
@@ -177,20 +178,20 @@ def attention_decode_kernel(
             b_acc, b_l, b_m, b_q, b_s2, p + o_g * 0, p_k, p_table, i_page, lo, hi, key_lo, p, M, pages,
             stride_page, stride_kv, True, WINDOW, PAGE, DH, BN, BD, PREC,
         )  # fmt: skip
-    i_row = (i_n * HQ + i_h * G + o_g) * S + i_s
+    i_row = (i_n * HQ + i_h * G + o_g) * splits + i_s
     p_o = o_s + i_row[:, None] * DH + o_d[None, :]
     tl.store(p_o, b_acc / b_l[:, None], mask=m_g[:, None] & (o_d < DH)[None, :])
     tl.store(lse_s + i_row, b_m + tl.log2(b_l), mask=m_g)
 
 
-@triton.jit(do_not_specialize=["S", "M"])
+@triton.jit(do_not_specialize=["splits", "M"])
 def attention_combine_kernel(
-    o_s, lse_s, slots, context_lens, o, S, M, v_scale,
+    o_s, lse_s, slots, context_lens, o, splits, M, v_scale,
     HQ: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     BN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     i_d, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    _, tile_lo, tile_hi, per_split = tiles_of(context_of(context_lens, i_n, M, PAGE, WINDOW), S, WINDOW, BN)
+    _, tile_lo, tile_hi, per_split = tiles_of(context_of(context_lens, i_n, M, PAGE, WINDOW), splits, WINDOW, BN)
     used = tl.maximum(tl.cdiv(tile_hi - tile_lo, per_split), 1)
     if tl.load(slots + i_n) < 0:
         used = 0
@@ -201,8 +202,8 @@ def attention_combine_kernel(
     b_m = -1e30
     for i in range(0, used, BS):
         m_i = i + o_i < used
-        b_lse = tl.load(lse_s + i_row * S + i + o_i, mask=m_i, other=float("-inf"))
-        p_o = o_s + (i_row * S + i + o_i)[:, None] * DH + o_d[None, :]
+        b_lse = tl.load(lse_s + i_row * splits + i + o_i, mask=m_i, other=float("-inf"))
+        p_o = o_s + (i_row * splits + i + o_i)[:, None] * DH + o_d[None, :]
         b_o = tl.load(p_o, mask=m_i[:, None] & (o_d < DH)[None, :], other=0.0)
         b_m_new = tl.maximum(b_m, tl.max(b_lse, 0))
         b_w = tl.exp2(b_lse - b_m_new)
@@ -229,28 +230,29 @@ def attention_decode_triton(
     v_scale: float,
     config: DecodeConfig | None = None,
 ) -> Tensor:  # [N, Hq * Dh]
-    """Append and attend, one token a sequence."""
+    """Append and attend, one token per sequence."""
     qkv = check_layout(qkv, kv_cache, head_dim)
     fp8, page = kv_cache.dtype == torch.float8_e4m3fn, kv_cache.shape[3]
     group = num_heads // num_kv_heads
     BN, num_warps, num_stages, per_sm = config or decode_config(head_dim, group, qkv.dtype, kv_cache.dtype, page)
     N, M = block_table.shape
     keys = torch.sym_min(M * page, window) if window else M * page
-    S = num_splits(N, num_kv_heads, keys, num_sms(qkv.device), per_sm)
-    o_s = qkv.new_empty((N, num_heads, S, head_dim), dtype=torch.float32)
-    lse_s = qkv.new_empty((N, num_heads, S), dtype=torch.float32)
+    splits = num_splits(N, num_kv_heads, keys, num_sms(qkv.device), per_sm)
+    o_s = qkv.new_empty((N, num_heads, splits, head_dim), dtype=torch.float32)
+    lse_s = qkv.new_empty((N, num_heads, splits), dtype=torch.float32)
     o = qkv.new_empty(N, num_heads * head_dim)
     BD = triton.next_power_of_2(head_dim)
-    wrap(attention_decode_kernel)[(S, num_kv_heads, N)](
+    wrap(attention_decode_kernel)[(splits, num_kv_heads, N)](
         qkv, cos_sin, kv_cache, block_table, slots, context_lens, o_s, lse_s,
-        S, M, cos_sin.shape[0], kv_cache.shape[0], head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), k_scale, v_scale,
+        splits, M, cos_sin.shape[0], kv_cache.shape[0],
+        head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), k_scale, v_scale,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=BD, PAGE=page, WINDOW=window,
         BM=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BN=BN,
         PREC=dot_precision(qkv.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     wrap(attention_combine_kernel)[(triton.cdiv(head_dim, 32), num_heads, N)](
-        o_s, lse_s, slots, context_lens, o, S, M, v_scale if fp8 else 1.0,
+        o_s, lse_s, slots, context_lens, o, splits, M, v_scale if fp8 else 1.0,
         HQ=num_heads, DH=head_dim, BD=32, PAGE=page, WINDOW=window, BN=BN, BS=64, num_warps=4,
     )  # fmt: skip
     return o

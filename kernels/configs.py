@@ -1,9 +1,9 @@
 """Tile sizes and launch options of the kernels, from configs.json, which benchmarks/kernels/tune.py writes.
 
-A rule names an op, the SM it was measured on (null: any), what must hold of the sizes and dtypes (`where`: a value, or
+A rule names an op, the SM it was measured on (null: any), conditions on sizes and dtypes (`where`: a value, or
 {"min", "max"}, inclusive), and the configuration (`use`). Of the rules whose conditions hold, those of the SM in use
-come before those of any SM, and the first counts. Nothing is timed or chosen at run time: the same sizes on the same
-kind of GPU always give the same kernels. The rows of a batch are no condition: a graph serves every number of them.
+come before those of any SM, and the first one applies. Nothing is timed or chosen at run time: the same sizes on the
+same kind of GPU always give the same kernels. Batch size is not a condition, since a graph serves every batch size.
 """
 
 import functools
@@ -19,7 +19,8 @@ import torch
 from jet_export.utils.errors import JetExportError
 
 TABLE = Path(__file__).with_name("configs.json")
-# op -> what conditions may speak of, and what a configuration holds
+# op -> the names that conditions may use, and the options of a configuration. `one_wave`: how many programs of the scan
+# the GPU runs at the same time, one per multiprocessor; a batch of more uses the rule with many_heads.
 OPS: dict[str, tuple[set[str], set[str]]] = {
     "attention_decode": (
         {"dtype", "cache_dtype", "head_dim", "group"}, {"BN", "num_warps", "num_stages", "programs_per_sm"},
@@ -27,7 +28,7 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "attention_prefill": ({"dtype", "cache_dtype", "head_dim", "group"}, {"BM", "BN", "num_warps", "num_stages"}),
     "rope_append": ({"dtype", "cache_dtype", "head_dim"}, {"BT", "num_warps"}),
     "delta_rule_prepare": ({"dtype", "head_k_dim"}, {"BT", "num_warps", "num_stages"}),
-    "delta_rule_scan": ({"dtype", "head_k_dim", "many_heads"}, {"BV", "STAGES", "num_warps"}),  # its BT is prepare's
+    "delta_rule_scan": ({"dtype", "head_k_dim", "many_heads"}, {"BV", "STAGES", "num_warps", "one_wave"}),
     "delta_rule_decode": ({"state_dtype", "head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
     "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),
@@ -41,7 +42,7 @@ class Rule:
     sm: int | None
     where: Mapping[str, Any]
     use: Mapping[str, int]
-    source: str  # where the figures are that it comes from
+    source: str  # the file with the measurements behind it
 
     def holds(self, facts: Mapping[str, Any]) -> bool:
         for name, wanted in self.where.items():
@@ -83,7 +84,7 @@ _override: dict[str, dict[str, int]] = {}
 
 @contextmanager
 def use_sm(sm: int | None) -> Iterator[None]:
-    """Inside, configurations are those of this SM (90 for 9.0; None: of any), whatever GPU is here."""
+    """Inside, configurations are those of this SM (90 for 9.0; None: any SM), whatever GPU this machine has."""
     _sm.append(sm)
     try:
         yield
@@ -93,7 +94,7 @@ def use_sm(sm: int | None) -> Iterator[None]:
 
 @contextmanager
 def override(op: str, use: dict[str, int]) -> Iterator[None]:
-    """Inside, the op has this configuration: for tuning and its tests."""
+    """Inside, the op uses this configuration: for tuning and its tests."""
     before = dict(_override)
     _override[op] = use
     try:
@@ -117,7 +118,7 @@ def current_sm() -> int | None:
 
 
 def find(rules: tuple[Rule, ...], op: str, sm: int | None, facts: Mapping[str, Any]) -> Rule:
-    """The rule that counts. Raises JetExportError where none holds: the last rule of an op should ask for nothing."""
+    """The rule that applies. Raises JetExportError if none holds: the last rule of an op should have no conditions."""
     for wanted in dict.fromkeys((sm, None)):
         for rule in rules:
             if rule.op == op and rule.sm == wanted and rule.holds(facts):

@@ -1,15 +1,15 @@
-"""Gated delta rule: a linear attention whose state is corrected, not only added to, by every token.
+"""Gated delta rule: linear attention in which every token corrects the state instead of only adding to it.
 
-Per head, with qn = q / |q| * K^-0.5 and kn = k / |k| (|x| = sqrt(sum(x^2) + 1e-6)), state S [K, V] in fp32:
+Per head, with qn = q / |q| * K^-0.5 and kn = k / |k| (|x| = sqrt(sum(x^2) + 1e-6)) and state [K, V] in fp32:
 
-    S = exp(g) S;   delta = beta (v - S^T kn);   S = S + kn delta^T;   o = S^T qn
+    state = exp(g) state;   delta = beta (v - state^T kn);   state = state + kn delta^T;   o = state^T qn
 
 q, k [T, H, K]; v, o [T, H, V]; beta [T, H] in (0, 1); g [T, H] fp32, natural-log decay (<= 0).
-The chunk form computes `chunk_size` tokens at once. With G_i the sum of g up to token i of the chunk:
+The chunk form processes `chunk_size` tokens at once. With G_i the sum of g up to token i of the chunk:
 
     A_ij = beta_i (kn_i . kn_j) exp(G_i - G_j)   (j < i);      [u | w] = (I + A)^-1 [beta v | beta exp(G) kn]
-    v_new = u - w S;    o = exp(G) qn S + tril((qn kn^T) exp(G_i - G_j)) v_new
-    S = exp(G_last) S + sum_i exp(G_last - G_i) kn_i v_new_i^T
+    v_new = u - w state;    o = exp(G) qn state + tril((qn kn^T) exp(G_i - G_j)) v_new
+    state = exp(G_last) state + sum_i exp(G_last - G_i) kn_i v_new_i^T
 
 The kernels are in gated_delta_rule_chunk.py (prefill) and gated_delta_rule_decode.py.
 Source: Gated Delta Networks, arXiv 2412.06464, section 3 (the WY form of arXiv 2406.06484 with decay).
@@ -51,14 +51,14 @@ def gated_delta_rule_ref(
         beta.to(acc),
         by_rows(torch.exp, g.to(acc)),
     )
-    S = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(acc)
+    state = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(acc)
     o = []
     for t in range(T):
-        S = S * decay[:, t, :, None, None]
-        delta = beta[:, t, :, None] * (v[:, t] - (S * k[:, t, :, :, None]).sum(-2))
-        S = S + k[:, t, :, :, None] * delta[:, :, None, :]
-        o.append((S * q[:, t, :, :, None]).sum(-2))  # not einsum: its sums over one row and over several differ
-    return torch.stack(o, 1), S
+        state = state * decay[:, t, :, None, None]
+        delta = beta[:, t, :, None] * (v[:, t] - (state * k[:, t, :, :, None]).sum(-2))
+        state = state + k[:, t, :, :, None] * delta[:, :, None, :]
+        o.append((state * q[:, t, :, :, None]).sum(-2))  # not einsum, whose sums depend on the number of rows
+    return torch.stack(o, 1), state
 
 
 def chunk_gated_delta_rule_ref(
@@ -76,7 +76,7 @@ def chunk_gated_delta_rule_ref(
     acc = acc_dtype(q.dtype)
 
     def chunks(x: Tensor) -> Tensor:
-        """[B, T, H, ...] -> [B, H, T/C, C, ...]; the tail is zeros, which beta = 0 and g = 0 make inert."""
+        """[B, T, H, ...] -> [B, H, T/C, C, ...]; padded with zeros: beta = 0 and g = 0 leave the state as it is."""
         x = F.pad(x.to(acc), [0, 0] * (x.dim() - 2) + [0, -T % C])
         return x.unflatten(1, (-1, C)).movedim(3, 1)
 
@@ -93,13 +93,13 @@ def chunk_gated_delta_rule_ref(
     k_out = k * (G[..., -1:] - G).exp()[..., None]
     keep = G[..., -1].exp()
 
-    S = q.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(acc)
+    state = q.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(acc)
     o = []
     for c in range(q.shape[2]):
-        v_new = u[:, :, c] - w[:, :, c] @ S
-        o.append(q_in[:, :, c] @ S + attn[:, :, c] @ v_new)
-        S = keep[:, :, c, None, None] * S + k_out[:, :, c].mT @ v_new
-    return torch.stack(o, 2).movedim(1, 3).flatten(1, 2)[:, :T], S
+        v_new = u[:, :, c] - w[:, :, c] @ state
+        o.append(q_in[:, :, c] @ state + attn[:, :, c] @ v_new)
+        state = keep[:, :, c, None, None] * state + k_out[:, :, c].mT @ v_new
+    return torch.stack(o, 2).movedim(1, 3).flatten(1, 2)[:, :T], state
 
 
 def packed_gated_delta_rule_ref(
@@ -122,7 +122,7 @@ def packed_gated_delta_rule_ref(
     else:
         outs, finals = [], []
         for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-            # Cloned: the bits of a matrix product may depend on where in memory its operands begin.
+            # Cloned: the bits of a matrix product may depend on its operands' alignment.
             q_n, k_n, v_n, beta_n, g_n = (x[None, start:end].clone() for x in (q, k, v, beta, g))
             o_n, final_n = chunk_gated_delta_rule_ref(q_n, k_n, v_n, beta_n, g_n, initial[n : n + 1])
             outs.append(o_n[0])

@@ -1,15 +1,17 @@
 """Chunked prefill of the gated delta rule: equations in gated_delta_rule.py, BT tokens a chunk, two kernels.
 
-`chunk_prepare_kernel`, parallel over (head, chunk), does everything that needs neither state nor v. With
-T = (I + A)^-1 diag(beta) it leaves, token-indexed and in the model dtype, what the scan multiplies with: kn,
-q_in = exp(G) qn, T and attn = tril((qn kn^T) exp(G_i - G_j)); and in fp32, a chunk's together, -exp(G),
-exp(G_last - G) and exp(G_last). RAW: its inputs are a JetBlock's projections; it applies SiLU to q and k, makes beta
-and g.
+`chunk_prepare_kernel`, parallel over (head, chunk), computes everything that needs neither the state nor v. It stores
+the scan's operands, indexed by token and in the model dtype: kn, q_in = exp(G) qn, solve = (I + A)^-1 diag(beta) and
+attn = tril((qn kn^T) exp(G_i - G_j)); and in fp32, contiguous for each chunk, -exp(G), exp(G_last - G) and exp(G_last).
+With RAW its inputs are a JetBlock's projections: it applies SiLU to q and k, and computes beta and g.
 
-`chunk_scan_kernel`, parallel over (V tile, head, sequence), walks the chunks with S^T [BV, K] in registers:
-v_new = T (v - exp(G) kn S); o = q_in S + attn v_new; S = exp(G_last) S + (exp(G_last - G) kn)^T v_new. Decays of rows
-of kn are applied to what is in registers. All of it is computed transposed, so that S and v_new are left operands of
-the matrix products, which tensor cores take from registers.
+`chunk_scan_kernel`, parallel over (V tile, head, sequence), steps through the chunks with state^T [BV, K] in registers:
+
+    v_new = solve (v - exp(G) kn state);    o = q_in state + attn v_new
+    state = exp(G_last) state + (exp(G_last - G) kn)^T v_new
+
+The decays of kn's rows are applied to operands that are in registers. Everything is computed transposed, so that the
+state and v_new are left operands of the matrix products, which tensor cores can read from registers.
 """
 
 import torch
@@ -32,18 +34,18 @@ from jet_export.kernels.configs import lookup
 
 @triton.jit
 def unit_lower_inverse(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 of a strictly lower triangular A [BT, BT] in fp32, by blocks of twice the size at a time.
+    """(I + A)^-1 of a strictly lower triangular A [BT, BT] in fp32, doubling the block size at each level.
 
-    (D + M)^-1 = X - X M X, X = D^-1 the inverse of the blocks on the diagonal: exact because M, which leads from the
-    first half of each new block to the second, has M X M = 0."""
+    With X the inverse of the diagonal blocks and L the lower left quarter of each block of twice the size, the inverse
+    of those is X - X L X: exact, because L X L = 0."""
     o_i, o_j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     b_X = tl.where(o_i == o_j, 1.0, 0.0) - tl.where((o_i // 2 == o_j // 2) & (o_i > o_j), b_A, 0.0)
     for level in tl.static_range(1, 7):
         if 2**level < BT:
             half_i, half_j = o_i // 2**level, o_j // 2**level
-            b_M = tl.where((half_i // 2 == half_j // 2) & (half_i > half_j), b_A, 0.0)
-            b_MX = tl.dot(b_M, b_X, input_precision=PRECISION)
-            b_X -= tl.dot(b_X, b_MX, input_precision=PRECISION)
+            b_L = tl.where((half_i // 2 == half_j // 2) & (half_i > half_j), b_A, 0.0)
+            b_LX = tl.dot(b_L, b_X, input_precision=PRECISION)
+            b_X -= tl.dot(b_X, b_LX, input_precision=PRECISION)
     return b_X
 
 
@@ -58,7 +60,7 @@ def l2_normalise(b_x, SILU: tl.constexpr):
 
 @triton.jit
 def gates(p_b, p_g, stride_b, stride_g, A_log, dt_bias, i_h, o_t, m_t, dtype: tl.constexpr, RAW: tl.constexpr):
-    """beta and g of the tokens o_t; RAW: p_b, p_g hold the projections b and a."""
+    """beta and g of the tokens o_t; with RAW, p_b and p_g point to the projections b and a."""
     b_beta = tl.load(p_b + o_t * stride_b, mask=m_t, other=0.0).to(tl.float32)
     b_g = tl.load(p_g + o_t * stride_g, mask=m_t, other=0.0).to(tl.float32)
     if RAW:
@@ -73,7 +75,7 @@ def chunk_prepare_kernel(
     stride_q, stride_k, stride_b, stride_g, OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_G: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, chunks). OFF_*: columns of q, k, g (a) in their rows; solve: T."""
+    """Grid (H, chunks). OFF_*: the first column of q, k, g (a) in the rows of their tensors."""
     i_h = tl.program_id(0)
     i_c = tl.program_id(1)
     i_n, bos, eos, i_t = find_chunk(cu_seqlens, i_c, N, T, BT)
@@ -113,13 +115,13 @@ def chunk_prepare_kernel(
     b_attn = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_decay
     tl.store(attn + o_tt, b_attn.to(dtype), mask=m_t[:, None])
     b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_decay * b_beta[:, None]
-    b_T = unit_lower_inverse(tl.where(o_i > o_j, b_A, 0.0), BT, PRECISION) * b_beta[None, :]
-    tl.store(solve + o_tt, b_T.to(dtype), mask=m_t[:, None])
+    b_solve = unit_lower_inverse(tl.where(o_i > o_j, b_A, 0.0), BT, PRECISION) * b_beta[None, :]
+    tl.store(solve + o_tt, b_solve.to(dtype), mask=m_t[:, None])
 
 
 @triton.jit
 def load_tile(p, o_r, o_c, stride, n_r, n_c, MASK_R: tl.constexpr, MASK_C: tl.constexpr):
-    """Rows o_r, columns o_c of a tile; what lies past n_r rows, n_c columns is zero."""
+    """Rows o_r and columns o_c of a tile, zero beyond n_r rows and n_c columns."""
     p += o_r[:, None] * stride + o_c[None, :]
     if MASK_R and MASK_C:
         return tl.load(p, mask=(o_r < n_r)[:, None] & (o_c < n_c)[None, :], other=0.0)
@@ -133,16 +135,18 @@ def load_tile(p, o_r, o_c, stride, n_r, n_c, MASK_R: tl.constexpr, MASK_C: tl.co
 
 @triton.jit
 def scan_chunk(
-    b_S, q_in, k_n, solve, attn, p_decays, p_keep, p_v, stride_v, p_o, row, n_t, n_v,
+    b_state, q_in, k_n, solve, attn, p_decays, p_keep, p_v, stride_v, p_o, row, n_t, n_v,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """S^T [BV, BK] after one chunk of n_t tokens (BT without TAIL), whose o is stored. row: token * H + head."""
+    """Store o of one chunk and return state^T [BV, BK] after it. The chunk has n_t tokens: BT unless TAIL.
+
+    row: token * H + head."""
     dtype: tl.constexpr = q_in.dtype.element_ty
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    b_T = load_tile(solve + row * BT, o_t, o_t, H * BT, n_t, BT, TAIL, False)
+    b_solve = load_tile(solve + row * BT, o_t, o_t, H * BT, n_t, BT, TAIL, False)
     b_v = load_tile(p_v, o_t, o_v, stride_v, n_t, n_v, TAIL, V % BV != 0)
     b_q = load_tile(q_in + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
     b_k = load_tile(k_n + row * K, o_t, o_k, H * K, n_t, K, TAIL, K != BK)
@@ -150,31 +154,34 @@ def scan_chunk(
     b_in = tl.load(p_decays + o_t)[None, :]
     b_out = tl.load(p_decays + BT + o_t)[None, :]
     b_keep = tl.load(p_keep)
-    b_Sd = b_S.to(dtype)
-    b_kS = tl.dot(b_Sd, tl.trans(b_k), input_precision=PRECISION)  # [BV, BT]
-    b_vn = tl.dot(tl.trans(b_v), tl.trans(b_T), input_precision=PRECISION)
-    b_vn = tl.dot((b_kS * b_in).to(dtype), tl.trans(b_T), acc=b_vn, input_precision=PRECISION)
-    b_o = tl.dot(b_Sd, tl.trans(b_q), input_precision=PRECISION)
-    b_S = tl.dot((b_vn * b_out).to(dtype), b_k, acc=b_S * b_keep, input_precision=PRECISION)
+    b_state_mma = b_state.to(dtype)
+    b_kn_state = tl.dot(b_state_mma, tl.trans(b_k), input_precision=PRECISION)  # [BV, BT]
+    b_vn = tl.dot(tl.trans(b_v), tl.trans(b_solve), input_precision=PRECISION)
+    b_vn = tl.dot((b_kn_state * b_in).to(dtype), tl.trans(b_solve), acc=b_vn, input_precision=PRECISION)
+    b_o = tl.dot(b_state_mma, tl.trans(b_q), input_precision=PRECISION)
+    b_state = tl.dot((b_vn * b_out).to(dtype), b_k, acc=b_state * b_keep, input_precision=PRECISION)
     b_o = tl.dot(b_vn.to(dtype), tl.trans(b_a), acc=b_o, input_precision=PRECISION)
     p_o += o_t[None, :] * (H * V) + o_v[:, None]
     if TAIL or V % BV != 0:
         tl.store(p_o, b_o.to(dtype), mask=(o_t < n_t)[None, :] & (o_v < n_v)[:, None])
     else:
         tl.store(p_o, b_o.to(dtype))
-    return b_S
+    return b_state
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def chunk_scan_kernel(
     q_in, k_n, solve, attn, decays, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, T, S, stride_v,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, FEW_HEADS: tl.constexpr, MANY: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, MIN_HEADS: tl.constexpr, MAX_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V tiles, H, N). The o of a padding row is zero. FEW_HEADS: up to so many heads in the batch the form that
-    is not MANY does the work, beyond that the one that is; 0: there is one form."""
-    if FEW_HEADS > 0:  # noqa: SIM102  a constant, and a value
-        if (tl.num_programs(2) * H > FEW_HEADS) != MANY:
+    """Grid (V tiles, H, N). The o of a padding row is zero. The kernel returns at once for a batch of fewer than
+    MIN_HEADS or more than MAX_HEADS heads (of all sequences together); 0: no bound."""
+    if MIN_HEADS > 0:  # noqa: SIM102  one is a constant, the other a run-time value
+        if tl.num_programs(2) * H < MIN_HEADS:
+            return
+    if MAX_HEADS > 0:  # noqa: SIM102
+        if tl.num_programs(2) * H > MAX_HEADS:
             return
     i_v = tl.program_id(0) * BV
     i_h = tl.program_id(1)
@@ -192,47 +199,46 @@ def chunk_scan_kernel(
         return
     held = tl.load(context_lens + i_n) > 0
     m_s = m_v[:, None] & (o_k < K)[None, :]
-    p_S = recurrent_state + (slot * H + i_h) * (K * V) + o_k[None, :] * V + (i_v + o_v)[:, None]
-    b_S = tl.load(p_S, mask=m_s & held, other=0.0).to(tl.float32)  # [BV, BK] = S^T
+    p_state = recurrent_state + (slot * H + i_h) * (K * V) + o_k[None, :] * V + (i_v + o_v)[:, None]
+    b_state = tl.load(p_state, mask=m_s & held, other=0.0).to(tl.float32)  # [BV, BK] = state^T
     i_chunk = (bos // BT + i_n).to(tl.int64) * H + i_h
     p_keep, p_decays = keep + i_chunk, decays + i_chunk * (2 * BT)
     p_v = v + i_h * V + i_v
     full = (eos - bos) // BT
     for i_c in tl.range(0, full, num_stages=STAGES):
         i_t = (bos + i_c * BT).to(tl.int64)
-        b_S = scan_chunk(
-            b_S, q_in, k_n, solve, attn, p_decays + i_c * (H * 2 * BT), p_keep + i_c * H, p_v + i_t * stride_v,
+        b_state = scan_chunk(
+            b_state, q_in, k_n, solve, attn, p_decays + i_c * (H * 2 * BT), p_keep + i_c * H, p_v + i_t * stride_v,
             stride_v, p_o + i_t * (H * V), i_t * H + i_h, BT, V - i_v, H, K, V, BT, BK, BV, PRECISION, False,
         )  # fmt: skip
     i_t = (bos + full * BT).to(tl.int64)
     if i_t < eos:
-        b_S = scan_chunk(
-            b_S, q_in, k_n, solve, attn, p_decays + full * (H * 2 * BT), p_keep + full * H, p_v + i_t * stride_v,
+        b_state = scan_chunk(
+            b_state, q_in, k_n, solve, attn, p_decays + full * (H * 2 * BT), p_keep + full * H, p_v + i_t * stride_v,
             stride_v, p_o + i_t * (H * V), i_t * H + i_h, eos - i_t, V - i_v, H, K, V, BT, BK, BV, PRECISION, True,
         )  # fmt: skip
-    tl.store(p_S, b_S.to(recurrent_state.dtype.element_ty), mask=m_s)
-
-
-ONE_WAVE = 132  # programs that a large GPU runs at once where each takes a multiprocessor to itself
+    tl.store(p_state, b_state.to(recurrent_state.dtype.element_ty), mask=m_s)
 
 
 def chunk_config(dtype: torch.dtype, head_k_dim: int, head_v_dim: int) -> tuple[dict, list[dict]]:
-    """Block sizes and launch options of prepare, and of the forms of the scan, from the table (configs.py).
+    """Block sizes and launch options of the prepare kernel, and of each form of the scan, from the table (configs.py).
 
-    A tile of V is a program of the scan. With few heads (of all sequences together) narrow tiles fill the GPU; with
-    many, wide ones read k, q and w less often. How many there are is known when a graph runs, so both forms are
-    launched where they differ, and one of them leaves at once."""
+    The scan runs one program for each tile of V. If the batch has few heads (of all sequences together), narrow tiles
+    fill the GPU; if it has many, wide tiles read kn, q_in and solve less often. The number of heads is known only when
+    a graph runs, so where the table has two forms both are launched, and one of them returns at once. The narrow form
+    serves the batches whose programs all run at the same time (`one_wave`)."""
     facts = {"dtype": dtype, "head_k_dim": head_k_dim}
     prepare = lookup("delta_rule_prepare", **facts)
     blocks = {"BT": prepare["BT"], "BK": max(16, triton.next_power_of_2(head_k_dim))}
-    few, many = (
-        {**blocks, "FEW_HEADS": 0, "MANY": False, **lookup("delta_rule_scan", **facts, many_heads=many)}
-        for many in (False, True)
-    )
-    if few == many:
-        return {**blocks, **prepare}, [few]
-    limit = max(1, ONE_WAVE // triton.cdiv(head_v_dim, few["BV"]))
-    return {**blocks, **prepare}, [few | {"FEW_HEADS": limit}, many | {"FEW_HEADS": limit, "MANY": True}]
+    narrow, wide = (lookup("delta_rule_scan", **facts, many_heads=many) for many in (False, True))
+    one_wave, _ = narrow.pop("one_wave"), wide.pop("one_wave")
+    if narrow == wide:
+        return {**blocks, **prepare}, [{**blocks, **narrow, "MIN_HEADS": 0, "MAX_HEADS": 0}]
+    limit = max(1, one_wave // triton.cdiv(head_v_dim, narrow["BV"]))
+    return {**blocks, **prepare}, [
+        {**blocks, **narrow, "MIN_HEADS": 0, "MAX_HEADS": limit},
+        {**blocks, **wide, "MIN_HEADS": limit + 1, "MAX_HEADS": 0},
+    ]
 
 
 def chunk_delta_rule_triton(
@@ -242,8 +248,8 @@ def chunk_delta_rule_triton(
 ) -> Tensor:  # fmt: skip
     """o [T, H, V] in q's dtype; recurrent_state is updated in place.
 
-    `head_dims`: H, K, V; `offsets`: first columns of q, k, g in the rows of the given tensors. A JetBlock gives
-    raw_gates = (A_log, dt_bias): then q, k are before their SiLU, and beta, g are the projections b, a."""
+    `head_dims`: H, K, V; `offsets`: the first column of q, k, g in the rows of their tensors. A JetBlock passes
+    raw_gates = (A_log, dt_bias): q and k are then taken before SiLU, and beta and g are the projections b and a."""
     T, N = q.shape[0], slots.shape[0]
     H, K, V = head_dims
     prepare, scans = chunk_config(q.dtype, K, V)

@@ -1,9 +1,9 @@
 """One decode step of the gated delta rule for N sequences: equations in gated_delta_rule.py, one launch.
 
-A program owns a (head, sequence): it streams S [K, V] through registers in tiles of BV columns, reading and writing
-every element once, the next tile on its way while one is worked on. Both products with S are taken before the update:
-o = exp(g) S^T qn + (qn . kn) delta. With W > 0 it is a whole JetBlock step: its inputs are the raw projections, and it
-also does SiLU, the dynamic convolution (shifting conv_state), beta and g, and the gated norm over the head.
+A program owns one (head, sequence). It streams the state [K, V] through registers in tiles of BV columns, reads and
+writes every element once, and prefetches the next tile. Both products with the state are taken before the update:
+o = exp(g) state^T qn + (qn . kn) delta. With W > 0 it is a whole JetBlock step: the inputs are the raw projections, and
+the kernel also applies SiLU, the dynamic convolution (shifting conv_state), the gates and the gated norm over the head.
 """
 
 import triton
@@ -18,10 +18,10 @@ from jet_export.kernels.gated_rms_norm import gated_norm_tile
 
 
 @triton.jit
-def load_state(p_S, o_k, i_v, m_k, held, V: tl.constexpr, BV: tl.constexpr):
-    """Columns i_v + [0, BV) of S, in the pool's dtype."""
+def load_state(p_state, o_k, i_v, m_k, held, V: tl.constexpr, BV: tl.constexpr):
+    """Columns i_v + [0, BV) of the state, in the pool's dtype."""
     o_v = i_v + tl.arange(0, BV)
-    return tl.load(p_S + o_k * V + o_v[None, :], mask=m_k & held & (o_v < V)[None, :], other=0.0)
+    return tl.load(p_state + o_k * V + o_v[None, :], mask=m_k & held & (o_v < V)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -32,7 +32,9 @@ def decode_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, N). OFF_*: columns of q, k, v (u), g (a), gate in their rows. NV: a power of two >= the V tiles."""
+    """Grid (H, N). OFF_*: the first column of q, k, v (u), g (a), gate in the rows of their tensors.
+
+    NV: the number of V tiles, rounded up to a power of two."""
     i_h = tl.program_id(0)
     i_n = tl.program_id(1)
     slot = slot_of(slots, i_n, S)
@@ -47,11 +49,11 @@ def decode_kernel(
     if slot < 0:
         tl.store(p_out, tl.zeros([NV * BV], dtype), mask=m_v)
         return
-    # every load is on its way before the first is waited for
+    # issue every load before the first value is used
     o_k = tl.arange(0, BK)[:, None]
     m_k = o_k < K
-    p_S = recurrent_state + (slot * H + i_h) * (K * V)
-    b_next = load_state(p_S, o_k, 0, m_k, held, V, BV)
+    p_state = recurrent_state + (slot * H + i_h) * (K * V)
+    b_next = load_state(p_state, o_k, 0, m_k, held, V, BV)
     o_row = tl.arange(0, BK)[None, :]
     b_q = tl.load(q + row * stride_q + OFF_Q + i_h * K + o_row, mask=o_row < K, other=0.0)
     b_k = tl.load(k + row * stride_k + OFF_K + i_h * K + o_row, mask=o_row < K, other=0.0)
@@ -81,15 +83,15 @@ def decode_kernel(
     b_o = tl.zeros([NV, BV], tl.float32)
     for i_tile in range(0, tl.cdiv(V, BV)):
         i_v = i_tile * BV
-        b_S = b_next.to(tl.float32) * b_decay
-        b_next = load_state(p_S, o_k, i_v + BV, m_k, held, V, BV)
+        b_state = b_next.to(tl.float32) * b_decay
+        b_next = load_state(p_state, o_k, i_v + BV, m_k, held, V, BV)
         b_vt = tl.sum(tl.where(o_tile == i_tile, b_v, 0.0), 0)[None, :]
-        b_Sk, b_Sq = tl.split(tl.sum(tl.join(b_S * b_k, b_S * b_q), 0))  # one reduction for both
-        b_delta = b_beta * (b_vt - b_Sk[None, :])  # [1, BV]
-        b_o = tl.where(o_tile == i_tile, b_Sq[None, :] + b_qk * b_delta, b_o)
+        b_state_k, b_state_q = tl.split(tl.sum(tl.join(b_state * b_k, b_state * b_q), 0))  # one reduction for both
+        b_delta = b_beta * (b_vt - b_state_k[None, :])  # [1, BV]
+        b_o = tl.where(o_tile == i_tile, b_state_q[None, :] + b_qk * b_delta, b_o)
         o_sv = i_v + tl.arange(0, BV)
-        b_S = (b_S + b_k * b_delta).to(recurrent_state.dtype.element_ty)
-        tl.store(p_S + o_k * V + o_sv[None, :], b_S, mask=m_k & (o_sv < V)[None, :])
+        b_state = (b_state + b_k * b_delta).to(recurrent_state.dtype.element_ty)
+        tl.store(p_state + o_k * V + o_sv[None, :], b_state, mask=m_k & (o_sv < V)[None, :])
     b_o = tl.reshape(b_o, [1, NV * BV])
     if W > 0:
         b_o = gated_norm_tile(b_o, b_w.to(tl.float32)[None, :], b_gate.to(tl.float32)[None, :], eps, V)
@@ -110,11 +112,11 @@ def decode_delta_rule_triton(
     conv: tuple[Tensor, Tensor] | None = None, raw_gates: tuple[Tensor, Tensor] | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """o (with norm: the gated norm of o) [N, H, V] in q's dtype; states in place.
+    """o [N, H, V] in q's dtype, or with `norm` the gated norm of o; states are updated in place.
 
-    `head_dims`: H, K, V; `offsets`: first columns of q, k, v, g, gate in the rows of the given tensors. A JetBlock
-    gives conv = (kappa, conv_state), raw_gates = (A_log, dt_bias) and norm = (w_o, gate, eps): then q, k are before
-    their SiLU, v is raw u, and beta, g are the projections b, a."""
+    `head_dims`: H, K, V; `offsets`: the first column of q, k, v, g, gate in the rows of their tensors. A JetBlock
+    passes conv = (kappa, conv_state), raw_gates = (A_log, dt_bias) and norm = (w_o, gate, eps): q and k are then taken
+    before SiLU, v is u, and beta and g are the projections b and a."""
     H, K, V = head_dims
     kappa, conv_state = conv or (q, q)
     A_log, dt_bias = raw_gates or (g, g)

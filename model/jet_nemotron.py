@@ -25,6 +25,7 @@ from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.model.fp8 import project
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
+from jet_export.model.weights import CheckpointFiles, WeightedModel, check_tensors, load_checkpoint, save_checkpoint
 
 
 class RMSNorm(nn.Module):
@@ -144,7 +145,7 @@ class PackedOutput(NamedTuple):
     hidden_states: list[Tensor]  # each layer's output [T, hidden]; empty unless asked for
 
 
-class JetNemotronForCausalLM(nn.Module):
+class JetNemotronForCausalLM(WeightedModel):
     """The model: `from_pretrained` loads it, `forward` is the batch API, engines are built from `forward_packed`."""
 
     cos_sin: Tensor
@@ -183,14 +184,15 @@ class JetNemotronForCausalLM(nn.Module):
         file or tensor that is missing, truncated or of the wrong shape.
         """
         from jet_export.model.hub import resolve_checkpoint
-        from jet_export.model.weights import load_checkpoint
 
-        return load_checkpoint(resolve_checkpoint(str(source)), dtype, torch.device(device), max_positions)
+        files = CheckpointFiles.open(resolve_checkpoint(str(source)))
+        fp8 = check_tensors(files)
+        model = empty_model(files.config, dtype, torch.device(device), max_positions)
+        load_checkpoint(model, files, fp8)
+        return model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and safetensors under the published names, for `from_pretrained` and the published code."""
-        from jet_export.model.weights import save_checkpoint
-
         save_checkpoint(self, Path(path))
 
     def new_cache(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8
@@ -28,7 +28,6 @@ from jet_export.model.fp8_checkpoint import (
     scale_names,
     scale_value,
 )
-from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
 from jet_export.utils.errors import JetExportError
 
 SHARD_BYTES = 4 * 2**30
@@ -40,6 +39,13 @@ class Slice(NamedTuple):
     param: str
     start: int
     shape: tuple[int, ...]
+
+
+class WeightedModel(nn.Module):
+    """What a checkpoint fills and is read from: JetNemotronForCausalLM's base."""
+
+    config: JetNemotronConfig
+    layers: nn.ModuleList
 
 
 def checkpoint_layout(c: JetNemotronConfig) -> dict[str, Slice]:
@@ -150,15 +156,9 @@ def _tensors(files: CheckpointFiles, names: list[str]) -> Iterator[tuple[str, Te
             stack.pop_all().close()
 
 
-@torch.no_grad()
-def load_checkpoint(
-    directory: str | Path, dtype: torch.dtype, device: torch.device, max_positions: int | None = None
-) -> JetNemotronForCausalLM:
-    """Fill a model on `device`; projections that the checkpoint holds in FP8 become Fp8Linear.
-
-    Raises JetExportError naming a tensor that is missing, of the wrong shape or in a format that is not read.
-    """
-    files = CheckpointFiles.open(directory)
+def check_tensors(files: CheckpointFiles) -> list[str]:
+    """The modules that the checkpoint holds in FP8. Raises JetExportError naming a tensor that is missing, or a format
+    that is not read: before a model takes memory."""
     layout = checkpoint_layout(files.config)
     missing = [name for name in layout if name not in files.file_of]
     if missing:
@@ -168,8 +168,16 @@ def load_checkpoint(
             "It does not match config.json (layer_types, tie_word_embeddings), or a shard was not downloaded.",
         )
     check_quant_algo(files.directory, files.config)
-    fp8 = quantised_modules({n: s.param for n, s in layout.items()}, files.file_of, str(files.directory))
-    model = empty_model(files.config, dtype, device, max_positions)
+    return quantised_modules({n: s.param for n, s in layout.items()}, files.file_of, str(files.directory))
+
+
+@torch.no_grad()
+def load_checkpoint(model: WeightedModel, files: CheckpointFiles, fp8: list[str]) -> None:
+    """Fill a model of the checkpoint's config; the modules `fp8` become Fp8Linear.
+
+    Raises JetExportError naming a tensor of the wrong shape or dtype.
+    """
+    layout = checkpoint_layout(files.config)
     place_fp8_linears(model, fp8)
     params: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in _tensors(files, list(layout)):
@@ -177,7 +185,6 @@ def load_checkpoint(
         _check_tensor(files.file_of[name], name, tensor, shape, params[param].dtype)
         params[param][start : start + shape[0]].copy_(tensor)
     _load_scales(model, files, layout, fp8)
-    return model
 
 
 def _check_tensor(file: Path, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -194,9 +201,7 @@ def _check_tensor(file: Path, name: str, tensor: Tensor, shape: tuple[int, ...],
         )
 
 
-def _load_scales(
-    model: JetNemotronForCausalLM, files: CheckpointFiles, layout: dict[str, Slice], fp8: list[str]
-) -> None:
+def _load_scales(model: WeightedModel, files: CheckpointFiles, layout: dict[str, Slice], fp8: list[str]) -> None:
     """The scales of FP8 projections, which their published parts must agree on, and of an FP8 KV cache."""
     filled: dict[tuple[str, str], tuple[str, float]] = {}
     targets = {
@@ -222,14 +227,14 @@ def _load_scales(
         getattr(model.get_submodule(module), attr).fill_(value)
 
 
-def published_tensors(model: JetNemotronForCausalLM) -> dict[str, Tensor]:
+def published_tensors(model: WeightedModel) -> dict[str, Tensor]:
     """Every tensor under its published name: rows of the model's own, not copies."""
     own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     layout = checkpoint_layout(model.config)
     return {n: own[s.param][s.start : s.start + s.shape[0]].detach() for n, s in layout.items()}
 
 
-def save_checkpoint(model: JetNemotronForCausalLM, directory: Path) -> None:
+def save_checkpoint(model: WeightedModel, directory: Path) -> None:
     """The published layout: fused parameters split again, shards of at most 4 GiB, config.json."""
     layout = checkpoint_layout(model.config)
     quantised = sorted({s.param for s in layout.values()} - dict(model.named_parameters()).keys())

@@ -70,25 +70,33 @@ def test_attention_is_configured_as_before_the_table(any_sm) -> None:
         for group in (1, 2, 6, 8):
             got = attention_decode.decode_config(head_dim, group, dtype, cache, page)
             assert tuple(got) == old_attention_decode(head_dim, dtype, cache, page)
-            got = attention_prefill.prefill_config(head_dim, group, dtype, cache, page)
-            assert tuple(got) == old_attention_prefill(head_dim, dtype, cache, page)
+            prefill = attention_prefill.prefill_config(head_dim, group, dtype, cache, page)
+            assert tuple(prefill) == old_attention_prefill(head_dim, dtype, cache, page)
 
 
 def test_the_delta_rule_is_configured_as_before_the_table(any_sm) -> None:
     for dtype, K in itertools.product((BF16, torch.float16, FP32), range(16, 257, 16)):
         prepare, scan = old_chunk(dtype, K)
-        scan |= {"FEW_HEADS": 0, "MANY": False}
+        scan |= {"MIN_HEADS": 0, "MAX_HEADS": 0}
         assert gated_delta_rule_chunk.chunk_config(dtype, K, 256) == (prepare, [scan])
         for V, state in itertools.product((16, 40, 64, 256, 512, 576), (FP32, BF16)):
             assert delta_decode.decode_config(torch.empty(0, dtype=state), K, V) == old_delta_decode(K, V)
 
 
 def test_the_scan_has_two_forms_where_they_differ() -> None:
-    """On SM 9.0 wide tiles take over when narrow ones no longer run all at once."""
+    """On SM 9.0 wide tiles take over when the programs of the narrow ones no longer all run at the same time."""
     with configs.use_sm(90):
-        _, (few, many) = gated_delta_rule_chunk.chunk_config(BF16, 96, 256)
-    assert (few["BV"], few["MANY"], many["BV"], many["MANY"]) == (64, False, 128, True)
-    assert few["FEW_HEADS"] == many["FEW_HEADS"] == gated_delta_rule_chunk.ONE_WAVE // 4
+        _, (narrow, wide) = gated_delta_rule_chunk.chunk_config(BF16, 96, 256)
+        one_wave = configs.lookup("delta_rule_scan", dtype=BF16, head_k_dim=96, many_heads=False)["one_wave"]
+    assert (narrow["BV"], wide["BV"], one_wave) == (64, 128, 132)
+    assert (narrow["MIN_HEADS"], narrow["MAX_HEADS"]) == (0, one_wave // 4)
+    assert (wide["MIN_HEADS"], wide["MAX_HEADS"]) == (one_wave // 4 + 1, 0)
+
+
+@pytest.mark.parametrize("sm", [None, 80, 86, 89, 100, 120])
+def test_the_scan_has_one_form_on_other_sms(sm) -> None:
+    with configs.use_sm(sm):
+        assert len(gated_delta_rule_chunk.chunk_config(BF16, 96, 256)[1]) == 1
 
 
 def test_the_other_kernels_are_configured_as_before_the_table(any_sm) -> None:
