@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from jet_export.kernels import sampling as sampling_kernels
 from jet_export.kernels.sampling_ref import RowSettings, gumbel_ref, philox_ref, sample_ref, support_ref
 from jet_export.runtime.sampler import SlotSampler
 
@@ -19,6 +20,8 @@ MIX = [
     RowSettings(min_tokens=2, blocked=(1, 2, 250)),
     RowSettings(temperature=1.5, min_p=0.2, choice=3),
     RowSettings(temperature=1.0, top_p=0.01),
+    RowSettings(temperature=1.0, top_k=10, top_p=0.5, seed=21),
+    RowSettings(temperature=1.0, top_k=12, min_p=0.3, seed=22),
 ]
 
 
@@ -55,6 +58,18 @@ def test_philox_is_the_published_one() -> None:
 def test_words_do_not_repeat_over_position_choice_and_seed() -> None:
     words = [philox_ref(*key, 64).tolist() for key in ((1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0), (1 + 2**32, 0, 0))]
     assert len({tuple(w) for w in words}) == 5
+
+
+@pytest.mark.parametrize("listed", [1, 8])
+def test_top_k_searches_the_row_where_its_list_overflows(device, monkeypatch, listed) -> None:
+    monkeypatch.setattr(sampling_kernels, "LISTED", listed)
+    rows = [
+        RowSettings(temperature=1.0, seed=i, top_k=k, top_p=p)
+        for i, (k, p) in enumerate([(5, 1.0), (7, 0.6), (2, 0.9)])
+    ]
+    logits = torch.randn(3, V).round()
+    tokens = draw(sampler(device, rows, [[]] * 3), logits.to(device), range(3))
+    assert tokens == [sample_ref(x.double().numpy(), row, [], []) for x, row in zip(logits, rows, strict=True)]
 
 
 @pytest.mark.parametrize("ties", [False, True])
