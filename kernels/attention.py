@@ -7,8 +7,8 @@ For token t of sequence n, at position p = context_lens[n] + (t - cu_seqlens[n])
     o[t] = sum_j softmax_j(q . k[n, j] * Dh^-0.5) v[n, j]      over j <= p, and j > p - window when window > 0
 
 The rotary products and sums are rounded in the model dtype, as published; the softmax is fp32. Query head h reads
-key/value head h // (Hq / Hkv). Keys of the current call are read back from the cache, so an FP8 cache rounds them too
-and a split prompt equals a whole one.
+key/value head h // (Hq / Hkv). Keys of the current call are read back from the cache, so an FP8 cache rounds them too,
+and a prompt in several calls equals one in a single call.
 
 Position p of sequence n lives in page `block_table[n, (p // page) % M]` at offset `p % page`: a row that covers all
 positions is a plain page table, a shorter one is a ring, enough for a window when M * page >= window + tokens a call.
@@ -39,14 +39,14 @@ def rope_ref(
 
 
 def quantize_ref(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What the cache stores of x: x itself, or x / scale clamped and rounded to FP8."""
+    """x as the cache stores it: unchanged, or x / scale clamped and rounded to FP8."""
     if dtype != torch.float8_e4m3fn:
         return x.to(dtype)
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(dtype)
 
 
 def _raw(kv_cache: Tensor) -> Tensor:
-    """Indexing is not implemented for FP8: move its bytes."""
+    """A view that can be indexed: for FP8 its bytes, since torch does not index FP8 tensors."""
     return kv_cache.view(torch.uint8) if kv_cache.dtype == torch.float8_e4m3fn else kv_cache
 
 

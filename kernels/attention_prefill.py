@@ -6,9 +6,9 @@ so that a key or value tile serves all the query heads that read it. Over tiles 
     m' = max(m, s2 * max_j q.k_j);  p_j = exp2(s2 * q.k_j - m');  a = exp2(m - m')
     l = a * l + sum_j p_j;  acc = a * acc + p @ v;  o = acc / l
 
-fp32 accumulators and statistics; bf16 or fp16 operands of the products, or IEEE fp32 for an fp32 model. Tiles left of
-every row's window are skipped; only the tiles at the window's edge and on the diagonal are masked, and only there is
-memory that nobody wrote masked out of the loads.
+fp32 accumulators and statistics; bf16 or fp16 operands of the products, or IEEE fp32 for an fp32 model. Tiles before
+every row's window are skipped. Only the tiles at the window's edge and on the diagonal are masked; there the loads also
+skip cache entries that were never written.
 
 Source: FlashAttention-2, arXiv 2307.08691. The reference is `attention.attention_ref`.
 """
@@ -35,20 +35,20 @@ class PrefillConfig(NamedTuple):
 
 
 def prefill_config(head_dim: int, group: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> PrefillConfig:
-    """From the table (configs.py); group: query heads a key/value head. A tile is at most a page."""
+    """From the table (configs.py); group: query heads per key/value head. A tile is at most a page."""
     use = lookup("attention_prefill", head_dim=head_dim, group=group, dtype=dtype, cache_dtype=cache_dtype)
     return PrefillConfig(**{**use, "BN": min(page, use["BN"])})
 
 
 @triton.jit
 def page_of(p_table, j, hi, M, pages, PAGE: tl.constexpr):
-    """The page of position j, where j < hi: entries beyond are not looked at. One of the cache's, whatever it says."""
+    """The page of position j < hi, clamped to the pages that the cache has; entries beyond hi are not read."""
     return clamp(tl.load(p_table + (j // PAGE) % M, mask=j < hi, other=0), 0, pages - 1)
 
 
 @triton.jit
 def load_tile(p_tile, m_row, MASKED: tl.constexpr, DH: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """[BN, BD] consecutive rows of a page; 0 beyond DH and, when MASKED, outside m_row."""
+    """[BN, BD] consecutive rows of a page; 0 beyond DH and, if MASKED, outside m_row."""
     o_d = tl.arange(0, BD)
     p = p_tile + tl.arange(0, BN)[:, None] * DH + o_d[None, :]
     if MASKED:
@@ -60,7 +60,7 @@ def load_tile(p_tile, m_row, MASKED: tl.constexpr, DH: tl.constexpr, BN: tl.cons
 
 @triton.jit
 def dot_operand(b_q, s2, FP8: tl.constexpr):
-    """The queries as the products take them, and the factor [BM] of their scores.
+    """The queries as operands of the products, and the factor [BM] of their scores.
 
     FP8 converts to fp16 in one instruction, to bf16 in three: bf16 queries become fp16, scaled by a power of two.
     """
@@ -75,7 +75,7 @@ def dot_operand(b_q, s2, FP8: tl.constexpr):
 
 @triton.jit
 def softmax_step(b_s, b_s2, b_l, b_m):
-    """Weights [BM, BN] of a tile's scores, the factor [BM] of what was summed before, and the new sums and maxima."""
+    """Weights [BM, BN] of a tile's scores, the factor [BM] that rescales earlier sums, and the new sums and maxima."""
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * b_s2)
     b_e = tl.exp2(b_s * b_s2[:, None] - b_m_new[:, None])
     b_a = tl.exp2(b_m - b_m_new)
@@ -92,7 +92,7 @@ def attend_tiles(
     o_n = tl.arange(0, BN)
     for j in tl.range(lo, hi, BN):
         p_tile = p_k + i_page.to(tl.int64) * stride_page + (j % PAGE) * DH
-        # One tile ahead: the pipeliner would spend its stages on a load that feeds an address.
+        # Loaded one tile early: the pipeliner would spend its stages on this load, which only feeds an address.
         i_page = page_of(p_table, j + BN, hi, M, pages, PAGE)
         m_key = (j + o_n >= key_lo) & (j + o_n < key_hi)
         b_k = load_tile(p_tile, m_key, MASKED, DH, BN, BD).to(b_q.dtype)
@@ -156,7 +156,7 @@ def attention_prefill_kernel(
     b_q, b_s2 = dot_operand(b_q, s2, kv_cache.dtype.element_ty == tl.float8e4nv)
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    b_m = tl.full([BM], -1e30, tl.float32)  # finite: a row may see no key of its first tile
+    b_m = tl.full([BM], -1e30, tl.float32)  # finite, since a row may see no key of its first tile
     if WINDOW > 0:
         i_page = page_of(p_table, lo, mid_lo, M, pages, PAGE)
         b_acc, b_l, b_m = attend_tiles(
@@ -193,7 +193,7 @@ def attention_prefill_triton(
     v_scale: float,
     config: PrefillConfig | None = None,
 ) -> Tensor:  # [T, Hq * Dh]
-    """Append, then attend; right for any split of the tokens, T == N included."""
+    """Append, then attend; correct for any split of the tokens into sequences, T == N included."""
     qkv = check_layout(qkv, kv_cache, head_dim)
     rope_append_triton(
         qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,

@@ -3,8 +3,8 @@
 Packed tokens: x is [T, ...] for N sequences, `cu_seqlens` [N+1] int32 their bounds, `slots` [N] int32 their rows in
 the state pools (< 0: a padding row - nothing read, nothing written, output zero), `context_lens` [N] int32 the tokens
 already held (0: start from zero state, whatever the pool holds). Every sequence has at least one token, so T == N
-means decode. A builder may time a kernel on tensors that hold anything: whatever these four and a block table hold, no
-kernel leaves its tensors or loops without bound; what it computes from them is then nobody's.
+means decode. An engine builder may time a kernel on arbitrary inputs: whatever these tensors and a block table hold, no
+kernel accesses memory outside its tensors or loops without bound. The results for invalid inputs are undefined.
 """
 
 import os
@@ -51,22 +51,22 @@ def zero_padding(x: Tensor, cu_seqlens: Tensor, slots: Tensor) -> Tensor:
 
 
 def by_rows(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """An elementwise f of x [..., n], the bits of a row the same wherever it lies and however many there are.
+    """An elementwise f of x [..., n], so that a row's bits depend neither on its position nor on the number of rows.
 
-    On a CPU torch evaluates exp for the last elements of a tensor, and for strided ones, by another function than for
-    the rest; rows of whole vectors leave no last elements.
+    On a CPU torch evaluates exp of a tensor's last elements, and of strided ones, by another function than that of the
+    others; rows padded to whole vectors have no such remainder.
     """
     n = x.shape[-1]
     return f(F.pad(x, (0, -n % 64)).contiguous())[..., :n]
 
 
 def wrap(kernel: Any) -> Any:
-    """A kernel as a triton_op body launches it; the interpreter's functions cannot be traced, nor need to be."""
+    """The kernel as the body of a triton_op launches it. The interpreter's functions cannot and need not be traced."""
     return kernel if INTERPRET else torch.library.wrap_triton(kernel)
 
 
 def rows(x: Tensor) -> Tensor:
-    """x [T, ...] such that a row is contiguous; the stride between rows may be any."""
+    """x [T, ...] with contiguous rows and any stride between them; copied only where it must be."""
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if stride != expected:
@@ -76,7 +76,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 inputs get IEEE products; for 16-bit inputs only fp32 intermediates are affected."""
+    """IEEE products for fp32 inputs. For 16-bit inputs this affects only products of fp32 intermediates."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -108,7 +108,7 @@ def slot_of(slots, i_n, S):
 def find_chunk(cu_seqlens, i_chunk, N, T, BT: tl.constexpr):
     """Sequence that owns a chunk id, first and end token of the sequence, first token of the chunk.
 
-    The chunk may lie outside the sequence: then it is nobody's and its program leaves."""
+    The chunk may lie outside the sequence: then no sequence owns it, and its program returns."""
     lo = tl.full([], 0, tl.int32)
     hi = tl.full([], -1, tl.int32) + N
     while lo < hi:  # the largest n with cu_seqlens[n] // BT + n <= i_chunk

@@ -76,7 +76,7 @@ def load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, back: tl.constexpr)
 
 @triton.jit
 def load_held(p_state, o_t, m_t, o_d, m_d, i_position, back: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """The same from conv_state: what lies before the call, zero inside it."""
+    """As `load_back`, from conv_state: the tokens before the call, zero inside it."""
     o_p = i_position + o_t - back
     m = (m_t & (o_p < 0))[:, None] & m_d[None, :]
     return tl.load(p_state + (W - 1 + o_p)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
@@ -87,14 +87,14 @@ def conv_tile(
     p_u, stride_u, p_kappa, stride_kappa, p_state, o_t, m_t, i_d, n_d, i_position, held,
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """v = silu(y) for channels i_d + [0, BD) of n_d, [BT, BD] fp32. Pointers stand at the tile's first token and the
-    head's first channel; i_position is that token's position in the call; held: conv_state counts.
-    FIRST: the tile is one token, the call's first: nothing but conv_state lies before it."""
+    """v = silu(y) for channels i_d + [0, BD) of n_d, [BT, BD] fp32. Pointers are to the tile's first token and the
+    head's first channel; i_position: that token's position in the call; held: whether conv_state is valid.
+    FIRST: the tile is a single token, the first of the call, so that only conv_state precedes it."""
     BT: tl.constexpr = o_t.shape[0]
     o_d = i_d + tl.arange(0, BD)
     m_d = o_d < n_d
     m_held = m_t & held
-    if W == 4:  # one contiguous load of all taps, taken apart in registers; every load before the first use
+    if W == 4:  # one contiguous load of all taps, split in registers; all loads before the first use
         o_dw = i_d * W + tl.arange(0, BD * W)
         m_dw = m_t[:, None] & (o_dw < n_d * W)[None, :]
         b_kappa = tl.load(p_kappa + o_t[:, None] * stride_kappa + o_dw[None, :], mask=m_dw, other=0.0)
@@ -127,8 +127,10 @@ def conv_tile(
 
 @triton.jit
 def shift_conv_state(p_state, p_end, stride_u, n_tokens, o_d, m_d, held, D: tl.constexpr, W: tl.constexpr):
-    """Makes conv_state the last W-1 raw u of old state followed by n_tokens new ones; p_end: one past the last token.
-    Oldest row first: a row is read before it is written. Whoever convolves must have read the old state."""
+    """Set conv_state to the last W-1 raw u of the old state followed by n_tokens new ones.
+
+    p_end: one past the last token. Oldest row first, so that each row is read before it is written. The convolution
+    must already have read the old state."""
     for j in tl.static_range(W - 1):
         is_new = n_tokens >= W - 1 - j
         b_new = tl.load(p_end - (W - 1 - j) * stride_u + o_d, mask=m_d & is_new, other=0.0)
@@ -165,7 +167,7 @@ def conv_state_kernel(
     u, conv_state, cu_seqlens, slots, context_lens, T, S, stride_u,
     OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel tiles, N): the new conv_state, once nobody reads the old one."""
+    """Grid (channel tiles, N). Writes the new conv_state, after `dynamic_conv_kernel` has read the old one."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     i_n = tl.program_id(1)
     slot = slot_of(slots, i_n, S)
@@ -181,8 +183,9 @@ def dynamic_conv_triton(
     u: Tensor, kappa: Tensor, conv_state: Tensor,
     cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, off_u: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous; off_u: u's first column
-    in the rows of the given tensor."""
+    """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous.
+
+    off_u: u's first column in the rows of its tensor."""
     T, N, D, W = u.shape[0], slots.shape[0], conv_state.shape[2], conv_state.shape[1] + 1
     use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W)
     BT, BD = use["BT"], use["BD"]

@@ -29,7 +29,8 @@ def gated_rms_norm_ref(
 @triton.jit
 def gated_norm_tile(b_o, b_w, b_gate, eps, V: tl.constexpr):
     """fp32 tiles b_o, b_gate [R, BV], b_w [1, BV]; columns past V must be zero in b_o.
-    A zero stays zero whatever its gate holds: the rows of padding have o = 0 and a gate that may be anything."""
+
+    A zero stays zero whatever its gate: padding rows have o = 0 and arbitrary gates."""
     b_rstd = tl.rsqrt(tl.sum(b_o * b_o, 1) / V + fp32(eps))
     return tl.where(b_o == 0.0, 0.0, b_o * b_rstd[:, None] * b_w * silu(b_gate))
 
@@ -54,8 +55,9 @@ def gated_rms_norm_kernel(
 
 
 def gated_rms_norm_triton(o: Tensor, w_o: Tensor, gate: Tensor, eps: float, off_gate: int = 0) -> Tensor:
-    """Launches the kernel. Rows of o [T, H, V] and gate are contiguous, any stride between them; off_gate: gate's
-    first column in its rows."""
+    """Launches the kernel. Rows of o [T, H, V] and gate are contiguous, with any stride between them.
+
+    off_gate: gate's first column in the rows of its tensor."""
     T, H, V = o.shape
     BR = lookup("gated_rms_norm", dtype=gate.dtype, head_v_dim=V)["BR"]
     out = gate.new_empty(T, H, V)

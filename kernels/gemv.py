@@ -1,8 +1,8 @@
 """Linear layer of one token: y = (W x) * x_scale * w_scale + bias, every weight read once.
 
-x [1, K] and W [N, K] in one dtype, bf16, fp32 or E4M3; products and sums in fp32, one rounding. A matrix product of one
-row is limited by reading W alone, N K bytes in FP8, and tensor cores would idle; each program sums BN rows of W.
-x_scale, w_scale: those of an FP8 layer (model/fp8.py), [1] fp32, both or neither.
+x [1, K] and W [N, K] in one dtype, bf16, fp32 or E4M3; products and sums in fp32, one rounding. With one row of x the
+product is bound by reading W (N K bytes in FP8), and tensor cores would idle; each program computes BN outputs.
+x_scale, w_scale: the scales of an FP8 layer (model/fp8.py), [1] fp32, both or neither.
 """
 
 import torch

@@ -23,7 +23,7 @@ from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm
 
 
 def jet_block_ref(
-    qkuz: Tensor,  # [T, >= 2HK + 2D]: q | k | u | gate | columns that are ignored
+    qkuz: Tensor,  # [T, >= 2HK + 2D]: q | k | u | gate | ignored columns
     ba: Tensor,  # [T, 2H]: b | a
     kappa: Tensor,  # [T, D*W]
     A_log: Tensor,  # [H]
@@ -54,7 +54,7 @@ def jet_block_ref(
         q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
     )
     out = gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), norm_eps)
-    return zero_padding(out, cu_seqlens, slots).reshape(T, D)  # a padding row's gate may be anything
+    return zero_padding(out, cu_seqlens, slots).reshape(T, D)  # a padding row's gate is arbitrary
 
 
 def jet_block_triton(

@@ -1,14 +1,15 @@
 """Rotary embedding, and appending the roped keys and the values of ragged sequences to a paged cache.
 
-    rope(x, p)[d] = x[d] * cos[p, d % h] + s * x[(d + h) % Dh] * sin[p, d % h],   h = Dh / 2, s = -1 if d < h else 1
+    rope(x, p)[d] = x[d] * cos[p, d % half] + sign * x[(d + half) % Dh] * sin[p, d % half],
+    half = Dh / 2, sign = -1 if d < half else 1
     cache[page, 0, :, p % page] = rope(k, p) / k_scale,  cache[page, 1, :, p % page] = v / v_scale,
     page = block_table[n, (p // page) % M]
 
 Each product and the sum are rounded in the model dtype, as torch does. The reference is `attention.attention_ref`.
 
-Ragged work is cut into blocks of BLOCK rows, G rows a token: sequence n owns the blocks that start at
-`cu_seqlens[n] * G // BLOCK + n`, so T * G // BLOCK + N programs are always enough, a bound that the host knows from
-sizes alone; a program finds its sequence by bisection and leaves when its block lies beyond the sequence's end.
+Ragged sequences are cut into blocks of BLOCK rows, G rows per token. Sequence n owns the blocks from
+`cu_seqlens[n] * G // BLOCK + n` on, so T * G // BLOCK + N programs always suffice, a bound that the host knows from
+sizes alone. A program finds its sequence by bisection, and returns if its block lies beyond the sequence's end.
 """
 
 import triton
@@ -19,7 +20,7 @@ from jet_export.kernels.common import clamp, fp32, num_chunks, sequence_bounds, 
 from jet_export.kernels.configs import lookup
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest finite float8_e4m3fn
-LAST_POSITION: tl.constexpr = tl.constexpr(1 << 30)  # positions and what is added to them stay in 32 bits
+LAST_POSITION: tl.constexpr = tl.constexpr(1 << 30)  # keeps sums with positions within 32 bits
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def find_sequence(cu_seqlens, i_block, N, G: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def context_of(context_lens, i_n, M, PAGE: tl.constexpr, WINDOW: tl.constexpr):
-    """The tokens a sequence holds: at most what its row of the block table covers, or with a window any number."""
+    """The tokens that a sequence holds, clamped to what its block-table row covers; with a window, any number."""
     held = tl.load(context_lens + i_n)
     if WINDOW > 0:
         return clamp(held, 0, LAST_POSITION)
@@ -63,7 +64,7 @@ def load_rope(p_x, p_cos_sin, m_row, DH: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def quantize(b_x, scale, dtype: tl.constexpr):
-    """b_x as the cache stores it; the division is IEEE, so that FP8 codes are those of torch."""
+    """b_x in the cache's dtype; the division is IEEE, so that FP8 codes equal torch's."""
     if dtype == tl.float8e4nv:
         b_x = tl.minimum(tl.maximum(tl.div_rn(b_x.to(tl.float32), fp32(scale)), -FP8_MAX), FP8_MAX)
     return b_x.to(dtype)
