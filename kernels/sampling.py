@@ -320,7 +320,7 @@ def sample_rows_kernel(
                 total, above = masses(p_listed, n, least, bits, top, BL)
                 while above >= room_of(total, top_p):
                     token, bits = draw_listed(p_listed, p_token, n, bits + 1, seed, position, choice, BL)
-                    _, above = masses(p_listed, n, least, bits, top, BL)
+                    total, above = masses(p_listed, n, least, bits, top, BL)
         else:
             if by_k:
                 least = tl.maximum(least, kth_largest(p_y, top_k, V, BV))
@@ -330,7 +330,7 @@ def sample_rows_kernel(
                 total, above = masses(p_y, V, least, bits, top, BV)
                 while above >= room_of(total, top_p):
                     token, bits = draw_from(p_y, bits + 1, seed, position, choice, V, BG)
-                    _, above = masses(p_y, V, least, bits, top, BV)
+                    total, above = masses(p_y, V, least, bits, top, BV)
     b_top = tl.load(raw_max + at, mask=m_t, other=-float("inf"))
     raw = tl.max(b_top, 0)
     total_raw = tl.sum(tl.load(raw_sum + at, mask=m_t, other=0.0) * tl.exp(b_top - raw), 0)
