@@ -1,10 +1,10 @@
-"""A client of `jet-export serve BUNDLE`: streams over gRPC, or asks for whole answers over HTTP.
+"""A client of `jet-export serve BUNDLE`: streams over gRPC, or gets whole answers over HTTP.
 
     jet-export serve bundles/jet-tiny-fp8-inductor &
     python examples/triton_client.py "def mean(values):" --max-tokens 48
     python examples/triton_client.py "def mean(values):" --http 127.0.0.1:8000 --temperature 0.7 --seed 1
 
-Several prompts run at once; each answer is printed whole, one prompt's is printed as it comes. Ctrl-C cancels.
+Several prompts run at once and their answers are printed at the end; a single one is streamed. Ctrl-C cancels.
 Needs `pip install 'tritonclient[grpc]'`; HTTP needs nothing.
 """
 
@@ -24,7 +24,7 @@ DTYPES = {"text_input": "BYTES", "stream": "BOOL", "max_tokens": "INT32", "tempe
 
 
 def over_http(address: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
-    """One whole answer of the generate endpoint: its outputs by name."""
+    """One whole answer of the generate endpoint: outputs by name."""
     request = urllib.request.Request(
         f"http://{address}/v2/models/{model}/generate",
         data=json.dumps({**values, "exclude_input_in_output": True}).encode(),
@@ -40,7 +40,7 @@ def over_http(address: str, model: str, values: dict[str, Any]) -> dict[str, Any
 
 
 async def over_grpc(client: Any, model: str, values: dict[str, Any]) -> AsyncIterator[tuple[str, str | None]]:
-    """(new text, finish reason or None) as they come. Leaving the loop cancels the request."""
+    """Yield (new text, finish reason or None) as they arrive. Leaving the loop cancels the request."""
     import numpy as np
     from tritonclient.grpc import InferInput
     from tritonclient.utils import triton_to_np_dtype
@@ -90,8 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--model", default="jet-tiny")
-    parser.add_argument("--grpc", default="127.0.0.1:8001", metavar="HOST:PORT", help="stream from here")
-    parser.add_argument("--http", metavar="HOST:PORT", help="ask here for whole answers instead")
+    parser.add_argument("--grpc", default="127.0.0.1:8001", metavar="HOST:PORT", help="stream over gRPC from here")
+    parser.add_argument("--http", metavar="HOST:PORT", help="get whole answers over HTTP from here instead")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Who asks: an engine in this process, or an OpenAI-compatible server on loopback; both give the times of tokens."""
+"""Clients for load tests: an engine in this process, or an OpenAI-compatible server on loopback; both time tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 
 
 class Clock:
-    """Seconds. On a machine with other work, `cpu` counts this process's CPU time instead, idle time skipped by `skip`:
-    with an engine of one thread in this process, what a core of its own would show."""
+    """Seconds. With `cpu`, for a machine shared with other work: CPU time of this process, idle time added by `skip`.
+
+    With a single-threaded engine in this process that is the time a core of its own would show.
+    """
 
     def __init__(self) -> None:
         self.cpu, self.skipped = False, 0.0
@@ -39,8 +41,8 @@ CLOCK = Clock()
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One request: random token ids, greedy, and exactly so many new tokens."""
+class LoadRequest:
+    """One request: random token ids, greedy, and exactly `new` new tokens."""
 
     prompt: list[int]
     new: int
@@ -48,11 +50,11 @@ class Ask:
 
 @dataclass
 class Trace:
-    """One answer: when it was due, and when each token came (seconds of one clock)."""
+    """One answer: when the request was due, and when each token arrived (seconds on one clock)."""
 
     due: float
     times: list[float] = field(default_factory=list)
-    tokens: int = 0  # by the answer's own count
+    tokens: int = 0  # as the answer counts them
     error: str = ""
 
     @property
@@ -61,17 +63,17 @@ class Trace:
 
     @property
     def tpot(self) -> float:
-        """Mean seconds a token after the first."""
+        """Mean seconds per token after the first."""
         return (self.times[-1] - self.times[0]) / max(self.tokens - 1, 1)
 
 
 class Client(Protocol):
-    async def run(self, ask: Ask, trace: Trace) -> None:
-        """Ask and wait; tokens are noted in `trace` as they come. Cancelling the task cancels the request."""
+    async def run(self, request: LoadRequest, trace: Trace) -> None:
+        """Send the request and record its tokens in `trace` as they arrive. Cancelling the task cancels the request."""
 
 
 class InProcess:
-    """`AsyncLLM` over an engine, its thread beside this one."""
+    """`AsyncLLM` over an engine in this process."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | ByteTokenizer, serving: Serving) -> None:
         self.llm = AsyncLLM.over(BatchingEngine(engine, tokenizer, -1, serving))
@@ -83,8 +85,8 @@ class InProcess:
     def __exit__(self, *_: object) -> None:
         self.llm.stop()
 
-    async def run(self, ask: Ask, trace: Trace) -> None:
-        stream = self.llm.stream([ask.prompt], Params(ask.new, ignore_eos=True))
+    async def run(self, request: LoadRequest, trace: Trace) -> None:
+        stream = self.llm.stream([request.prompt], Params(request.new, ignore_eos=True))
         try:
             async for _, output in stream:
                 if output.token is not None:
@@ -97,7 +99,7 @@ class InProcess:
 
 
 class Http:
-    """POST /v1/completions with stream: true. Tokens without text of their own come with the next one's."""
+    """POST /v1/completions with stream: true. A token without text of its own arrives with the next one."""
 
     def __init__(self, url: str, model: str) -> None:
         import httpx
@@ -106,18 +108,25 @@ class Http:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self.http = httpx.AsyncClient(timeout=600, limits=limits)
 
-    async def run(self, ask: Ask, trace: Trace) -> None:
-        body = {"model": self.model, "prompt": ask.prompt, "max_tokens": ask.new, "temperature": 0, "ignore_eos": True,
-                "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+    async def run(self, request: LoadRequest, trace: Trace) -> None:
+        body = {
+            "model": self.model,
+            "prompt": request.prompt,
+            "max_tokens": request.new,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         async with self.http.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 trace.error = f"status {answer.status_code}"
                 return
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    self._note(json.loads(line[6:]), trace)
+                    self._record(json.loads(line[6:]), trace)
 
-    def _note(self, event: dict[str, Any], trace: Trace) -> None:
+    def _record(self, event: dict[str, Any], trace: Trace) -> None:
         if "error" in event:
             trace.error = event["error"]["message"]
         elif event.get("usage"):
@@ -128,11 +137,17 @@ class Http:
 
 @contextmanager
 def http_server(bundle: Path, serving: Serving):
-    """`jet-export serve` in a process of its own, on a free port of loopback; gives a client's arguments."""
-    args = [sys.executable, "-m", "jet_export.cli.app", "serve", str(bundle), "--openai", "--port", "0",
-            "--max-waiting", str(serving.max_waiting), "--wait-timeout", str(serving.wait_timeout),
-            "--prefix-cache-bytes", str(serving.prefix_cache_bytes)]  # fmt: skip
-    for option, value in (("--slots", serving.slots), ("--token-budget", serving.token_budget)):
+    """`jet-export serve --openai` in its own process, on a free port of loopback; yields Http's arguments."""
+    options = {
+        "--port": 0,
+        "--max-waiting": serving.max_waiting,
+        "--wait-timeout": serving.wait_timeout,
+        "--prefix-cache-bytes": serving.prefix_cache_bytes,
+        "--slots": serving.slots,
+        "--token-budget": serving.token_budget,
+    }
+    args = [sys.executable, "-m", "jet_export.cli.app", "serve", str(bundle), "--openai"]
+    for option, value in options.items():
         args += [option, str(value)] if value is not None else []
     process = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

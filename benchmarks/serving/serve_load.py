@@ -1,12 +1,12 @@
-"""A bundle under load: how much it serves, how long requests wait, and what a long prompt does to the others.
+"""A bundle under load: throughput, latency, and what a long prompt costs the other requests.
 
     python benchmarks/serving/serve_load.py BUNDLE --output benchmarks/results/cpu/serve-load.json
 
-Random prompts, greedy, lengths log-normal around --prompt-tokens and --output-tokens (sigma 0.5). Four parts:
-  concurrency   a fixed number of requests at once: in flight (the next one joins when one ends), and in static batches
-                (the next group starts when the last of a group has ended); with --deterministic beside them
-  poisson       arrivals at given shares of the largest throughput just measured; goodput counts requests within the SLO
-  join          the gaps between the tokens of running requests while one long prompt joins them
+Random prompts, greedy, lengths log-normal around --prompt-tokens and --output-tokens (sigma 0.5). Three parts:
+  concurrency   a fixed number of requests at once: continuous batching (the next request joins when one ends), static
+                batches (the next batch starts when all of the last one have ended), and deterministic mode
+  poisson       arrivals at given fractions of the throughput just measured; goodput counts requests within the SLO
+  join          inter-token latency of running requests while one long prompt joins them
 Times are the client's: TTFT from when a request was due, TPOT the mean after the first token. In this process through
 AsyncLLM, or with --http through `jet-export serve --openai` on loopback.
 """
@@ -20,11 +20,11 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from load_clients import CLOCK, Ask, Client, Http, InProcess, Trace, http_server
+from load_clients import CLOCK, Client, Http, InProcess, LoadRequest, Trace, http_server
 from rich.console import Console
 from rich.table import Table
 
@@ -36,68 +36,68 @@ from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.utils.environment import write_result
 
 SIGMA = 0.5
-SHARES = (0.5, 0.95, 0.99)
+PERCENTILES = (0.5, 0.95, 0.99)
 
 
 class Workload:
-    """Requests one after the other, the same for the same seed."""
+    """A sequence of requests that depends on the seed only."""
 
     def __init__(self, args: argparse.Namespace, vocab: int, max_seq_len: int) -> None:
         self.args, self.vocab, self.max_seq_len = args, vocab, max_seq_len
 
-    def asks(self, n: int, seed: int) -> list[Ask]:
+    def requests(self, n: int, seed: int) -> list[LoadRequest]:
         rng = random.Random(f"{self.args.seed} {seed}")
-        return [self.ask(rng, self._length(rng, self.args.prompt_tokens), self._length(rng, self.args.output_tokens))
-                for _ in range(n)]  # fmt: skip
+        means = self.args.prompt_tokens, self.args.output_tokens
+        return [self.request(rng, *(self._length(rng, mean) for mean in means)) for _ in range(n)]
 
-    def ask(self, rng: random.Random, prompt: int, new: int) -> Ask:
+    def request(self, rng: random.Random, prompt: int, new: int) -> LoadRequest:
         new = min(new, self.max_seq_len - 1)
         prompt = min(prompt, self.max_seq_len - new)
-        return Ask([rng.randrange(self.vocab) for _ in range(prompt)], new)
+        return LoadRequest([rng.randrange(self.vocab) for _ in range(prompt)], new)
 
     def _length(self, rng: random.Random, mean: float) -> int:
         return max(1, round(rng.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA)))
 
 
-async def ask_all(client: Client, asks: list[Ask], due: list[float]) -> list[Trace]:
-    """Each at its time, seconds from now, in order."""
+async def send_all(client: Client, requests: list[LoadRequest], due: list[float]) -> list[Trace]:
+    """Send each request at its due time, in seconds from now, ascending."""
     start = CLOCK.now()
     traces = [Trace(start + d) for d in due]
     tasks: list[asyncio.Task] = []
-    for ask, trace in zip(asks, traces, strict=True):
+    for request, trace in zip(requests, traces, strict=True):
         while (wait := trace.due - CLOCK.now()) > 0:
             if CLOCK.cpu and all(task.done() for task in tasks):
                 CLOCK.skip(trace.due)
             else:
                 await asyncio.sleep(0.002 if CLOCK.cpu else wait)
-        tasks.append(asyncio.create_task(client.run(ask, trace)))
+        tasks.append(asyncio.create_task(client.run(request, trace)))
     await asyncio.gather(*tasks)
     return traces
 
 
-async def in_flight(client: Client, asks: list[Ask], concurrency: int) -> list[Trace]:
-    """`concurrency` requests at once until all have been asked."""
-    left, traces = iter(asks), []
+async def closed_loop(client: Client, requests: list[LoadRequest], concurrency: int) -> list[Trace]:
+    """Keep `concurrency` requests running until all have been sent."""
+    left, traces = iter(requests), []
 
     async def worker() -> None:
-        for ask in left:
+        for request in left:
             traces.append(Trace(CLOCK.now()))
-            await client.run(ask, traces[-1])
+            await client.run(request, traces[-1])
 
     await asyncio.gather(*(worker() for _ in range(concurrency)))
     return traces
 
 
-async def static_batches(client: Client, asks: list[Ask], size: int) -> list[Trace]:
-    """Groups of `size`; the next one starts when the last of a group has ended."""
+async def static_batches(client: Client, requests: list[LoadRequest], size: int) -> list[Trace]:
+    """Batches of `size`; the next one starts when all of the last have ended."""
     traces: list[Trace] = []
-    for i in range(0, len(asks), size):
-        traces += await ask_all(client, asks[i : i + size], [0.0] * len(asks[i : i + size]))
+    for i in range(0, len(requests), size):
+        traces += await send_all(client, requests[i : i + size], [0.0] * len(requests[i : i + size]))
     return traces
 
 
 def summary(traces: list[Trace], slo: tuple[float, float]) -> dict[str, Any]:
-    """Of finished requests; times in milliseconds. The first request's due time to the last token is the duration."""
+    """Figures of the finished requests, in milliseconds. `seconds`: from the first due time to the last token."""
     good = [t for t in traces if not t.error and t.times]
     if not good:
         return {"requests": len(traces), "failed": len(traces)}
@@ -112,28 +112,28 @@ def summary(traces: list[Trace], slo: tuple[float, float]) -> dict[str, Any]:
         "tokens_per_s": sum(t.tokens for t in good) / seconds,
         "goodput_requests_per_s": len(within) / seconds,
         "within_slo": len(within) / len(traces),
-        "ttft_ms": shares([1e3 * t.ttft for t in good]),
-        "tpot_ms": shares([1e3 * t.tpot for t in good]),
-        "inter_token_ms": shares(gaps),
+        "ttft_ms": percentiles([1e3 * t.ttft for t in good]),
+        "tpot_ms": percentiles([1e3 * t.tpot for t in good]),
+        "inter_token_ms": percentiles(gaps),
     }
 
 
-def shares(values: list[float]) -> dict[str, float]:
-    return {f"p{round(100 * s)}": round(percentile(values, s), 2) for s in SHARES} if values else {}
+def percentiles(values: list[float]) -> dict[str, float]:
+    return {f"p{round(100 * s)}": round(percentile(values, s), 2) for s in PERCENTILES} if values else {}
 
 
 async def concurrency_part(client: Client, work: Workload, slo, static: bool) -> list[dict[str, Any]]:
     rows = []
     for n in work.args.concurrency:
-        asks = work.asks(work.args.rounds * n, n)
-        kinds: dict[str, Callable] = {"in flight": in_flight} | ({"static": static_batches} if static else {})
+        requests = work.requests(work.args.rounds * n, n)
+        kinds: dict[str, Callable] = {"continuous": closed_loop} | ({"static": static_batches} if static else {})
         for kind, run in kinds.items():
-            rows.append({"concurrency": n, "batching": kind, **summary(await run(client, asks, n), slo)})
+            rows.append({"concurrency": n, "batching": kind, **summary(await run(client, requests, n), slo)})
     return rows
 
 
 async def poisson_part(client: Client, work: Workload, slo, capacity: float) -> list[dict[str, Any]]:
-    """Arrivals at shares of `capacity`, requests/s."""
+    """Arrivals at fractions of `capacity`, in requests/s."""
     rows, seconds = [], work.args.poisson_seconds
     for load in work.args.loads:
         rng, rate, due, now = random.Random(f"{work.args.seed} {load}"), load * capacity, [], 0.0
@@ -141,17 +141,17 @@ async def poisson_part(client: Client, work: Workload, slo, capacity: float) -> 
         for _ in range(requests):
             due.append(now)
             now += rng.expovariate(rate)
-        traces = await ask_all(client, work.asks(requests, 10**6), due)
+        traces = await send_all(client, work.requests(requests, 10**6), due)
         rows.append({"load": load, "rate": rate, **summary(traces, slo)})
     return rows
 
 
 async def join_part(client: Client, work: Workload) -> dict[str, Any]:
-    """`--join-streams` requests decode; then one long prompt comes. Gaps that end before it, and until its token."""
+    """`--join-streams` requests decode, then a long prompt joins: gaps between tokens before, and while it joins."""
     args, rng = work.args, random.Random(work.args.seed)
     length = min(args.long_prompt, work.max_seq_len - 2)
     new = work.max_seq_len - args.prompt_tokens - 1
-    others = [Ask(work.ask(rng, args.prompt_tokens, 1).prompt, new) for _ in range(args.join_streams)]
+    others = [LoadRequest(work.request(rng, args.prompt_tokens, 1).prompt, new) for _ in range(args.join_streams)]
     traces = [Trace(CLOCK.now()) for _ in others]
     tasks = [asyncio.create_task(client.run(a, t)) for a, t in zip(others, traces, strict=True)]
     while not all(len(t.times) > 1 for t in traces):
@@ -161,7 +161,7 @@ async def join_part(client: Client, work: Workload) -> dict[str, Any]:
     begin = CLOCK.now()
     await asyncio.sleep(args.join_seconds)
     long = Trace(CLOCK.now())
-    await client.run(work.ask(rng, length, 1), long)
+    await client.run(work.request(rng, length, 1), long)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -170,37 +170,42 @@ async def join_part(client: Client, work: Workload) -> dict[str, Any]:
         found = [
             1e3 * (b - a) for t in traces for a, b in zip(t.times, t.times[1:], strict=False) if since < b <= until
         ]
-        return {"gaps": len(found), **shares(found)}
+        return {"gaps": len(found), **percentiles(found)}
 
-    return {"streams": len(others), "prompt_tokens": length, "ttft_ms": round(1e3 * long.ttft, 1),
-            "before_ms": gaps(begin, long.due), "while_it_joins_ms": gaps(long.due, long.times[0])}  # fmt: skip
+    return {
+        "streams": len(others),
+        "prompt_tokens": length,
+        "ttft_ms": round(1e3 * long.ttft, 1),
+        "before_ms": gaps(begin, long.due),
+        "while_it_joins_ms": gaps(long.due, long.times[0]),
+    }
 
 
 async def warm_up(client: Client, work: Workload) -> None:
-    """Every power of two of requests at once, a few tokens each: decode's CUDA graphs are captured when first used."""
+    """Run every power of two of requests at once, since decode's CUDA graphs are captured at first use."""
     rng, most, n = random.Random(99), max(*work.args.concurrency, work.args.join_streams + 1), 1
     while True:
-        await in_flight(client, [work.ask(rng, 16, 4) for _ in range(n)], n)
+        await closed_loop(client, [work.request(rng, 16, 4) for _ in range(n)], n)
         if n >= most:
             return
         n = min(2 * n, most)
 
 
 def measure(client: Client, work: Workload, result: dict[str, Any], keep: Callable[[], None]) -> None:
-    """`keep` is called after every part."""
+    """`keep` is called after each part."""
     slo = (work.args.slo_ttft_ms, work.args.slo_tpot_ms)
 
-    async def everything() -> None:
+    async def all_parts() -> None:
         await warm_up(client, work)
         result["concurrency"] = await concurrency_part(client, work, slo, static=True)
         keep()
-        capacity = max(r["requests_per_s"] for r in result["concurrency"] if r["batching"] == "in flight")
+        capacity = max(r["requests_per_s"] for r in result["concurrency"] if r["batching"] == "continuous")
         result["poisson"] = await poisson_part(client, work, slo, capacity)
         keep()
         result["join"] = await join_part(client, work)
         keep()
 
-    asyncio.run(everything())
+    asyncio.run(all_parts())
 
 
 def print_tables(result: dict[str, Any], slo: tuple[float, float]) -> None:
@@ -223,11 +228,11 @@ def print_tables(result: dict[str, Any], slo: tuple[float, float]) -> None:
     rows = result["concurrency"] + result.get("deterministic", [])
     table(("at once", "batching"), [[str(r["concurrency"]), r["batching"], *cells(r)] for r in rows])
     print(f"Poisson arrivals; SLO: TTFT {slo[0]:g} ms, TPOT {slo[1]:g} ms")
-    table(
-        ("load", "requests/s"), [[f"{r['load']:.0%}", f"{r['rate']:.2f}", *cells(r),
-                                  f"{r.get('goodput_requests_per_s', 0):.2f} ({r.get('within_slo', 0):.0%})"]
-                                 for r in result["poisson"]], ("goodput",),
-    )  # fmt: skip
+    poisson = []
+    for r in result["poisson"]:
+        goodput = f"{r.get('goodput_requests_per_s', 0):.2f} ({r.get('within_slo', 0):.0%})"
+        poisson.append([f"{r['load']:.0%}", f"{r['rate']:.2f}", *cells(r), goodput])
+    table(("load", "requests/s"), poisson, ("goodput",))
     j = result["join"]
     before, joining = (f"p50 {j[k]['p50']:.0f}, p99 {j[k]['p99']:.0f} ms" for k in ("before_ms", "while_it_joins_ms"))
     print(f"{j['streams']} streams, gaps between tokens: {before}; while a prompt of {j['prompt_tokens']} tokens joins")
@@ -241,10 +246,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=3, help="requests a place, in the concurrency part")
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 1.1], help="of the largest throughput")
-    parser.add_argument("--requests", type=int, default=60, help="of each Poisson run")
-    parser.add_argument("--poisson-seconds", type=float, help="instead: arrivals for so long, whatever the throughput")
+    parser.add_argument("--rounds", type=int, default=3, help="requests per running request, in the concurrency part")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 1.1], help="fractions of the throughput")
+    parser.add_argument("--requests", type=int, default=60, help="in each Poisson run")
+    parser.add_argument("--poisson-seconds", type=float, help="instead of --requests: arrivals for this long")
     parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=100.0)
     parser.add_argument("--long-prompt", type=int, default=32768, help="at most max_seq_len - 2")
@@ -263,18 +268,18 @@ def main() -> None:
     CLOCK.cpu = args.clock == "cpu"
     if CLOCK.cpu and args.http:
         sys.exit("--clock cpu counts this process's time; with --http the engine is in another.")
-    serving = Serving(
-        slots=args.slots, kv_tokens=None, token_budget=args.token_budget, max_waiting=100_000, wait_timeout=1e9
-    )
+    serving = Serving(slots=args.slots, token_budget=args.token_budget, max_waiting=100_000, wait_timeout=1e9)
     load = os.getloadavg()
     manifest = Manifest.load(args.bundle)
     work = Workload(args, manifest.config.vocab_size, manifest.limits.max_seq_len)
     result: dict[str, Any] = {
         "command": " ".join(["python", *(a if a != str(args.bundle) else args.bundle.name for a in sys.argv)]),
-        "model": manifest.model["name"], "precision": "fp8" if manifest.quantization else manifest.dtype,
+        "model": manifest.model["name"],
+        "precision": "fp8" if manifest.quantization else manifest.dtype,
         "limits": asdict(manifest.limits),
-        "through": "http" if args.http else "AsyncLLM", "clock": args.clock,
-    }  # fmt: skip
+        "through": "http" if args.http else "AsyncLLM",
+        "clock": args.clock,
+    }
     slo = (args.slo_ttft_ms, args.slo_tpot_ms)
     result["slo_ms"] = {"ttft": slo[0], "tpot": slo[1]}
 
@@ -290,15 +295,7 @@ def main() -> None:
         tokenizer = load_tokenizer(args.bundle)
         with InProcess(engine, tokenizer, serving) as client:
             measure(client, work, result, keep)
-        fixed = Serving(
-            slots=args.slots,
-            kv_tokens=None,
-            token_budget=args.token_budget,
-            max_waiting=100_000,
-            wait_timeout=1e9,
-            deterministic=True,
-        )
-        with InProcess(engine, tokenizer, fixed) as client:
+        with InProcess(engine, tokenizer, replace(serving, deterministic=True)) as client:
             asyncio.run(warm_up(client, work))
             rows = asyncio.run(concurrency_part(client, work, slo, static=False))
         result["deterministic"] = [{**r, "batching": "deterministic"} for r in rows]

@@ -1,6 +1,6 @@
-"""The serving protocol: requests that arrive together and share the batch in flight, through the runtime's scheduler.
+"""The serving protocol: requests that arrive together, under continuous batching.
 
-The engine is driven in this process, with no HTTP in between: a closed burst, not a rate of arrivals.
+The engine runs in this process, without HTTP: a closed burst, not a rate of arrivals.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from jet_export.runtime.params import Output, Params
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 from jet_export.utils.errors import JetExportError
 
-ROUNDS = 4  # requests a slot
+ROUNDS = 4  # requests per slot
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServingRow:
-    """Milliseconds; tokens/s of all requests together, from the first arrival to the last token."""
+    """Times in milliseconds; tokens/s of all requests together, from the first arrival to the last token."""
 
     context: int
     new_tokens: int
     slots: int
     requests: int
     tokens_per_s: float
-    total_tokens_per_s: float  # prompts included
+    total_tokens_per_s: float  # with prompt tokens
     ttft_p50: float
     ttft_p99: float
-    ms_per_token_p50: float  # of a request, after its first token
+    ms_per_token_p50: float  # of each request, after its first token
     ms_per_token_p99: float
 
 
-class _Clocked:
-    """When one request's tokens came."""
+class _TokenTimes:
+    """The arrival times of one request's tokens."""
 
     def __init__(self, begin: float) -> None:
         self.begin, self.times, self.reason = begin, list[float](), ""
@@ -53,11 +53,17 @@ class _Clocked:
 
 
 def serve_burst(
-    engine: Engine, tokenizer: Tokenizer | ByteTokenizer, context: int, new_tokens: int, slots: int, seed: int = 0
+    engine: Engine,
+    tokenizer: Tokenizer | ByteTokenizer,
+    *,
+    context: int,
+    new_tokens: int,
+    slots: int,
+    seed: int = 0,
 ) -> ServingRow:
-    """ROUNDS requests a slot, random prompts of `context` tokens. Raises JetExportError where one does not finish."""
+    """ROUNDS requests per slot, random prompts of `context` tokens. Raises JetExportError if one does not finish."""
     requests = ROUNDS * slots
-    pages = slots * cdiv(context + new_tokens, PAGE)  # not max_seq_len's for every slot
+    pages = slots * cdiv(context + new_tokens, PAGE)  # not max_seq_len for every slot
     serving = Serving(slots=slots, kv_tokens=pages * PAGE, max_waiting=requests, wait_timeout=1e9)
     batching = BatchingEngine(engine, tokenizer, -1, serving)
     rng = torch.Generator().manual_seed(seed)
@@ -67,22 +73,28 @@ def serve_burst(
     clocks = _run(batching, prompts[:requests], params)
     bad = next((c.reason for c in clocks if c.reason != "length"), None)
     if bad:
-        raise JetExportError(f"serving: a request ended with {bad!r}, not with its last token.")
-    end = max(c.times[-1] for c in clocks)
-    seconds = end - min(c.begin for c in clocks)
+        raise JetExportError(f"serving: a request ended with {bad!r} before its last token.")
+    seconds = max(c.times[-1] for c in clocks) - min(c.begin for c in clocks)
     ttft = [1e3 * (c.times[0] - c.begin) for c in clocks]
-    each = [1e3 * (c.times[-1] - c.times[0]) / (len(c.times) - 1) for c in clocks]
+    per_token = [1e3 * (c.times[-1] - c.times[0]) / (len(c.times) - 1) for c in clocks]
     return ServingRow(
-        context, new_tokens, slots, requests, requests * new_tokens / seconds,
-        requests * (context + new_tokens) / seconds, statistics.median(ttft), percentile(ttft, 0.99),
-        statistics.median(each), percentile(each, 0.99),
-    )  # fmt: skip
+        context=context,
+        new_tokens=new_tokens,
+        slots=slots,
+        requests=requests,
+        tokens_per_s=requests * new_tokens / seconds,
+        total_tokens_per_s=requests * (context + new_tokens) / seconds,
+        ttft_p50=statistics.median(ttft),
+        ttft_p99=percentile(ttft, 0.99),
+        ms_per_token_p50=statistics.median(per_token),
+        ms_per_token_p99=percentile(per_token, 0.99),
+    )
 
 
-def _run(batching: BatchingEngine, prompts: Sequence[list[int]], params: Params) -> list[_Clocked]:
+def _run(batching: BatchingEngine, prompts: Sequence[list[int]], params: Params) -> list[_TokenTimes]:
     clocks = []
     for prompt in prompts:
-        clocks.append(_Clocked(time.perf_counter()))
+        clocks.append(_TokenTimes(time.perf_counter()))
         batching.submit(prompt, params, clocks[-1])
     while batching.step():
         pass

@@ -1,4 +1,4 @@
-"""`jet-export generate`: prompts from the command line, tokens to the terminal as they are made."""
+"""`jet-export generate`: prompts from the command line, tokens to the terminal as they are generated."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jet_export.utils.errors import JetExportError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What each prompt asks for."""
+class GenerateOptions:
+    """The same for every prompt."""
 
     max_new_tokens: int
     temperature: float
@@ -30,17 +30,17 @@ class Request:
 def generate(
     bundle: Bundle,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; - reads standard input.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="UTF-8 file, a prompt a line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to make.")] = 64,
+    prompts: Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt per line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 keeps every token.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-sequence token.")] = False,
     deterministic: Deterministic = False,
 ) -> None:
     """Generate text with a bundle."""
-    request = Request(
+    options = GenerateOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -49,11 +49,11 @@ def generate(
         ignore_eos=ignore_eos,
         deterministic=deterministic,
     )
-    stream(bundle, read_prompts(prompt, prompts), request)
+    stream(bundle, read_prompts(prompt, prompts), options)
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
-    """`--prompt TEXT`, `--prompt -` (standard input) or `--prompts FILE` (one a line). Raises JetExportError."""
+    """`--prompt TEXT`, `--prompt -` (standard input) or `--prompts FILE` (one per line). Raises JetExportError."""
     if (prompt is None) == (file is None):
         raise JetExportError(
             "generate: give --prompt TEXT (or - for standard input) or --prompts FILE, one of the two."
@@ -80,16 +80,16 @@ def _utf8(data: bytes, where: str) -> str:
         raise JetExportError(f"{where}: not UTF-8 (byte {e.start}).", "Convert it first, e.g. with iconv.") from None
 
 
-def stream(bundle: Path, prompts: list[str], request: Request) -> None:
-    """Generate and print: one prompt streams, several are printed as each batch ends. Tokens/s go to standard error."""
+def stream(bundle: Path, prompts: list[str], options: GenerateOptions) -> None:
+    """Generate and print: one prompt streams, several are printed at the end. A summary goes to standard error."""
     from jet_export.runtime.llm import LLM
     from jet_export.runtime.tokenizer import ByteTokenizer, TextStream
 
     start = time.monotonic()
-    llm = LLM(bundle, deterministic=request.deterministic)
+    llm = LLM(bundle, deterministic=options.deterministic)
     loaded = time.monotonic() - start
     if isinstance(llm.tokenizer, ByteTokenizer):
-        print("note: the bundle has no tokenizer; text goes in as bytes, ids come out", file=sys.stderr)
+        print("note: the bundle has no tokenizer: prompts are read as bytes, tokens printed as ids", file=sys.stderr)
     text = TextStream(llm.tokenizer)
     first: list[float] = []
 
@@ -98,18 +98,18 @@ def stream(bundle: Path, prompts: list[str], request: Request) -> None:
             first.append(time.monotonic())
             if len(prompts) == 1:
                 print(prompts[0], end="", flush=True)
-        if len(prompts) == 1 and (token != llm.eos or request.ignore_eos):
+        if len(prompts) == 1 and (token != llm.eos or options.ignore_eos):
             print(text.push(token), end="", flush=True)
 
     start = time.monotonic()
     done = llm.generate(
         prompts,
-        request.max_new_tokens,
-        request.temperature,
-        request.top_k,
-        request.top_p,
-        request.seed,
-        ignore_eos=request.ignore_eos,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        ignore_eos=options.ignore_eos,
         on_token=on_token,
     )
     end = time.monotonic()
@@ -118,9 +118,9 @@ def stream(bundle: Path, prompts: list[str], request: Request) -> None:
     else:
         for prompt, completion in zip(prompts, done, strict=True):
             print(f"{prompt}{completion.text}")
-    made = sum(len(c.token_ids) for c in done)
+    generated = sum(len(c.token_ids) for c in done)
     decode = end - first[0]
-    rate = f"{(made - len(done)) / decode:.1f} tokens/s decoding" if made > len(done) and decode > 0 else ""
+    rate = f"{(generated - len(done)) / decode:.1f} tokens/s decoding" if generated > len(done) and decode > 0 else ""
     ttft = first[0] - start
-    summary = [f"{made} tokens", f"load {loaded:.2f} s", f"first token {ttft * 1e3:.0f} ms", rate]
+    summary = [f"{generated} tokens", f"load {loaded:.2f} s", f"first token {ttft * 1e3:.0f} ms", rate]
     print(f"[{', '.join(x for x in summary if x)}]", file=sys.stderr)

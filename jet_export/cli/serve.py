@@ -14,7 +14,7 @@ from jet_export.utils.errors import JetExportError
 def serve(
     bundle: Bundle,
     openai: Annotated[
-        bool, typer.Option("--openai", help="An OpenAI-compatible HTTP endpoint, without Triton.")
+        bool, typer.Option("--openai", help="Serve an OpenAI-compatible HTTP endpoint, without Triton.")
     ] = False,
     triton_repo: Annotated[Path | None, typer.Option(help="Only write a Triton model repository here.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in --triton-repo.")] = False,
@@ -23,19 +23,22 @@ def serve(
     http_port: Annotated[int, typer.Option(help="Triton's HTTP; 0 picks a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Triton's gRPC; 0 picks a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Triton's metrics; 0 picks a free one.")] = 8002,
-    instances: Annotated[int, typer.Option(help="Engines behind Triton: on the CPU, or on each of --gpus.")] = 1,
+    instances: Annotated[int, typer.Option(help="Engines behind Triton, on the CPU or on each of --gpus.")] = 1,
     gpus: Annotated[str, typer.Option(help="GPUs that Triton uses, such as 0,1.")] = "0",
-    slots: Annotated[int | None, typer.Option(help="Sequences at once; default the bundle's max_batch_size.")] = None,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV room of all sequences; default the most they need.")] = None,
-    token_budget: Annotated[int | None, typer.Option(help="Tokens a step; default 512 on a CPU, else 2048.")] = None,
-    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429, Triton: 503).")] = 256,
-    wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue; then 503.")] = 60.0,
+    slots: Annotated[int | None, typer.Option(help="Sequences at once; default: the bundle's max_batch_size.")] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(help="KV cache size in tokens; default: the most that all sequences need."),
+    ] = None,
+    token_budget: Annotated[int | None, typer.Option(help="Tokens per step; default 512 on a CPU, else 2048.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429; Triton: 503).")] = 256,
+    wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue before a request is refused (503).")] = 60.0,
     deterministic: Deterministic = False,
     prefix_cache_bytes: Annotated[
-        str, typer.Option(help="Memory for what shared prompt prefixes left, e.g. 512M or 4G; 0: none is kept.")
+        str, typer.Option(help="Memory for the prefix cache, e.g. 512M or 4G; 0: no cache.")
     ] = "0",
 ) -> None:
-    """Answer many users at once, until SIGTERM or Ctrl-C: in Triton Inference Server, or over OpenAI's HTTP API."""
+    """Serve a bundle until SIGTERM or Ctrl-C: in Triton Inference Server, or over OpenAI's HTTP API."""
     from jet_export.runtime.capacity import Serving
 
     prefix_bytes = parse_bytes(prefix_cache_bytes, "--prefix-cache-bytes")
@@ -58,7 +61,7 @@ def serve(
     from jet_export.server.triton.repository import Repository, gpu_indices, write_repository
     from jet_export.server.triton.tritonserver import Ports, run_triton
 
-    repository = Repository(bundle, serving, instances, gpu_indices(gpus))
+    repository = Repository(bundle, serving=serving, instances=instances, gpus=gpu_indices(gpus))
     if triton_repo:
         write_repository(triton_repo, repository, force, typer.echo)
     else:

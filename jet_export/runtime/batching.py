@@ -1,7 +1,7 @@
-"""In-flight batching: requests join and leave the engine's batch at every step.
+"""Continuous batching: requests join and leave the engine's batch at every step.
 
-The scheduler decides; this runs its plans on an engine, draws each request's tokens and hands them out. Steps are taken
-by one thread (`start`), or by the caller (`step`); `submit` and `cancel` may be called from any.
+The scheduler plans the steps, the executor runs them, and the engine here hands out the tokens. Steps are taken by one
+thread (`start`) or by the caller (`step`); `submit` and `cancel` may be called from any thread.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.model.cache import pages_per_sequence
 from jet_export.runtime.capacity import Serving, capacity
-from jet_export.runtime.metrics import Metrics
-from jet_export.runtime.params import Chooser, Output, Params
+from jet_export.runtime.executor import Executor
+from jet_export.runtime.metrics import Gauges, Metrics
+from jet_export.runtime.params import Output, Params
 from jet_export.runtime.prefix import prefix_keys
 from jet_export.runtime.runner import PoolSize, Runner
 from jet_export.runtime.scheduler import Plan, QueueFull, Request, Scheduler
-from jet_export.runtime.sequence import Keep, OnOutput, Sequence
-from jet_export.runtime.snapshot import Snapshot, load_states, save_states
-from jet_export.runtime.step import Flight, Step, fetch
+from jet_export.runtime.sequence import Keep, OnOutput, RunningSequence
+from jet_export.runtime.snapshot import EMPTY, Snapshot, save_states
+from jet_export.runtime.step import InFlightStep, StepInputs
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
 from jet_export.utils.errors import JetExportError
 
@@ -32,7 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class BatchingEngine:
-    """See the module. The pools have `capacity` rows: pages are shared, not set aside a slot."""
+    """Runs requests on an engine. Its sequences share the KV pages of `capacity`; no slot has pages set aside for it.
+
+    `overlap` (overlap scheduling): launch the next decode step before the tokens of this one are read; by default on a
+    GPU only.
+    """
 
     def __init__(
         self,
@@ -40,289 +44,203 @@ class BatchingEngine:
         tokenizer: Tokenizer | ByteTokenizer,
         eos: int,
         serving: Serving | None = None,
+        *,
         cuda_graphs: bool = True,
+        overlap: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
-        ahead: bool | None = None,  # launch a step before the last one's tokens are read; default: on a GPU
     ) -> None:
-        self.ahead = engine.device.type == "cuda" if ahead is None else ahead
+        self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, eos, clock
+        self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         c = capacity(engine, serving or Serving())
         table, _ = pages_per_sequence(engine.config, c.max_seq_len, c.prefill_chunk)
         pools = PoolSize(
             slots=c.slots, pages=c.pages, window_pages=c.window_pages, table_pages=table, ring_pages=c.ring_pages
         )
-        self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, eos, clock
-        self.runner = Runner(engine, cuda_graphs, pools, c.whole_chunks)
+        self.runner = Runner(engine, cuda_graphs, pools=pools, deterministic=c.whole_chunks)
         self.scheduler = Scheduler(c)
         self.metrics = Metrics()
-        self.sequences: dict[Request, Sequence] = {}
+        self.executor = Executor(engine, self.runner, self.metrics)
+        self.sequences: dict[Request, RunningSequence] = {}
         self.lock = threading.RLock()
         self.work = threading.Condition(self.lock)
         self.thread: threading.Thread | None = None
         self.stopping = False
-        self.flight: Flight | None = None  # launched ahead
-        self.failure: Exception | None = None  # the last one
+        self.next_step: InFlightStep | None = None  # launched while the step before it still ran
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the last request that ended with an error did so."""
+        return self.executor.failure
 
     def submit(
         self,
         prompt: list[int],
         params: Params,
-        tell: OnOutput,
+        on_output: OnOutput,
+        *,
         start: Snapshot | None = None,
         keep: Keep | None = None,
         keep_logits: bool = False,
         text: bool = True,
-    ) -> Sequence:
-        """Queue a prompt; `tell` gets each Output, in order, in the stepping thread, and must not block.
+    ) -> RunningSequence:
+        """Queue a prompt. The stepping thread calls `on_output` with each Output, in order; it must not block.
 
-        `start`: the prompt, which may then be empty, goes on from there. `keep` leaves a snapshot in
-        `Sequence.snapshot`: of the "end", or of the "prompt", and then no token is made. `keep_logits` leaves each
-        token's logits. Without `text`, Outputs have none.
-        Raises JetExportError for ids outside the vocabulary and for what could never run, QueueFull where too many
-        wait.
+        `start`: continue from this snapshot; the prompt may then be empty. `keep`: leave a snapshot of the "end" in
+        `RunningSequence.snapshot`, or one of the "prompt", and then generate no token. `keep_logits`: keep the logits
+        of each token. `text` False: Outputs carry no text.
+        Raises JetExportError for ids outside the vocabulary and requests that could never run, QueueFull if too many
+        requests wait.
         """
-        vocab = self.engine.config.vocab_size
-        bad = next((t for t in (*prompt, *params.stop_ids) if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise JetExportError(f"token {bad} is not in the vocabulary of {vocab}.")
-        whole = [*(start.tokens if start else ()), *prompt]
-        held = start.held if start else 0
-        made = int(bool(held) and not prompt and len(whole) > held)  # the token that was made last is fed by decode
+        self._check_ids((*prompt, *params.stop_ids))
+        start = start or EMPTY
+        tokens = [*start.tokens, *prompt]
+        # A session without a new prompt goes on by decoding the token that it sampled last.
+        pending = int(start.held > 0 and not prompt and len(tokens) > start.held)
         with self.lock:
             if self.stopping:
                 raise QueueFull("The engine is shutting down.")
-            length, new = len(whole) - made, params.max_new_tokens + made
-            self.scheduler.check(length, new)
             interval = self.scheduler.capacity.prefix_interval
-            keys = prefix_keys(prompt, interval) if interval and not held else ()
+            request = Request(
+                prompt_len=len(tokens) - pending,
+                max_new_tokens=params.max_new_tokens + pending,
+                arrival=self.clock(),
+                keys=prefix_keys(prompt, interval) if interval and not start.held else (),
+                start=start.held,
+                generated=pending,
+            )
             try:
-                request = self.scheduler.submit(length, new, self.clock(), keys, held, made)
+                self.scheduler.submit(request)
             except QueueFull:
                 self.metrics.requests["refused"] += 1
                 raise
-            stop_text = StopText(self.tokenizer, params.stop) if text or params.stop else None
-            sequence = Sequence(request, whole, params, stop_text, tell, start, keep, keep_logits)
+            sequence = RunningSequence(
+                request=request,
+                prompt=tokens,
+                params=params,
+                text=StopText(self.tokenizer, params.stop) if text or params.stop else None,
+                on_output=on_output,
+                start=start,
+                keep=keep,
+                keep_logits=keep_logits,
+            )
             self.sequences[request] = sequence
             self.work.notify()
             return sequence
 
-    def cancel(self, sequence: Sequence, reason: str = "cancelled") -> None:
-        """End a request now: its slot and pages are free when this returns. Nothing happens where it has ended."""
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        vocab = self.engine.config.vocab_size
+        bad = next((t for t in ids if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise JetExportError(f"token {bad} is not in the vocabulary of {vocab}.")
+
+    def cancel(self, sequence: RunningSequence, reason: str = "cancelled") -> None:
+        """End a request now: its slot and pages are free on return. Does nothing if it has ended already."""
         with self.lock:
             self._end(sequence, Output(None, finish_reason=reason))
 
     def step(self) -> bool:
-        """Run one step; False where there is nothing to run.
+        """Run one step; False if there is nothing to run.
 
-        On a GPU the next decode step is launched before this one's tokens are looked at, so that the device does not
-        wait for the host. A sequence that turns out to have ended was then decoded once for nothing: its slot's next
-        owner comes later in the stream.
+        With overlap scheduling the next decode step is launched before the tokens of this one are read, so that the
+        device does not wait for the host. A sequence found to have ended is then decoded once more, in vain: nothing
+        that uses its slot or pages next can run before that step, as all work goes to one stream.
         """
         with self.lock:
             for request in self.scheduler.expire(self.clock()):
                 self.cancel(self.sequences[request], "timeout")
-        flight, self.flight = self.flight, None
-        if flight is None:
+        step, self.next_step = self.next_step, None
+        if step is None:
             with self.lock:
                 plan = self.scheduler.plan()
-                step = self._collect(plan)
+                inputs = self.executor.collect(plan, self.sequences)
             if plan.empty:
                 return False
-            flight = self._launch(plan, step)
-        if flight is not None:
-            if self.ahead:
-                self.flight = self._launch_ahead(flight)
-            self._land(flight)
+            step = self._launch(plan, inputs)
+        if step is not None:
+            if self.overlap:
+                self.next_step = self._launch_next(step)
+            self._finish(step)
         return True
 
-    def _launch(self, plan: Plan, step: Step) -> Flight | None:
-        """Hand a step to the device; None where that fails, and its requests have ended with an error."""
+    def _launch(self, plan: Plan, inputs: StepInputs) -> InFlightStep | None:
+        """Launch a step. None if that fails; its requests have then ended with an error."""
         try:
-            logits = self._run(step)
-            drawn = self._choose(step.makers, logits)
-            kept = logits.float().cpu() if any(s.keep_logits for s in step.makers) else None
-            return Flight(plan, step, logits, drawn, fetch(drawn), kept)
+            return self.executor.launch(plan, inputs)
         except Exception as e:
-            self._failed(step, e)
+            self._fail(inputs, e)
             return None
 
-    def _launch_ahead(self, flight: Flight) -> Flight | None:
-        """The decode step after `flight`, fed with its tokens on the device; None where there is none to foresee."""
+    def _launch_next(self, step: InFlightStep) -> InFlightStep | None:
+        """Launch the decode step after `step`, which still runs. None if that step cannot be known yet."""
         with self.lock:
-            plan = self.scheduler.plan_ahead(flight.plan)
-            goes_on = set(plan.decode)
-            makers = [s for s in flight.step.makers if s.request in goes_on]
-            if not makers or any(s.reads_logits for s in flight.step.makers):
+            plan = self.scheduler.plan_overlap(step.plan)
+            decoding = set(plan.decode)
+            rows = [i for i, s in enumerate(step.inputs.sampled) if s.request in decoding]
+            if not rows or any(s.reads_logits for s in step.inputs.sampled):
                 return None
-            slots = [s.request.slot for s in makers]
-        tokens = flight.drawn.clamp_min(0)  # -1: ends with an error
-        if len(makers) < len(flight.step.makers):
-            rows = [i for i, s in enumerate(flight.step.makers) if s.request in goes_on]
-            tokens = tokens[torch.tensor(rows, device=tokens.device)]
-        return self._launch(plan, Step(decode_slots=slots, foreseen=tokens, makers=makers, everyone=makers))
+            slots = [step.inputs.sampled[i].request.slot for i in rows]
+        return self._launch(plan, step.next_decode(rows, slots))
 
-    def _land(self, flight: Flight) -> None:
-        """Wait for a step's tokens and hand them out."""
-        step = flight.step
+    def _finish(self, step: InFlightStep) -> None:
+        """Wait for the tokens of a step and hand them out."""
         try:
-            chosen = flight.tokens()
+            tokens = step.tokens()
         except Exception as e:
-            self._failed(step, e)
+            self._fail(step.inputs, e)
             return
         with self.lock:
-            made = self.scheduler.advance(flight.plan)
-            self._keep_prefixes(flight.plan)
+            sampled = self.scheduler.advance(step.plan)
+            self._cache_prefixes(step.plan)
             now = self.clock()
-            self.metrics.step(now, flight.plan.tokens - len(flight.plan.decode), len(made))
-            row_of = {s.request: i for i, s in enumerate(step.makers)}
-            for request in made:
-                if request in self.sequences:  # else a listener has just cancelled it
+            self.metrics.step(now, prompt_tokens=step.plan.prefill_tokens, tokens=len(sampled))
+            row_of = {s.request: i for i, s in enumerate(step.inputs.sampled)}
+            for request in sampled:
+                if request in self.sequences:  # otherwise a callback has just cancelled it
                     sequence, row = self.sequences[request], row_of[request]
-                    if flight.kept is not None and sequence.keep_logits:
-                        sequence.logits.append(flight.kept[row])
-                    logits = flight.logits[row] if sequence.reads_logits else None
-                    self._report(sequence, chosen[row], logits, now)
+                    if step.kept_logits is not None and sequence.keep_logits:
+                        sequence.logits.append(step.kept_logits[row])
+                    logits = step.logits[row] if sequence.reads_logits else None
+                    self._add_token(sequence, tokens[row], logits, now)
 
-    def _failed(self, step: Step, e: Exception) -> None:
-        log.error("step failed; its requests end with an error", exc_info=e)
-        self.failure = e
-        with self.lock:
-            for sequence in step.everyone:
-                self._end(sequence, Output(None, finish_reason="error"))
-
-    def _collect(self, plan: Plan) -> Step:
-        """What the plan feeds, taken under the lock: a cancellation meanwhile changes the requests."""
-        step = Step()
-        for request, first, n in plan.prefill:
-            sequence = self._begun(request)
-            step.prefill_slots.append(request.slot)
-            step.prefill_tokens.append(sequence.prompt[first : first + n])
-            if first + n == request.prompt_len:
-                step.prefill_ends.append(len(step.prefill_slots) - 1)
-                step.makers.append(sequence)
-            step.everyone.append(sequence)
-        for request in plan.drawn:
-            sequence = self._begun(request)
-            assert sequence.start is not None and sequence.start.logits is not None
-            step.drawn.append(sequence.start.logits.to(self.engine.device))
-            step.makers.append(sequence)
-            step.everyone.append(sequence)
-        for request in plan.decode:
-            sequence = self._begun(request)
-            step.decode_slots.append(request.slot)
-            step.decode_tokens.append(sequence.last)
-            step.makers.append(sequence)
-            step.everyone.append(sequence)
-        return step
-
-    def _begun(self, request: Request) -> Sequence:
-        """A request's sequence; before its first step, its slot is given its pages and the states it begins from.
-
-        Done here since only the stepping thread may touch the device, which may be capturing a graph.
-        """
-        sequence = self.sequences[request]
-        if sequence.chooser is None:
-            self.runner.assign(request.slot, request.pages, request.window_pages)
-            if sequence.start is not None and request.start:
-                load_states(self.runner, request.slot, request.start, sequence.start.states)
-            if request.entry is not None:
-                load_states(self.runner, request.slot, request.entry.end, request.entry.snapshot)
-            if request.keys:
-                self.metrics.prefix(request.entry.end if request.entry else 0)
-            request.entry = None
-            vocab = self.engine.config.vocab_size
-            sequence.chooser = Chooser(sequence.params, sequence.prompt, vocab, self.engine.device)
-        return sequence
-
-    def _keep_prefixes(self, plan: Plan) -> None:
-        """Copy the states after a chunk that other prompts may begin with."""
-        prefixes = self.scheduler.prefixes
-        for request, _, _ in plan.prefill if prefixes else ():
+    def _cache_prefixes(self, plan: Plan) -> None:
+        """Add the states at the end of prompt chunks to the prefix cache."""
+        for request, _, _ in plan.prefill if self.scheduler.prefixes else ():
             if self.scheduler.prefix_due(request):
                 states = save_states(self.runner, request.slot, full_attention=False)
                 self.scheduler.keep_prefix(request, states, sum(t.nbytes for t in states.values()))
 
-    def _run(self, step: Step) -> Tensor:
-        """Logits [len(step.makers), vocab]. They may lie in a buffer that the next step overwrites."""
-        rows: list[Tensor] = []
-        if step.prefill_slots:
-            logits = self.runner.prefill(step.prefill_slots, step.prefill_tokens)
-            if step.prefill_ends:
-                whole = len(step.prefill_ends) == len(logits)
-                rows.append(logits if whole else logits[torch.tensor(step.prefill_ends, device=logits.device)])
-        if step.drawn:
-            rows.append(torch.stack(step.drawn))
-        if step.decode_slots:
-            tokens = step.foreseen
-            if tokens is None:
-                tokens = torch.tensor(step.decode_tokens, dtype=torch.int64, device=self.engine.device)
-            rows.append(self.runner.decode(step.decode_slots, tokens))
-        if not rows:
-            return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device)
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    def _fail(self, inputs: StepInputs, e: Exception) -> None:
+        log.error("step failed; its requests end with an error", exc_info=e)
+        self.executor.failure = e
+        with self.lock:
+            for sequence in inputs.sequences:
+                self._end(sequence, Output(None, finish_reason="error"))
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
-        """The next token of each [n] int64; -1 where its distribution is not one (the model gave NaN)."""
-        drawn = logits.argmax(-1)  # of all at once
-        for i, sequence in enumerate(sequences):
-            assert sequence.chooser is not None
-            if not sequence.chooser.plain:
-                drawn[i] = self._draw(sequence.chooser, logits[i])
-        return drawn
-
-    def _draw(self, chooser: Chooser, logits: Tensor) -> Tensor:
-        try:
-            return chooser(logits)[0]
-        except RuntimeError as e:
-            log.exception("sampling failed; the request ends with an error")
-            self.failure = e
-            return torch.tensor(-1, device=logits.device)
-
-    def _report(self, sequence: Sequence, token: int, logits: Tensor | None, now: float) -> None:
-        """One more token: its text, and whether the request ends by it. `logits`: where the sequence reads them."""
+    def _add_token(self, sequence: RunningSequence, token: int, logits: Tensor | None, now: float) -> None:
+        """Deliver a sampled token, and end the request if it is the last. `logits`: if the sequence reads them."""
         if token < 0:
             self._end(sequence, Output(None, finish_reason="error"))
             return
         if sequence.keep == "prompt":
             assert logits is not None
-            sequence.snapshot = self._snapshot(sequence, logits.clone())
+            sequence.snapshot = self.executor.snapshot(sequence, logits.clone())
             self._end(sequence, Output(None, finish_reason="length"))
             return
-        sequence.tokens.append(token)
+        text, reason = sequence.append(token, self.eos)
         if len(sequence.tokens) == 1:
-            sequence.first_at = now
+            sequence.first_token_at = now
             self.metrics.ttft.observe(now - sequence.request.arrival)
-        text, reason = self._text(sequence, token)
-        assert sequence.chooser is not None
-        logprob = None if logits is None else sequence.chooser.logprob(logits, token)
+        assert sequence.sampler is not None
+        logprob = None if logits is None else sequence.sampler.logprob(logits, token)
         output = Output(token, text, logprob, reason)
         if reason:
             if sequence.keep == "end":
-                sequence.snapshot = self._snapshot(sequence)
+                sequence.snapshot = self.executor.snapshot(sequence)
             self._end(sequence, output)
         else:
-            self._tell(sequence, output)
+            self._deliver(sequence, output)
 
-    def _text(self, sequence: Sequence, token: int) -> tuple[str, str | None]:
-        """The text that one more token makes certain, and why the request ends by it, if it does."""
-        p, stream = sequence.params, sequence.text
-        full = len(sequence.tokens) == p.max_new_tokens
-        if token in p.stop_ids or (token == self.eos and not p.ignore_eos):
-            return stream.flush()[0] if stream else "", "stop"
-        if stream is None:
-            return "", "length" if full else None
-        text, stopped = stream.push(token)
-        if not stopped and full:
-            rest, stopped = stream.flush()
-            return text + rest, "stop" if stopped else "length"
-        return text, "stop" if stopped else None
-
-    def _snapshot(self, sequence: Sequence, logits: Tensor | None = None) -> Snapshot:
-        """Of a sequence that still has its slot, in the stepping thread."""
-        slot = sequence.request.slot
-        tokens = (*sequence.prompt, *sequence.tokens)
-        return Snapshot(tokens, self.runner.context_lens[slot], save_states(self.runner, slot), logits)
-
-    def _end(self, sequence: Sequence, last: Output) -> None:
+    def _end(self, sequence: RunningSequence, last: Output) -> None:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = last.finish_reason
@@ -330,23 +248,24 @@ class BatchingEngine:
         del self.sequences[sequence.request]
         self.metrics.requests[str(last.finish_reason)] += 1
         if len(sequence.tokens) > 1:
-            seconds = self.clock() - sequence.first_at
+            seconds = self.clock() - sequence.first_token_at
             self.metrics.tpot.observe(seconds / (len(sequence.tokens) - 1))
-        self._tell(sequence, last)
+        self._deliver(sequence, last)
 
-    def _tell(self, sequence: Sequence, output: Output) -> None:
+    def _deliver(self, sequence: RunningSequence, output: Output) -> None:
         try:
-            sequence.tell(output)
-        except Exception:  # whoever listened is gone
-            log.exception("a request's listener failed; the request is cancelled")
+            sequence.on_output(output)
+        except Exception:
+            log.exception("the callback of a request failed; the request is cancelled")
             self._end(sequence, Output(None, finish_reason="cancelled"))
 
     def start(self) -> None:
+        """Start the thread that takes the steps."""
         self.thread = threading.Thread(target=self._loop, name="jet-engine", daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        """Cancel what is left, and take on no more."""
+        """Cancel all requests and refuse new ones."""
         with self.lock:
             self.stopping = True
             for sequence in list(self.sequences.values()):
@@ -380,19 +299,6 @@ class BatchingEngine:
                         self.cancel(sequence, "error")
 
     def render_metrics(self) -> str:
+        """The metrics in Prometheus' text format."""
         with self.lock:
-            s, c = self.scheduler, self.scheduler.capacity
-            gauges: dict[str, tuple[str, float]] = {
-                "jet_requests_waiting": ("Requests in the queue.", len(s.waiting)),
-                "jet_requests_running": ("Requests in the batch.", len(s.running)),
-                "jet_slots_used": ("State slots in use.", s.slots.used),
-                "jet_slots": ("State slots.", c.slots),
-                "jet_kv_pages_used": ("KV pages in use, full attention.", s.pages.used),
-                "jet_kv_pages": (f"KV pages of {c.page_size} tokens, full attention.", c.pages),
-                "jet_window_pages_used": ("KV pages in use, sliding windows.", s.window_pages.used),
-                "jet_window_pages": (f"KV pages of {c.page_size} tokens, sliding windows.", c.window_pages),
-            }
-            if s.prefixes is not None:
-                gauges["jet_prefix_cache_bytes"] = ("States and KV pages of shared prefixes.", s.prefixes.size)
-                gauges["jet_prefix_cache_entries"] = ("Prefixes kept.", len(s.prefixes.entries))
-            return self.metrics.render(self.clock(), gauges)
+            return self.metrics.render(self.clock(), Gauges.of(self.scheduler))

@@ -1,4 +1,4 @@
-"""`LLM(bundle).generate(...)`: text in, text out. The steps are those of in-flight batching (batching.py)."""
+"""`LLM(bundle).generate(...)`: text in, text out, over continuous batching (batching.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampling import Sampling
-from jet_export.runtime.sequence import Sequence as Running
+from jet_export.runtime.sequence import OnOutput, RunningSequence
 from jet_export.runtime.sessions import Session, Sessions
 from jet_export.runtime.snapshot import Snapshot
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -33,45 +33,62 @@ class Completion:
     text: str
     token_ids: list[int]
     finish_reason: str  # "stop" (end-of-sequence token) or "length"
-    logits: Tensor | None = None  # [len(token_ids), vocab], where asked for; on the CPU
+    logits: Tensor | None = None  # [len(token_ids), vocab] on the CPU, with return_logits
 
 
 class LLM(Sessions):
-    """A bundle, loaded: its engine, its pools and its tokenizer.
+    """A loaded bundle: its engine, its state pools and its tokenizer.
 
-    Where the bundle's limits ask for more memory than there is, fewer sequences run at once, on the KV cache that fits.
-    `deterministic`: tokens and logits of a prompt are the same bits whatever else runs with it; slower.
-    Raises JetExportError where the bundle is damaged or made for another machine.
+    If the bundle's limits need more memory than is free, fewer sequences run at once, on the KV cache that fits.
+    `deterministic` is batch-invariant: a prompt's tokens and logits are the same bits whatever runs with it; slower.
+    `check` False skips the check of the bundle's files.
+    Raises JetExportError if the bundle is damaged or was built for another machine.
     """
 
     def __init__(
-        self, bundle: str | Path, cuda_graphs: bool = True, check: bool = True, deterministic: bool = False
+        self, bundle: str | Path, *, cuda_graphs: bool = True, check: bool = True, deterministic: bool = False
     ) -> None:
         engine, self.manifest = load_engine(bundle, check)
-        config = self.manifest.config
         self._open(
-            engine, load_tokenizer(bundle), config.eos_token_id, self.manifest.fingerprint, cuda_graphs, deterministic
+            engine,
+            load_tokenizer(bundle),
+            self.manifest.config.eos_token_id,
+            fingerprint=self.manifest.fingerprint,
+            cuda_graphs=cuda_graphs,
+            deterministic=deterministic,
         )
 
     @classmethod
     def over(
-        cls, engine: Engine, tokenizer: Tokenizer | ByteTokenizer, eos: int, fingerprint: str = "",
-        cuda_graphs: bool = True, deterministic: bool = False,
-    ) -> LLM:  # fmt: skip
-        """An LLM of an engine that is loaded already. `fingerprint` names what it computes, for sessions."""
+        cls,
+        engine: Engine,
+        tokenizer: Tokenizer | ByteTokenizer,
+        eos: int,
+        *,
+        fingerprint: str = "",
+        cuda_graphs: bool = True,
+        deterministic: bool = False,
+    ) -> LLM:
+        """An LLM over a loaded engine. `fingerprint` identifies its bundle, for sessions."""
         llm = cls.__new__(cls)
-        llm._open(engine, tokenizer, eos, fingerprint, cuda_graphs, deterministic)
+        llm._open(engine, tokenizer, eos, fingerprint=fingerprint, cuda_graphs=cuda_graphs, deterministic=deterministic)
         return llm
 
     def _open(
-        self, engine: Engine, tokenizer: Tokenizer | ByteTokenizer, eos: int, fingerprint: str,
-        cuda_graphs: bool, deterministic: bool,
-    ) -> None:  # fmt: skip
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | ByteTokenizer,
+        eos: int,
+        *,
+        fingerprint: str,
+        cuda_graphs: bool,
+        deterministic: bool,
+    ) -> None:
         n, chunk = engine.limits.max_batch_size, engine.limits.prefill_chunk
         budget = None if deterministic else max(n, max_prefill_tokens(n, chunk))
         serving = Serving(token_budget=budget, max_waiting=2**62, wait_timeout=math.inf, deterministic=deterministic)
         self.engine, self.tokenizer, self.fingerprint = engine, tokenizer, fingerprint
-        self.batching = BatchingEngine(engine, tokenizer, eos, serving, cuda_graphs)
+        self.batching = BatchingEngine(engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)
 
     @property
     def eos(self) -> int:
@@ -89,6 +106,7 @@ class LLM(Sessions):
         self,
         prompts: Prompts,
         max_new_tokens: int = 64,
+        *,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -100,33 +118,36 @@ class LLM(Sessions):
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids) by at most `max_new_tokens`.
 
-        Greedy by default; `temperature` > 0 samples, prompt i with `seed` + i. `on_token(i, token)` sees each token as
-        it is made. `session`, one for each prompt: the prompt, which may be empty, comes after what the session holds,
-        and the session then holds both and the completion.
-        Raises JetExportError for an empty prompt, ids outside the vocabulary, and a prompt that leaves no room.
+        Greedy by default; with `temperature` > 0 prompt i is sampled with `seed` + i. `on_token(i, token)` is called
+        with each token as it is generated. `session`, one per prompt: the prompt, which may be empty, continues the
+        session, and the session then holds the prompt and the completion too.
+        Raises JetExportError for an empty prompt, ids outside the vocabulary, and prompts too long for max_seq_len.
         """
         listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
         sessions = self._sessions(session, len(listed))
         rows = [self._encode(p, i, max_new_tokens, s) for i, (p, s) in enumerate(zip(listed, sessions, strict=True))]
         params = [
-            Params(max_new_tokens, Sampling(temperature, top_k, top_p, seed + i), ignore_eos=ignore_eos)
+            Params(
+                max_new_tokens,
+                Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + i),
+                ignore_eos=ignore_eos,
+            )
             for i in range(len(rows))
         ]
         return self._run(rows, params, sessions, on_token, return_logits)
 
     def session(self, prompt: str | Sequence[int] = "") -> Session:
-        """A new session that holds `prompt`, text or token ids; generate with it to go on from there.
+        """A new session that holds `prompt`, text or token ids; pass it to `generate` to continue from there.
 
         Raises JetExportError as `generate` does.
         """
         session = self.new_session()
         if len(prompt):
             ids = self._encode(prompt, 0, 1, None)
-            heard: list[Output] = []
-            running = self.batching.submit(ids, Params(1), heard.append, keep="prompt", text=False)
+            sequence = self.batching.submit(ids, Params(1), lambda _: None, keep="prompt", text=False)
             while self.batching.step():
                 pass
-            session.snapshot = self._ended(running, 0)
+            session.snapshot = self._final_snapshot(sequence, 0)
         return session
 
     def _sessions(self, given: Session | Sequence[Session] | None, n: int) -> Sequence[Session | None]:
@@ -172,36 +193,48 @@ class LLM(Sessions):
         on_token: OnToken | None,
         keep_logits: bool,
     ) -> list[Completion]:
-        heard: list[tuple[int, Output]] = []
-        running: list[Running] = []
+        outputs: list[tuple[int, Output]] = []
+        running: list[RunningSequence] = []
+
+        def collector(i: int) -> OnOutput:
+            return lambda output: outputs.append((i, output))
+
         try:
             for i, (row, p, s) in enumerate(zip(rows, params, sessions, strict=True)):
-                start = s.snapshot if s else None
-
-                def tell(output: Output, i: int = i) -> None:
-                    heard.append((i, output))
-
-                running.append(self.batching.submit(row, p, tell, start, "end" if s else None, keep_logits, False))
+                sequence = self.batching.submit(
+                    row,
+                    p,
+                    collector(i),
+                    start=s.snapshot if s else None,
+                    keep="end" if s else None,
+                    keep_logits=keep_logits,
+                    text=False,
+                )
+                running.append(sequence)
             while self.batching.step():
-                for i, output in heard:
+                for i, output in outputs:
                     if on_token and output.token is not None:
                         on_token(i, output.token)
-                heard.clear()
+                outputs.clear()
         finally:
             for r in running:
                 self.batching.cancel(r)
         for i, (r, s) in enumerate(zip(running, sessions, strict=True)):
             if s:
-                s.snapshot = self._ended(r, i)
+                s.snapshot = self._final_snapshot(r, i)
         return [self._completion(r, i) for i, r in enumerate(running)]
 
-    def _completion(self, r: Running, i: int) -> Completion:
-        if r.finish_reason not in ("stop", "length"):
-            raise JetExportError(f"prompt {i}: the engine failed ({self.batching.failure}).") from self.batching.failure
-        logits = torch.stack(r.logits) if r.logits else None
-        return Completion(self.tokenizer.decode(r.tokens), r.tokens, r.finish_reason, logits)
+    def _completion(self, sequence: RunningSequence, i: int) -> Completion:
+        if sequence.finish_reason not in ("stop", "length"):
+            raise self._failed(i) from self.batching.failure
+        logits = torch.stack(sequence.logits) if sequence.logits else None
+        text = self.tokenizer.decode(sequence.tokens)
+        return Completion(text, sequence.tokens, sequence.finish_reason, logits)
 
-    def _ended(self, r: Running, i: int) -> Snapshot:
-        if r.snapshot is None:
-            raise JetExportError(f"prompt {i}: the engine failed ({self.batching.failure}).") from self.batching.failure
-        return r.snapshot
+    def _final_snapshot(self, sequence: RunningSequence, i: int) -> Snapshot:
+        if sequence.snapshot is None:
+            raise self._failed(i) from self.batching.failure
+        return sequence.snapshot
+
+    def _failed(self, i: int) -> JetExportError:
+        return JetExportError(f"prompt {i}: the engine failed ({self.batching.failure}).")

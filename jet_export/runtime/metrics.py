@@ -1,16 +1,18 @@
-"""Counters of a running engine, and their Prometheus text form."""
+"""Counters and gauges of a running engine, and their Prometheus text format."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from jet_export.runtime.scheduler import Scheduler
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-RATE_WINDOW = 10.0  # seconds that tokens/s is the mean of
+RATE_WINDOW = 10.0  # seconds over which tokens/s is averaged
 
 
 class Histogram:
-    """Counts at or below each bound, as Prometheus has them."""
+    """Cumulative counts, as in Prometheus: of the values at or below each bound."""
 
     def __init__(self, bounds: tuple[float, ...] = SECONDS) -> None:
         self.bounds, self.counts = bounds, [0] * len(bounds)
@@ -24,24 +26,79 @@ class Histogram:
 
     def lines(self, name: str) -> list[str]:
         buckets = [f'{name}_bucket{{le="{b:g}"}} {n}' for b, n in zip(self.bounds, self.counts, strict=True)]
-        return [*buckets, f'{name}_bucket{{le="+Inf"}} {self.total}', f"{name}_sum {self.sum:.6f}",
-                f"{name}_count {self.total}"]  # fmt: skip
+        return [
+            *buckets,
+            f'{name}_bucket{{le="+Inf"}} {self.total}',
+            f"{name}_sum {self.sum:.6f}",
+            f"{name}_count {self.total}",
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gauges:
+    """The scheduler at one moment."""
+
+    requests_waiting: int
+    requests_running: int
+    slots_used: int
+    slots: int
+    pages_used: int
+    pages: int
+    window_pages_used: int
+    window_pages: int
+    page_size: int
+    prefix_cache_bytes: int | None = None  # None: there is no prefix cache
+    prefix_cache_entries: int | None = None
+
+    @classmethod
+    def of(cls, scheduler: Scheduler) -> Gauges:
+        s, prefixes = scheduler, scheduler.prefixes
+        return cls(
+            requests_waiting=len(s.waiting),
+            requests_running=len(s.running),
+            slots_used=s.slots.used,
+            slots=s.slots.size,
+            pages_used=s.pages.used,
+            pages=s.pages.size,
+            window_pages_used=s.window_pages.used,
+            window_pages=s.window_pages.size,
+            page_size=s.capacity.page_size,
+            prefix_cache_bytes=prefixes.size if prefixes else None,
+            prefix_cache_entries=len(prefixes.entries) if prefixes else None,
+        )
+
+    def families(self) -> list[tuple[str, str, float]]:
+        """(name, help, value) of each gauge."""
+        pages = f"KV pages of {self.page_size} tokens"
+        gauges: list[tuple[str, str, float | None]] = [
+            ("jet_requests_waiting", "Requests in the queue.", self.requests_waiting),
+            ("jet_requests_running", "Requests in the batch.", self.requests_running),
+            ("jet_slots_used", "State slots in use.", self.slots_used),
+            ("jet_slots", "State slots.", self.slots),
+            ("jet_kv_pages_used", "KV pages in use, full attention.", self.pages_used),
+            ("jet_kv_pages", f"{pages}, full attention.", self.pages),
+            ("jet_window_pages_used", "KV pages in use, sliding windows.", self.window_pages_used),
+            ("jet_window_pages", f"{pages}, sliding windows.", self.window_pages),
+            ("jet_prefix_cache_bytes", "States and KV pages of shared prefixes.", self.prefix_cache_bytes),
+            ("jet_prefix_cache_entries", "Prefixes in the cache.", self.prefix_cache_entries),
+        ]
+        return [(name, text, value) for name, text, value in gauges if value is not None]
 
 
 @dataclass
 class Metrics:
-    requests: Counter[str] = field(default_factory=Counter)  # by finish reason, "refused" among them
+    requests: Counter[str] = field(default_factory=Counter)  # by finish reason, or "refused"
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
     prefix_queries: int = 0  # requests with a prompt long enough for the prefix cache
     prefix_hits: int = 0
-    prefix_tokens: int = 0  # prompt tokens that were not run, thanks to it
+    prefix_tokens: int = 0  # prompt tokens skipped thanks to it
     ttft: Histogram = field(default_factory=Histogram)  # seconds from arrival to the first token
-    tpot: Histogram = field(default_factory=Histogram)  # seconds a token after the first, a request's mean
-    recent: deque[tuple[float, int]] = field(default_factory=deque)  # (time, tokens made) of the last steps
+    tpot: Histogram = field(default_factory=Histogram)  # seconds per token after the first, the mean of each request
+    recent: deque[tuple[float, int]] = field(default_factory=deque)  # (time, tokens generated) of the last steps
 
-    def step(self, now: float, prompt_tokens: int, tokens: int) -> None:
+    def step(self, now: float, *, prompt_tokens: int, tokens: int) -> None:
         self.steps += 1
         self.prompt_tokens += prompt_tokens
         self.tokens += tokens
@@ -49,7 +106,7 @@ class Metrics:
         self._forget(now)
 
     def prefix(self, tokens: int) -> None:
-        """A request began with so many tokens from the prefix cache."""
+        """A request started with this many tokens from the prefix cache."""
         self.prefix_queries += 1
         self.prefix_hits += tokens > 0
         self.prefix_tokens += tokens
@@ -62,31 +119,30 @@ class Metrics:
         while self.recent and self.recent[0][0] < now - RATE_WINDOW:
             self.recent.popleft()
 
-    def render(self, now: float, gauges: dict[str, tuple[str, float]]) -> str:
-        """`gauges`: name -> (help, value)."""
-        out: list[str] = []
-
-        def family(name: str, kind: str, text: str, lines: list[str]) -> None:
-            out.extend([f"# HELP {name} {text}", f"# TYPE {name} {kind}", *lines])
-
+    def render(self, now: float, gauges: Gauges) -> str:
+        """Prometheus' text format."""
         reasons = ("stop", "length", "cancelled", "timeout", "error", "refused")
         counts = [f'jet_requests_total{{reason="{r}"}} {self.requests[r]}' for r in reasons]
-        family("jet_requests_total", "counter", "Requests that have ended.", counts)
-        for name, text, value in (
+        lines = _family("jet_requests_total", "counter", "Requests that have ended.", counts)
+        for name, text, count in (
             ("jet_prompt_tokens_total", "Prompt tokens run.", self.prompt_tokens),
-            ("jet_tokens_total", "Tokens made.", self.tokens),
+            ("jet_tokens_total", "Tokens generated.", self.tokens),
             ("jet_steps_total", "Steps of the engine.", self.steps),
             ("jet_prefix_queries_total", "Prompts long enough for the prefix cache.", self.prefix_queries),
-            ("jet_prefix_hits_total", "Of these, found at least in part.", self.prefix_hits),
-            ("jet_prefix_tokens_total", "Prompt tokens not run, thanks to the prefix cache.", self.prefix_tokens),
+            ("jet_prefix_hits_total", "Prompts found in the prefix cache, at least in part.", self.prefix_hits),
+            ("jet_prefix_tokens_total", "Prompt tokens skipped thanks to the prefix cache.", self.prefix_tokens),
         ):
-            family(name, "counter", text, [f"{name} {value}"])
-        rate = ("jet_tokens_per_second", (f"Tokens made a second, over {RATE_WINDOW:g} s.", self.rate(now)))
-        for name, (text, number) in (rate, *gauges.items()):
-            family(name, "gauge", text, [f"{name} {number:g}"])
+            lines += _family(name, "counter", text, [f"{name} {count}"])
+        rate = ("jet_tokens_per_second", f"Tokens generated per second, over {RATE_WINDOW:g} s.", self.rate(now))
+        for name, text, value in (rate, *gauges.families()):
+            lines += _family(name, "gauge", text, [f"{name} {value:g}"])
         for name, text, histogram in (
             ("jet_ttft_seconds", "From arrival to the first token.", self.ttft),
-            ("jet_tpot_seconds", "A token after the first, the mean of each request.", self.tpot),
+            ("jet_tpot_seconds", "Time per token after the first, the mean of each request.", self.tpot),
         ):
-            family(name, "histogram", text, histogram.lines(name))
-        return "\n".join(out) + "\n"
+            lines += _family(name, "histogram", text, histogram.lines(name))
+        return "\n".join(lines) + "\n"
+
+
+def _family(name: str, kind: str, text: str, samples: list[str]) -> list[str]:
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]

@@ -1,9 +1,9 @@
-"""Shared prompt prefixes: what the states were after the first chunks of a prompt, for the next prompt that begins so.
+"""The prefix cache: the states after the first chunks of a prompt, for later prompts with the same prefix.
 
-Plain Python, no tensors: an entry holds an opaque snapshot of the states and names the KV pages of its tokens, which it
-shares, read-only, with every request that began from it (the pool counts who holds a page). Entries lie at multiples of
-`interval`, a whole number of pages and of prefill chunks, so nobody ever writes into a shared page, and a prompt is cut
-into the same chunks with the cache and without. The least recently used entries make room.
+Plain Python, no tensors: an entry holds an opaque snapshot of the states, and the KV pages of its tokens, which it
+shares read-only with every request that starts from it (the pool counts references). Entries end at multiples of
+`interval`, a whole number of pages and of prefill chunks: shared pages are never written to, and a prompt is split into
+the same chunks with and without the cache. Eviction is least recently used first.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 
 class Pool:
-    """Numbered things, each free or held, by one holder or several."""
+    """Numbered slots or pages, reference-counted."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._free = list(range(size - 1, -1, -1))  # the lowest number last: it is taken first
+        self._free = list(range(size - 1, -1, -1))  # descending: the lowest number is taken first
         self.holders = [0] * size
 
     @property
@@ -40,13 +40,13 @@ class Pool:
         return items
 
     def share(self, items: Iterable[int]) -> None:
-        """One more holder of things that are held already."""
+        """Add a reference to items that are in use already."""
         for i in items:
             assert self.holders[i] > 0
             self.holders[i] += 1
 
     def give(self, items: Iterable[int]) -> None:
-        """One holder less; a thing that nobody holds is free."""
+        """Drop a reference; an item without references is free."""
         for i in items:
             assert self.holders[i] > 0
             self.holders[i] -= 1
@@ -54,19 +54,19 @@ class Pool:
                 self._free.append(i)
 
 
-@dataclass(eq=False, frozen=True)
+@dataclass(eq=False, frozen=True, kw_only=True)
 class Entry:
-    """The first `end` tokens of some prompts: their KV pages, and a snapshot of the other states after them."""
+    """A prefix of `end` tokens: its KV pages, and a snapshot of the other states after it."""
 
     key: bytes
     end: int
     pages: tuple[int, ...]
     snapshot: Any
-    size: int  # of the snapshot, bytes
+    size: int  # bytes of the snapshot
 
 
 def prefix_keys(tokens: Sequence[int], interval: int) -> tuple[bytes, ...]:
-    """A key for each whole interval of `tokens`: a hash of all up to its end, each made from the one before."""
+    """A key for each whole interval of `tokens`: a chained hash of everything up to its end."""
     keys, key = [], b""
     for end in range(interval, len(tokens) + 1, interval):
         key = hashlib.sha256(key + array("q", tokens[end - interval : end]).tobytes()).digest()
@@ -75,12 +75,12 @@ def prefix_keys(tokens: Sequence[int], interval: int) -> tuple[bytes, ...]:
 
 
 class PrefixCache:
-    """Entries by key, the least recently used first. Snapshots and the pages held take `max_bytes` at most."""
+    """Entries by key, least recently used first. Their snapshots and pages take at most `max_bytes`."""
 
-    def __init__(self, pages: Pool, interval: int, page_bytes: int, max_bytes: int) -> None:
+    def __init__(self, pages: Pool, *, interval: int, page_bytes: int, max_bytes: int) -> None:
         self.pool, self.interval, self.page_bytes, self.max_bytes = pages, interval, page_bytes, max_bytes
         self.entries: OrderedDict[bytes, Entry] = OrderedDict()
-        self.held: Counter[int] = Counter()  # pages, and the entries that hold each
+        self.held: Counter[int] = Counter()  # page -> number of entries that hold it
         self.snapshot_bytes = 0
         self.evictions = 0
 
@@ -88,9 +88,9 @@ class PrefixCache:
     def size(self) -> int:
         return self.snapshot_bytes + len(self.held) * self.page_bytes
 
-    def find(self, keys: Sequence[bytes], most: int) -> Entry | None:
-        """The longest entry of at most `most` tokens on the way that `keys` name."""
-        for key in reversed(keys[: most // self.interval]):
+    def find(self, keys: Sequence[bytes], max_tokens: int) -> Entry | None:
+        """The longest cached prefix among `keys`, of at most `max_tokens` tokens."""
+        for key in reversed(keys[: max_tokens // self.interval]):
             if key in self.entries:
                 self.entries.move_to_end(key)
                 return self.entries[key]
@@ -100,7 +100,7 @@ class PrefixCache:
         return snapshot_bytes + pages * self.page_bytes <= self.max_bytes
 
     def add(self, entry: Entry) -> None:
-        """Keep an entry whose pages are held by its request; others go where there is no room. Not if it never fits."""
+        """Cache an entry while its request holds its pages; evict others to make room. Ignored if it can never fit."""
         if entry.key in self.entries or not self.fits(len(entry.pages), entry.size):
             return
         self.pool.share(entry.pages)
@@ -111,7 +111,7 @@ class PrefixCache:
             self.evict(entry)
 
     def evict(self, keep: Entry | None = None) -> bool:
-        """Drop the least recently used entry but `keep`. False where there is none."""
+        """Drop the least recently used entry other than `keep`. False if there is none."""
         entry = next((e for e in self.entries.values() if e is not keep), None)
         if entry is None:
             return False

@@ -1,4 +1,4 @@
-"""The pools and tables of an engine, and steps over them by slot; decode replays a CUDA graph a batch bucket."""
+"""Runs an engine on its state pools and block tables, slot by slot; decode replays one CUDA graph per batch bucket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jet_export.model.cache import PackedBatch, allocate_states, pages_per_seque
 
 
 def pad_rows(batch: PackedBatch, rows: int) -> PackedBatch:
-    """The batch with so many rows of padding after its own; `cu_seqlens` counts them already."""
+    """The batch with `rows` rows of padding appended; `cu_seqlens` includes them already."""
     return PackedBatch(
         batch.cu_seqlens,
         F.pad(batch.slots, (0, rows), value=-1),
@@ -27,7 +27,7 @@ def pad_rows(batch: PackedBatch, rows: int) -> PackedBatch:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DecodeGraph:
     """A captured decode step of one batch bucket. `batch.context_lens` advances inside the graph."""
 
@@ -36,12 +36,12 @@ class DecodeGraph:
     batch: PackedBatch
     step: Tensor  # [bucket] int32: 1 for a row in use, 0 for padding
     logits: Tensor
-    slots: list[int] | None = None  # of the rows, where the buffers already hold the next step
+    slots: list[int] | None = None  # of the rows, if the buffers already hold the next step
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSize:
-    """Rows of the pools, and pages that one sequence may own (the widths of the tables)."""
+    """Rows of the pools, and the most pages of one sequence (the widths of the block tables)."""
 
     slots: int
     pages: int
@@ -51,15 +51,15 @@ class PoolSize:
 
 
 class Runner:
-    """Slots and their pages. `context_lens[slot]` is the tokens a slot holds.
+    """Slots and their pages. `context_lens[slot]` is the number of tokens a slot holds.
 
-    By default `limits.max_batch_size` slots, each with pages of its own for `max_seq_len`; with `pools`, slots have
-    the pages that `assign` gives them. `deterministic`: a row's bits do not depend on how many others run with it,
-    since decode always has `max_batch_size` rows, padding among them, and prefill one sequence a call.
+    By default there are `limits.max_batch_size` slots, each with its own pages for `max_seq_len`; with `pools`, a slot
+    has the pages that `assign` gives it. `deterministic` makes steps batch-invariant: decode always runs
+    `max_batch_size` rows, padded, and prefill one sequence per call, so that a row's bits do not depend on the others.
     """
 
     def __init__(
-        self, engine: Engine, cuda_graphs: bool = True, pools: PoolSize | None = None, deterministic: bool = False
+        self, engine: Engine, cuda_graphs: bool = True, *, pools: PoolSize | None = None, deterministic: bool = False
     ) -> None:
         self.deterministic = deterministic
         self.engine, self.limits, self.device = engine, engine.limits, engine.device
@@ -78,20 +78,20 @@ class Runner:
         self.context_lens = [0] * n
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
         self.graphs: dict[int, DecodeGraph] = {}
-        self.graph_pool: Any = None  # memory that the buckets' graphs share
+        self.graph_pool: Any = None  # memory pool shared by the buckets' graphs
 
     def reset(self, slot: int) -> None:
-        """Forget a slot's sequence. Its states need no clearing: context_lens 0 starts from zero."""
+        """Empty a slot. Its states need no clearing: with context_lens 0 the kernels start from zero states."""
         self.context_lens[slot] = 0
-        self._stale(None)
+        self._invalidate()
 
     def hold(self, slot: int, tokens: int) -> None:
-        """A slot's states have been written from outside, and hold so many tokens."""
+        """Record that a slot's states were written from outside and hold this many tokens."""
         self.context_lens[slot] = tokens
-        self._stale(None)
+        self._invalidate()
 
     def assign(self, slot: int, pages: list[int], window_pages: list[int]) -> None:
-        """Start a new sequence in a slot, on these pages."""
+        """Start a new sequence in a slot, with these pages."""
         self.reset(slot)
         self.block_table[slot, : len(pages)] = self._i32(pages)
         self.window_block_table[slot, : len(window_pages)] = self._i32(window_pages)
@@ -107,7 +107,7 @@ class Runner:
         )
 
     def prefill(self, slots: list[int], tokens: list[list[int]], all_logits: bool = False) -> Tensor:
-        """Feed each slot its next tokens, at most `prefill_chunk` each; logits of each row's last token, or of all."""
+        """Run the next tokens of each slot, at most `prefill_chunk`; logits of each row's last token, or of all."""
         if self.deterministic and len(slots) > 1:
             return torch.cat([self.prefill([s], [t], all_logits) for s, t in zip(slots, tokens, strict=True)])
         batch = self.batch(slots, [len(t) for t in tokens])
@@ -116,11 +116,11 @@ class Runner:
         rows = torch.arange(len(ids), dtype=torch.int32, device=self.device) if all_logits else last
         logits = self.engine.prefill(ids, batch, rows, self.states)
         self._advance(slots, [len(t) for t in tokens])
-        self._stale(None)
+        self._invalidate()
         return logits
 
     def decode(self, slots: list[int], tokens: Tensor) -> Tensor:
-        """One more token for each slot: tokens [n] int64 on the device -> logits [n, vocab]."""
+        """Run one token per slot: tokens [n] int64 on the device -> logits [n, vocab]."""
         if self.cuda_graphs:
             logits = self._replay(slots, tokens)
         elif self.deterministic:
@@ -129,10 +129,6 @@ class Runner:
             logits = self.engine.decode(tokens, self.batch(slots, [1] * len(slots)), self.states)
         self._advance(slots, [1] * len(slots))
         return logits
-
-    def captured(self, n: int) -> bool:
-        """A decode step of n rows needs no graph to be captured first, which takes as long as many steps."""
-        return not self.cuda_graphs or self._bucket(n) in self.graphs
 
     def _decode_padded(self, slots: list[int], tokens: Tensor) -> Tensor:
         batch, n, bucket = self.batch(slots, [1] * len(slots)), len(slots), self._bucket(len(slots))
@@ -143,8 +139,8 @@ class Runner:
         for slot, n in zip(slots, lens, strict=True):
             self.context_lens[slot] += n
 
-    def _stale(self, but: DecodeGraph | None) -> None:
-        """Buffers hold the next step only for the graph that made this one."""
+    def _invalidate(self, but: DecodeGraph | None = None) -> None:
+        """The buffers of all graphs but the one just replayed no longer hold the next step."""
         for g in self.graphs.values():
             if g is not but:
                 g.slots = None
@@ -163,13 +159,13 @@ class Runner:
         g = self.graphs.get(bucket) or self._capture(bucket)
         if g.slots != slots:
             fresh = self.batch(slots, [1] * n)
-            for static, now in zip(g.batch[1:], fresh[1:], strict=True):  # cu_seqlens never changes
+            for static, now in zip(g.batch[1:], fresh[1:], strict=True):  # cu_seqlens is constant
                 static[:n].copy_(now)
             g.batch.slots[n:].fill_(-1)
             g.step.zero_()
             g.step[:n].fill_(1)
             g.slots = list(slots)
-        self._stale(g)
+        self._invalidate(but=g)
         g.input_ids[:n].copy_(tokens)
         g.graph.replay()
         return g.logits[:n]
@@ -184,15 +180,15 @@ class Runner:
             torch.zeros(bucket, self.window_block_table.shape[1], dtype=torch.int32, device=self.device),
         )
         step = torch.zeros(bucket, dtype=torch.int32, device=self.device)
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode():
-            self.engine.decode(ids, batch, self.states)  # all rows are padding: touches no state
+            self.engine.decode(ids, batch, self.states)  # all rows are padding: no state is written
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.graph(graph, pool=self.graph_pool):
             logits = self.engine.decode(ids, batch, self.states)
             batch.context_lens.add_(step)
         self.graph_pool = self.graph_pool or graph.pool()
-        self.graphs[bucket] = DecodeGraph(graph, ids, batch, step, logits)
+        self.graphs[bucket] = DecodeGraph(graph=graph, input_ids=ids, batch=batch, step=step, logits=logits)
         return self.graphs[bucket]

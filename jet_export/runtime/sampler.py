@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -107,6 +108,6 @@ class SlotSampler:
         return torch.tensor(tokens, dtype=torch.int64), logits.float().logsumexp(-1)
 
 
-def unpacked(words: Tensor, vocab: int) -> np.ndarray:
+def unpacked(words: Tensor, vocab: int) -> npt.NDArray[np.bool_]:
     """[cdiv(vocab, 32)] int32 -> [vocab] bool."""
     return np.unpackbits(words.numpy().view(np.uint8), bitorder="little")[:vocab].astype(bool)

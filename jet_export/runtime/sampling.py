@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: greedy, temperature, top-k, top-p."""
+"""Sampling the next token from logits: greedy, temperature, top-k, top-p."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from jet_export.utils.errors import JetExportError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
 
@@ -33,7 +33,7 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens; the same seed and logits give the same tokens."""
+    """Samples tokens; the same seed and logits give the same tokens."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
@@ -49,14 +49,14 @@ class Sampler:
 
 
 def filtered_probs(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """softmax over the top_k most likely tokens, and of those the fewest whose probability reaches top_p."""
+    """Softmax over the top_k most likely tokens, then over the fewest of those whose probability reaches top_p."""
     if top_k and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)
-        # A token stays if the mass before it is below top_p, so the most likely one always stays.
+        # Keep a token while the mass before it is below top_p: the most likely one always stays.
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
         probs = probs / probs.sum(-1, keepdim=True)

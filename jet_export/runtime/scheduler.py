@@ -1,12 +1,13 @@
-"""Which request runs when, and which memory it owns: plain Python, no tensors.
+"""The scheduler: which requests each step runs, and which slot and pages they own. Plain Python, no tensors.
 
-A request waits in one queue, first come first served, until a slot and every page that it may come to need are free;
-from then on nothing can take them away, so a running request always ends. A step is decode for every sequence that has
-its prompt behind it, one token each, and what is left of the token budget goes to prompts in order of admission, in
-chunks. Nobody overtakes: the first in the queue runs once those before it have ended, which max_new_tokens bounds.
-Pages that only the prefix cache holds (prefix.py) count as free: entries go when a request needs them.
+Requests wait in one queue, first come first served. A request is admitted once a slot and all the pages it may ever
+need are free; it keeps them until it ends, so there is no preemption and every running request finishes. A step decodes
+one token for each sequence whose prompt has been prefilled, and spends the rest of the token budget on prompt chunks,
+in order of admission (a mixed step). Requests never overtake each other, so none starves: max_new_tokens bounds how
+long the requests before it run. Pages that only the prefix cache (prefix.py) holds are evicted when a request
+needs them.
 
-    plan() -> run it -> advance(plan) -> finish() each request that has ended; cancel() at any moment.
+    plan() -> run the step -> advance(plan) -> finish() the requests that have ended; finish() cancels one at any time.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ class QueueFull(JetExportError):
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What there is to give out. Tokens unless said otherwise."""
+    """The resources that requests share. Lengths are in tokens."""
 
     slots: int  # sequences at once
     pages: int  # KV pages of full-attention layers
     window_pages: int  # KV pages of sliding-window layers
     page_size: int
-    ring_pages: int  # pages after which a window's ring begins again
+    ring_pages: int  # pages in the ring of one sequence's sliding windows
     max_seq_len: int
-    prefill_chunk: int  # most of one prompt a step
-    token_budget: int  # most of all sequences a step, decode and prefill
+    prefill_chunk: int  # at most this much of one prompt per step
+    token_budget: int  # per step: decode and prefill of all sequences
     max_waiting: int  # requests in the queue
     wait_timeout: float  # seconds in the queue
-    whole_chunks: bool = False  # a prompt's chunks end at multiples of prefill_chunk, whoever else runs
+    whole_chunks: bool = False  # a prompt's chunks end at multiples of prefill_chunk, whatever else runs
     prefix_interval: int = 0  # tokens between entries of the prefix cache; 0: no cache
-    prefix_bytes: int = 0  # most that the prefix cache holds
-    page_bytes: int = 0  # of a KV page in all full-attention layers
+    prefix_bytes: int = 0  # size limit of the prefix cache
+    page_bytes: int = 0  # of one KV page, over all full-attention layers
 
     def __post_init__(self) -> None:
         for name in ("slots", "page_size", "ring_pages", "max_seq_len", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise JetExportError(f"{name} is {getattr(self, name)}.", "It must be at least 1.")
-        if self.token_budget < self.slots:  # otherwise decode could leave a prompt nothing for ever
+        if self.token_budget < self.slots:  # otherwise decode could starve a prompt
             raise JetExportError(
                 f"token_budget {self.token_budget} is less than the {self.slots} sequences that run at once.",
                 f"Set it to {self.slots} or more.",
@@ -64,7 +65,7 @@ class Capacity:
             raise JetExportError("The queue needs max_waiting >= 0 and wait_timeout > 0.")
 
     def pages_for(self, tokens: int) -> tuple[int, int]:
-        """(pages, window pages) that a sequence of `tokens` needs."""
+        """(pages, window pages) of a sequence of this length."""
         pages = -(-tokens // self.page_size)
         return pages, min(pages, self.ring_pages)
 
@@ -75,29 +76,31 @@ class Status(Enum):
     ENDED = "ended"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Request:
-    """One sequence. It holds `held` tokens: those of its prompt first, then all that it made but the last.
+    """A request as the scheduler sees it: lengths, and the slot and pages it owns while it runs.
 
-    It may begin with `start` tokens of its prompt held (a session's), and with one token made that was never fed.
+    `held` tokens are in its states: those of the prompt first, then all generated ones but the last. A session's
+    request has `start` prompt tokens held at admission; `generated` is 1 where the token after a fully held prompt
+    has been sampled but not yet decoded.
     """
 
     prompt_len: int
     max_new_tokens: int
-    arrival: float  # seconds, of the caller's clock
+    arrival: float  # seconds, on the caller's clock
     start: int = 0
-    keys: tuple[bytes, ...] = ()  # of its prompt's prefixes
-    entry: Entry | None = None  # of the prefix cache, that it begins from
+    keys: tuple[bytes, ...] = ()  # of its prompt's prefixes, see prefix.py
+    generated: int = 0
+    entry: Entry | None = None  # the prefix cache entry it starts from
     status: Status = Status.WAITING
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     window_pages: list[int] = field(default_factory=list)
     held: int = 0
-    made: int = 0
 
     @property
-    def most_held(self) -> int:
-        """The last token made is given out and never fed back."""
+    def max_held(self) -> int:
+        """The last generated token is returned but never fed back."""
         return self.prompt_len + self.max_new_tokens - 1
 
     @property
@@ -107,26 +110,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks of prompts, [request, first token, tokens], and the requests that decode one token each.
+    """One step: prompt chunks as (request, first token, number of tokens), and the requests that decode one token.
 
-    `drawn` began with their whole prompt held: their first token comes from the logits that were kept with it.
+    `resumed` requests start with the whole prompt held; their first token is sampled from the logits saved with it.
     """
 
-    prefill: tuple[tuple[Request, int, int], ...]
-    decode: tuple[Request, ...]
-    drawn: tuple[Request, ...] = ()
+    prefill: tuple[tuple[Request, int, int], ...] = ()
+    decode: tuple[Request, ...] = ()
+    resumed: tuple[Request, ...] = ()
 
     @property
     def empty(self) -> bool:
-        return not (self.prefill or self.decode or self.drawn)
+        return not (self.prefill or self.decode or self.resumed)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(n for _, _, n in self.prefill)
 
     @property
     def tokens(self) -> int:
-        return len(self.decode) + sum(n for _, _, n in self.prefill)
+        return len(self.decode) + self.prefill_tokens
 
 
 class Scheduler:
-    """See the module. Not thread-safe: the caller holds a lock. Times are of one clock, in seconds."""
+    """Not thread-safe: the caller holds a lock. Times are seconds on the caller's clock."""
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
@@ -134,15 +141,17 @@ class Scheduler:
         self.pages = Pool(capacity.pages)
         self.window_pages = Pool(capacity.window_pages)
         c = capacity
-        self.prefixes = (
-            PrefixCache(self.pages, c.prefix_interval, c.page_bytes, c.prefix_bytes) if c.prefix_interval else None
-        )
+        self.prefixes: PrefixCache | None = None
+        if c.prefix_interval:
+            self.prefixes = PrefixCache(
+                self.pages, interval=c.prefix_interval, page_bytes=c.page_bytes, max_bytes=c.prefix_bytes
+            )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
 
-    def check(self, prompt_len: int, max_new_tokens: int) -> None:
-        """Raises JetExportError where such a request could never run."""
-        c = self.capacity
+    def check(self, request: Request) -> None:
+        """Raises JetExportError if the request could never run."""
+        c, prompt_len, max_new_tokens = self.capacity, request.prompt_len, request.max_new_tokens
         if prompt_len < 1:
             raise JetExportError("The prompt is empty.", "Give at least one token.")
         if max_new_tokens < 1:
@@ -152,7 +161,7 @@ class Scheduler:
                 f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_seq_len {c.max_seq_len}.",
                 "Shorten the prompt or ask for fewer tokens.",
             )
-        pages, window = c.pages_for(prompt_len + max_new_tokens - 1)
+        pages, window = c.pages_for(request.max_held)
         if pages > c.pages or window > c.window_pages:
             raise JetExportError(
                 f"{prompt_len} prompt tokens and {max_new_tokens} new ones need {pages} KV pages of {c.page_size} "
@@ -160,86 +169,78 @@ class Scheduler:
                 "Shorten the prompt, ask for fewer tokens, or give the server more KV memory.",
             )
 
-    def submit(
-        self,
-        prompt_len: int,
-        max_new_tokens: int,
-        now: float,
-        keys: tuple[bytes, ...] = (),
-        start: int = 0,
-        made: int = 0,
-    ) -> Request:
-        """Queue a request. Raises QueueFull, and JetExportError where it could never run.
-
-        `keys`: see prefix.py. `start` tokens of the prompt are held from the beginning; `made` 1: and one more token,
-        counted in `max_new_tokens`, has been made after a prompt that is held in full.
-        """
-        self.check(prompt_len, max_new_tokens)
-        assert 0 <= start <= prompt_len and made in (0, 1) and (start == prompt_len or not made)
-        request = Request(prompt_len, max_new_tokens, now, start, keys, made=made)
+    def submit(self, request: Request) -> Request:
+        """Queue a request and return it. Raises QueueFull, and JetExportError if it could never run."""
+        self.check(request)
+        assert 0 <= request.start <= request.prompt_len
+        assert request.generated == 0 or (request.generated == 1 and request.start == request.prompt_len)
         self.waiting.append(request)
         self._admit()
-        if len(self.waiting) > self.capacity.max_waiting:  # it is the last of them: nobody overtakes
+        if len(self.waiting) > self.capacity.max_waiting:  # then this request is still the last in the queue
             self.waiting.pop()
             request.status = Status.ENDED
             raise QueueFull(f"{self.capacity.max_waiting} requests are waiting already.", "Try again later.")
         return request
 
     def expire(self, now: float) -> list[Request]:
-        """End the requests that have waited too long, and return them."""
+        """End the requests that have waited longer than the timeout, and return them."""
         late = [r for r in self.waiting if now - r.arrival > self.capacity.wait_timeout]
         for request in late:
             self.finish(request)
         return late
 
     def plan(self) -> Plan:
-        """The next step; empty where nothing runs."""
+        """The next step; empty if nothing runs."""
         self._admit()
         ready = [r for r in self.running if not r.in_prompt]
-        decode = tuple(r for r in ready if r.made)
+        decode = tuple(r for r in ready if r.generated)
         budget = self.capacity.token_budget - len(decode)
         prefill = []
         for request in self.running:
             if request.in_prompt and budget:
                 n = self._chunk(request, budget)
-                if n == 0:  # a whole chunk, and no room for it: those behind it wait too
+                if n == 0:  # no room for a whole chunk: the prompts behind it wait too
                     break
                 prefill.append((request, request.held, n))
                 budget -= n
-        return Plan(tuple(prefill), decode, tuple(r for r in ready if not r.made))
+        return Plan(tuple(prefill), decode, tuple(r for r in ready if not r.generated))
 
-    def plan_ahead(self, plan: Plan) -> Plan:
-        """The decode step after `plan`, which is still running: of its requests that another token is sure to be asked
-        of, unless that step ends them. Empty where prompts are to be fed first."""
+    def plan_overlap(self, plan: Plan) -> Plan:
+        """The decode step after `plan`, while `plan` still runs: its requests that max_new_tokens does not end.
+
+        Empty if the step after `plan` has prompts to prefill. A request may turn out to have ended by a stop token.
+        """
         decoding = set(plan.decode)
-        if plan.prefill or plan.drawn or any(r not in decoding for r in self.running):
-            return Plan((), ())
-        more = (r for r in plan.decode if r.status is Status.RUNNING and r.made + 1 < r.max_new_tokens)
-        return Plan((), tuple(more))
+        if plan.prefill or plan.resumed or any(r not in decoding for r in self.running):
+            return Plan()
+        more = (r for r in plan.decode if r.status is Status.RUNNING and r.generated + 1 < r.max_new_tokens)
+        return Plan(decode=tuple(more))
 
     def _chunk(self, request: Request, budget: int) -> int:
-        """How many tokens of its prompt a request is fed next."""
+        """Length of the request's next prompt chunk; 0 if a whole chunk does not fit the budget."""
         c = self.capacity
         n = c.prefill_chunk
         if c.whole_chunks or c.prefix_interval:
             n -= request.held % n
         n = min(n, request.prompt_len - request.held)
-        return n if n <= budget else 0 if c.whole_chunks else budget
+        if n <= budget:
+            return n
+        return 0 if c.whole_chunks else budget
 
     def advance(self, plan: Plan) -> list[Request]:
-        """`plan` has run. Returns the requests that made a token by it; those cancelled meanwhile are left out."""
-        made = []
-        fed = [*plan.prefill, *((r, 0, 0) for r in plan.drawn), *((r, 0, 1) for r in plan.decode)]
+        """`plan` has run. Returns the requests it sampled a token for, without those cancelled in the meantime."""
+        sampled = []
+        fed = [*plan.prefill, *((r, 0, 0) for r in plan.resumed), *((r, 0, 1) for r in plan.decode)]
         for request, _, n in fed:
             if request.status is Status.RUNNING:
                 request.held += n
                 if not request.in_prompt:
-                    request.made += 1
-                    made.append(request)
-        return made
+                    request.generated += 1
+                    sampled.append(request)
+        return sampled
 
     def prefix_due(self, request: Request) -> bool:
-        """Whether the states as they are now should be kept for other prompts that begin so."""
+        """Whether the request's current states should be added to the prefix cache."""
         if self.prefixes is None or request.status is not Status.RUNNING or not request.keys:
             return False
         index, rest = divmod(request.held, self.capacity.prefix_interval)
@@ -247,14 +248,14 @@ class Scheduler:
         return whole and request.keys[index - 1] not in self.prefixes.entries
 
     def keep_prefix(self, request: Request, snapshot: Any, size: int) -> None:
-        """Put what `prefix_due` asked for into the cache; `size` in bytes."""
+        """Add the states that `prefix_due` asked for to the cache; `size` in bytes."""
         assert self.prefixes is not None
         key = request.keys[request.held // self.capacity.prefix_interval - 1]
         pages = tuple(request.pages[: request.held // self.capacity.page_size])
-        self.prefixes.add(Entry(key, request.held, pages, snapshot, size))
+        self.prefixes.add(Entry(key=key, end=request.held, pages=pages, snapshot=snapshot, size=size))
 
     def finish(self, request: Request) -> None:
-        """End a request, waiting or running, and free at once all that it owns. Nothing happens the second time."""
+        """End a waiting or running request and free its slot and pages. Does nothing if it has ended already."""
         if request.status is Status.WAITING:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
@@ -265,12 +266,10 @@ class Scheduler:
             request.slot, request.pages, request.window_pages, request.entry = -1, [], [], None
         request.status = Status.ENDED
 
-    cancel = finish
-
     def _admit(self) -> None:
         while self.waiting and self.slots.free:
             request = self.waiting[0]
-            pages, window = self.capacity.pages_for(request.most_held)
+            pages, window = self.capacity.pages_for(request.max_held)
             entry = self.prefixes.find(request.keys, request.prompt_len - 1) if self.prefixes else None
             shared = entry.pages if entry else ()
             if window > self.window_pages.free or not self._make_room(pages - len(shared), entry):
@@ -285,7 +284,7 @@ class Scheduler:
             self.running.append(request)
 
     def _make_room(self, pages: int, keep: Entry | None) -> bool:
-        """Whether so many pages are free, entries of the prefix cache evicted where that is enough."""
+        """Whether this many pages are free; evicts prefix cache entries, except `keep`, if that makes enough room."""
         if pages <= self.pages.free:
             return True
         if self.prefixes is None:

@@ -1,48 +1,66 @@
-"""A request while it runs: its tokens, its text, and the callback that its outputs go to."""
+"""A submitted request with its tokens, its text and the callback that receives its outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from jet_export.runtime.params import Chooser, Output, Params
+from jet_export.runtime.params import Output, Params
 from jet_export.runtime.scheduler import Request
 from jet_export.runtime.snapshot import Snapshot
+from jet_export.runtime.token_sampler import TokenSampler
 from jet_export.runtime.tokenizer import StopText
 
 OnOutput = Callable[[Output], None]
 Keep = Literal["prompt", "end"]
 
 
-class Sequence:
-    """A request, its tokens and whom it reports to.
+@dataclass(eq=False, kw_only=True)
+class RunningSequence:
+    """One request from submission to its last Output.
 
-    `snapshot`, where it was asked to `keep` one, is there when the last Output comes, unless the request failed or was
-    cancelled.
+    `keep` asks for a snapshot of its states, after the prompt or at the end. `snapshot` is set before the last Output
+    is delivered, unless the request failed or was cancelled.
     """
 
-    def __init__(
-        self, request: Request, prompt: list[int], params: Params, text: StopText | None, tell: OnOutput,
-        start: Snapshot | None, keep: Keep | None, keep_logits: bool,
-    ) -> None:  # fmt: skip
-        self.request, self.prompt, self.params = request, prompt, params
-        self.text, self.tell = text, tell
-        self.start, self.keep, self.keep_logits = start, keep, keep_logits
-        self.chooser: Chooser | None = None  # from the first step on
-        self.tokens: list[int] = []
-        self.logits: list[Tensor] = []  # of each token, on the CPU, where they are kept
-        self.snapshot: Snapshot | None = None
-        self.first_at = 0.0  # time of the first token
-        self.finish_reason: str | None = None
+    request: Request
+    prompt: list[int]  # the tokens of the session it continues included
+    params: Params
+    text: StopText | None  # None: Outputs carry no text
+    on_output: OnOutput
+    start: Snapshot | None = None  # continue from here
+    keep: Keep | None = None
+    keep_logits: bool = False
+    sampler: TokenSampler | None = None  # set when its first step is prepared
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)  # of each token, on the CPU, with `keep_logits`
+    snapshot: Snapshot | None = None
+    first_token_at: float = 0.0  # seconds, on the engine's clock
+    finish_reason: str | None = None
 
     @property
     def reads_logits(self) -> bool:
-        """Its logits, or its state as it is when it ends, are looked at: no step may be launched over them."""
+        """Its logits or states are read after the step: the next step must not be launched over them."""
         return self.keep is not None or self.keep_logits or self.params.logprobs is not None
 
     @property
-    def last(self) -> int:
-        """The token to feed next."""
+    def last_token(self) -> int:
+        """The token that the next decode step takes as input."""
         return (self.tokens or self.prompt)[-1]
+
+    def append(self, token: int, eos: int) -> tuple[str, str | None]:
+        """Add a sampled token; returns the text that is now final, and the finish reason if the request ends here."""
+        self.tokens.append(token)
+        full = len(self.tokens) == self.params.max_new_tokens
+        if token in self.params.stop_ids or (token == eos and not self.params.ignore_eos):
+            return self.text.flush()[0] if self.text else "", "stop"
+        if self.text is None:
+            return "", "length" if full else None
+        text, stopped = self.text.push(token)
+        if not stopped and full:
+            rest, stopped = self.text.flush()
+            return text + rest, "stop" if stopped else "length"
+        return text, "stop" if stopped else None

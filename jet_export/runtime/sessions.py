@@ -1,8 +1,8 @@
-"""Sessions: sequences that are continued later, elsewhere, or in several ways.
+"""Sessions: sequences that are continued later, on another machine, or in several directions.
 
-A session is a handle on a snapshot (snapshot.py). Generating with it moves it on to the snapshot of the end; a fork is
-another handle on the same one. A file holds one snapshot: safetensors, with the fingerprint of its bundle and a sha256
-of everything else in it. Continuing a session gives the bits that not stopping would have given.
+A session is a handle on a snapshot (snapshot.py). Generating with it advances it to the snapshot at the end; a fork is
+another handle on the same snapshot. A session file holds one snapshot in safetensors format, with the fingerprint of
+its bundle and a sha256 of everything else. A continued session gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jet_export.backends.base import Engine
-from jet_export.runtime.snapshot import Snapshot, state_shape
+from jet_export.runtime.snapshot import EMPTY, Snapshot, state_shape
 from jet_export.utils.errors import JetExportError
 
 FORMAT = "jet-export session 1"
-EMPTY = Snapshot((), 0, {})
 TOKENS, LOGITS = "tokens", "logits"
 
 
 class Session:
-    """One conversation. Made by `LLM.session`, `LLM.load_session` or `LLM.fork`; not for two requests at once."""
+    """One conversation, from `LLM.session`, `LLM.load_session` or `LLM.fork`. One request at a time."""
 
     def __init__(self, snapshot: Snapshot, fingerprint: str) -> None:
         self.snapshot, self.fingerprint = snapshot, fingerprint
@@ -40,7 +39,7 @@ class Session:
         return list(self.snapshot.tokens)
 
     def fork(self) -> Session:
-        """Another session that goes on from here. Copies nothing: what they share is never changed."""
+        """Another session that continues from here. Copies nothing: snapshots are never modified."""
         return Session(self.snapshot, self.fingerprint)
 
     def check(self, fingerprint: str) -> None:
@@ -51,7 +50,7 @@ class Session:
 
 
 def save_session(session: Session, path: str | Path) -> None:
-    """Write a session to a file, in one step: the file is whole or not there. Raises JetExportError."""
+    """Write a session to a file atomically. Raises JetExportError."""
     path, snapshot = Path(path), session.snapshot
     tensors = {f"state.{name}": t.cpu().contiguous() for name, t in snapshot.states.items()}
     tensors[TOKENS] = torch.tensor(snapshot.tokens, dtype=torch.int64)
@@ -76,7 +75,7 @@ def save_session(session: Session, path: str | Path) -> None:
 
 
 def load_session(path: str | Path, engine: Engine, fingerprint: str) -> Session:
-    """Read a session for `engine`, whose bundle has `fingerprint`. Raises JetExportError for any other file."""
+    """Read a session of `engine`, whose bundle has `fingerprint`. Raises JetExportError for any other file."""
     path = Path(path)
     metadata, tensors = _read(path)
     if metadata.get("format") != FORMAT:
@@ -118,7 +117,7 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def _check(path: Path, snapshot: Snapshot, engine: Engine) -> None:
-    """The file says what it claims; whether the engine can take it is decided here, before any kernel reads it."""
+    """The file is intact; check that its states fit the engine before any kernel reads them."""
     config, limit = engine.config, engine.limits.max_seq_len
     if snapshot.held > limit:
         raise JetExportError(
@@ -141,25 +140,25 @@ def _check(path: Path, snapshot: Snapshot, engine: Engine) -> None:
 
 
 class Sessions:
-    """What LLM and AsyncLLM have in common about sessions."""
+    """The session methods that LLM and AsyncLLM share."""
 
     engine: Engine
     fingerprint: str
 
     def new_session(self) -> Session:
-        """A session that holds nothing yet."""
+        """An empty session."""
         return Session(EMPTY, self.fingerprint)
 
     def fork(self, session: Session) -> Session:
-        """Another session that goes on from where this one is; neither sees what the other does. Copies nothing."""
+        """Another session that continues from the same point, independently. Copies nothing."""
         session.check(self.fingerprint)
         return session.fork()
 
     def save_session(self, session: Session, path: str | Path) -> None:
-        """Write a session to a file (safetensors), whole or not at all. Raises JetExportError."""
+        """Write a session to a safetensors file atomically. Raises JetExportError."""
         session.check(self.fingerprint)
         save_session(session, path)
 
     def load_session(self, path: str | Path) -> Session:
-        """Read a session saved with this bundle. Raises JetExportError for any other file, and a damaged one."""
+        """Read a session saved with this bundle. Raises JetExportError for any other or damaged file."""
         return load_session(path, self.engine, self.fingerprint)

@@ -1,10 +1,10 @@
-"""What one slot holds, copied out of an engine's pools and back into any slot, on any pages, of pools of any size.
+"""Snapshots: the states of one slot, copied out of an engine's pools and back into any slot, pages and pool size.
 
     slots          the row of the slot                                            [*shape]
     pages          the pages of the tokens held, in order                         [cdiv(held, PAGE), *shape]
-    window_pages   those that the next token can see: from held - window + 1 on   [pages, *shape], in order
+    window_pages   the pages the next token attends to: from held - window + 1    [pages, *shape], in order
 
-Positions that hold no token are zero: another request's keys never leave with a snapshot.
+Positions without a token are zero: a snapshot never contains another request's keys.
 """
 
 from __future__ import annotations
@@ -24,39 +24,42 @@ States = dict[str, Tensor]  # by the name of the StateSpec
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A sequence between two steps: all that its continuation depends on. Nothing in it is ever changed."""
+    """A sequence between two steps: everything that its continuation depends on. Never modified."""
 
-    tokens: tuple[int, ...]  # those held, and after them at most one that was made and not yet fed
+    tokens: tuple[int, ...]  # the tokens held, then at most one that was sampled but not decoded
     held: int
     states: States
-    logits: Tensor | None = None  # [vocab] of the token to come, where all of `tokens` are held
+    logits: Tensor | None = None  # [vocab] of the next token, if all of `tokens` are held
 
     @property
     def bytes(self) -> int:
         return sum(t.nbytes for t in self.states.values())
 
 
+EMPTY = Snapshot((), 0, {})
+
+
 def window_range(config: JetNemotronConfig, held: int) -> range:
-    """Pages of a sequence that hold what a sliding-window layer's next token can see."""
+    """Pages of a sequence that a sliding-window layer's next token attends to."""
     first = max(0, held - config.window_size + 1) if config.window_size else 0
     return range(first // PAGE, cdiv(held, PAGE))
 
 
 def state_shape(spec: StateSpec, config: JetNemotronConfig, held: int) -> tuple[int, ...]:
-    """Of one state in a snapshot of `held` tokens."""
+    """Shape of one state in a snapshot of `held` tokens."""
     if spec.rows == "slots":
         return spec.shape
     n = cdiv(held, PAGE) if spec.rows == "pages" else len(window_range(config, held))
     return (n, *spec.shape)
 
 
-def movable(x: Tensor) -> Tensor:
-    """FP8 as bytes: torch has no indexing for it."""
+def indexable(x: Tensor) -> Tensor:
+    """FP8 as bytes: torch cannot index FP8 tensors."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _rows(runner: Runner, slot: int, held: int, full_attention: bool) -> Iterator[tuple[StateSpec, Tensor, Tensor]]:
-    """(spec, pool, rows of the pool) of each state."""
+    """(spec, pool, rows of the pool that belong to the slot) of each state."""
     ring = runner.window_block_table.shape[1]
     window = [j % ring for j in window_range(runner.engine.config, held)]
     index = {
@@ -66,12 +69,12 @@ def _rows(runner: Runner, slot: int, held: int, full_attention: bool) -> Iterato
     }
     for spec, pool in zip(runner.engine.specs, runner.states, strict=True):
         if full_attention or spec.rows != "pages":
-            yield spec, movable(pool), index[spec.rows]
+            yield spec, indexable(pool), index[spec.rows]
 
 
 @torch.inference_mode()
 def save_states(runner: Runner, slot: int, full_attention: bool = True) -> States:
-    """A slot's states. Without `full_attention`, all but the pages of full-attention layers."""
+    """Copy a slot's states; without `full_attention`, those of full-attention layers are left out."""
     held, out = runner.context_lens[slot], {}
     for spec, pool, rows in _rows(runner, slot, held, full_attention):
         copy = pool[rows]
@@ -85,9 +88,9 @@ def save_states(runner: Runner, slot: int, full_attention: bool = True) -> State
 
 @torch.inference_mode()
 def load_states(runner: Runner, slot: int, held: int, states: States) -> None:
-    """Put `states` into a slot that `assign` has just given its pages. Those left out must be there already."""
+    """Write `states` into a slot that `assign` has just given its pages. States left out must be there already."""
     full_attention = any(s.rows == "pages" and s.name in states for s in runner.engine.specs)
     for spec, pool, rows in _rows(runner, slot, held, full_attention):
-        source = movable(states[spec.name].to(runner.device))
+        source = indexable(states[spec.name].to(runner.device))
         pool[rows] = source[None] if spec.rows == "slots" else source
     runner.hold(slot, held)

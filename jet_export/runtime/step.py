@@ -1,55 +1,60 @@
-"""A step of in-flight batching as the device is given it, and what comes back."""
+"""One step of continuous batching: its inputs, and the step while it runs on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from jet_export.runtime.scheduler import Plan
-
-if TYPE_CHECKING:
-    from jet_export.runtime.sequence import Sequence
+from jet_export.runtime.sequence import RunningSequence
 
 
-@dataclass
-class Step:
-    """A plan as the runner takes it."""
+@dataclass(kw_only=True)
+class StepInputs:
+    """A plan in the form that the runner takes."""
 
     prefill_slots: list[int] = field(default_factory=list)
     prefill_tokens: list[list[int]] = field(default_factory=list)
-    prefill_ends: list[int] = field(default_factory=list)  # rows of the prefill call that end a prompt
-    drawn: list[Tensor] = field(default_factory=list)  # logits that came with a snapshot
+    prompt_ends: list[int] = field(default_factory=list)  # rows of the prefill call that end a prompt
+    saved_logits: list[Tensor] = field(default_factory=list)  # [vocab] each, of the resumed requests
     decode_slots: list[int] = field(default_factory=list)
-    decode_tokens: list[int] = field(default_factory=list)  # unless `foreseen`
-    # those that make a token: of prefill_ends, drawn, decode in turn
-    makers: list[Sequence] = field(default_factory=list)
-    everyone: list[Sequence] = field(default_factory=list)
-    foreseen: Tensor | None = None  # the tokens to decode, [n] int64 on the device, not known here yet
+    decode_tokens: list[int] = field(default_factory=list)
+    device_tokens: Tensor | None = None  # [n] int64: used instead of decode_tokens, before the host knows them
+    # Sequences that get a token: of prompt_ends, saved_logits and decode_slots, in this order.
+    sampled: list[RunningSequence] = field(default_factory=list)
+    sequences: list[RunningSequence] = field(default_factory=list)  # all that take part
 
 
-@dataclass
-class Flight:
-    """A step that the device has been given."""
+@dataclass(kw_only=True)
+class InFlightStep:
+    """A step that has been launched."""
 
     plan: Plan
-    step: Step
-    logits: Tensor  # [len(step.makers), vocab]; the next flight may overwrite them
-    drawn: Tensor  # [len(step.makers)] int64, on the device
-    tokens: Callable[[], list[int]]  # the same; waits for them
-    kept: Tensor | None
+    inputs: StepInputs
+    logits: Tensor  # [len(inputs.sampled), vocab]; the next step may overwrite them
+    device_tokens: Tensor  # [len(inputs.sampled)] int64, the sampled tokens on the device
+    tokens: Callable[[], list[int]]  # waits for the sampled tokens and returns them
+    kept_logits: Tensor | None  # a copy on the CPU, if a sequence keeps its logits
+
+    def next_decode(self, rows: list[int], slots: list[int]) -> StepInputs:
+        """The decode step after this one for the sequences sampled in `rows`, fed with tokens still on the device."""
+        tokens = self.device_tokens.clamp_min(0)  # -1: the sequence will end with an error
+        if len(rows) < len(self.inputs.sampled):
+            tokens = tokens[torch.tensor(rows, device=tokens.device)]
+        sequences = [self.inputs.sampled[i] for i in rows]
+        return StepInputs(decode_slots=slots, device_tokens=tokens, sampled=sequences, sequences=sequences)
 
 
-def fetch(values: Tensor) -> Callable[[], list[int]]:
-    """Begin to copy from the device; the result waits for these values, and not for what is launched after them."""
+def copy_to_host(values: Tensor) -> Callable[[], list[int]]:
+    """Start a copy from the device. The returned function waits for these values, not for work launched after them."""
     if values.device.type != "cuda":
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
 
     def wait() -> list[int]:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a bundle's tokenizer.json, or raw bytes where a model has none (random weights)."""
+"""Text to token ids and back: a bundle's tokenizer.json, or raw bytes for a model without one (random weights)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from jet_export.bundle.manifest import TOKENIZER
 from jet_export.utils.errors import JetExportError
 
-MOST_HELD = 16  # tokens that TextStream waits for a character's end; a character has at most 4 bytes
+MAX_HELD_BACK = 16  # tokens that TextStream holds back for the end of a character, which has at most 4 bytes
 
 
 class Tokenizer:
@@ -23,7 +23,7 @@ class Tokenizer:
             raise JetExportError(f"{path}: not a tokenizer.json ({e}).") from None
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        """`special_tokens`: with those that the tokenizer puts around every text; a chat template has its own."""
+        """`special_tokens`: add those that the tokenizer puts around a text; a chat template brings its own."""
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -46,25 +46,25 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | ByteTokenizer:
 
 
 class TextStream:
-    """Text of a growing list of tokens, given out as soon as no later token can change it."""
+    """Streaming detokenizer: returns text as soon as no later token can change it."""
 
     def __init__(self, tokenizer: Tokenizer | ByteTokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.done = 0  # tokens whose text is out
-        self.start = 0  # a few tokens before `done`, since decoders join neighbours
+        self.done = 0  # tokens whose text has been returned
+        self.start = 0  # a few tokens before `done`: decoding depends on the neighbours
 
     def push(self, token: int) -> str:
         self.ids.append(token)
         before = self.tokenizer.decode(self.ids[self.start : self.done])
         now = self.tokenizer.decode(self.ids[self.start :])
-        if now.endswith("�") and len(self.ids) - self.done < MOST_HELD:  # the middle of a character
+        if now.endswith("�") and len(self.ids) - self.done < MAX_HELD_BACK:  # the middle of a character
             return ""
         self.start, self.done = self.done, len(self.ids)
         return now[len(before) :]
 
     def flush(self) -> str:
-        """The text held back, where no more tokens come."""
+        """The text held back, when no more tokens come."""
         before = self.tokenizer.decode(self.ids[self.start : self.done])
         now = self.tokenizer.decode(self.ids[self.start :])
         self.start, self.done = self.done, len(self.ids)
@@ -72,14 +72,14 @@ class TextStream:
 
 
 class StopText:
-    """A TextStream cut before the first stop string; text that may be the beginning of one is held back."""
+    """A TextStream that ends before the first stop string. Text that may begin one is held back."""
 
     def __init__(self, tokenizer: Tokenizer | ByteTokenizer, stop: Sequence[str]) -> None:
         self.stream, self.stop = TextStream(tokenizer), stop
         self.held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """(text to give out, whether a stop string ended it)."""
+        """(text that is now final, whether a stop string ended it)."""
         return self._cut(self.stream.push(token))
 
     def flush(self) -> tuple[str, bool]:

@@ -1,4 +1,4 @@
-"""One request among others: what it makes, with every logit, to be compared to the bit."""
+"""Run one request among others, with its logits kept, to compare results to the bit."""
 
 import random
 
@@ -16,7 +16,7 @@ def tokens(n: int, seed: int) -> list[int]:
 def among_others(
     engine: BatchingEngine, prompt: list[int], others: list[tuple[list[int], int]], at: int
 ) -> RunningSequence:
-    """Run `prompt` with others, (prompt, new tokens), one more of them a step; it is the `at`-th to come."""
+    """Run `prompt` among others (prompt, new tokens): one arrives each step, `prompt` as number `at`."""
     asked = [*others[:at], (prompt, 8), *others[at:]]
     running = []
     for row, new in asked:
@@ -28,9 +28,9 @@ def among_others(
 
 
 def repeats(make, prompt: list[int], runs: int, longest: int = 140) -> list[RunningSequence]:
-    """Runs of one prompt: alone, then among 1 to `slots` - 1 others of all lengths, in other places.
+    """Repeated runs of one prompt: alone, then among 1 to `slots` - 1 others of random lengths, in random order.
 
-    `make` gives a BatchingEngine; every fifth run takes a new one.
+    `make` creates a BatchingEngine; every fifth run uses a new one.
     """
     rng, out = random.Random(0), []
     engine = make()

@@ -1,10 +1,10 @@
-"""A bundle directory and an LLM over the eager engine: what the runtime's own tests need, with nothing compiled."""
+"""LLMs over the eager engine for the runtime's tests: nothing is compiled."""
 
 from pathlib import Path
 
 import torch
-from helpers.golden import DATA, MINI_NAMES, load_golden
 
+from helpers.golden import DATA, MINI_NAMES, load_golden
 from jet_export.backends.eager import EagerEngine
 from jet_export.bundle.limits import Limits
 from jet_export.model.config import JetNemotronConfig
@@ -19,21 +19,26 @@ def mini_config(**changes) -> JetNemotronConfig:
 
 def eager_engine(
     limits: Limits,
+    *,
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
 ) -> EagerEngine:
     model = random_model(mini_config(), dtype, device, seed, max_positions=limits.max_seq_len)
-    return EagerEngine(model, limits, kv_dtype or dtype, torch.float32)
+    return EagerEngine(model, limits, kv_dtype=kv_dtype)
 
 
-def eager_llm(
-    limits: Limits, seed: int = 0, eos: int = -1, device: str | torch.device = "cpu", deterministic: bool = False,
-    cuda_graphs: bool = True, dtype: torch.dtype = torch.float32, kv_dtype: torch.dtype | None = None,
-) -> LLM:  # fmt: skip
-    engine = eager_engine(limits, seed, device, dtype, kv_dtype)
-    return LLM.over(engine, ByteTokenizer(), eos, f"mini {seed}", cuda_graphs, deterministic)
+def eager_llm(limits: Limits, *, seed: int = 0, deterministic: bool = False, cuda_graphs: bool = True, **engine) -> LLM:
+    """`engine`: options of `eager_engine`."""
+    return LLM.over(
+        eager_engine(limits, seed=seed, **engine),
+        ByteTokenizer(),
+        -1,
+        fingerprint=f"mini {seed}",
+        cuda_graphs=cuda_graphs,
+        deterministic=deterministic,
+    )
 
 
 def write_mini_config(directory: Path, **changes) -> Path:

@@ -1,4 +1,4 @@
-"""A real server over the eager engine: in this process for most tests, as a program for signals."""
+"""A real server over the eager engine: in this process for most tests, as a program for those of signals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import threading
 from contextlib import contextmanager
 
 import uvicorn
-from helpers.eager_bundle import eager_engine
 
+from helpers.eager_bundle import eager_engine
 from jet_export.bundle.limits import Limits
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine

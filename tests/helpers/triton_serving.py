@@ -37,7 +37,7 @@ def skip_without_server() -> None:
         pytest.skip(str(e), allow_module_level=True)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Server:
     program: subprocess.Popen[str]
     model: str
@@ -55,18 +55,18 @@ class Server:
         return self.client.post(f"{self.url}/generate", json=body)
 
     def values(self) -> dict[str, float]:
-        """Every sample on /metrics, by name and labels."""
+        """Every sample of /metrics, by name and labels."""
         text = self.client.get(f"http://127.0.0.1:{self.metrics}/metrics").text
         return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in text.splitlines() if x and x[0] != "#")}
 
     def total(self, name: str, *labels: str) -> float:
-        """Of all samples of this name with these labels."""
+        """The sum of all samples of this name with these labels."""
         return sum(
             v for k, v in self.values().items() if k.split("{")[0] == name and all(label in k for label in labels)
         )
 
     def settled(self, name: str, *labels: str, seconds: float = 3) -> float:
-        """`total` once it has stood still for so long: Triton's /metrics follow the engine's about once a second."""
+        """`total` once it has not changed for so long: Triton's /metrics follow the engine's about once a second."""
         value, since = self.total(name, *labels), time.monotonic()
         while time.monotonic() - since < seconds:
             time.sleep(0.2)
@@ -93,7 +93,7 @@ class Server:
         return sum(_resident(pid) for pid in [self.server_pid, *children(self.server_pid)])
 
     def terminate(self) -> tuple[int, str]:
-        """SIGTERM -> exit status and what it printed on standard error."""
+        """Send SIGTERM; returns (exit status, standard error)."""
         self.program.send_signal(signal.SIGTERM)
         return self.finish()
 
@@ -103,7 +103,7 @@ class Server:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits to be collected does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
@@ -134,7 +134,14 @@ def serving(bundle: Path, *options: str, program: tuple[str, ...] = ("-m", "jet_
         assert len(found) == 4, process.communicate()
         name = re.search(r"/v2/models/(\S+)/generate", lines[0])
         assert name is not None
-        yield Server(process, name[1], int(found[0]), int(found[2]), int(found[3]), children(process.pid)[0])
+        yield Server(
+            program=process,
+            model=name[1],
+            http=int(found[0]),
+            grpc=int(found[2]),
+            metrics=int(found[3]),
+            server_pid=children(process.pid)[0],
+        )
     finally:
         if process.poll() is None:
             process.terminate()
@@ -143,23 +150,28 @@ def serving(bundle: Path, *options: str, program: tuple[str, ...] = ("-m", "jet_
 
 def tensors(kind, **values) -> list:
     """Inputs for tritonclient; `kind` is its InferInput."""
-    made = []
+    inputs = []
     for name, value in values.items():
         datatype, dtype = TYPES.get(name, ("INT32", np.int32))
         array = np.array(value if isinstance(value, list) else [value], dtype)
-        made.append(kind(name, list(array.shape), datatype))
-        made[-1].set_data_from_numpy(array)
-    return made
+        inputs.append(kind(name, list(array.shape), datatype))
+        inputs[-1].set_data_from_numpy(array)
+    return inputs
 
 
 def main() -> None:
-    """BUNDLE INSTANCES GRACE: a server that lets requests run on for GRACE seconds after SIGTERM."""
+    """BUNDLE INSTANCES GRACE: a server with a grace period of GRACE seconds after SIGTERM."""
     from jet_export.server.triton.repository import Repository
     from jet_export.server.triton.tritonserver import Ports, run_triton
 
     bundle, instances, grace = sys.argv[1:]
-    run_triton(Repository(Path(bundle), instances=int(instances)), "127.0.0.1", Ports(http=0, grpc=0, metrics=0),
-               lambda line: print(line, flush=True), grace=float(grace))  # fmt: skip
+    run_triton(
+        Repository(Path(bundle), instances=int(instances)),
+        "127.0.0.1",
+        Ports(http=0, grpc=0, metrics=0),
+        lambda line: print(line, flush=True),
+        grace=float(grace),
+    )
 
 
 if __name__ == "__main__":

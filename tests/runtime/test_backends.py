@@ -1,8 +1,8 @@
-"""The runtime asks nothing of an engine but the interface: batching, sessions, prefixes, determinism over ONNX's."""
+"""The runtime needs only the Engine interface: batching, sessions, prefix cache and determinism, over ONNX."""
 
 import pytest
 import torch
-from helpers.batching import distinct, in_company, repeats, tokens
+from helpers.batching import among_others, distinct, repeats, tokens
 from helpers.eager_bundle import mini_config
 from helpers.onnx_models import engines
 
@@ -25,7 +25,7 @@ def pair(tmp_path_factory):
     return engines(model, tmp_path_factory.mktemp("onnx"), LIMITS)
 
 
-def test_in_flight_equals_the_model_alone(pair) -> None:
+def test_continuous_batching_equals_the_model_alone(pair) -> None:
     onnx, eager = pair
     alone = LLM.over(eager, ByteTokenizer(), -1)
     rows = [(tokens(n, n), m) for n, m in ((70, 3), (5, 6), (100, 4), (1, 5))]
@@ -43,9 +43,9 @@ def test_in_flight_equals_the_model_alone(pair) -> None:
     assert batching.scheduler.pages.used == batching.scheduler.slots.used == 0
 
 
-def test_a_session_goes_on_to_the_bit(pair, tmp_path) -> None:
+def test_a_session_continues_to_the_bit(pair, tmp_path) -> None:
     onnx, _ = pair
-    llm, row = LLM.over(onnx, ByteTokenizer(), -1, "mini"), tokens(80, 1)
+    llm, row = LLM.over(onnx, ByteTokenizer(), -1, fingerprint="mini"), tokens(80, 1)
     (whole,) = llm.generate([row], 5, return_logits=True)
     llm.save_session(llm.session(row), tmp_path / "s")
     llm.generate([tokens(90, 2)] * 2, 2)
@@ -56,7 +56,7 @@ def test_a_session_goes_on_to_the_bit(pair, tmp_path) -> None:
 
 def test_a_prefix_hit_gives_the_bits_of_the_miss(pair) -> None:
     batching = BatchingEngine(pair[0], ByteTokenizer(), -1, Serving(prefix_cache_bytes=1 << 28))
-    runs = [in_company(batching, tokens(PAGE + 20, 3), [], 0) for _ in range(2)]
+    runs = [among_others(batching, tokens(PAGE + 20, 3), [], 0) for _ in range(2)]
     assert batching.metrics.prefix_tokens == PAGE and distinct(runs) == 1
 
 

@@ -1,4 +1,4 @@
-"""In-flight batching over the eager engine: every request gets what it would get alone, whoever comes and goes."""
+"""Continuous batching over the eager engine: a request gets the same tokens as alone, whatever else runs."""
 
 import random
 import threading
@@ -26,19 +26,19 @@ def llm(device):
     return eager_llm(LIMITS, device=device)
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["", "ahead"])
-def ahead(request, monkeypatch) -> bool:
-    """Every law holds too where steps are launched before the last one's tokens are read, as on a GPU."""
-    monkeypatch.setattr(f"{__name__}.AHEAD", request.param)
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "overlap"])
+def overlap(request, monkeypatch) -> bool:
+    """Everything holds with overlap scheduling too, the default on a GPU."""
+    monkeypatch.setattr(f"{__name__}.OVERLAP", request.param)
     return request.param
 
 
-AHEAD = False
+OVERLAP = False
 
 
 def batching(llm, eos: int = -1, **serving) -> BatchingEngine:
     values = {"token_budget": 48, "kv_tokens": 5 * PAGE, **serving}
-    return BatchingEngine(llm.engine, llm.tokenizer, eos, Serving(**values), ahead=AHEAD)
+    return BatchingEngine(llm.engine, llm.tokenizer, eos, Serving(**values), overlap=OVERLAP)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -83,9 +83,9 @@ def ask(engine: BatchingEngine, prompt: list[int], **params) -> Listener:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_arrival_order_equals_generate(llm, seed: int) -> None:
-    """Ten requests come at random steps, two are cancelled; fewer slots and pages than they need at once.
+    """Ten requests arrive at random steps, two are cancelled; slots and pages do not suffice for all at once.
 
-    All but the first are drawn, each by its seed: greedy tokens of random weights hardly depend on the states.
+    All but the first are sampled, each with its seed: greedy tokens of random weights hardly depend on the states.
     """
     heat = {i: 0.0 if i == 0 else 1.5 for i in range(10)}
     rng = random.Random(seed)
@@ -116,7 +116,7 @@ def test_any_arrival_order_equals_generate(llm, seed: int) -> None:
 
 
 def test_logits_among_others_are_those_alone(llm) -> None:
-    """A request's distribution beside three others that come and go, against a plain loop over the model."""
+    """A request's distribution while three others come and go, against that of the same request alone."""
     engine = batching(llm)
     row, *others = prompts(70, 100, 3, 40, 9, 80)
     heard = ask(engine, row, max_new_tokens=12, logprobs=20)
@@ -132,7 +132,7 @@ def test_logits_among_others_are_those_alone(llm) -> None:
         assert [v for _, v in output.logprob.top] == pytest.approx(p.topk(20).values.tolist(), abs=1e-4)
 
 
-def test_prompts_are_cut_by_the_budget_and_decode_goes_on(llm) -> None:
+def test_prompts_are_chunked_by_the_budget_and_decode_goes_on(llm) -> None:
     engine = batching(llm, token_budget=16)
     short = ask(engine, prompts(4)[0], max_new_tokens=100)
     engine.step()
@@ -146,8 +146,8 @@ def test_prompts_are_cut_by_the_budget_and_decode_goes_on(llm) -> None:
     assert steps == -(-200 // 15)
 
 
-def test_steps_launched_ahead_are_those_that_come(llm, ahead) -> None:
-    """Over logits in one buffer, as a CUDA graph has them. Only what ends without notice is decoded once too often."""
+def test_overlapped_steps_are_the_steps_that_are_due(llm, overlap) -> None:
+    """With logits in one buffer, as a CUDA graph has them. Only a stop token costs a decode in vain."""
     rows = prompts(5, 9, 30)
     alone = [c.token_ids for c in llm.generate(rows, 12)]
     engine = batching(llm)
@@ -163,7 +163,7 @@ def test_steps_launched_ahead_are_those_that_come(llm, ahead) -> None:
     finish(engine)
     assert [h.tokens for h in heard] == alone
     decoded = sum(steps)
-    assert decoded == 3 * 11 and unused(engine)  # each ends by its length, which is known
+    assert decoded == 3 * 11 and unused(engine)  # each ends by its length, which is known in advance
 
     hot = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5, seed=5)}
     whole = ask(engine, rows[0], **hot)
@@ -173,10 +173,10 @@ def test_steps_launched_ahead_are_those_that_come(llm, ahead) -> None:
     heard = ask(engine, rows[0], stop_ids=(whole.tokens[before],), **hot)
     finish(engine)
     assert heard.tokens == whole.tokens[: before + 1] and heard.reason == "stop" and unused(engine)
-    assert sum(steps) == before + ahead
+    assert sum(steps) == before + overlap
 
 
-def test_a_seed_decides_whatever_the_company(llm) -> None:
+def test_samples_depend_on_the_seed_and_not_on_other_requests(llm) -> None:
     row = prompts(9)[0]
     hot = {"max_new_tokens": 10, "sampling": Sampling(temperature=1.5, top_k=50, top_p=0.95, seed=5)}
     alone = batching(llm)
@@ -236,7 +236,7 @@ def test_repetition_penalty_equals_its_definition(llm) -> None:
     assert heard.tokens != llm.generate([row], 12)[0].token_ids
 
 
-def test_cancelling_frees_at_once_and_the_next_one_starts(llm) -> None:
+def test_cancelling_frees_at_once_and_the_next_request_starts(llm) -> None:
     engine = batching(llm, slots=1)
     first = Listener()
     handle = engine.submit(prompts(40)[0], Params(max_new_tokens=200), first.append)
@@ -266,7 +266,7 @@ def test_waiting_ends_by_the_limit_or_the_timeout(llm) -> None:
     assert engine.metrics.requests == {"timeout": 1, "length": 1, "refused": 1}
 
 
-def test_a_failing_step_ends_its_requests_and_no_others(llm, monkeypatch) -> None:
+def test_a_failed_step_ends_its_requests_and_no_others(llm, monkeypatch) -> None:
     engine = batching(llm, slots=1)
     first, second = ask(engine, [1, 2], max_new_tokens=9), ask(engine, [3], max_new_tokens=2)
     engine.step()
@@ -278,7 +278,7 @@ def test_a_failing_step_ends_its_requests_and_no_others(llm, monkeypatch) -> Non
     assert second.reason == "length" and unused(engine)
 
 
-def test_a_listener_that_raises_or_cancels_harms_nobody(llm) -> None:
+def test_a_callback_that_raises_or_cancels_affects_no_other_request(llm) -> None:
     engine = batching(llm)
 
     def broken(output: Output) -> None:
@@ -301,12 +301,12 @@ def test_thread_serves_many_callers(llm) -> None:
     heard = [Listener() for _ in done]
 
     def caller(i: int) -> None:
-        def tell(output: Output) -> None:
+        def on_output(output: Output) -> None:
             heard[i].append(output)
             if output.finish_reason:
                 done[i].set()
 
-        engine.submit([i + 1] * (i + 1), Params(max_new_tokens=5), tell)
+        engine.submit([i + 1] * (i + 1), Params(max_new_tokens=5), on_output)
 
     threads = [threading.Thread(target=caller, args=(i,)) for i in range(12)]
     for t in threads:
@@ -344,9 +344,16 @@ def test_bad_requests_are_refused(llm, prompt, params, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_new_tokens", 0), ("repetition_penalty", 0.0), ("repetition_penalty", float("nan")), ("stop", ("",)),
-     ("stop", ("x",) * 17), ("logprobs", 21), ("logprobs", -1)],
-)  # fmt: skip
+    [
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("nan")),
+        ("stop", ("",)),
+        ("stop", ("x",) * 17),
+        ("logprobs", 21),
+        ("logprobs", -1),
+    ],
+)
 def test_bad_parameters_are_refused(field: str, value) -> None:
     with pytest.raises(JetExportError, match=field):
         Params(**{field: value})
@@ -367,9 +374,9 @@ def test_pools_have_the_pages_of_the_capacity(llm) -> None:
 
 
 def test_a_graph_is_not_replayed_over_another_sequence() -> None:
-    """Prefill, a new sequence and another bucket's step leave no graph believing that its buffers are the next step."""
+    """After prefill or a reset, no graph takes its buffers for the next step."""
     runner = Runner(eager_engine(Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=16)))
-    graph = DecodeGraph(None, None, None, None, None)
+    graph = DecodeGraph(graph=None, input_ids=None, batch=None, step=None, logits=None)
     for act in (lambda: runner.prefill([0], [[5]]), lambda: runner.reset(0)):
         graph.slots = [0]
         runner.graphs = {1: graph}

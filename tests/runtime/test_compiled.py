@@ -1,10 +1,10 @@
-"""The compiled FP8 bundle: deterministic in any company, continued sessions and prefix hits to the bit."""
+"""The compiled FP8 bundle: batch invariance, continued sessions and prefix hits, to the bit."""
 
 import gc
 
 import pytest
 import torch
-from helpers.batching import distinct, in_company, repeats, tokens
+from helpers.batching import among_others, distinct, repeats, tokens
 from helpers.bundles import tiny_bundle
 
 from jet_export import LLM, AsyncLLM, Serving
@@ -34,7 +34,7 @@ def test_twenty_repeats_are_the_same_bits(llm) -> None:
     print(f"without: {distinct(loose)} different results in 4 runs")
 
 
-def test_a_saved_session_goes_on_to_the_bit(llm, bundle, tmp_path) -> None:
+def test_a_saved_session_continues_to_the_bit(llm, bundle, tmp_path) -> None:
     row = tokens(300, 1)
     (whole,) = llm.generate([row], 12, return_logits=True, ignore_eos=True)
     session = llm.session(row)
@@ -60,7 +60,7 @@ def test_the_fingerprint_is_the_bundle_s(llm, bundle) -> None:
 def test_a_prefix_hit_gives_the_bits_of_the_miss(llm) -> None:
     prompt = tokens(700, 3)
     engine = batching(llm, prefix_cache_bytes=1 << 28)
-    runs = [in_company(engine, prompt, [], 0) for _ in range(2)]
+    runs = [among_others(engine, prompt, [], 0) for _ in range(2)]
     assert engine.metrics.prefix_hits == 1 and engine.metrics.prefix_tokens == 512
     assert distinct(runs) == 1
 
@@ -78,8 +78,8 @@ def test_text_and_stop_strings_over_sessions(llm) -> None:
     assert "(" not in "".join(o.text for o in heard)
 
 
-def test_an_engine_that_is_gone_holds_no_weights(bundle) -> None:
-    """Several engines a process: bench's baselines, a search. What is kept beside the engine stays whole."""
+def test_a_deleted_engine_frees_its_weights(bundle) -> None:
+    """bench and search load several engines in one process. A tensor kept elsewhere stays valid."""
     engine = LLM(bundle, check=False).engine
     kept = engine.weights["layers.0.mlp.down_proj.weight"]
     values = kept.float().clone()

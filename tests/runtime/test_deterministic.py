@@ -1,8 +1,8 @@
-"""`deterministic`: a request's tokens and logits are the same bits in any company."""
+"""`deterministic` is batch-invariant: a request's tokens and logits are the same bits whatever else runs."""
 
 import pytest
 import torch
-from helpers.batching import distinct, in_company, repeats, tokens
+from helpers.batching import among_others, distinct, repeats, tokens
 from helpers.eager_bundle import eager_engine, eager_llm
 
 from jet_export.bundle.limits import Limits
@@ -26,13 +26,13 @@ def test_twenty_repeats_are_the_same_bits(device, dtype, kv) -> None:
     runs = repeats(lambda: make(deterministic=True), PROMPT, 20)
     assert distinct(runs) == 1
     fewer = repeats(lambda: make(deterministic=True, slots=3, token_budget=64), PROMPT, 3)
-    assert distinct([runs[0], *fewer]) == 1  # the bundle decides the shapes, not how much is served at once
+    assert distinct([runs[0], *fewer]) == 1  # the bundle decides the shapes, not the serving options
 
 
-def test_without_it_the_last_bits_differ(device) -> None:
-    """What the mode is for: matrix products of other sizes sum in another order."""
+def test_without_it_bits_depend_on_the_batch(device) -> None:
+    """Why the mode exists: matrix products of other sizes sum in another order."""
     if device.type == "cuda":
-        pytest.skip("what cuBLAS does with these sizes is its own affair")
+        pytest.skip("cuBLAS may or may not change the order of summation at these sizes")
     engine = eager_engine(LIMITS)
     assert distinct(repeats(lambda: BatchingEngine(engine, ByteTokenizer(), -1, Serving()), PROMPT, 5)) > 1
 
@@ -52,16 +52,17 @@ def test_generate_agrees_with_serving(device) -> None:
 
 
 def test_every_call_has_the_same_shape(device) -> None:
-    """Decode: max_batch_size rows, whoever runs. Prefill: one sequence, chunks that end at multiples of the chunk."""
+    """Decode: max_batch_size rows, whatever runs. Prefill: one sequence, chunks that end at multiples of the chunk."""
     engine = eager_engine(LIMITS, device=device)
     decode, prefill = [], []
     run_decode, run_prefill = engine.decode, engine.prefill
     engine.decode = lambda ids, batch, states: (decode.append(len(ids)), run_decode(ids, batch, states))[1]
     engine.prefill = lambda ids, batch, *rest: (
-        prefill.append((len(batch.slots), int(batch.context_lens[0]), len(ids))), run_prefill(ids, batch, *rest)
-    )[1]  # fmt: skip
+        prefill.append((len(batch.slots), int(batch.context_lens[0]), len(ids))),
+        run_prefill(ids, batch, *rest),
+    )[1]
     batching = BatchingEngine(engine, ByteTokenizer(), -1, Serving(deterministic=True), cuda_graphs=False)
-    in_company(batching, tokens(150, 0), [(tokens(n, n), 9) for n in (70, 5, 130)], 2)
+    among_others(batching, tokens(150, 0), [(tokens(n, n), 9) for n in (70, 5, 130)], 2)
     assert set(decode) == {LIMITS.max_batch_size}
     assert {n for n, _, _ in prefill} == {1}
     lengths = {(start, n) for _, start, n in prefill}
@@ -73,12 +74,12 @@ def test_cuda_graphs_agree_with_plain_calls(device) -> None:
     engine = eager_engine(LIMITS, device=device, dtype=torch.bfloat16)
     runs = []
     for graphs in (True, False):
-        make = lambda g=graphs: BatchingEngine(engine, ByteTokenizer(), -1, Serving(deterministic=True), g)  # noqa: E731
+        make = lambda g=graphs: BatchingEngine(engine, ByteTokenizer(), -1, Serving(deterministic=True), cuda_graphs=g)  # noqa: E731
         runs += repeats(make, PROMPT, 8)
     assert distinct(runs) == 1
 
 
-def test_one_sequence_padded_is_a_full_bucket(device) -> None:
+def test_one_padded_sequence_has_the_bits_of_a_full_bucket(device) -> None:
     runner = Runner(eager_engine(LIMITS, device=device), deterministic=True)
     rows = [tokens(20 + i, i) for i in range(8)]
     runner.prefill(list(range(8)), rows)

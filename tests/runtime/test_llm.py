@@ -34,7 +34,7 @@ def llm(device):
 
 
 def test_ragged_batch_equals_a_plain_loop(llm) -> None:
-    """Five prompts in three slots, some longer than several chunks: two groups, slots used again."""
+    """Five prompts in three slots, some several chunks long, so that slots are reused."""
     rows = prompts(5, 150, 1, 33, 64)
     done = llm.generate(rows, max_new_tokens=8, return_logits=True)
     for row, completion in zip(rows, done, strict=True):
@@ -45,7 +45,7 @@ def test_ragged_batch_equals_a_plain_loop(llm) -> None:
         assert completion.finish_reason == "length"
 
 
-def test_end_of_sequence_stops_one_row_and_not_the_others(llm, monkeypatch) -> None:
+def test_end_of_sequence_stops_one_row_only(llm, monkeypatch) -> None:
     rows = prompts(5, 9, 20)
     free = llm.generate(rows, max_new_tokens=10)
     stop = free[1].token_ids[3]
@@ -85,7 +85,7 @@ def test_bad_prompts_are_refused(llm, prompt, message: str) -> None:
 
 
 def test_padding_row_is_inert(llm) -> None:
-    """A decode batch with a padding row gives the other rows their logits, and writes nothing of its own."""
+    """A padding row in a decode batch leaves the logits of the others as they are, and writes no state."""
     runner = Runner(llm.engine)
     row = prompts(20)[0]
     runner.prefill([1], [row])
@@ -127,7 +127,7 @@ def test_cuda_graph_decode_equals_plain_decode(device) -> None:
 
 
 def test_a_failure_is_raised_and_leaves_nothing_behind(llm, monkeypatch) -> None:
-    """Of the engine, and of the caller's on_token; the next call finds every slot free."""
+    """A failure of the engine, and one of the caller's on_token; the next call finds every slot free."""
 
     def broken(*_):
         raise RuntimeError("the device is gone")

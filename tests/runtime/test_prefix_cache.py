@@ -1,4 +1,4 @@
-"""The prefix cache: a prompt that begins as another did skips that part and gets the same bits."""
+"""The prefix cache: a prompt skips the prefix that it shares with an earlier one, and gets the same bits."""
 
 import random
 
@@ -14,7 +14,7 @@ from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sampling import Sampling
-from jet_export.runtime.sequence import Sequence
+from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.utils.errors import JetExportError
 
@@ -39,8 +39,8 @@ def batching(engine, **serving) -> BatchingEngine:
     return BatchingEngine(engine, ByteTokenizer(), -1, Serving(**serving))
 
 
-def run(engine: BatchingEngine, prompts: list[list[int]], gaps: list[int]) -> list[Sequence]:
-    """Prompt i arrives gaps[i] steps after the one before."""
+def run(engine: BatchingEngine, prompts: list[list[int]], gaps: list[int]) -> list[RunningSequence]:
+    """Prompt i arrives gaps[i] steps after the previous one."""
     out, heard = [], list[Output]()
     for prompt, gap in zip(prompts, gaps, strict=True):
         for _ in range(gap):
@@ -52,12 +52,12 @@ def run(engine: BatchingEngine, prompts: list[list[int]], gaps: list[int]) -> li
     return out
 
 
-def same(a: Sequence, b: Sequence) -> bool:
+def same(a: RunningSequence, b: RunningSequence) -> bool:
     return a.tokens == b.tokens and torch.equal(torch.stack(a.logits), torch.stack(b.logits))
 
 
 def test_a_hit_gives_the_bits_of_the_miss(engine) -> None:
-    """One request at a time: the second time all but the last part of the prompt comes from the cache."""
+    """One request at a time: the second time all but the end of the prompt comes from the cache."""
     cached, plain = batching(engine, prefix_cache_bytes=MANY), batching(engine)
     shared = tokens(2 * PAGE + 40, 0)
     prompts = [shared, shared, shared[: 2 * PAGE] + tokens(70, 1), shared[: PAGE + 9], tokens(50, 2)]
@@ -65,7 +65,7 @@ def test_a_hit_gives_the_bits_of_the_miss(engine) -> None:
         (a,), (b,) = run(cached, [prompt], [0]), run(plain, [prompt], [0])
         assert same(a, b)
     m = cached.metrics
-    assert (m.prefix_queries, m.prefix_hits, m.prefix_tokens) == (4, 3, 5 * PAGE)  # one is too short to ask
+    assert (m.prefix_queries, m.prefix_hits, m.prefix_tokens) == (4, 3, 5 * PAGE)  # one is too short for the cache
     assert m.prompt_tokens == plain.metrics.prompt_tokens - m.prefix_tokens
     text = cached.render_metrics()
     assert f"jet_prefix_tokens_total {5 * PAGE}" in text and "jet_prefix_hits_total 3" in text
@@ -75,8 +75,8 @@ def test_a_hit_gives_the_bits_of_the_miss(engine) -> None:
 
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**16))
-def test_any_company_and_any_room_change_no_bit(engine, seed: int) -> None:
-    """Deterministic: families of prompts in any order, the cache too small for all, against no cache one by one."""
+def test_other_requests_and_cache_sizes_change_no_bit(engine, seed: int) -> None:
+    """Deterministic mode: families of prompts in any order, possibly a cache too small for all, against no cache."""
     rng = random.Random(seed)
     families = [tokens(3 * PAGE + 10, i) for i in (10, 11)]
     prompts = []
@@ -98,7 +98,7 @@ def test_any_company_and_any_room_change_no_bit(engine, seed: int) -> None:
     assert cached.scheduler.pages.used == prefixes.size == 0
 
 
-def test_it_is_bounded_and_the_oldest_goes_first(engine) -> None:
+def test_the_cache_is_bounded_and_evicts_the_least_recently_used(engine) -> None:
     probe = batching(engine, prefix_cache_bytes=MANY)
     run(probe, [tokens(PAGE + 1, 0)], [0])
     one = probe.scheduler.prefixes.size
@@ -113,8 +113,8 @@ def test_it_is_bounded_and_the_oldest_goes_first(engine) -> None:
     assert not too_small.scheduler.prefixes.entries
 
 
-def test_cancelled_while_it_begins(engine) -> None:
-    """Cancelled between admission and the first step, and after the cached part: nothing leaks, nothing breaks."""
+def test_cancelling_around_the_first_step(engine) -> None:
+    """Between admission and the first step, and after the cached prefix: nothing leaks, nothing breaks."""
     cached = batching(engine, prefix_cache_bytes=MANY)
     prompt = tokens(2 * PAGE + 30, 0)
     (first,) = run(cached, [prompt], [0])
@@ -129,7 +129,7 @@ def test_cancelled_while_it_begins(engine) -> None:
     assert same(first, again)
 
 
-def test_sizes_that_cannot_work_are_refused(engine) -> None:
+def test_impossible_sizes_are_refused(engine) -> None:
     with pytest.raises(JetExportError, match="prefix_cache_bytes is -1"):
         batching(engine, prefix_cache_bytes=-1)
     odd = eager_engine(Limits(max_batch_size=4, max_seq_len=5 * PAGE, prefill_chunk=63))
@@ -137,16 +137,19 @@ def test_sizes_that_cannot_work_are_refused(engine) -> None:
         batching(odd, prefix_cache_bytes=MANY)
 
 
-def test_with_steps_launched_ahead(engine) -> None:
-    """As on a GPU: a sequence that has ended is decoded once more while its pages change hands."""
+def test_with_overlap_scheduling(engine) -> None:
+    """As on a GPU: a sequence that has ended is decoded once more after its pages were freed."""
     shared, rng = tokens(2 * PAGE + 5, 0), random.Random(1)
     prompts = [shared[: rng.choice([PAGE, 2 * PAGE + 5])] + tokens(rng.randint(1, 60), i) for i in range(9)]
-    made = []
-    for ahead in (False, True):
+    generated = []
+    for overlap in (False, True):
         batching = BatchingEngine(
-            engine, ByteTokenizer(), 7, Serving(deterministic=True, prefix_cache_bytes=MANY, kv_tokens=8 * PAGE),
-            ahead=ahead,
-        )  # fmt: skip
+            engine,
+            ByteTokenizer(),
+            7,
+            Serving(deterministic=True, prefix_cache_bytes=MANY, kv_tokens=8 * PAGE),
+            overlap=overlap,
+        )
         running = []
         for i, prompt in enumerate(prompts):
             params = Params(20 + i, Sampling(temperature=2.0, seed=i))
@@ -157,5 +160,5 @@ def test_with_steps_launched_ahead(engine) -> None:
             pass
         assert batching.metrics.prefix_hits > 2
         assert batching.scheduler.pages.used == len(batching.scheduler.prefixes.held)
-        made.append([s.tokens for i, s in enumerate(running) if i != 3])
-    assert made[0] == made[1]
+        generated.append([s.tokens for i, s in enumerate(running) if i != 3])
+    assert generated[0] == generated[1]

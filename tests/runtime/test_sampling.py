@@ -1,4 +1,4 @@
-"""Sampling: greedy, the filters' definitions, and repeatability."""
+"""Sampling: greedy, the definitions of top-k and top-p, and reproducibility."""
 
 from typing import Any
 
@@ -27,20 +27,20 @@ def test_top_k_keeps_the_k_most_likely(k: int) -> None:
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.9])
-def test_top_p_keeps_the_fewest_that_reach_p(p: float) -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float) -> None:
     logits = torch.randn(6, 50)
     full, probs = logits.softmax(-1), filtered_probs(logits, 0, p)
     for row, kept in zip(full, probs > 0, strict=True):
         mass = row[kept].sum()
         assert mass >= p - 1e-6
-        assert mass - row[kept].min() < p  # without its least likely token it would not reach p
+        assert mass - row[kept].min() < p  # without its least likely token it does not reach p
 
 
 def test_frequencies_follow_the_probabilities() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, -1)
-    drawn = Sampler(Sampling(temperature=0.7, seed=1), CPU)(logits)
+    tokens = Sampler(Sampling(temperature=0.7, seed=1), CPU)(logits)
     expected = (logits[0] / 0.7).softmax(-1)
-    assert torch.allclose(drawn.bincount(minlength=4) / 20000, expected, atol=0.015)
+    assert torch.allclose(tokens.bincount(minlength=4) / 20000, expected, atol=0.015)
 
 
 def test_same_seed_same_tokens() -> None:

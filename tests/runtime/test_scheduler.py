@@ -1,4 +1,4 @@
-"""Laws of the scheduler, under any order of arrivals, steps and cancellations."""
+"""Invariants of the scheduler, under any order of arrivals, steps and cancellations."""
 
 import math
 import subprocess
@@ -44,11 +44,16 @@ def fits(c: Capacity, prompt: int, new: int) -> bool:
     return prompt + new <= c.max_seq_len and pages <= c.pages and window <= c.window_pages
 
 
-HITS: list[int] = []  # requests that began from the prefix cache, in each life
+def submit(scheduler: Scheduler, prompt_len: int, max_new_tokens: int, now: float = 0.0, **options) -> Request:
+    request = Request(prompt_len=prompt_len, max_new_tokens=max_new_tokens, arrival=now, **options)
+    return scheduler.submit(request)
+
+
+HITS: list[int] = []  # requests that started from the prefix cache, in each run of the machine
 
 
 class Life(RuleBasedStateMachine):
-    """A scheduler, and beside it a count of what each request was fed and made, and what each page then holds."""
+    """A scheduler, with a record of the tokens each request was fed and generated, and of each page's contents."""
 
     @initialize(capacity=capacities())
     def start(self, capacity: Capacity) -> None:
@@ -57,39 +62,39 @@ class Life(RuleBasedStateMachine):
     def begin(self, capacity: Capacity) -> None:
         self.c, self.s, self.now = capacity, Scheduler(capacity), 0.0
         self.alive: list[Request] = []
-        self.order: list[Request] = []  # of arrival, those accepted
+        self.order: list[Request] = []  # accepted requests, by arrival
         self.admitted: list[Request] = []
         self.fed: Counter[Request] = Counter()
-        self.text: dict[Request, list[int]] = {}  # its prompt, and numbers of its own for what it makes
+        self.text: dict[Request, list[int]] = {}  # its prompt, then numbers unique to it as generated tokens
         self.memory: dict[tuple[int, int], int] = {}  # (page, offset) -> token
         self.hits = 0
 
     @rule(common=st.integers(0, 50), own=st.integers(1, 9), new=st.integers(1, 9), family=st.integers(0, 1))
     def submit(self, common: int, own: int, new: int, family: int) -> None:
-        """A prompt that begins as others of its family do."""
+        """A prompt that shares a prefix with others of its family."""
         unique = 100 + 200 * len(self.order)
         text = [family] * common + list(range(unique, unique + own + new))
         interval = self.c.prefix_interval
         keys = prefix_keys(text[: common + own], interval) if interval else ()
         self.accept(text, common + own, new, keys=keys)
-        for _ in range(common // 10):  # some of it runs before the next one of the family comes
+        for _ in range(common // 10):  # part of it runs before the next prompt of the family arrives
             self.step()
 
-    @rule(length=st.integers(1, 60), more=st.integers(0, 20), new=st.integers(2, 20), made=st.booleans())
-    def go_on(self, length: int, more: int, new: int, made: bool) -> None:
-        """A session of `length` tokens, continued by a prompt, or by what comes next."""
+    @rule(length=st.integers(1, 60), more=st.integers(0, 20), new=st.integers(2, 20), sampled=st.booleans())
+    def continue_session(self, length: int, more: int, new: int, sampled: bool) -> None:
+        """A session of `length` tokens, continued with a prompt or without."""
         unique = 100 + 200 * len(self.order)
         text = list(range(unique, unique + length + more + new))
-        self.accept(text, length + more, new, start=length, made=int(made and not more))
+        self.accept(text, length + more, new, start=length, generated=int(sampled and not more))
 
-    def accept(self, text: list[int], prompt: int, new: int, **how) -> None:
+    def accept(self, text: list[int], prompt: int, new: int, **options) -> None:
         full = len(self.s.waiting) >= self.c.max_waiting
         if not fits(self.c, prompt, new):
             with pytest.raises(JetExportError):
-                self.s.submit(prompt, new, self.now, **how)
+                submit(self.s, prompt, new, self.now, **options)
             return
         try:
-            request = self.s.submit(prompt, new, self.now, **how)
+            request = submit(self.s, prompt, new, self.now, **options)
         except QueueFull:
             assert full
             return
@@ -114,7 +119,7 @@ class Life(RuleBasedStateMachine):
     def write(self, r: Request, first: int, n: int) -> None:
         for p in range(first, first + n):
             page = r.pages[p // self.c.page_size]
-            assert self.s.pages.holders[page] == 1  # nobody else may see it change
+            assert self.s.pages.holders[page] == 1  # a page that is written to is not shared
             self.memory[page, p % self.c.page_size] = self.text[r][p]
 
     def read(self, r: Request) -> list[int]:
@@ -129,17 +134,17 @@ class Life(RuleBasedStateMachine):
             self.run(plan, set())
 
     @rule()
-    def step_and_the_one_foreseen(self) -> None:
-        """The step that is launched before the tokens of the one before are known is the one that then comes."""
+    def step_with_overlap(self) -> None:
+        """The step planned while the one before it runs is the step that is then due."""
         plan = self.s.plan()
         self.note_admissions()
-        ahead = self.s.plan_ahead(plan)
+        overlapped = self.s.plan_overlap(plan)
         self.run(plan, set())
         then = self.s.plan()
         self.note_admissions()
-        if not ahead.empty:
-            assert ahead.decode == then.decode and not ahead.prefill and not ahead.drawn
-            self.run(ahead, set())
+        if not overlapped.empty:
+            assert overlapped.decode == then.decode and not overlapped.prefill and not overlapped.resumed
+            self.run(overlapped, set())
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -147,28 +152,29 @@ class Life(RuleBasedStateMachine):
         plan = self.s.plan()
         self.note_admissions()
         victim = data.draw(st.sampled_from(self.alive))
-        self.s.cancel(victim)
+        self.s.finish(victim)
         self.alive.remove(victim)
         self.check_memory()
         self.run(plan, {victim})
 
     def check_plan(self, plan) -> None:
         assert plan.tokens <= self.c.token_budget
-        planned = [r for r, _, _ in plan.prefill] + list(plan.decode) + list(plan.drawn)
+        planned = [r for r, _, _ in plan.prefill] + list(plan.decode) + list(plan.resumed)
         assert len(planned) == len(set(planned))
         assert all(1 <= n <= self.c.prefill_chunk and first == r.held for r, first, n in plan.prefill)
         running = self.s.running
-        assert {*plan.decode, *plan.drawn} == {r for r in running if not r.in_prompt}  # decode is never held up
-        assert all(r.held == r.prompt_len == r.start and not r.made for r in plan.drawn)
+        assert {*plan.decode, *plan.resumed} == {r for r in running if not r.in_prompt}  # decode never waits
+        assert all(r.held == r.prompt_len == r.start and not r.generated for r in plan.resumed)
         assert plan.empty == (not planned)
         if self.c.whole_chunks:
-            assert all((first + n) % self.c.prefill_chunk == 0 or first + n == r.prompt_len
-                       for r, first, n in plan.prefill)  # fmt: skip
+            assert all(
+                (first + n) % self.c.prefill_chunk == 0 or first + n == r.prompt_len for r, first, n in plan.prefill
+            )
         for r in planned:
             if r in self.s.running:
-                assert self.read(r) == self.text[r][: r.held]  # what it attends to is its own text
+                assert self.read(r) == self.text[r][: r.held]  # it attends to its own text
         if any(r.in_prompt for r in running):
-            assert plan.prefill  # and some prompt always moves on
+            assert plan.prefill  # a prompt always makes progress
             assert plan.prefill[0][0] is next(r for r in running if r.in_prompt)
         assert bool(planned) == bool(running)
 
@@ -177,7 +183,7 @@ class Life(RuleBasedStateMachine):
         for r, first, n in [*plan.prefill, *((r, r.held, 1) for r in plan.decode)]:
             if r not in gone:
                 self.write(r, first, n)
-        made = self.s.advance(plan)
+        sampled = self.s.advance(plan)
         for r, _, _ in plan.prefill:
             if self.s.prefix_due(r):
                 assert r not in gone and r.held % self.c.prefix_interval == 0
@@ -186,11 +192,11 @@ class Life(RuleBasedStateMachine):
             self.fed[r] += n
         for r in plan.decode:
             self.fed[r] += 1
-        expected = {r for r, first, n in plan.prefill if first + n == r.prompt_len} | {*plan.decode, *plan.drawn}
-        assert set(made) == expected - gone
-        for r in made:
-            assert self.fed[r] == r.held == r.prompt_len + r.made - 1  # conservation
-            if r.made == r.max_new_tokens:
+        expected = {r for r, first, n in plan.prefill if first + n == r.prompt_len} | {*plan.decode, *plan.resumed}
+        assert set(sampled) == expected - gone
+        for r in sampled:
+            assert self.fed[r] == r.held == r.prompt_len + r.generated - 1  # conservation
+            if r.generated == r.max_new_tokens:
                 self.s.finish(r)
                 self.alive.remove(r)
 
@@ -198,9 +204,9 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data(), again=st.booleans())
     def cancel(self, data, again: bool) -> None:
         victim = data.draw(st.sampled_from(self.alive))
-        self.s.cancel(victim)
+        self.s.finish(victim)
         if again:
-            self.s.cancel(victim)
+            self.s.finish(victim)
         self.alive.remove(victim)
         assert victim.slot == -1 and not victim.pages
 
@@ -222,7 +228,7 @@ class Life(RuleBasedStateMachine):
             (s.slots, [r.slot for r in running]),
             (s.window_pages, [p for r in running for p in r.window_pages]),
         ):
-            assert len(owned) == len(set(owned)) == pool.used  # none twice, none leaked
+            assert len(owned) == len(set(owned)) == pool.used  # owned once, none leaked
             assert sorted(owned + pool._free) == list(range(pool.size))
         holders = Counter(p for r in running for p in r.pages) + Counter(p for e in entries for p in e.pages)
         assert s.pages.holders == [holders[i] for i in range(s.pages.size)]
@@ -235,7 +241,7 @@ class Life(RuleBasedStateMachine):
             for e in entries:
                 assert e.end % self.c.prefix_interval == 0 and len(e.pages) * self.c.page_size == e.end
         for r in running:
-            assert r.held <= r.most_held <= len(r.pages) * self.c.page_size
+            assert r.held <= r.max_held <= len(r.pages) * self.c.page_size
             assert len(r.window_pages) == min(len(r.pages), self.c.ring_pages)
         assert set(running) | set(s.waiting) == set(self.alive)
         assert len(s.waiting) <= self.c.max_waiting
@@ -253,7 +259,7 @@ class Life(RuleBasedStateMachine):
         self.finish()
 
     def finish(self) -> None:
-        """No starvation: everything that is left ends, in a number of steps that the work bounds."""
+        """No starvation: all remaining requests end, within as many steps as they have tokens."""
         if not hasattr(self, "s"):
             return
         work = sum(r.prompt_len + r.max_new_tokens for r in self.alive)
@@ -269,7 +275,7 @@ class Life(RuleBasedStateMachine):
 
 
 class SharingLife(Life):
-    """The same with a prefix cache."""
+    """With a prefix cache."""
 
     @initialize(capacity=capacities(cached=True))
     def start(self, capacity: Capacity) -> None:
@@ -281,7 +287,7 @@ SharingLife.TestCase.settings = settings(max_examples=100, stateful_step_count=4
 TestLife, TestSharingLife = Life.TestCase, SharingLife.TestCase
 
 
-def test_lives_had_prefix_hits() -> None:
+def test_the_machine_had_prefix_hits() -> None:
     assert not HITS or sum(HITS) > 50, HITS
 
 
@@ -295,51 +301,51 @@ def capacity(**changes) -> Capacity:
 
 def test_a_long_prompt_does_not_hold_up_decoding() -> None:
     s = Scheduler(capacity(token_budget=8))
-    short = s.submit(4, 20, 0.0)
+    short = submit(s, 4, 20)
     s.advance(s.plan())
-    long = s.submit(60, 4, 0.0)
+    long = submit(s, 60, 4)
     while long.in_prompt:
         plan = s.plan()
         assert plan.decode == (short,) and plan.prefill[0][2] <= 7
         s.advance(plan)
-    assert short.made == 1 + 9  # 60 tokens at 7 a step
+    assert short.generated == 1 + 9  # 60 tokens at 7 a step
 
 
-def test_a_prefix_is_found_shared_and_gives_way() -> None:
+def test_a_prefix_is_found_shared_and_evicted() -> None:
     c = capacity(pages=8, window_pages=8, prefix_interval=32, prefix_bytes=10**6, page_bytes=1)
     s = Scheduler(c)
     text = list(range(70))
-    first = s.submit(70, 2, 0.0, prefix_keys(text, 32))
+    first = submit(s, 70, 2, keys=prefix_keys(text, 32))
     while s.running:
         plan = s.plan()
-        made = s.advance(plan)
+        sampled = s.advance(plan)
         if s.prefix_due(first):
             s.keep_prefix(first, first.held, 5)
-        for r in made:
-            if r.made == 2:
+        for r in sampled:
+            if r.generated == 2:
                 s.finish(r)
     assert [e.end for e in s.prefixes.entries.values()] == [32, 64] and s.pages.used == 4
-    second = s.submit(65, 1, 0.0, prefix_keys(text[:65], 32))
+    second = submit(s, 65, 1, keys=prefix_keys(text[:65], 32))
     assert (second.held, len(second.pages), s.pages.used) == (64, 5, 5)
-    third = s.submit(40, 1, 0.0, prefix_keys([*text[:33], *range(7)], 32))
+    third = submit(s, 40, 1, keys=prefix_keys([*text[:33], *range(7)], 32))
     assert (third.held, third.pages[:2]) == (32, second.pages[:2]) and s.pages.used == 6
-    s.cancel(second)
-    fourth = s.submit(128 - 48, 16, 0.0)  # six pages: two of the eight are third's and the prefix's, one third's own
+    s.finish(second)
+    fourth = submit(s, 128 - 48, 16)  # six pages: two of the eight are third's and the prefix's, one third's own
     assert fourth.status is Status.WAITING
-    s.cancel(third)
+    s.finish(third)
     s.plan()
     assert fourth.status is Status.RUNNING and len(s.prefixes.entries) == 1 and s.prefixes.evictions == 1
 
 
 def run_prompt(s: Scheduler, text: list[int]) -> Request:
-    """Run a prompt for one token, its prefixes kept; returns it as it was when admitted."""
-    request = s.submit(len(text), 1, 0.0, prefix_keys(text, 32))
+    """Run a prompt for one token and cache its prefixes; `held` of the result is that at admission."""
+    request = submit(s, len(text), 1, keys=prefix_keys(text, 32))
     held = request.held
     while s.running:
         s.advance(s.plan())
         if s.prefix_due(request):
             s.keep_prefix(request, None, 5)
-        if request.made:
+        if request.generated:
             s.finish(request)
     request.held = held
     return request
@@ -351,17 +357,17 @@ def test_the_same_prompt_runs_its_last_token_again() -> None:
     assert [run_prompt(s, t).held for t in (text, text, [*text, 9], [*text[:63], 9])] == [0, 32, 64, 32]
 
 
-def test_what_a_request_begins_from_is_not_evicted_for_it() -> None:
+def test_the_entry_a_request_starts_from_is_not_evicted_for_it() -> None:
     s = Scheduler(capacity(pages=6, window_pages=8, prefix_interval=32, prefix_bytes=10**6, page_bytes=1))
     old, new = list(range(33)), list(range(50, 90))
     run_prompt(s, old)
     run_prompt(s, new)
-    request = s.submit(40, 48, 0.0, prefix_keys([*old[:32], *range(8)], 32))  # the oldest entry, and 4 more pages
+    request = submit(s, 40, 48, keys=prefix_keys([*old[:32], *range(8)], 32))  # the oldest entry, and 4 more pages
     assert (request.status, request.held, len(s.prefixes.entries)) == (Status.RUNNING, 32, 1)
     assert request.entry in s.prefixes.entries.values()
 
 
-def test_keys_name_everything_before_them() -> None:
+def test_keys_depend_on_all_tokens_before_them() -> None:
     a, b = prefix_keys([1, 2, 3, 4, 5], 2), prefix_keys([0, 2, 3, 4, 5], 2)
     assert len(a) == 2 and a[0] != b[0] and a[1] != b[1]
     assert prefix_keys([1, 2, 3, 4, 9], 2) == a and prefix_keys([1, 2, 3, 5], 2)[0] == a[0]
@@ -369,19 +375,19 @@ def test_keys_name_everything_before_them() -> None:
 
 def test_a_small_request_does_not_overtake_one_that_waits_for_memory() -> None:
     s = Scheduler(capacity(slots=3))
-    big, bigger, small = s.submit(70, 10, 0.0), s.submit(70, 10, 0.0), s.submit(1, 1, 0.0)
+    big, bigger, small = submit(s, 70, 10), submit(s, 70, 10), submit(s, 1, 1)
     assert [r.status for r in (big, bigger, small)] == [Status.RUNNING, Status.WAITING, Status.WAITING]
-    s.cancel(big)
+    s.finish(big)
     s.plan()
     assert [bigger.status, small.status] == [Status.RUNNING, Status.RUNNING]
 
 
 def test_a_full_queue_refuses_and_forgets() -> None:
     s = Scheduler(capacity(slots=1, max_waiting=1))
-    s.submit(1, 1, 0.0)
-    s.submit(1, 1, 0.0)
+    submit(s, 1, 1)
+    submit(s, 1, 1)
     with pytest.raises(QueueFull, match="1 requests are waiting"):
-        s.submit(1, 1, 0.0)
+        submit(s, 1, 1)
     assert len(s.waiting) == 1
 
 
@@ -391,7 +397,7 @@ def test_a_full_queue_refuses_and_forgets() -> None:
 )
 def test_what_can_never_run_is_refused(prompt: int, new: int, message: str) -> None:
     with pytest.raises(JetExportError, match=message):
-        Scheduler(capacity(pages=4)).submit(prompt, new, 0.0)
+        submit(Scheduler(capacity(pages=4)), prompt, new)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sessions: stopping, saving, loading, moving and forking change no bit of what comes after."""
+"""Sessions: stopping, saving, loading, moving and forking change no bit of the continuation."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ def same(a, b) -> bool:
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_a_restored_continuation_is_the_uninterrupted_one_to_the_bit(pair, tmp_path_factory, data) -> None:
-    """Cut anywhere in the prompt and in the completion; saved, and loaded by another LLM whose pools are used."""
+    """Cut anywhere in the prompt and the completion, saved, and loaded by another LLM whose pools have been used."""
     here, there = pair
     directory = tmp_path_factory.mktemp("sessions")
     length = data.draw(st.integers(1, 300), "prompt")
@@ -79,7 +79,7 @@ def test_a_restored_continuation_is_the_uninterrupted_one_to_the_bit(pair, tmp_p
     assert session.snapshot.held == length + new - 1
 
 
-def test_a_session_is_generate_without_one(pair) -> None:
+def test_a_session_equals_generate_without_one(pair) -> None:
     llm, _ = pair
     row = prompt(70)
     (plain,) = llm.generate([row], 9, return_logits=True)
@@ -91,7 +91,7 @@ def test_a_session_is_generate_without_one(pair) -> None:
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("held", [1, 47, PAGE, PAGE + 1, 3 * PAGE - 1])
 def test_another_slot_other_pages_and_another_ring_change_no_bit(device, kind: str, held: int) -> None:
-    """From pools in which each slot has its own pages, to a smaller ring on scattered pages full of numbers."""
+    """From pools with contiguous pages per slot to a smaller ring on scattered pages full of garbage."""
     engine = eager_engine(
         Limits(max_batch_size=2, max_seq_len=3 * PAGE + 60, prefill_chunk=200), device=device, **DTYPES[kind]
     )
@@ -116,7 +116,7 @@ def test_another_slot_other_pages_and_another_ring_change_no_bit(device, kind: s
         assert torch.equal(x.view(torch.uint8), outs[1][1][name].view(torch.uint8)), name
 
 
-def test_forks_go_their_own_ways(llm) -> None:
+def test_forks_are_independent(llm) -> None:
     row = prompt(60)
     root = llm.session(row)
     left, right = llm.fork(root), llm.fork(root)
@@ -129,8 +129,8 @@ def test_forks_go_their_own_ways(llm) -> None:
     assert both[0].token_ids == a.token_ids and len(right.tokens) == 61 + len(b.token_ids)
 
 
-def test_nothing_of_others_leaves_with_a_session(llm, tmp_path) -> None:
-    """Pages that others filled before: what is saved is the same."""
+def test_a_saved_session_contains_nothing_of_other_requests(llm, tmp_path) -> None:
+    """Saved from pages that others used before, the file is the same."""
     row = prompt(37)
     fresh, used = eager_llm(LIMITS, device=llm.engine.device), eager_llm(LIMITS, device=llm.engine.device)
     used.generate([prompt(380, i) for i in range(3)], 2)
@@ -142,7 +142,7 @@ def test_nothing_of_others_leaves_with_a_session(llm, tmp_path) -> None:
     assert sums[0] == sums[1]
 
 
-def test_an_empty_session_is_saved_too(llm, tmp_path) -> None:
+def test_an_empty_session_can_be_saved(llm, tmp_path) -> None:
     llm.save_session(llm.new_session(), tmp_path / "s")
     loaded = llm.load_session(tmp_path / "s")
     assert llm.generate([[5, 6]], 3, session=loaded)[0].token_ids == llm.generate([[5, 6]], 3)[0].token_ids
@@ -187,7 +187,7 @@ def test_damaged_files_are_refused(llm, saved, damage, message: str) -> None:
         llm.load_session(saved)
 
 
-def test_sessions_of_others_are_refused(llm, saved, tmp_path) -> None:
+def test_sessions_of_another_bundle_are_refused(llm, saved, tmp_path) -> None:
     other = eager_llm(LIMITS, seed=1)
     with pytest.raises(JetExportError, match="belongs to another bundle"):
         other.load_session(saved)
@@ -205,7 +205,7 @@ def test_sessions_of_others_are_refused(llm, saved, tmp_path) -> None:
         llm.load_session(tmp_path)
 
 
-def test_a_file_is_whole_or_not_there(llm, tmp_path, monkeypatch) -> None:
+def test_saving_is_atomic(llm, tmp_path, monkeypatch) -> None:
     session = llm.session(prompt(10))
     with pytest.raises(JetExportError, match="cannot be written"):
         llm.save_session(session, tmp_path / "no" / "s")
@@ -217,7 +217,7 @@ def test_a_file_is_whole_or_not_there(llm, tmp_path, monkeypatch) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["s"] and (tmp_path / "s").read_bytes() == before
 
 
-def test_what_does_not_fit_is_refused(llm) -> None:
+def test_continuations_that_do_not_fit_are_refused(llm) -> None:
     session = llm.session(prompt(390))
     with pytest.raises(JetExportError, match="a session of 390 tokens, 5 tokens and 6 new ones exceed"):
         llm.generate([prompt(5)], 6, session=session)
@@ -231,19 +231,19 @@ def test_what_does_not_fit_is_refused(llm) -> None:
 
 
 def test_async_sessions(llm, tmp_path) -> None:
-    """Two conversations at once over a running engine; one is saved, loaded and gone on with in an LLM."""
+    """Two conversations at once over a running engine; an LLM continues one of them from a file."""
     batching = BatchingEngine(llm.engine, llm.tokenizer, -1, Serving())
     served = AsyncLLM.over(batching, llm.fingerprint)
     served.start()
     rows = [prompt(50, 1), prompt(9, 2)]
 
     async def turn(prompts: list[list[int]], sessions: list[Session]) -> list[list[int]]:
-        made: list[list[int]] = [[] for _ in prompts]
+        generated: list[list[int]] = [[] for _ in prompts]
         async for i, output in served.stream(prompts, Params(4), sessions):
-            made[i].append(output.token)
+            generated[i].append(output.token)
             with pytest.raises(JetExportError, match="in use"):
                 await anext(served.stream([[1]], Params(1), [sessions[i]]))
-        return made
+        return generated
 
     sessions = [served.new_session(), served.new_session()]
     try:

@@ -1,4 +1,4 @@
-"""StopText: the text before the first stop string, and never a character of one that comes after it."""
+"""StopText: the text before the first stop string, and nothing after it."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ few = st.text("abé", max_size=12)
 
 
 @given(few, st.lists(st.text("abé", min_size=1, max_size=3), max_size=3))
-def test_text_ends_before_the_stop_string_that_ends_first(text: str, stop: list[str]) -> None:
+def test_text_ends_before_the_stop_string_that_completes_first(text: str, stop: list[str]) -> None:
     parts, stopped = run(text, tuple(stop))
     ends = [text.index(s) + len(s) for s in stop if s in text]
     if not ends:
@@ -44,12 +44,12 @@ def test_without_stop_strings_nothing_is_held_back(text: str) -> None:
     assert [p for p in parts if p] == list(text)
 
 
-def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+def test_only_the_possible_start_of_a_stop_string_is_held_back() -> None:
     parts, _ = run("a<b<e", ("<end>",))
     assert parts == ["a", "", "<b", "", "", "<e"]
 
 
-def test_bytes_that_are_no_character_do_not_hold_text_back_for_ever() -> None:
+def test_invalid_utf8_does_not_hold_text_back_for_ever() -> None:
     stream = TextStream(Utf8())
     out = [stream.push(0xFF) for _ in range(40)]
     assert "".join(out) + stream.flush() == "�" * 40

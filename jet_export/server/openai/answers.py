@@ -1,4 +1,4 @@
-"""Answers in the form of OpenAI's API: whole ones and the chunks of a stream, for completions and for chat."""
+"""Responses in OpenAI's format: whole ones and the chunks of a stream, for completions and for chat."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Answer(ABC):
     """Collects the outputs of one HTTP request, prompt by prompt."""
 
     prefix: str
-    whole: str  # "object" of a whole answer
-    part: str  # and of a chunk
+    whole: str  # the "object" field of a whole answer
+    part: str  # the "object" field of a chunk
 
     def __init__(self, model: str, tokenizer: Tokenizer | ByteTokenizer, prompts: list[list[int]]) -> None:
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
@@ -33,7 +33,7 @@ class Answer(ABC):
         """One choice of a chunk."""
 
     def opening(self) -> list[dict[str, Any]]:
-        """Choices that a stream begins with."""
+        """Choices sent at the start of a stream."""
         return []
 
     def add(self, index: int, output: Output) -> None:
@@ -54,8 +54,8 @@ class Answer(ABC):
 
     def usage(self) -> dict[str, int]:
         prompt = sum(len(p) for p in self.prompts)
-        made = sum(o.token is not None for outputs in self.outputs for o in outputs)
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+        generated = sum(o.token is not None for outputs in self.outputs for o in outputs)
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def token_text(self, token: int) -> str:
         return self.tokenizer.decode([token])
@@ -65,7 +65,7 @@ class Answer(ABC):
 
 
 class CompletionAnswer(Answer):
-    """`echo[i]`: what stands before the text of prompt i."""
+    """`echo[i]`: text that precedes the completion of prompt i."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
@@ -74,7 +74,7 @@ class CompletionAnswer(Answer):
     ) -> None:
         super().__init__(model, tokenizer, prompts)
         self.echo = echo
-        self.offsets = [0] * len(prompts)  # characters given out, a stream's
+        self.offsets = [0] * len(prompts)  # characters streamed so far
 
     def opening(self) -> list[dict[str, Any]]:
         return [_completion_choice(i, text, None, None) for i, text in enumerate(self.echo or [])]
@@ -90,7 +90,7 @@ class CompletionAnswer(Answer):
         return _completion_choice(index, output.text, logprobs, output.finish_reason)
 
     def _logprobs(self, outputs: list[Output], offset: int) -> dict[str, Any] | None:
-        """text_offset counts the characters of the tokens before, the prompt left out."""
+        """text_offset counts the characters of the preceding tokens, without the prompt."""
         scored = [(self.token_text(o.token), o.logprob) for o in outputs if o.token is not None and o.logprob]
         if not scored:
             return None
@@ -123,8 +123,8 @@ class ChatAnswer(Answer):
 
     def delta(self, index: int, output: Output) -> dict[str, Any]:
         delta = {"content": output.text} if output.text else {}
-        return {"index": index, "delta": delta, "logprobs": self._logprobs([output]),
-                "finish_reason": output.finish_reason}  # fmt: skip
+        logprobs = self._logprobs([output])
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": output.finish_reason}
 
     def _logprobs(self, outputs: list[Output]) -> dict[str, Any] | None:
         content = [

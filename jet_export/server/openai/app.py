@@ -1,7 +1,7 @@
 """The endpoints: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
 
-A client that goes away cancels what it asked for. Bad requests are answered 4xx with a reason, 429 where the queue is
-full, 503 where a request waited too long or the server shuts down.
+A client that disconnects cancels its requests. Bad requests are answered 4xx with a reason, 429 if the queue is full,
+503 if a request waited too long or the server shuts down.
 """
 
 from __future__ import annotations
@@ -22,30 +22,22 @@ from starlette.types import Receive, Scope, Send
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.scheduler import QueueFull
+from jet_export.server.fields import FAILURES, max_prompt_bytes
 from jet_export.server.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from jet_export.server.openai.chat import ChatTemplate
-from jet_export.server.openai.protocol import (
-    FAILURES,
-    ApiError,
-    ChatBody,
-    Common,
-    CompletionBody,
-    max_prompt_bytes,
-    parse,
-    refusal,
-)
+from jet_export.server.openai.protocol import ApiError, ChatBody, CommonBody, CompletionBody, parse, refusal
 from jet_export.utils.errors import JetExportError
 
 Outputs = AsyncGenerator[tuple[int, Output], None]
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
-    """Nobody is left to answer."""
+class ClientDisconnected(Exception):
+    """The client disconnected before its answer."""
 
 
 class Api:
-    """What the endpoints share: the engine, its model's name, its chat template and the limit of a body."""
+    """The generation endpoints, over one engine. `name`: what clients call the model."""
 
     def __init__(self, llm: AsyncLLM, name: str, template: ChatTemplate | None, max_body_bytes: int | None) -> None:
         self.llm, self.name, self.template = llm, name, template
@@ -58,9 +50,9 @@ class Api:
         if body.echo and body.logprobs is not None:
             raise ApiError(400, "echo and logprobs together are not supported.")
         asked = body.prompts
-        most = self.capacity.slots + self.capacity.max_waiting
-        if not 1 <= len(asked) <= most:
-            raise ApiError(400, f"prompt: {len(asked)} prompts; between 1 and {most} are taken at once.")
+        limit = self.capacity.slots + self.capacity.max_waiting
+        if not 1 <= len(asked) <= limit:
+            raise ApiError(400, f"prompt: {len(asked)} prompts; between 1 and {limit} are accepted.")
         prompts = await asyncio.to_thread(lambda: [self._ids(p) for p in asked])
         params = body.params(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
         decode = self.llm.batching.tokenizer.decode
@@ -85,7 +77,7 @@ class Api:
         return await self._answer(request, body, answer, params)
 
     async def _read(self, request: Request) -> bytes:
-        """The body, no more of it than allowed."""
+        """The body. Raises ApiError if it is longer than allowed or not JSON by its type."""
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Content-Type must be application/json.")
@@ -105,13 +97,13 @@ class Api:
             return self.llm.batching.tokenizer.encode(prompt, special_tokens)
         return prompt
 
-    async def _answer(self, request: Request, body: Common, answer: Answer, params: Params) -> Response:
+    async def _answer(self, request: Request, body: CommonBody, answer: Answer, params: Params) -> Response:
         outputs = self.llm.stream(answer.prompts, params)
         if not body.stream:
-            await until_gone(request, collect(outputs, answer))
+            await until_disconnect(request, collect(outputs, answer))
             return JSONResponse(answer.result())
-        try:  # what is refused, or waits in vain, still gets its own status
-            first = await until_gone(request, anext(outputs))
+        try:  # before the stream begins, a failure still gets its own status
+            first = await until_disconnect(request, anext(outputs))
             raise_failure(first[1])
         except BaseException:
             await outputs.aclose()
@@ -130,22 +122,23 @@ async def collect(outputs: Outputs, answer: Answer) -> None:
 
 def raise_failure(output: Output) -> None:
     if output.finish_reason in FAILURES:
-        raise ApiError(*FAILURES[output.finish_reason])
+        failure = FAILURES[output.finish_reason]
+        raise ApiError(failure.status, failure.message, failure.code)
 
 
-async def until_gone(request: Request, work: Awaitable[T]) -> T:
-    """`work`'s result; cancels it and raises ClientGone where the client disconnects first."""
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`; cancels it and raises ClientDisconnected if the client disconnects first."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    disconnected = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientDisconnected
         return task.result()
     finally:
-        for t in (task, gone):
+        for t in (task, disconnected):
             t.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:
@@ -154,7 +147,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def events(first: tuple[int, Output], outputs: Outputs, answer: Answer, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: a chunk each output, then [DONE]. A failure on the way is an event too, and the last."""
+    """Server-sent events: a chunk per output, then [DONE]. A failure is the last event of its stream."""
     for choice in answer.opening():
         yield event(answer.chunk(choice))
     try:
@@ -182,7 +175,7 @@ def event(value: dict[str, Any]) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Closes `outputs`, and so cancels its requests, however the response ends."""
+    """Closes `outputs` however the response ends, which cancels its requests."""
 
     def __init__(self, content: AsyncIterator[str], outputs: Outputs) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -198,7 +191,7 @@ class EventStream(StreamingResponse):
 def create_app(
     llm: AsyncLLM, name: str, template: ChatTemplate | None = None, max_body_bytes: int | None = None
 ) -> FastAPI:
-    """The application over an engine that it starts and stops. `name`: what clients call the model."""
+    """The application; it starts and stops the engine. `name`: what clients call the model."""
     api = Api(llm, name, template, max_body_bytes)
     created = int(time.time())
 
@@ -251,12 +244,12 @@ def create_app(
         return JSONResponse(ApiError(e.status_code, str(e.detail)).body(), e.status_code, headers=e.headers)
 
     @app.exception_handler(Exception)
-    async def on_bug(request: Request, e: Exception) -> Response:  # uvicorn logs it
+    async def on_unexpected_error(request: Request, e: Exception) -> Response:  # uvicorn logs it
         return JSONResponse(ApiError(500, "The server failed on this request.").body(), 500)
 
     @app.exception_handler(ClientDisconnect)
-    @app.exception_handler(ClientGone)
+    @app.exception_handler(ClientDisconnected)
     async def on_client_gone(request: Request, e: Exception) -> Response:
-        return Response(status_code=499)  # sent to nobody
+        return Response(status_code=499)  # never sent
 
     return app

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: messages to the text of a prompt."""
+"""A tokenizer's chat template, which turns messages into the text of a prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ChatTemplate:
             raise JetExportError(f"The tokenizer's chat template is no template ({e}).") from None
 
     def __call__(self, messages: list[dict[str, str]]) -> str:
-        """Raises JetExportError where the template refuses the messages."""
+        """Raises JetExportError if the template refuses the messages."""
         from jinja2 import TemplateError
 
         try:
@@ -41,7 +41,7 @@ def _raise(message: str) -> None:
 
 
 def load_chat_template(directory: str | Path) -> ChatTemplate | None:
-    """The template of a bundle's tokenizer, None where it has none."""
+    """The chat template of a bundle's tokenizer, or None."""
     path = Path(directory) / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     source = config.get("chat_template")

@@ -1,6 +1,6 @@
-"""Bodies of requests, as OpenAI's API has them, and what they ask of the engine.
+"""Request bodies of OpenAI's API, and the engine parameters they map to.
 
-Fields that the engine could not honour are refused, not ignored. Beside OpenAI's: top_k, repetition_penalty,
+Fields that the engine cannot honour are refused, not ignored. Beyond OpenAI's fields: top_k, repetition_penalty,
 stop_token_ids, ignore_eos.
 """
 
@@ -10,40 +10,18 @@ import json
 import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
+from jet_export.server.fields import One, Text, Zero, first_error
 from jet_export.utils.errors import JetExportError
 
-
-def _is_text(value: str) -> str:
-    """JSON's escapes can spell half of a character, which no tokenizer takes."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no text") from None
-    return value
-
-
-Text = Annotated[str, AfterValidator(_is_text)]
-Zero = Annotated[float, Field(ge=0, le=0)]
-One = Annotated[int, Field(ge=1, le=1)]
 Ids = list[int]
-FAILURES = {  # finish reasons that are no answer: status, message, code
-    "timeout": (503, "The request waited too long in the queue. Try again later.", "queue_timeout"),
-    "cancelled": (503, "The server is shutting down.", "shutting_down"),
-    "error": (500, "The engine failed on this request.", "engine_error"),
-}
-
-
-def max_prompt_bytes(max_seq_len: int) -> int:
-    """A token takes a few characters; the longest prompt fits several times over, as text or as JSON numbers."""
-    return (1 << 20) + 32 * max_seq_len
 
 
 class ApiError(Exception):
-    """Answered as OpenAI's API does: {"error": {"message", "type", "code"}}."""
+    """Answered in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -58,7 +36,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Common(BaseModel):
+class CommonBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Text
@@ -76,12 +54,12 @@ class Common(BaseModel):
     n: One | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
-    user: str | None = None  # noted by nobody, as metadata and store
+    user: str | None = None  # accepted and ignored, like metadata and store
     metadata: dict[str, Any] | None = None
     store: bool | None = None
 
     def params(self, max_new_tokens: int, logprobs: int | None) -> Params:
-        """Raises JetExportError. Without a seed, one is drawn."""
+        """Raises JetExportError. The seed is random unless given."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         sampling = Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -90,16 +68,21 @@ class Common(BaseModel):
             seed=secrets.randbits(63) if self.seed is None else self.seed,
         )
         return Params(
-            max_new_tokens, sampling, self.repetition_penalty, stop, tuple(self.stop_token_ids), self.ignore_eos,
-            logprobs,
-        )  # fmt: skip
+            max_new_tokens,
+            sampling,
+            repetition_penalty=self.repetition_penalty,
+            stop=stop,
+            stop_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
 
     @property
     def usage_in_stream(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionBody(Common):
+class CompletionBody(CommonBody):
     prompt: Text | Ids | list[Text] | list[Ids]
     echo: bool | None = None
     logprobs: int | None = None
@@ -107,7 +90,7 @@ class CompletionBody(Common):
 
     @property
     def prompts(self) -> list[str] | list[Ids]:
-        """One or several, each text or token ids."""
+        """The prompts, each text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -137,7 +120,7 @@ class ResponseFormat(BaseModel):
     type: Literal["text"]
 
 
-class ChatBody(Common):
+class ChatBody(CommonBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -145,18 +128,18 @@ class ChatBody(Common):
     response_format: ResponseFormat | None = None
 
 
-Body = TypeVar("Body", bound=Common)
+Body = TypeVar("Body", bound=CommonBody)
 
 
 def parse(kind: type[Body], raw: bytes) -> Body:
-    """Raises ApiError 400 saying which field is wrong and how."""
+    """Raises ApiError 400 that says which field is wrong and how."""
     try:
         values = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except UnicodeDecodeError as e:
         raise ApiError(400, f"The body is not UTF-8 (byte {e.start}).") from None
     except (ValueError, RecursionError) as e:
         raise ApiError(400, f"The body is not JSON ({str(e)[:200]}).") from None
-    if isinstance(values, dict):  # null asks for nothing, also where the field is not supported
+    if isinstance(values, dict):  # null is as good as absent, even for a field that is not supported
         values = {k: v for k, v in values.items() if v is not None}
     try:
         return kind.model_validate(values)
@@ -166,14 +149,6 @@ def parse(kind: type[Body], raw: bytes) -> Body:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON number")
-
-
-def first_error(e: ValidationError) -> str:
-    error = e.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(x) for x in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{where[:100]} is not supported."
-    return f"{where[:100]}: {error['msg']}."
 
 
 def refusal(e: JetExportError) -> ApiError:

@@ -1,4 +1,4 @@
-"""`jet-export serve`: a bundle behind the endpoints, until SIGTERM or SIGINT."""
+"""`jet-export serve --openai`: serve a bundle over HTTP until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jet_export.utils.errors import JetExportError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-GRACE = 10  # seconds that running requests have to end in, after SIGTERM
+GRACE = 10  # seconds that running requests have to finish after SIGTERM
 
 
 def serve(bundle: Path, host: str, port: int, serving: Serving, log: Callable[[str], None]) -> None:
-    """Load the bundle and answer until told to stop. Raises JetExportError where the extra [serve] is missing."""
+    """Load the bundle and serve it until told to stop. Raises JetExportError if the extra [serve] is not installed."""
     try:
         import uvicorn  # noqa: F401
 
@@ -60,9 +60,9 @@ def url(listener: socket.socket) -> str:
 
 
 def run(app: FastAPI, listener: socket.socket, close: Callable[[], None], grace: float = GRACE) -> None:
-    """Answer until SIGTERM or SIGINT; then finish what runs, `close` after `grace` seconds if need be, and return.
+    """Serve until SIGTERM or SIGINT, then let running requests finish.
 
-    `close` ends every request, each with an answer that says so.
+    After `grace` seconds `close` ends those that still run; each is answered with the reason.
     """
     import uvicorn
 
@@ -77,9 +77,9 @@ def run(app: FastAPI, listener: socket.socket, close: Callable[[], None], grace:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(grace) + 5,  # for clients that do not read their answers
+        timeout_graceful_shutdown=int(grace) + 5,  # covers clients that do not read their answers
     )
-    # uvicorn raises the signal again once it has shut down, for the handler that was there before.
+    # Once it has shut down, uvicorn raises the signal again for the previous handler.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         Server(config).run(sockets=[listener])

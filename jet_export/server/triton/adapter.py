@@ -1,16 +1,17 @@
-"""jet-export behind Triton's Python backend. The work is in jet_export.server.triton; this file only adapts it.
+"""Adapts jet_export.server.triton.model to Triton's Python backend.
 
 Copied into a model repository as 1/model.py by `jet-export serve BUNDLE --triton-repo DIR`.
 """
 
 import logging
 import sys
+from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         try:
             from jet_export.server.triton.model import TritonModel
@@ -27,9 +28,9 @@ class TritonPythonModel:
         except JetExportError as e:
             raise pb_utils.TritonModelException(str(e)) from None
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> None:
         self.model.execute(requests)
 
-    def finalize(self):
+    def finalize(self) -> None:
         if hasattr(self, "model"):
             self.model.finalize()

@@ -1,8 +1,8 @@
-"""The model that Triton Inference Server's Python backend runs: our in-flight batching behind its requests.
+"""The model that Triton Inference Server's Python backend runs: a BatchingEngine behind Triton's requests.
 
-Three threads: the backend calls `execute`, which queues requests; the engine's own makes tokens; a third sends them,
-since sending waits for the server. It joins what one request gets while others are being answered into one response. It
-also asks for cancellations, which Triton does not announce, and copies the engine's metrics to the server's.
+Three threads: the backend calls `execute`, which queues requests; the engine's thread generates tokens; a third thread
+sends responses, since sending blocks on the server. A request's tokens that arrive while it sends others go into one
+response. This thread also polls for cancellations, which Triton does not announce, and updates the server's metrics.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Logprob, Output
 from jet_export.runtime.scheduler import QueueFull
-from jet_export.runtime.sequence import Sequence
-from jet_export.server.openai.protocol import FAILURES, max_prompt_bytes
+from jet_export.runtime.sequence import RunningSequence
+from jet_export.server.fields import FAILURES, max_prompt_bytes
 from jet_export.server.triton.metrics import TritonMetrics
-from jet_export.server.triton.request import Asked, ask
+from jet_export.server.triton.request import RequestFields, parse_request
 from jet_export.server.triton.tensors import CONTROL, INPUTS, OUTPUTS
 from jet_export.utils.errors import JetExportError
 
 log = logging.getLogger(__name__)
-CANCELLATIONS = 0.05  # seconds between looks for them
-METRICS = 1.0
+POLL_INTERVAL = 0.05  # seconds between polls for cancellations and for the shutdown
+METRICS_INTERVAL = 1.0  # seconds between updates of the metrics
 NUMPY = {"STRING": np.object_, "INT32": np.int32, "UINT32": np.uint32, "FP32": np.float32}
 KINDS = {t.name: NUMPY[t.kind] for t in OUTPUTS}
 
 
 class Reply:
-    """A request being answered. Outputs gather in `pending` until the sending thread takes them."""
+    """A request being answered. Outputs collect in `pending` until the sending thread takes them."""
 
-    def __init__(self, request: Any, sender: Any, asked: Asked, prompt: list[int]) -> None:
+    def __init__(self, request: Any, sender: Any, fields: RequestFields, prompt: list[int]) -> None:
         self.sender = sender
-        self.asked, self.prompt, self.with_prompt = asked, prompt, asked.with_prompt
-        self.wanted = set(request.requested_output_names()) - asked.unwanted()
+        self.fields, self.prompt, self.with_prompt = fields, prompt, fields.with_prompt
+        self.outputs = set(request.requested_output_names()) - fields.disabled_outputs()
         self.pending: list[Output] = []
-        self.made, self.logprob = 0, 0.0
+        self.num_tokens, self.cumulative_logprob = 0, 0.0
         self.cancelled = False
-        self.sequence: Sequence | None = None
+        self.sequence: RunningSequence | None = None
 
 
 class TritonModel:
-    """`pb_utils`: the backend's module, found inside its process alone. Raises JetExportError as AsyncLLM does."""
+    """`pb_utils`: the backend's module, importable in its process only. Raises JetExportError as AsyncLLM does."""
 
     def __init__(self, pb_utils: Any, args: dict[str, str]) -> None:
         self.pb = pb_utils
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         use_device(args, config)
-        bundle = Path(args["model_repository"]) / parameters["bundle"]  # an absolute path stays as it is
-        self.batching: BatchingEngine = AsyncLLM(bundle, serving_of(parameters)).batching
+        bundle = Path(args["model_repository"]) / parameters["bundle"]  # an absolute path overrides the first part
+        self.batching: BatchingEngine = AsyncLLM(bundle, serving_options(parameters)).batching
         self.max_bytes = max_prompt_bytes(self.batching.scheduler.capacity.max_seq_len)
         self.lock = threading.Lock()
         self.open: set[Reply] = set()
@@ -73,12 +73,12 @@ class TritonModel:
         self.instance = args["model_instance_name"]
         self._report_idle(False)
         self.batching.start()
-        self.sending = threading.Thread(target=self._send_loop, name="jet-replies", daemon=True)
-        self.sending.start()
+        self.sender = threading.Thread(target=self._send_loop, name="jet-replies", daemon=True)
+        self.sender.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = request.get_response_sender()  # one a request, whatever becomes of it
+            sender = request.get_response_sender()  # exactly one per request
             try:
                 self._begin(request, sender)
             except QueueFull as e:
@@ -90,43 +90,43 @@ class TritonModel:
                 self._refuse(sender, "INTERNAL", "The server failed on this request.")
 
     def finalize(self) -> None:
-        """Cancel what is left, answer it, and end the threads."""
+        """Cancel and answer the remaining requests, and end the threads."""
         self.batching.stop()
         self.ready.put(None)
-        self.sending.join()
+        self.sender.join()
         self.metrics.close()
         self._report_idle(True)
 
     def _begin(self, request: Any, sender: Any) -> None:
-        asked = ask(self._tensors(request), request.parameters())
-        params, text = asked.params, asked.text_input
-        prompt = self.batching.tokenizer.encode(text) if text is not None else asked.input_ids or []
-        reply = Reply(request, sender, asked, prompt)
+        fields = parse_request(self._tensors(request), request.parameters())
+        params, text = fields.params, fields.text_input
+        prompt = self.batching.tokenizer.encode(text) if text is not None else fields.input_ids or []
+        reply = Reply(request, sender, fields, prompt)
         with self.lock:
             self.open.add(reply)
         try:
-            reply.sequence = self.batching.submit(prompt, params, lambda output: self._tell(reply, output))
+            reply.sequence = self.batching.submit(prompt, params, lambda output: self._on_output(reply, output))
         except BaseException:
             with self.lock:
                 self.open.discard(reply)
             raise
 
     def _tensors(self, request: Any) -> dict[str, Any]:
-        """The input tensors as Python values. Raises JetExportError for text that is not UTF-8 or far too long."""
+        """The input tensors as Python values. Raises JetExportError for text that is not UTF-8 or too long."""
         values: dict[str, Any] = {}
         for spec in INPUTS:
             tensor = self.pb.get_input_tensor_by_name(request, spec.name)
             if tensor is None:
                 continue
-            items = [self._plain(spec.name, x) for x in tensor.as_numpy().reshape(-1)]
+            items = [self._to_python(spec.name, x) for x in tensor.as_numpy().reshape(-1)]
             if spec.dim == 1 and len(items) != 1:
                 raise JetExportError(f"{spec.name}: {len(items)} values, where it takes one.")
             values[spec.name] = items[0] if spec.dim == 1 else items
         return values
 
-    def _plain(self, name: str, x: Any) -> Any:
+    def _to_python(self, name: str, x: Any) -> Any:
         if isinstance(x, np.floating):
-            return float(str(x))  # 0.7 in 32 bits is 0.7, not 0.699999988
+            return float(str(x))  # 0.7 in FP32 becomes 0.7, not 0.699999988
         if isinstance(x, np.generic):
             return x.item()
         if len(x) > self.max_bytes:
@@ -141,35 +141,37 @@ class TritonModel:
         final = self.pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         sender.send(self.pb.InferenceResponse(error=error), flags=final)
 
-    def _tell(self, reply: Reply, output: Output) -> None:
-        """Called by the engine's thread, or by whoever cancels."""
+    def _on_output(self, reply: Reply, output: Output) -> None:
+        """Called by the engine's thread, or by the thread that cancels."""
         with self.lock:
-            waking = (reply.asked.stream and not reply.pending) or output.finish_reason is not None
+            wake = (reply.fields.stream and not reply.pending) or output.finish_reason is not None
             reply.pending.append(output)
-        if waking:
+        if wake:
             self.ready.put(reply)
 
     def _send_loop(self) -> None:
-        look = time.monotonic()
-        show = look
+        next_poll = next_metrics = time.monotonic()
         while True:
             now = time.monotonic()
-            if now >= look:
-                self._quietly(self._look_for_cancellations)
-                self._quietly(self._look_for_the_end)
-                look = time.monotonic() + CANCELLATIONS
-            if now >= show:
-                self._quietly(lambda: self.metrics.show(self.batching.render_metrics()))
-                show = now + METRICS
+            if now >= next_poll:
+                self._log_errors(self._poll_cancellations)
+                self._log_errors(self._poll_shutdown)
+                next_poll = time.monotonic() + POLL_INTERVAL
+            if now >= next_metrics:
+                self._log_errors(self._update_metrics)
+                next_metrics = now + METRICS_INTERVAL
             try:
-                reply = self.ready.get(timeout=max(look - time.monotonic(), 0.0))
+                reply = self.ready.get(timeout=max(next_poll - time.monotonic(), 0.0))
             except queue.Empty:
                 continue
             if reply is None:
                 return
             self._send(reply)
 
-    def _look_for_cancellations(self) -> None:
+    def _update_metrics(self) -> None:
+        self.metrics.update(self.batching.render_metrics())
+
+    def _poll_cancellations(self) -> None:
         with self.lock:
             replies = [r for r in self.open if not r.cancelled and r.sequence is not None]
         for reply in replies:
@@ -177,7 +179,7 @@ class TritonModel:
                 reply.cancelled = True
                 self.batching.cancel(reply.sequence)  # type: ignore[arg-type]
 
-    def _look_for_the_end(self) -> None:
+    def _poll_shutdown(self) -> None:
         if self.control is None or not (self.control / "draining").exists():
             return
         if (self.control / "stop").exists():
@@ -193,17 +195,17 @@ class TritonModel:
         (self.control / f"{self.instance}.{now}").write_text(str(os.getpid()))
         (self.control / f"{self.instance}.{before}").unlink(missing_ok=True)
 
-    def _quietly(self, chore: Callable[[], None]) -> None:
-        """Answers go on where `chore` fails."""
+    def _log_errors(self, task: Callable[[], None]) -> None:
+        """Responses go on if `task` fails."""
         try:
-            chore()
+            task()
         except Exception:
-            log.exception("not done")
+            log.exception("a background task of the model failed")
 
     def _send(self, reply: Reply) -> None:
         with self.lock:
             outputs, reply.pending = reply.pending, []
-        if not outputs:  # sent together with those before
+        if not outputs:  # sent with earlier ones
             return
         reason = outputs[-1].finish_reason
         if reason:
@@ -225,40 +227,40 @@ class TritonModel:
         tensors = [
             self.pb.Tensor(name, np.array(value if isinstance(value, list) else [value], KINDS[name]))
             for name, value in values.items()
-            if name in reply.wanted
+            if name in reply.outputs
         ]
         reply.sender.send(self.pb.InferenceResponse(tensors), flags=flags)
 
     def _failure(self, reply: Reply, reason: str) -> Any:
-        status, message, _ = FAILURES[reason]
-        code = "UNAVAILABLE" if status == 503 else "INTERNAL"
+        failure = FAILURES[reason]
+        code, message = "UNAVAILABLE" if failure.status == 503 else "INTERNAL", failure.message
         if reply.cancelled:
             code, message = "CANCELLED", "The request was cancelled."
         return self.pb.TritonError(message, getattr(self.pb.TritonError, code))
 
     def _values(self, reply: Reply, outputs: list[Output], reason: str | None) -> dict[str, Any]:
-        """Output tensors by name: lists, or one value."""
+        """Values of the output tensors by name: a list, or one value."""
         before = self._prompt_text(reply) if reply.with_prompt else ""
         reply.with_prompt = False
         tokens = [o.token for o in outputs if o.token is not None]
-        reply.made += len(tokens)
+        reply.num_tokens += len(tokens)
         values: dict[str, Any] = {"text_output": before + "".join(o.text for o in outputs), "output_ids": tokens}
         scored = [(o.token, o.logprob) for o in outputs if o.token is not None and o.logprob]
-        if reply.asked.params.logprobs is not None:
+        if reply.fields.params.logprobs is not None:
             values["output_log_probs"] = [p.chosen for _, p in scored]
-            reply.logprob += sum(values["output_log_probs"])
-            values["cum_log_probs"] = values["cumulative_logprob"] = reply.logprob
+            reply.cumulative_logprob += sum(values["output_log_probs"])
+            values["cum_log_probs"] = values["cumulative_logprob"] = reply.cumulative_logprob
             values["logprobs"] = json.dumps([self._scored(token, p) for token, p in scored])
         if reason:
             values |= {
                 "finish_reason": reason,
                 "num_input_tokens": len(reply.prompt),
-                "num_output_tokens": reply.made,
+                "num_output_tokens": reply.num_tokens,
             }
         return values
 
     def _prompt_text(self, reply: Reply) -> str:
-        text = reply.asked.text_input
+        text = reply.fields.text_input
         return self.batching.tokenizer.decode(reply.prompt) if text is None else text
 
     def _scored(self, token: int, logprob: Logprob) -> dict[int, dict[str, Any]]:
@@ -268,8 +270,8 @@ class TritonModel:
         return {t: {"logprob": v, "rank": r, "decoded_token": decode([t])} for t, (v, r) in ranks.items()}
 
 
-def serving_of(parameters: dict[str, str]) -> Serving:
-    """Options of config.pbtxt by the names of Serving's fields; the others have its defaults."""
+def serving_options(parameters: dict[str, str]) -> Serving:
+    """The parameters of config.pbtxt that are named after Serving's fields; the other fields have their defaults."""
     names = [f.name for f in dataclasses.fields(Serving)]
     try:
         return Serving(**{name: json.loads(parameters[name]) for name in names if name in parameters})
@@ -278,7 +280,7 @@ def serving_of(parameters: dict[str, str]) -> Serving:
 
 
 def use_device(args: dict[str, str], config: dict[str, Any]) -> None:
-    """One GPU an instance, the one that Triton gave it; on a CPU each instance has its share of the cores."""
+    """Use the one GPU that Triton gave this instance; on a CPU, this instance's share of the cores."""
     if args["model_instance_kind"] == "GPU":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         listed = [d for d in visible.split(",") if d]

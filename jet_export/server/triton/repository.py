@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from jet_export.bundle.manifest import Manifest
@@ -20,15 +20,16 @@ HEADER = "# Written by jet-export serve."
 
 @dataclass(frozen=True)
 class Repository:
-    """What goes into a repository. `gpus`: indices as Triton counts them; `instances` run on each, or on the CPU."""
+    """The contents of a repository. `gpus`: indices as Triton counts them; `instances` run on each, or on the CPU."""
 
     bundle: Path
+    _: KW_ONLY
     serving: Serving = field(default_factory=Serving)
     instances: int = 1
     gpus: tuple[int, ...] = (0,)
 
     def files(self) -> tuple[str, dict[str, str]]:
-        """(model's name, path -> text). Raises JetExportError where the bundle is none."""
+        """(model name, path -> text). Raises JetExportError for bad options, or if `bundle` is not a bundle."""
         if self.instances < 1:
             raise JetExportError(f"--instances {self.instances}: at least 1.")
         if not self.gpus or len(set(self.gpus)) < len(self.gpus) or min(self.gpus) < 0:
@@ -52,18 +53,23 @@ def gpu_indices(text: str) -> tuple[int, ...]:
 
 def config_pbtxt(name: str, parameters: dict[str, str], instances: int, gpus: tuple[int, ...] | None) -> str:
     group = "kind: KIND_CPU" if gpus is None else f"kind: KIND_GPU gpus: [ {', '.join(map(str, gpus))} ]"
-    return "\n".join([
-        HEADER,
-        f"name: {_quoted(name)}",
-        'backend: "python"',
-        "max_batch_size: 0  # the engine batches requests itself, at every step",
-        "model_transaction_policy { decoupled: true }",
-        f"instance_group [ {{ count: {instances} {group} }} ]",
-        *(f"parameters {{ key: {_quoted(k)} value {{ string_value: {_quoted(v)} }} }}" for k, v in parameters.items()),
-        *(f"input {{ {_tensor(t)} optional: true }}" for t in INPUTS),
-        *(f"output {{ {_tensor(t)} }}" for t in OUTPUTS),
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            HEADER,
+            f"name: {_quoted(name)}",
+            'backend: "python"',
+            "max_batch_size: 0  # the engine batches requests itself, at every step",
+            "model_transaction_policy { decoupled: true }",
+            f"instance_group [ {{ count: {instances} {group} }} ]",
+            *(
+                f"parameters {{ key: {_quoted(k)} value {{ string_value: {_quoted(v)} }} }}"
+                for k, v in parameters.items()
+            ),
+            *(f"input {{ {_tensor(t)} optional: true }}" for t in INPUTS),
+            *(f"output {{ {_tensor(t)} }}" for t in OUTPUTS),
+            "",
+        ]
+    )
 
 
 def _tensor(t: TensorSpec) -> str:
@@ -77,11 +83,10 @@ def _quoted(text: str) -> str:
 def write_repository(
     directory: Path, repository: Repository, force: bool = False, log: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """Put the model into the repository `directory`, made where it is missing; other models there are left alone.
+    """Write the model into the repository `directory`, created if missing; other models in it are left alone.
 
-    Returns the model's directory. Everything happens in a temporary directory beside,
-    which is renamed at the end. Raises JetExportError where the place holds something else, or this model with other
-    settings and not `force`.
+    Returns the model's directory. It is written to a temporary directory, which is renamed at the end. Raises
+    JetExportError if `directory` holds something else, or, without `force`, this model with other settings.
     """
     name, files = repository.files()
     _check_repository(directory)
@@ -108,8 +113,8 @@ def write_repository(
         shutil.rmtree(old, ignore_errors=True)
     for path in files:
         log(f"wrote {model / path}")
-    turns = " --rate-limit=execution_count" if repository.instances * len(repository.gpus) > 1 else ""
-    log(f"Next: tritonserver --model-repository={directory}{turns}")
+    rate_limit = " --rate-limit=execution_count" if repository.instances * len(repository.gpus) > 1 else ""
+    log(f"Next: tritonserver --model-repository={directory}{rate_limit}")
     return model
 
 
@@ -127,7 +132,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _same(model: Path, files: dict[str, str], force: bool) -> bool:
-    """Whether `model` holds `files`. Raises JetExportError where it is not ours, or differs without `force`."""
+    """Whether `model` holds `files`. Raises JetExportError if it is not ours, or differs and `force` is not given."""
     config = model / "config.pbtxt"
     if not config.is_file() or not config.read_text(encoding="utf-8", errors="replace").startswith(HEADER):
         raise JetExportError(f"{model}: a model that jet-export did not write.", "Choose another --triton-repo.")

@@ -1,7 +1,7 @@
-"""What a request to the Triton model asks for.
+"""The fields of a request to the Triton model.
 
-A value may stand in a tensor, in `sampling_parameters` (JSON, as vLLM's backend has it) or in the request's parameters;
-the tensor wins. What the engine could not honour is refused, not ignored.
+A value comes from a tensor, from `sampling_parameters` (JSON, as in vLLM's backend) or from the request's parameters,
+in this order of precedence. Values that the engine cannot honour are refused, not ignored.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
-from jet_export.server.openai.protocol import One, Text, Zero, first_error
+from jet_export.server.fields import One, Text, Zero, first_error
 from jet_export.utils.errors import JetExportError
 
-RESERVED = "triton_"  # parameters of Triton's own, as gRPC clients send them
+RESERVED = "triton_"  # prefix of Triton's own parameters, which gRPC clients send
 
 
 def _strings(value: Any) -> Any:
-    """One or several; an empty one, which TensorRT-LLM's clients send, is none."""
+    """One string or several; TensorRT-LLM's clients send an empty string for none."""
     return [s for s in ([value] if isinstance(value, str) else value) if s != ""]
 
 
-class Asked(BaseModel):
-    """A request's values. Those of the last group are taken only where they ask for nothing."""
+class RequestFields(BaseModel):
+    """The fields of a request. Those of the last group are accepted only with their neutral values."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,26 +60,31 @@ class Asked(BaseModel):
     frequency_penalty: Zero = 0.0
     min_tokens: Annotated[int, Field(ge=0, le=1)] = 0
     min_length: Annotated[int, Field(ge=0, le=1)] = 0
-    length_penalty: float = 1.0  # of beams
-    pad_id: int = 0  # nothing is padded
+    length_penalty: float = 1.0  # of beam search
+    pad_id: int = 0  # unused: nothing is padded
     bad_words: Literal[""] = ""
 
     @property
     def params(self) -> Params:
-        """Raises JetExportError."""
+        """Raises JetExportError for values out of range. The seed is random unless given."""
         sampled = self.top_k is not None or self.top_p is not None
         seed = secrets.randbits(63) if self.seed is None else self.seed
         sampling = Sampling(
             temperature=float(sampled) if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p,
-            seed=seed - 2**64 if 2**63 <= seed < 2**64 else seed,  # Params' is signed
+            seed=seed - 2**64 if 2**63 <= seed < 2**64 else seed,  # Params takes a signed seed
         )
         stop_ids = (*self.stop_token_ids, *(() if self.end_id is None else (self.end_id,)))
         return Params(
-            self.max_tokens, sampling, self.repetition_penalty, tuple(self.stop_words), stop_ids, self.ignore_eos,
-            self._logprobs(),
-        )  # fmt: skip
+            self.max_tokens,
+            sampling,
+            repetition_penalty=self.repetition_penalty,
+            stop=tuple(self.stop_words),
+            stop_ids=stop_ids,
+            ignore_eos=self.ignore_eos,
+            logprobs=self._logprobs(),
+        )
 
     def _logprobs(self) -> int | None:
         if self.logprobs is not None:
@@ -92,8 +97,8 @@ class Asked(BaseModel):
         exclude = self.stream if self.exclude_input_in_output is None else self.exclude_input_in_output
         return not exclude
 
-    def unwanted(self) -> set[str]:
-        """Outputs to leave out."""
+    def disabled_outputs(self) -> set[str]:
+        """Outputs that the request turns off."""
         flags = ("finish_reason", "num_input_tokens", "num_output_tokens")
         return {name for name in flags if not getattr(self, f"return_{name}")}
 
@@ -101,22 +106,22 @@ class Asked(BaseModel):
 ALIASES = {"stop": "stop_words", "random_seed": "seed"}
 
 
-def ask(tensors: dict[str, Any], parameters: str = "") -> Asked:
-    """`tensors`: Python values by name; `parameters`: JSON. Raises JetExportError naming what is wrong."""
-    values = {k: v for k, v in _object(parameters, "parameters").items() if not k.startswith(RESERVED)}
-    values |= _object(tensors.get("sampling_parameters", ""), "sampling_parameters")
+def parse_request(tensors: dict[str, Any], parameters: str = "") -> RequestFields:
+    """`tensors`: Python values by name; `parameters`: JSON. Raises JetExportError that names the bad field."""
+    values = {k: v for k, v in _json_object(parameters, "parameters").items() if not k.startswith(RESERVED)}
+    values |= _json_object(tensors.get("sampling_parameters", ""), "sampling_parameters")
     values |= {k: v for k, v in tensors.items() if k != "sampling_parameters"}
     values = {ALIASES.get(k, k): v for k, v in values.items() if v is not None}
     try:
-        asked = Asked.model_validate(values)
+        fields = RequestFields.model_validate(values)
     except ValidationError as e:
         raise JetExportError(first_error(e)) from None
-    if (asked.text_input is None) == (asked.input_ids is None):
+    if (fields.text_input is None) == (fields.input_ids is None):
         raise JetExportError("Give text_input or input_ids, one of the two.")
-    return asked
+    return fields
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
+def _json_object(text: str, where: str) -> dict[str, Any]:
     if not text:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Triton Inference Server as a program: where it is, what it needs, and a run of it from start to clean stop."""
+"""Triton Inference Server as a program: where it is installed, what it needs, and one run from start to clean stop."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from jet_export.server.triton.tensors import CONTROL
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.processes import signal_at_parents_end
 
-GRACE = 10  # seconds that running requests have to end in, after SIGTERM
-MARGIN = 20  # and after they have been told to end
-SETTLE = 4  # seconds that an idle server has to end in
+GRACE = 10  # seconds that running requests have to finish after SIGTERM
+MARGIN = 20  # seconds the server has to exit after they have been cancelled
+SETTLE = 4  # seconds an idle server has to exit
 LOADING = 600  # seconds that a model may take to load
 LOAD_FAILURE = re.compile(
     r"failed to load '.*?' version \d+: \w[\w ]*: (?:TritonModelException: )?(.*?)(?:\\n\\nAt:.*)?\"?$"
@@ -41,9 +41,9 @@ INSTALL = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Installation:
-    """A tritonserver. `backends`: the directory of its backends; `libraries`: what its programs load beside."""
+    """A tritonserver. `backends`: the directory of its backends; `libraries`: directories of shared libraries."""
 
     binary: Path
     backends: Path
@@ -54,7 +54,7 @@ class Installation:
         return self.backends / "python" / "triton_python_backend_stub"
 
     def environment(self) -> dict[str, str]:
-        """For the server. Its Python backend takes the environment of the python3 that it finds first on PATH."""
+        """The server's environment. Its Python backend uses the environment of the first python3 on PATH."""
         environment = dict(os.environ)
         paths = [*map(str, self.libraries), str(sysconfig.get_config_var("LIBDIR"))]
         paths += [p for p in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if p]
@@ -64,14 +64,14 @@ class Installation:
 
 
 def find_server(scratch: Path) -> Installation:
-    """The tritonserver on PATH, or nvidia-pytriton's, whose backend is put together under `scratch`.
+    """The tritonserver on PATH, or nvidia-pytriton's, whose backend is assembled under `scratch`.
 
-    Raises JetExportError where there is none, or its Python backend is not for this Python.
+    Raises JetExportError if there is none, or its Python backend is not for this Python.
     """
     on_path = shutil.which("tritonserver")
     if on_path:
         binary = Path(on_path).resolve()
-        found = Installation(binary, binary.parents[1] / "backends")
+        found = Installation(binary=binary, backends=binary.parents[1] / "backends")
     else:
         found = _wheel(scratch)
     check_stub(found)
@@ -95,11 +95,15 @@ def _wheel(scratch: Path) -> Installation:
     (backends / "python").mkdir(parents=True)
     for path in (*(home / "backends" / "python").iterdir(), stub):
         (backends / "python" / path.name).symlink_to(path)
-    return Installation(home / "bin" / "tritonserver", backends, (package.parent / "nvidia_pytriton.libs",))
+    return Installation(
+        binary=home / "bin" / "tritonserver",
+        backends=backends,
+        libraries=(package.parent / "nvidia_pytriton.libs",),
+    )
 
 
 def check_stub(server: Installation) -> None:
-    """Raises JetExportError where the Python backend's stub is missing, or is for another Python or numpy than ours."""
+    """Raises JetExportError if the Python backend's stub is missing, or is for another Python or numpy."""
     stub = server.stub
     if not stub.is_file():
         raise JetExportError(f"{server.binary} has no Python backend ({stub} is missing).", INSTALL)
@@ -128,7 +132,7 @@ def check_stub(server: Installation) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Ports:
-    """0: a free one."""
+    """0 picks a free port."""
 
     http: int = 8000
     grpc: int = 8001
@@ -136,7 +140,7 @@ class Ports:
 
 
 def reserve(host: str, ports: Ports) -> Ports:
-    """The ports to use. Raises JetExportError where one is taken or none."""
+    """The ports, with free ones for 0. Raises JetExportError if one is taken or invalid."""
     taken: list[socket.socket] = []
     try:
         for name, port in (("http", ports.http), ("grpc", ports.grpc), ("metrics", ports.metrics)):
@@ -157,10 +161,10 @@ def reserve(host: str, ports: Ports) -> Ports:
 def run_triton(
     repository: Repository, host: str, ports: Ports, log: Callable[[str], None], grace: float = GRACE
 ) -> None:
-    """Run Triton Inference Server on the model until SIGTERM or SIGINT.
+    """Run Triton Inference Server on the model until SIGTERM or SIGINT, then let running requests finish.
 
-    Then what runs may finish; after `grace` seconds the rest is ended, each request with an answer that says so.
-    Raises JetExportError where no server is installed, a port is taken, the model does not load, or the server ends.
+    After `grace` seconds those that still run are cancelled; each is answered with the reason. Raises JetExportError if
+    no server is installed, a port is taken, the model does not load, or the server exits by itself.
     """
     with tempfile.TemporaryDirectory(prefix="jet-export-triton-") as scratch:
         model = write_repository(Path(scratch) / "models", repository)
@@ -188,14 +192,14 @@ def show_endpoints(name: str, host: str, ports: Ports, log: Callable[[str], None
 
 
 class Run:
-    """One tritonserver process. Its output is shown where it warns, and kept to explain a failure."""
+    """One tritonserver process. Its warnings and errors are printed, and its output is kept to explain a failure."""
 
     def __init__(self, server: Installation, scratch: Path, host: str, ports: Ports, grace: float) -> None:
         self.server, self.host, self.ports, self.grace = server, host, ports, grace
         self.control = scratch / "control"
         self.control.mkdir()
         self.models = scratch / "models"
-        self.region = f"jet-export-{os.getpid()}-"  # of the backend's shared memory
+        self.region = f"jet-export-{os.getpid()}-"  # prefix of the backend's shared memory
         self.lines: deque[str] = deque(maxlen=200)
         self.ready = self.stopped = False
         self.timers: list[threading.Timer] = []
@@ -214,7 +218,7 @@ class Run:
             "disable-auto-complete-config": None,
             "exit-timeout-secs": int(self.grace) + MARGIN,
             "log-info": "false",
-            "rate-limit": "execution_count",  # of the instances that wait, the one that has had the fewest
+            "rate-limit": "execution_count",  # of the idle instances, the one that has run the fewest requests
         }
         words = [f"--{k}" if v is None else f"--{k}={v}" for k, v in options.items()]
         backend = {"shm-region-prefix-name": self.region, "stub-timeout-seconds": LOADING}
@@ -224,9 +228,15 @@ class Run:
     def start(self) -> None:
         environment = {**self.server.environment(), CONTROL: str(self.control)}
         self.process = subprocess.Popen(
-            self.command(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True, preexec_fn=_end_with_parent,
-        )  # fmt: skip
+            self.command(),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -238,7 +248,7 @@ class Run:
                 print(line, end="", file=sys.stderr, flush=True)
 
     def wait_until_ready(self) -> bool:
-        """False where it was told to stop meanwhile. Raises JetExportError where the model does not load."""
+        """False if it was told to stop in the meantime. Raises JetExportError if the model does not load."""
         url = f"http://{'[' + self.host + ']' if ':' in self.host else self.host}:{self.ports.http}/v2/health/ready"
         end = time.monotonic() + LOADING
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -257,7 +267,7 @@ class Run:
         return False
 
     def _reason(self) -> str:
-        """What the server said of its failure: the model's own message where there is one."""
+        """Why the server failed: the model's own message if there is one, else the server's last errors."""
         for line in self.lines:
             found = LOAD_FAILURE.search(line)
             if found:
@@ -266,7 +276,7 @@ class Run:
         return " | ".join((errors or list(self.lines))[-3:]) or f"status {self.process.returncode}"
 
     def stop(self, *_: object) -> None:
-        """Handles a signal: no new requests; those that run have `grace` seconds."""
+        """Signal handler: no new requests; running ones have `grace` seconds."""
         if self.stopped:
             return
         self.stopped = True
@@ -276,14 +286,14 @@ class Run:
             self._later(self.grace, (self.control / "stop").touch)
             self._later(self.grace + MARGIN + 5, self.process.kill)
 
-    def _later(self, seconds: float, what: Callable[[], None]) -> None:
-        timer = threading.Timer(seconds, what)
+    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, action)
         timer.daemon = True
         timer.start()
         self.timers.append(timer)
 
     def wait(self) -> None:
-        """Raises JetExportError where the server ends untold or not as told, or where an instance of the model dies."""
+        """Wait for the server to exit. Raises JetExportError if it was not told to, fails, or an instance dies."""
         idle_since: float | None = None
         while self.process.poll() is None:
             time.sleep(0.05)
@@ -291,12 +301,12 @@ class Run:
             busy = list(self.control.glob("*.busy"))
             idle_since = (idle_since or now) if self.stopped and not busy else None
             if idle_since is not None and now > idle_since + SETTLE:
-                # Every request is answered. Triton waits on for clients that keep their connections, and for good
-                # where a gRPC stream was cancelled after a response: its frontend then never lets go of the model.
+                # Every request is answered. Triton still waits for clients that keep their connections open, and
+                # forever if a gRPC stream was cancelled after a response: its frontend never releases the model then.
                 self.process.kill()
                 self.process.wait()
                 return
-            dead = next((p for p in busy if not _lives(p)), None)
+            dead = next((p for p in busy if not _is_alive(p)), None)
             if dead is not None and self.process.poll() is None:
                 raise JetExportError(f"{dead.stem}, an instance of the model, has died.", "Start the server again.")
         self.reader.join(1)
@@ -306,19 +316,19 @@ class Run:
             raise JetExportError(f"tritonserver ended {how}: {self._reason()}")
 
     def clean_up(self) -> None:
-        """No process and no shared memory stays behind, however this ends."""
+        """Leave no process and no shared memory behind, however the run ended."""
         for timer in self.timers:
             timer.cancel()
         if hasattr(self, "process"):
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # it and its backend's processes
+                os.killpg(self.process.pid, signal.SIGKILL)  # the server and its backend's processes
             self.process.wait()
         for path in Path("/dev/shm").glob(f"{self.region}*"):
             path.unlink(missing_ok=True)
 
 
-def _lives(busy: Path) -> bool:
-    """Whether the process lives whose id the file holds. A file that goes meanwhile tells of none that died."""
+def _is_alive(busy: Path) -> bool:
+    """Whether the process whose id is in the file is alive. An instance that removes its file is idle, not dead."""
     try:
         pid = busy.read_text()
     except FileNotFoundError:
@@ -331,5 +341,5 @@ def _lives(busy: Path) -> bool:
 
 
 def _end_with_parent() -> None:
-    """In the server's process: it gets SIGTERM where jet-export is killed."""
+    """Runs in the server's process, which then gets SIGTERM if jet-export is killed."""
     signal_at_parents_end(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""benchmarks/serving/serve_load.py: what it counts, on answers of known times, and its way through a real engine."""
+"""benchmarks/serving/serve_load.py: its figures for answers with known times, and a run over a real engine."""
 
 import asyncio
 import json
@@ -14,31 +14,31 @@ def load():
 
 
 class Fake:
-    """Answers take `new` milliseconds times ten; notes how many run at once."""
+    """A client whose answers take 10 ms per token; records how many run at once."""
 
     def __init__(self) -> None:
         self.running = 0
         self.seen: list[int] = []
 
-    async def run(self, ask, trace) -> None:
+    async def run(self, request, trace) -> None:
         self.running += 1
         self.seen.append(self.running)
-        for _ in range(ask.new):
+        for _ in range(request.new):
             await asyncio.sleep(0.01)
             trace.times.append(asyncio.get_running_loop().time())
             trace.tokens += 1
         self.running -= 1
 
 
-def asks(load, *new: int):
-    return [load.Ask([1], n) for n in new]
+def requests(load, *new: int):
+    return [load.LoadRequest([1], n) for n in new]
 
 
-def test_in_flight_keeps_the_number_and_static_waits_for_the_slowest(load) -> None:
+def test_closed_loop_keeps_the_concurrency_and_static_waits_for_the_slowest(load) -> None:
     a, b = Fake(), Fake()
     new = [1, 9, 1, 1, 1, 1]
-    asyncio.run(load.in_flight(a, asks(load, *new), 2))
-    asyncio.run(load.static_batches(b, asks(load, *new), 2))
+    asyncio.run(load.closed_loop(a, requests(load, *new), 2))
+    asyncio.run(load.static_batches(b, requests(load, *new), 2))
     assert max(a.seen) == max(b.seen) == 2
     assert a.seen == [1, 2, 2, 2, 2, 2] and b.seen == [1, 2, 1, 2, 1, 2]
 
@@ -62,8 +62,8 @@ def test_figures_of_known_times(load) -> None:
 def test_the_seed_decides_the_work(load) -> None:
     args = type("Args", (), {"seed": 3, "prompt_tokens": 50, "output_tokens": 10})()
     work = load.Workload(args, vocab=128, max_seq_len=100)
-    a, b = work.asks(200, 1), work.asks(200, 1)
-    assert a == b != work.asks(200, 2)
+    a, b = work.requests(200, 1), work.requests(200, 1)
+    assert a == b != work.requests(200, 2)
     assert all(len(x.prompt) + x.new <= 100 and min(x.prompt) >= 0 and max(x.prompt) < 128 for x in a)
     mean = sum(x.new for x in a) / len(a)
     assert 9 < mean < 11 and len({x.new for x in a}) > 5
@@ -73,7 +73,7 @@ def args_of(**values):
     return type("Args", (), {"seed": 3, "prompt_tokens": 20, "output_tokens": 2, **values})()
 
 
-def test_a_poisson_run_lasts_as_long_at_every_load(load) -> None:
+def test_a_poisson_run_takes_the_same_time_at_every_load(load) -> None:
     work = load.Workload(args_of(loads=[0.5, 1.0], requests=7, poisson_seconds=0.5), vocab=128, max_seq_len=100)
     rows = asyncio.run(load.poisson_part(Fake(), work, (1e3, 1e3), 40.0))
     assert [r["requests"] for r in rows] == [10, 20]
@@ -81,7 +81,7 @@ def test_a_poisson_run_lasts_as_long_at_every_load(load) -> None:
     assert [r["requests"] for r in asyncio.run(load.poisson_part(Fake(), work, (1e3, 1e3), 40.0))] == [7, 7]
 
 
-def test_warm_up_sees_every_number_at_once(load) -> None:
+def test_warm_up_covers_every_batch_bucket(load) -> None:
     client = Fake()
     work = load.Workload(args_of(concurrency=[1, 6], join_streams=2), vocab=128, max_seq_len=100)
     asyncio.run(load.warm_up(client, work))
@@ -96,23 +96,40 @@ def test_every_part_runs_on_an_engine(load, tmp_path, monkeypatch, capsys) -> No
 
     limits = Limits(max_batch_size=4, max_seq_len=200, prefill_chunk=64)
     engine = eager_engine(limits)
-    manifest = type("M", (), {"config": engine.config, "limits": limits, "model": {"name": "mini"},
-                              "quantization": None, "dtype": "float32"})  # fmt: skip
+    manifest = type(
+        "M",
+        (),
+        {
+            "config": engine.config,
+            "limits": limits,
+            "model": {"name": "mini"},
+            "quantization": None,
+            "dtype": "float32",
+        },
+    )
     monkeypatch.setattr(load.Manifest, "load", lambda path: manifest)
     monkeypatch.setattr(load, "load_engine", lambda path: (engine, manifest))
     monkeypatch.setattr(load, "load_tokenizer", lambda path: ByteTokenizer())
-    options = "--concurrency 1 3 --rounds 1 --requests 5 --loads 0.5 --prompt-tokens 10 --output-tokens 4 " \
-              "--join-streams 2 --join-seconds 0.1"  # fmt: skip
+    options = (
+        "--concurrency 1 3 --rounds 1 --requests 5 --loads 0.5 --prompt-tokens 10 --output-tokens 4 "
+        "--join-streams 2 --join-seconds 0.1"
+    )
     monkeypatch.setattr(sys, "argv", ["serve_load.py", "b", "--output", str(tmp_path / "r.json"), *options.split()])
     kept: list[list[str]] = []
     write = load.write_result
     monkeypatch.setattr(load, "write_result", lambda path, result: (kept.append(list(result)), write(path, result)))
     load.main()
-    assert ["poisson" in k for k in kept] == [False, True, True, True]  # a run that is cut short leaves what it has
+    assert ["poisson" in k for k in kept] == [False, True, True, True]  # an interrupted run keeps its finished parts
     result = json.loads((tmp_path / "r.json").read_text())
     kinds = [(r["concurrency"], r["batching"]) for r in result["concurrency"] + result["deterministic"]]
-    assert kinds == [(1, "in flight"), (1, "static"), (3, "in flight"), (3, "static"), (1, "deterministic"),
-                     (3, "deterministic")]  # fmt: skip
+    assert kinds == [
+        (1, "continuous"),
+        (1, "static"),
+        (3, "continuous"),
+        (3, "static"),
+        (1, "deterministic"),
+        (3, "deterministic"),
+    ]
     assert not any(r["failed"] for r in result["concurrency"] + result["poisson"])
     assert result["join"]["prompt_tokens"] == 198 and result["join"]["while_it_joins_ms"]["gaps"] > 0
     assert result["environment"]["cpu"] and "goodput" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Bad input gets 4xx with a reason and harms nobody; signals end the program cleanly."""
+"""Bad input gets 4xx with a reason and affects no other request; signals stop the program cleanly."""
 
 import json
 import os
@@ -18,6 +18,7 @@ pytest.importorskip("fastapi")
 from helpers.serving import async_llm, server
 
 from jet_export.cli import app as cli
+from jet_export.cli.options import parse_bytes
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +139,14 @@ def test_a_prompt_of_10_mb(address) -> None:
     refused(answer, "longer than", 413)
 
 
-def test_a_client_that_goes_in_the_middle_of_its_body(address, llm, caplog) -> None:
+def test_a_client_that_disconnects_inside_its_body(address, llm, caplog) -> None:
     host, port = address.removeprefix("http://").split(":")
-    for sent in (b"", b"POST", b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
-                 b"Content-Length: 100\r\n\r\n{", b"\x16\x03\x01\x00\xff" * 50):  # fmt: skip
+    for sent in (
+        b"",
+        b"POST",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+        b"\x16\x03\x01\x00\xff" * 50,
+    ):
         with socket.create_connection((host, int(port))) as client:
             client.sendall(sent)
     time.sleep(0.2)
@@ -149,7 +154,7 @@ def test_a_client_that_goes_in_the_middle_of_its_body(address, llm, caplog) -> N
     assert not [r for r in caplog.records if r.exc_info]
 
 
-def test_good_requests_among_bad_ones_are_answered_right(address, llm) -> None:
+def test_good_requests_among_bad_ones_are_answered_correctly(address, llm) -> None:
     expected = post(address, body(max_tokens=8)).json()["choices"][0]["text"]
     for raw, _ in RAW:
         assert post(address, raw).status_code == 400
@@ -158,11 +163,8 @@ def test_good_requests_among_bad_ones_are_answered_right(address, llm) -> None:
 
 
 def start(port: int, grace: float = 20) -> tuple[subprocess.Popen, str]:
-    command, path = (
-        [sys.executable, "-m", "serving", str(port), str(grace)],
-        str(TESTS),
-    )
-    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-m", "helpers.serving", str(port), str(grace)]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert program.stdout is not None
     address = program.stdout.readline().strip()
@@ -178,7 +180,7 @@ def start(port: int, grace: float = 20) -> tuple[subprocess.Popen, str]:
 
 
 def test_killed_and_started_again_then_told_to_stop() -> None:
-    """Killed while it answers, it starts again on the same port; SIGTERM lets it finish what runs, and it exits 0."""
+    """Killed while it answers, it starts again on the same port; SIGTERM lets requests finish, and it exits 0."""
     program, address = start(0)
     with httpx.stream("POST", f"{address}/v1/completions", json=body(max_tokens=390, stream=True)) as answer:
         lines = answer.iter_lines()
@@ -203,7 +205,7 @@ def test_killed_and_started_again_then_told_to_stop() -> None:
         httpx.get(f"{address}/health")
 
 
-def test_sigterm_cancels_what_does_not_end_in_time_and_says_so() -> None:
+def test_sigterm_cancels_slow_requests_with_a_reason() -> None:
     program, address = start(0, grace=0)
     try:
         url = f"{address}/v1/completions"
@@ -254,7 +256,7 @@ def test_command_line(monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_sizes() -> None:
-    assert [cli.parse_bytes(t, "x") for t in ("0", "123", "2K", "3m", "4G")] == [0, 123, 2048, 3 << 20, 4 << 30]
+    assert [parse_bytes(t, "x") for t in ("0", "123", "2K", "3m", "4G")] == [0, 123, 2048, 3 << 20, 4 << 30]
 
 
 def test_importing_jet_export_needs_no_server() -> None:

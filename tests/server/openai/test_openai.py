@@ -36,7 +36,7 @@ def client(address):
 
 @pytest.fixture(autouse=True)
 def returns_to_where_it_was(llm):
-    """After every test: nothing runs, nothing waits, no slot or page is taken."""
+    """After every test nothing runs or waits, and all slots and pages are free."""
     yield
     deadline = time.monotonic() + 10
     s = llm.batching.scheduler
@@ -92,7 +92,7 @@ def test_sampling_parameters_reach_the_engine(client, reference) -> None:
     assert cut.choices[0].text == expected.text[: expected.text.index(expected.text[8:11])]
     assert cut.choices[0].finish_reason == "stop"
     first = {client.completions.create(model="mini", prompt="abc", max_tokens=9).choices[0].text for _ in range(3)}
-    assert len(first) > 1  # no seed: another one each time
+    assert len(first) > 1  # no seed: a random one each time
 
 
 def test_logprobs_and_echo(client, reference) -> None:
@@ -148,7 +148,7 @@ def test_models_health_and_metrics(client, address) -> None:
 
 
 def test_sixty_four_streams_at_once(client, reference) -> None:
-    """Mixed lengths, a few readers that leave after three chunks: the others get what they would get alone."""
+    """Mixed lengths, and a few readers that disconnect after three chunks: the others get the text they get alone."""
     prompts = [[(7 * i + j) % 128 for j in range(1 + 3 * i)] for i in range(64)]
 
     def read(i: int) -> str:
@@ -168,7 +168,7 @@ def test_sixty_four_streams_at_once(client, reference) -> None:
     assert texts.count("left") >= 5
 
 
-def test_a_client_that_leaves_cancels(client, llm) -> None:
+def test_a_client_that_disconnects_cancels_its_request(client, llm) -> None:
     before = llm.batching.metrics.requests["cancelled"]
     with greedy(client, "abc", 390, stream=True) as stream:
         next(iter(stream))
@@ -180,7 +180,7 @@ def test_a_client_that_leaves_cancels(client, llm) -> None:
         time.sleep(0.01)
 
 
-def test_a_full_queue_is_answered_429_and_a_long_wait_503() -> None:
+def test_a_full_queue_is_answered_429_and_a_timeout_503() -> None:
     llm = async_llm(slots=1, max_waiting=1, wait_timeout=0.3)
     with server(llm, template=None) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)

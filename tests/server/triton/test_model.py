@@ -1,4 +1,4 @@
-"""What the Python backend runs, over a stand-in for its module: how requests end, and what each ending is called."""
+"""The model for Triton's Python backend, over a stand-in for the backend's module: how requests end."""
 
 import json
 import time
@@ -59,7 +59,7 @@ class MetricFamily:
 
 
 class Backend:
-    """triton_python_backend_utils, as far as the model uses it."""
+    """The parts of triton_python_backend_utils that the model uses."""
 
     Tensor, TritonError, InferenceResponse, MetricFamily = Tensor, TritonError, InferenceResponse, MetricFamily
     TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
@@ -71,7 +71,7 @@ class Backend:
 
 
 class Request:
-    """A request that is its own sender."""
+    """A request that is also its own response sender."""
 
     def __init__(self, parameters=None, outputs=None, **tensors):
         lists = {k: v if isinstance(v, list) else [v] for k, v in tensors.items()}
@@ -94,7 +94,7 @@ class Request:
         return self.cancelled
 
     def send(self, response, flags=0):
-        assert not self.done, "a response after the last"
+        assert not self.done, "a response after the final one"
         time.sleep(self.slow)
         self.responses.append(response)
         self.done = flags == 1
@@ -110,12 +110,18 @@ class Request:
 @pytest.fixture
 def model(monkeypatch, request, tmp_path):
     monkeypatch.setenv(CONTROL, str(tmp_path))
-    asked = getattr(request, "param", {})
-    monkeypatch.setattr(triton, "AsyncLLM", lambda bundle, serving: async_llm(**asked))
+    options = getattr(request, "param", {})
+    monkeypatch.setattr(triton, "AsyncLLM", lambda bundle, serving: async_llm(**options))
     config = {"parameters": {"bundle": {"string_value": "x"}}, "instance_group": [{"count": 1}]}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    args = {"model_config": json.dumps(config), "model_repository": "/", "model_name": "mini",
-            "model_instance_name": "mini_0", "model_instance_kind": "CPU", "model_instance_device_id": "0"}  # fmt: skip
+    args = {
+        "model_config": json.dumps(config),
+        "model_repository": "/",
+        "model_name": "mini",
+        "model_instance_name": "mini_0",
+        "model_instance_kind": "CPU",
+        "model_instance_device_id": "0",
+    }
     model = triton.TritonModel(Backend, args)
     yield model
     model.finalize()
@@ -139,7 +145,7 @@ def test_slow_readers_get_fewer_larger_responses(model) -> None:
 
 
 @pytest.mark.parametrize("model", [{"slots": 1, "max_waiting": 2, "wait_timeout": 0.2}], indirect=True)
-def test_a_full_queue_a_long_wait_a_cancellation_and_the_end(model, tmp_path) -> None:
+def test_a_full_queue_a_timeout_a_cancellation_and_a_shutdown(model, tmp_path) -> None:
     running = Request(text_input=b"abc", max_tokens=390, stream=True)
     gone, late, full = (Request(text_input=b"abc", max_tokens=2) for _ in range(3))
     run(model, running)
@@ -162,9 +168,14 @@ def test_a_full_queue_a_long_wait_a_cancellation_and_the_end(model, tmp_path) ->
     assert later.wait().error.code == "UNAVAILABLE"
 
 
-def test_bad_requests_and_bugs_are_answered_once(model, monkeypatch) -> None:
-    bad = [Request(text_input=b"\xff"), Request(text_input=b"a" * 2_000_000), Request(text_input=[b"a", b"b"]),
-           Request(input_ids=[-1]), Request({"nonsense": 1}, text_input=b"a")]  # fmt: skip
+def test_bad_requests_and_unexpected_errors_are_answered_once(model, monkeypatch) -> None:
+    bad = [
+        Request(text_input=b"\xff"),
+        Request(text_input=b"a" * 2_000_000),
+        Request(text_input=[b"a", b"b"]),
+        Request(input_ids=[-1]),
+        Request({"nonsense": 1}, text_input=b"a"),
+    ]
     run(model, *bad)
     errors = [r.wait().error for r in bad]
     assert {e.code for e in errors} == {"INVALID_ARG"}
@@ -177,7 +188,7 @@ def test_bad_requests_and_bugs_are_answered_once(model, monkeypatch) -> None:
     assert not model.open
 
 
-def test_a_response_that_cannot_be_sent_cancels(model, monkeypatch) -> None:
+def test_a_response_that_cannot_be_sent_cancels_its_request(model, monkeypatch) -> None:
     lost = Request(text_input=b"abc", max_tokens=390, stream=True)
     monkeypatch.setattr(lost, "send", lambda response, flags=0: 1 / 0)
     run(model, lost)
@@ -192,7 +203,7 @@ def test_metrics_follow_the_engines(model) -> None:
     request = Request(text_input=b"abc", max_tokens=5)
     run(model, request)
     request.wait()
-    model.metrics.show(model.batching.render_metrics())
+    model.metrics.update(model.batching.render_metrics())
     values = {k: v.value for k, v in MetricFamily.made.items() if "mini" in k[1]}
     label = str({"model": "mini", "instance": "mini_0"})
     assert values["jet_tokens_total", label] == 5 and values["jet_slots", label] == 4
@@ -201,12 +212,12 @@ def test_metrics_follow_the_engines(model) -> None:
 
 def test_serving_options_are_read_from_the_configuration() -> None:
     parameters = {"bundle": "x", "slots": "3", "wait_timeout": "2.5"}
-    assert triton.serving_of(parameters) == Serving(slots=3, wait_timeout=2.5)
+    assert triton.serving_options(parameters) == Serving(slots=3, wait_timeout=2.5)
     with pytest.raises(triton.JetExportError, match=r"config.pbtxt: .*is not a number"):
-        triton.serving_of({"slots": "many"})
+        triton.serving_options({"slots": "many"})
 
 
-def test_one_gpu_an_instance(monkeypatch) -> None:
+def test_one_gpu_per_instance(monkeypatch) -> None:
     args = {"model_instance_kind": "GPU", "model_instance_device_id": "1"}
     for before, after in (("", "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)

@@ -1,4 +1,4 @@
-"""The model repository, what requests may say, and what is asked of an installed tritonserver; no server runs here."""
+"""The model repository, the fields of requests, and the checks of an installed tritonserver; no server runs here."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ from jet_export.runtime.capacity import Serving
 from jet_export.server.triton import tritonserver
 from jet_export.server.triton.metrics import samples
 from jet_export.server.triton.repository import Repository, gpu_indices, write_repository
-from jet_export.server.triton.request import Asked, ask
+from jet_export.server.triton.request import RequestFields, parse_request
 from jet_export.server.triton.tensors import INPUTS, OUTPUTS
 from jet_export.server.triton.tritonserver import Installation, Ports, check_stub, find_server, reserve
 from jet_export.utils.errors import JetExportError
@@ -45,7 +45,9 @@ def config_of(model: Path):
 
 
 def test_a_repository_is_what_triton_reads(bundle, tmp_path) -> None:
-    model = write_repository(tmp_path / "repo", Repository(bundle, Serving(slots=3, wait_timeout=2.5), instances=2))
+    model = write_repository(
+        tmp_path / "repo", Repository(bundle, serving=Serving(slots=3, wait_timeout=2.5), instances=2)
+    )
     assert [p.name for p in sorted(model.iterdir())] == ["1", "config.pbtxt"] and model.name == "mini"
     assert len((model / "1/model.py").read_text().splitlines()) <= 60
     config = config_of(model)
@@ -71,7 +73,7 @@ def test_gpus(bundle, tmp_path, monkeypatch) -> None:
             Repository(bundle, gpus=gpu_indices(text)).files()
 
 
-def test_written_again_replaced_and_refused(bundle, tmp_path) -> None:
+def test_a_repository_is_kept_replaced_or_refused(bundle, tmp_path) -> None:
     repo, lines = tmp_path / "repo", []
     other = repo / "other" / "1"
     other.mkdir(parents=True)
@@ -81,7 +83,7 @@ def test_written_again_replaced_and_refused(bundle, tmp_path) -> None:
     before = (model / "config.pbtxt").stat().st_mtime_ns
     write_repository(repo, Repository(bundle), log=lines.append)
     assert "up to date" in lines[-1] and (model / "config.pbtxt").stat().st_mtime_ns == before
-    changed = Repository(bundle, Serving(slots=2))
+    changed = Repository(bundle, serving=Serving(slots=2))
     with pytest.raises(JetExportError, match=r"other settings or changed by hand.*\n.*--force"):
         write_repository(repo, changed)
     assert "slots" not in (model / "config.pbtxt").read_text()
@@ -102,24 +104,27 @@ def test_written_again_replaced_and_refused(bundle, tmp_path) -> None:
 def test_the_table_in_the_documentation() -> None:
     text = (DOCS / "triton.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 5]
-    assert rows == [f"| `{t.name}` | {t.kind} | [{t.dim}] | {t.text} |" for t in (*INPUTS, *OUTPUTS)]
+    assert rows == [f"| `{t.name}` | {t.kind} | [{t.dim}] | {t.help} |" for t in (*INPUTS, *OUTPUTS)]
 
 
-def test_requests_say_one_thing_in_three_places() -> None:
-    assert set(t.name for t in INPUTS) - {"sampling_parameters"} <= set(Asked.model_fields)
-    asked = ask(
+def test_fields_come_from_three_places() -> None:
+    assert set(t.name for t in INPUTS) - {"sampling_parameters"} <= set(RequestFields.model_fields)
+    fields = parse_request(
         {"text_input": "a", "max_tokens": 3, "sampling_parameters": '{"max_tokens": "9", "temperature": "0.5"}'},
         '{"temperature": 2.0, "top_k": 7, "stop": "x", "triton_enable_empty_final_response": true}',
     )
-    p = asked.params
+    p = fields.params
     assert (p.max_new_tokens, p.sampling.temperature, p.sampling.top_k, p.stop) == (3, 0.5, 7, ("x",))
-    assert ask({"text_input": "a"}).params.sampling.greedy
-    assert ask({"text_input": "a", "top_k": 5}).params.sampling.temperature == 1
-    assert ask({"text_input": "a", "seed": 2**64 - 1}).params.sampling.seed == -1
-    assert ask({"text_input": "a", "stop_words": ["", "b"], "end_id": 3}).params.stop == ("b",)
-    assert ask({"text_input": "a", "end_id": 3, "stop_token_ids": [4]}).params.stop_ids == (4, 3)
-    assert [ask({"text_input": "a", k: True}).params.logprobs for k in ("return_log_probs", "stream")] == [0, None]
-    assert [ask({"text_input": "a", "stream": s}).with_prompt for s in (False, True)] == [True, False]
+    assert parse_request({"text_input": "a"}).params.sampling.greedy
+    assert parse_request({"text_input": "a", "top_k": 5}).params.sampling.temperature == 1
+    assert parse_request({"text_input": "a", "seed": 2**64 - 1}).params.sampling.seed == -1
+    assert parse_request({"text_input": "a", "stop_words": ["", "b"], "end_id": 3}).params.stop == ("b",)
+    assert parse_request({"text_input": "a", "end_id": 3, "stop_token_ids": [4]}).params.stop_ids == (4, 3)
+    assert [parse_request({"text_input": "a", k: True}).params.logprobs for k in ("return_log_probs", "stream")] == [
+        0,
+        None,
+    ]
+    assert [parse_request({"text_input": "a", "stream": s}).with_prompt for s in (False, True)] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +149,7 @@ def test_requests_say_one_thing_in_three_places() -> None:
 )
 def test_bad_requests(tensors, parameters, message: str) -> None:
     with pytest.raises(JetExportError, match=message):
-        _ = ask(tensors, parameters).params
+        _ = parse_request(tensors, parameters).params
 
 
 def test_samples_of_prometheus_text() -> None:
@@ -157,14 +162,14 @@ def test_samples_of_prometheus_text() -> None:
 
 def installation(tmp_path, stub: str) -> Installation:
     """A server whose stub is a shell script."""
-    server = Installation(tmp_path / "bin" / "tritonserver", tmp_path / "backends")
+    server = Installation(binary=tmp_path / "bin" / "tritonserver", backends=tmp_path / "backends")
     server.stub.parent.mkdir(parents=True)
     server.stub.write_text("#!/bin/sh\n" + stub)
     server.stub.chmod(server.stub.stat().st_mode | stat.S_IXUSR)
     return server
 
 
-def test_a_stub_of_another_python_numpy_or_machine_is_refused(tmp_path, monkeypatch) -> None:
+def test_a_stub_for_another_python_or_numpy_is_refused(tmp_path, monkeypatch) -> None:
     ours = f"# libpython{tritonserver.PYTHON} numpy._core\nexit 1\n"
     check_stub(installation(tmp_path / "ok", ours))
     with pytest.raises(JetExportError, match=r"is for Python 3.6, and this is Python"):
@@ -175,7 +180,7 @@ def test_a_stub_of_another_python_numpy_or_machine_is_refused(tmp_path, monkeypa
     with pytest.raises(JetExportError, match=r"numpy 1 only, and this is numpy 2.3.5.*\n.*pip install 'numpy<2'"):
         check_stub(installation(tmp_path / "numpy", ours.replace("numpy._core", "")))
     with pytest.raises(JetExportError, match="has no Python backend"):
-        check_stub(Installation(tmp_path / "tritonserver", tmp_path / "none"))
+        check_stub(Installation(binary=tmp_path / "tritonserver", backends=tmp_path / "none"))
 
 
 def test_where_a_server_is_found(tmp_path, monkeypatch) -> None:

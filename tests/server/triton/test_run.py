@@ -1,4 +1,4 @@
-"""`jet-export serve` around a tritonserver: a stand-in for the program plays what the real one does now and then."""
+"""`jet-export serve` around a tritonserver, with a stand-in that fails in the ways the real one can."""
 
 import os
 import signal
@@ -53,13 +53,13 @@ server.serve_forever()
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """run(mode, seconds until SIGTERM) -> what it logged; afterwards no process of the server lives."""
+    """run(mode, seconds until SIGTERM) -> the lines it logged. Afterwards no process of the server is alive."""
     binary = tmp_path / "tritonserver"
     binary.write_text(f"#!{sys.executable}\n{STAND_IN}")
     binary.chmod(0o755)
     child = tmp_path / "child"
     monkeypatch.setenv("CHILD", str(child))
-    monkeypatch.setattr(tritonserver, "find_server", lambda scratch: Installation(binary, tmp_path))
+    monkeypatch.setattr(tritonserver, "find_server", lambda scratch: Installation(binary=binary, backends=tmp_path))
     monkeypatch.setattr(tritonserver, "SETTLE", 0.3)
     monkeypatch.setattr(Repository, "files", lambda self: ("mini", {"config.pbtxt": "", "1/model.py": ""}))
 
@@ -78,24 +78,24 @@ def run(monkeypatch, tmp_path):
         assert not alive(int(child.read_text()))
 
 
-def test_a_model_that_does_not_load_says_why(run) -> None:
+def test_a_model_that_does_not_load_reports_the_reason(run) -> None:
     with pytest.raises(JetExportError, match=r"^tritonserver does not start: too many slots\nAsk for fewer.$"):
         run("fails")
 
 
-def test_a_server_that_dies_and_an_instance_that_does(run) -> None:
+def test_a_server_or_an_instance_that_dies_is_reported(run) -> None:
     with pytest.raises(JetExportError, match="tritonserver ended killed by signal 9"):
         run("dies")
     with pytest.raises(JetExportError, match="mini_0, an instance of the model, has died"):
         run("crashes")
 
 
-def test_an_idle_server_that_does_not_end_is_ended(run) -> None:
+def test_an_idle_server_that_does_not_exit_is_killed(run) -> None:
     start = time.monotonic()
     assert len(run("lingers", 2.0)) == 4
     assert time.monotonic() - start < 10
 
 
-def test_a_server_that_ends_badly_when_told_to_stop(run) -> None:
+def test_a_server_that_fails_when_told_to_stop_is_reported(run) -> None:
     with pytest.raises(JetExportError, match="tritonserver ended with status 3"):
         run("waits", 2.0)

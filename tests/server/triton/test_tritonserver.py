@@ -1,5 +1,5 @@
 """The real Triton Inference Server on a CPU, driven by its own clients: answers equal LLM.generate's, alone or among
-many; bad input gets an error and harms nobody; what a request held is free again however it ends."""
+many; bad input gets an error and affects no other request; however a request ends, its slot and pages are freed."""
 
 import asyncio
 import importlib.util
@@ -52,7 +52,7 @@ def server(bundle):
 
 @pytest.fixture(autouse=True)
 def returns_to_where_it_was(request):
-    """After every test on the shared server: nothing runs, nothing waits, no slot or page is taken."""
+    """After every test on the shared server nothing runs or waits, and all slots and pages are free."""
     yield
     if "server" in request.fixturenames:
         server = request.getfixturevalue("server")
@@ -61,7 +61,7 @@ def returns_to_where_it_was(request):
 
 
 def agree(expected, tokens: list[int]) -> int:
-    """The tokens that are the same as `expected`'s, a completion with logits; fails where they differ but at a tie."""
+    """How many tokens equal those of `expected`, a completion with logits. A difference is allowed at a tie only."""
     for i, token in enumerate(tokens):
         if token != expected.token_ids[i]:
             best, second = expected.logits[i].topk(2).values.tolist()
@@ -82,9 +82,8 @@ def test_generate_equals_llm_generate(server, reference) -> None:
     assert answer["text_output"] == PROMPT + expected.text
     assert ids(answer) == expected.token_ids
     prompt = reference.tokenizer.encode(PROMPT)
-    assert (answer["finish_reason"], answer["num_input_tokens"], answer["num_output_tokens"]) == (
-        "length", len(prompt), 12,
-    )  # fmt: skip
+    assert answer["finish_reason"] == "length"
+    assert (answer["num_input_tokens"], answer["num_output_tokens"]) == (len(prompt), 12)
     by_ids = server.generate(input_ids=prompt, max_tokens=12, exclude_input_in_output=True).json()
     assert by_ids["text_output"] == expected.text
     hot = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 11}
@@ -100,7 +99,7 @@ def test_generate_equals_llm_generate(server, reference) -> None:
     assert ids(ended) == sampled.token_ids[: sampled.token_ids.index(sampled.token_ids[3]) + 1]
 
 
-def test_what_clients_of_vllm_and_tensorrt_llm_send(server, reference) -> None:
+def test_requests_of_vllm_and_tensorrt_llm_clients(server, reference) -> None:
     (expected,) = reference.generate("abc", 5)
     vllm = {"text_input": "abc", "parameters": {"stream": False, "temperature": 0, "max_tokens": 5}}
     tensorrt_llm = {
@@ -112,9 +111,11 @@ def test_what_clients_of_vllm_and_tensorrt_llm_send(server, reference) -> None:
         "beam_width": 1,
     }
     genai_perf = {
-        "text_input": ["abc"], "stream": [False], "exclude_input_in_output": [False],
+        "text_input": ["abc"],
+        "stream": [False],
+        "exclude_input_in_output": [False],
         "sampling_parameters": ['{"max_tokens": "5", "temperature": "0.0"}'],
-    }  # fmt: skip
+    }
     for body in (vllm, tensorrt_llm, genai_perf):
         answer = server.generate(**body)
         assert answer.json()["text_output"] == "abc" + expected.text, answer.text
@@ -175,7 +176,7 @@ def test_metadata_and_metrics(server) -> None:
     server.wait_for("jet_tokens_total", tokens + 3)
     label = f'{{instance="{server.model}_0_0",model="{server.model}"}}'
 
-    def whole(values: dict[str, float]) -> bool:  # they are copied one by one: a look may fall between two
+    def whole(values: dict[str, float]) -> bool:  # they are updated one by one: a scrape may fall in between
         buckets = {k.split("_bucket{")[0]: v for k, v in values.items() if "_bucket{" in k and 'le="+Inf"' in k}
         same = all(values[f"{n}_count{label}"] == buckets[n] > 0 for n in ("jet_ttft_seconds", "jet_tpot_seconds"))
         return same and values[f"jet_slots{label}"] == 4 and values[f"jet_tokens_per_second{label}"] > 0
@@ -185,7 +186,7 @@ def test_metadata_and_metrics(server) -> None:
 
 
 async def stream(client, model: str, leave_after: int | None = None, **values):
-    """(token ids, finish reason) of one gRPC stream; None where it is left after some responses."""
+    """(token ids, finish reason) of one gRPC stream; None if it was cancelled after `leave_after` responses."""
     tokens: list[int] = []
     responses = 0
 
@@ -206,7 +207,7 @@ async def stream(client, model: str, leave_after: int | None = None, **values):
             counts = int(result.as_numpy("num_input_tokens")[0]), int(result.as_numpy("num_output_tokens")[0])
             assert counts == (len(values["input_ids"]), len(tokens))
             return tokens, reason[0].decode()
-    raise AssertionError("a stream without an end")
+    raise AssertionError("the stream ended without a finish reason")
 
 
 def prompts_of(reference, n: int, seed: int = 0) -> list[list[int]]:
@@ -231,7 +232,7 @@ async def crowd(server, prompts: list[list[int]], lengths: list[int], leaving: s
 
 
 def test_sixty_four_streams_at_once(server, reference) -> None:
-    """Some clients leave after two responses; whole answers over HTTP and bad requests go on between."""
+    """Some clients disconnect after two responses; whole answers over HTTP and bad requests come in between."""
     prompts, lengths = prompts_of(reference, 64), [3 + i % 10 for i in range(64)]
     expected = reference.generate(prompts, 12, return_logits=True, ignore_eos=True)
     leaving = set(range(4, 64, 9))
@@ -254,7 +255,7 @@ def test_sixty_four_streams_at_once(server, reference) -> None:
     assert all("vocabulary" in r.result().json()["error"] for r in bad)
 
 
-def test_clients_that_go_free_what_they_held(server) -> None:
+def test_clients_that_disconnect_free_their_slots(server) -> None:
     before = server.settled("jet_requests_total", 'reason="cancelled"')
     client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}")
     client.start_stream(lambda result, error: None)
@@ -311,7 +312,7 @@ RAW = [b"", b"\xff\xff\xff\xffabc", b"\x02\x00\x00\x00\xff\xfe", b"\x01\x00\x00\
 
 
 def raw_error(server, content: bytes) -> str:
-    """What a gRPC stream gets whose text_input has these bytes."""
+    """The error of a gRPC stream whose text_input has these bytes."""
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -322,7 +323,7 @@ def raw_error(server, content: bytes) -> str:
         return next(iter(stub.ModelStreamInfer(iter([request]), timeout=60))).error_message
 
 
-def test_bad_requests_get_a_reason_and_harm_nobody(server, reference) -> None:
+def test_bad_requests_get_a_reason_and_affect_no_other(server, reference) -> None:
     (expected,) = reference.generate("abc", 100, ignore_eos=True)
 
     def good():
@@ -332,7 +333,7 @@ def test_bad_requests_get_a_reason_and_harm_nobody(server, reference) -> None:
         return server.client.post(f"{server.url}/generate", content=body)
 
     used = []
-    for _ in range(2):  # the second time, nothing has grown
+    for _ in range(2):  # in the second round memory must not grow
         with ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(good) for _ in range(4)]
             for body, message in BODIES:
@@ -348,8 +349,8 @@ def test_bad_requests_get_a_reason_and_harm_nobody(server, reference) -> None:
 
 
 def test_killed_and_started_again_then_told_to_stop(bundle, reference) -> None:
-    """Killed while it answers, it says so and leaves nothing; started again on the same ports it answers; SIGTERM lets
-    it finish what runs."""
+    """A killed server is reported and leaves no process; another one starts on the same ports; SIGTERM lets running
+    requests finish."""
     (expected,) = reference.generate("abc", 100, ignore_eos=True)
     body = {"text_input": "abc", "max_tokens": 100, "stream": True, "ignore_eos": True}
     long = {**body, "max_tokens": 1000}
@@ -380,15 +381,15 @@ def test_killed_and_started_again_then_told_to_stop(bundle, reference) -> None:
     assert expected.token_ids[-1] == httpx.Response(200, text=last.removeprefix("data: ")).json()["output_ids"]
 
 
-def test_two_instances_share_the_work_and_end_in_time(bundle, reference) -> None:
-    """Both answer, and rightly; after the grace period what still runs is ended with an answer that says so.
+def test_two_instances_share_the_work_and_stop_in_time(bundle, reference) -> None:
+    """Both answer correctly; after the grace period running requests end with an answer that gives the reason.
 
-    Triton gives a request to the instance that waits and has had the fewest. How it shares out a crowd depends on when
-    each comes back for more; that two requests to two waiting instances go to both does not.
+    Triton gives a request to the idle instance that has run the fewest. How it splits a burst depends on timing; that
+    two requests to two idle instances go to one each does not.
     """
     prompts = prompts_of(reference, 24, seed=1)
     expected = reference.generate(prompts, 8, return_logits=True, ignore_eos=True)
-    program = ("-m", "triton_serving")
+    program = ("-m", "helpers.triton_serving")
     with serving(bundle, "2", "0.2", program=program) as server:
 
         def done() -> list[float]:
