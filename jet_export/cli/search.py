@@ -1,4 +1,4 @@
-"""`jet-export search`: the plan, the search, what came of it."""
+"""`jet-export search`: prints the plan, runs the search, writes and prints the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from jet_export.cli.options import Model
 
 if TYPE_CHECKING:
-    from jet_export.search.run import SearchOptions
+    from jet_export.search.spec import SearchOptions
 
 
 def search(
@@ -36,7 +36,7 @@ def search(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the points and engines, and stop.")] = False,
 ) -> None:
     """Choose head sizes, precisions and layouts by the latency of engines measured here."""
-    from jet_export.search.run import SearchOptions
+    from jet_export.search.spec import SearchOptions
 
     options = SearchOptions(
         model=model,
@@ -63,11 +63,14 @@ def search(
 
 def run_search_command(options: SearchOptions, dry_run: bool, emit: Callable[[str], None]) -> None:
     """Raises JetExportError for bad input, and where no point is left to choose."""
-    from jet_export.search.output import results_table, summary_lines, write_results
-    from jet_export.search.run import build_engines, plan_lines, prepare, run_search
+    from jet_export.search.output import write_results
+    from jet_export.search.run import build_engines, run_search
+    from jet_export.search.search import Search
+    from jet_export.search.spec import SearchSpec
+    from jet_export.search.terminal import plan_lines, results_table, summary_lines
     from jet_export.utils.console import console
 
-    search = prepare(options)
+    search = Search(SearchSpec.from_options(options))
     for line in plan_lines(search):
         emit(line)
     if dry_run:

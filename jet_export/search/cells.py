@@ -2,8 +2,9 @@
 
 A model's step is its base (embedding, last norm, lm_head: a model without layers) and its layers, each of which
 depends on its own kind, sizes and precision only. A layer's cell is a model of `space.layers` equal layers, built and
-timed as any bundle; its latency is (cell - base) / layers. Several layers in a cell divide the noise of the
-subtraction, and show the layer between its like, where the compiler fuses its norm with the residual before it.
+timed like any other bundle; the layer's latency is (cell - base) / layers. With several layers in a cell the noise of
+the subtraction is divided, and each layer follows one of its kind, so that the compiler fuses its norm with the
+residual before it, as in the whole model.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.search.points import Point, short
+from jet_export.search.points import Point, short_dtype
 from jet_export.search.space import Space
 
-UNUSED = JetDims(1, 16, 16)  # of the JetBlocks of a cell without any
+UNUSED = JetDims(1, 16, 16)  # JetBlock sizes of a cell without JetBlocks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """An engine to build and time. What it does not use is set to one value, so that equal cells are equal."""
+    """An engine to build and time. Fields that its kind does not use hold one fixed value, so that equal engines
+    compare equal."""
 
     kind: str  # "base", "jet", "attn", "swa" or "whole"
     config: JetNemotronConfig
@@ -33,6 +35,7 @@ class Cell:
     kv_cache_dtype: str
 
     def describe(self) -> dict[str, Any]:
+        """JSON types only; part of the database's keys."""
         return {**self.__dict__, "config": self.config.to_dict()}
 
     @classmethod
@@ -42,12 +45,13 @@ class Cell:
 
     @property
     def key(self) -> str:
+        """A hash, which names the bundle and its lock."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
         precision = "fp8" if self.fp8 else "bf16"
         if self.kind == "jet":
-            return f"jet {self.config.jet_dims(0)} {precision}, state {short(self.state_dtype)}"
+            return f"jet {self.config.jet_dims(0)} {precision}, state {short_dtype(self.state_dtype)}"
         if self.kind in ("attn", "swa"):
             window = f" window {self.config.window_size}" if self.kind == "swa" else ""
             return f"{self.kind}{window} {precision}" + (", kv fp8" if self.kv_cache_dtype == "fp8" else "")
@@ -58,35 +62,59 @@ class Cell:
         return f"whole model of {', '.join(sizes) or 'attention'} {precision}"
 
 
-def plain(config: JetNemotronConfig) -> JetNemotronConfig:
-    """Without what a file said beside the sizes."""
+def without_extras(config: JetNemotronConfig) -> JetNemotronConfig:
+    """Without the fields of a config.json that no latency depends on."""
     return replace(config, raw={}, max_position_embeddings=1)
 
 
 def base_cell(preset: JetNemotronConfig) -> Cell:
-    config = replace(plain(preset), layer_types=(), window_size=0, jet_layers=())
-    return Cell("base", config.with_jet_dims({0: UNUSED}), 0, False, "float32", "auto")
+    """The engine without layers."""
+    config = replace(without_extras(preset), layer_types=(), window_size=0, jet_layers=())
+    return Cell(
+        kind="base",
+        config=config.with_jet_dims({0: UNUSED}),
+        layers=0,
+        fp8=False,
+        state_dtype="float32",
+        kv_cache_dtype="auto",
+    )
 
 
 def layer_cell(point: Point, config: JetNemotronConfig, layer: int, depth: int) -> Cell:
-    """The cell of one layer of `config`, which is the point's."""
+    """The cell of a layer of `config`, the point's architecture: `depth` layers like it."""
     kind = config.layer_types[layer]
     dims = config.jet_dims(layer) if kind == "jet" else UNUSED
     window = config.window_size if kind == "swa" else 0
-    alone = replace(plain(config), layer_types=(kind,) * depth, window_size=window, jet_layers=())
+    alone = replace(without_extras(config), layer_types=(kind,) * depth, window_size=window, jet_layers=())
     state, kv = (point.state_dtype, "auto") if kind == "jet" else ("float32", point.kv_cache_dtype)
-    return Cell(kind, alone.with_jet_dims({0: dims}), depth, point.fp8, state, kv)
+    return Cell(
+        kind=kind,
+        config=alone.with_jet_dims({0: dims}),
+        layers=depth,
+        fp8=point.fp8,
+        state_dtype=state,
+        kv_cache_dtype=kv,
+    )
 
 
 def whole_cell(point: Point, config: JetNemotronConfig) -> Cell:
-    return Cell("whole", plain(config), config.num_hidden_layers, point.fp8, point.state_dtype, point.kv_cache_dtype)
+    """The whole model."""
+    return Cell(
+        kind="whole",
+        config=without_extras(config),
+        layers=config.num_hidden_layers,
+        fp8=point.fp8,
+        state_dtype=point.state_dtype,
+        kv_cache_dtype=point.kv_cache_dtype,
+    )
 
 
 def layer_cells(point: Point, preset: JetNemotronConfig, space: Space) -> Counter[Cell]:
-    """Every layer's cell, and in how many layers it stands."""
+    """The cells of the point's layers, and how many layers each stands for."""
     config = point.config(preset, space)
     return Counter(layer_cell(point, config, i, space.layers) for i in range(config.num_hidden_layers))
 
 
 def cells_of(point: Point, preset: JetNemotronConfig, space: Space) -> list[Cell]:
+    """The cells that a prediction of the point needs."""
     return [base_cell(preset), *layer_cells(point, preset, space)]

@@ -1,97 +1,77 @@
-"""What came of the points, the Pareto front of throughput against score, and the choice."""
+"""The Pareto front of throughput against score, the points of it to build whole, and the choice."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jet_export.model.config import JetNemotronConfig
-from jet_export.search.compose import Latency
-from jet_export.search.points import Point
+from jet_export.search.evaluation import Evaluation
 
 
-@dataclass
-class Evaluation:
-    """A point and what is known of it."""
+@dataclass(frozen=True, kw_only=True)
+class Selector:
+    """Compares points by their score and their decode throughput at the target batch and context."""
 
-    point: Point
-    label: str
-    refused: str | None = None  # before anything was built
-    config: JetNemotronConfig | None = None
-    parameters: int = 0
-    cache_bytes: int = 0  # states and KV caches of a sequence at the target context
-    conv_bytes: int = 0
-    score: float | None = None
-    predicted: Latency | None = None
-    measured: Latency | None = None  # built whole
-    missed: str | None = None  # a target, or why there is no figure
-    front: bool = False
-    chosen: bool = False
+    batch: int
+    context: int
+    slack_percent: float  # throughput that a better score may cost
 
-    def tokens_per_s(self, batch: int, context: int, phase: str = "decode", latency: Latency | None = None) -> float:
-        """Of all sequences together. NaN where it is not known."""
-        latency = latency if latency is not None else self.predicted
-        ms = latency.get((batch, context, phase)) if latency else None
-        if not ms or ms <= 0:
-            return float("nan")
-        return 1e3 * batch * (context if phase == "prefill" else 1) / ms
+    def predicted_speed(self, e: Evaluation) -> float:
+        return e.tokens_per_s(self.batch, self.context)
 
-    def error(self, case: tuple[int, int, str]) -> float | None:
-        """Relative error of the prediction, where the point was built whole."""
-        if not self.measured or not self.predicted or case not in self.measured or case not in self.predicted:
-            return None
-        return self.predicted[case] / self.measured[case] - 1
+    def measured_speed(self, e: Evaluation) -> float:
+        return e.tokens_per_s(self.batch, self.context, latencies=e.measured)
 
-
-def pareto(evaluations: list[Evaluation], batch: int, context: int) -> list[Evaluation]:
-    """Those that no other beats in throughput and score together, fastest first."""
-    able = [e for e in evaluations if e.predicted and e.score is not None and not e.missed]
-    able.sort(key=lambda e: (-e.tokens_per_s(batch, context), -(e.score or 0.0)))
-    front: list[Evaluation] = []
-    for e in able:
-        assert e.score is not None
-        if not front or e.score > max(f.score or 0.0 for f in front):
-            front.append(e)
-    return front
-
-
-def choose(candidates: list[Evaluation], batch: int, context: int, slack_percent: float) -> tuple[Evaluation, str]:
-    """The best score among those within the slack of the fastest: measured whole where some were, else predicted."""
-    whole = [e for e in candidates if e.measured]
-
-    def within(judged: list[Evaluation], measured: bool) -> tuple[Evaluation, str]:
-        """The best of them, and what it is the best of."""
-
-        def speed(e: Evaluation) -> float:
-            return e.tokens_per_s(batch, context, "decode", e.measured if measured else e.predicted)
-
-        fastest = max(judged, key=speed)
-        near = [e for e in judged if speed(e) >= (1 - slack_percent / 100) * speed(fastest)]
-        how = f"within {slack_percent:g} % of the fastest ({fastest.label}, {speed(fastest):,.0f} tokens/s)"
-        how = f"that are {how}" if measured or not whole else f"predicted {how}"
-        best = max(near, key=lambda e: (e.score or 0.0, speed(e)))
-        return best, f"the best score of the {len(near)} of {len(judged)} points {how}"
-
-    best, why = within(whole or candidates, bool(whole))
-    if not whole:
-        return best, f"{why}; predicted from its layers: {best.tokens_per_s(batch, context):,.0f} tokens/s"
-    if len(whole) < len(candidates):
-        likely, of_all = within(candidates, False)
-        of_some = f"{why}, of those measured whole ({len(whole)} of the {len(candidates)} on the front)"
-        why = of_all if likely is best else of_some
-    return best, f"{why}; measured whole: {best.tokens_per_s(batch, context, latency=best.measured):,.0f} tokens/s"
-
-
-def to_build_whole(
-    front: list[Evaluation], most: int, batch: int, context: int, slack: float, ahead: list[Evaluation]
-) -> list[Evaluation]:
-    """The likely choice, what is built already, both ends of the front, then points spread between them."""
-    if len(front) <= most:
+    def pareto(self, evaluations: list[Evaluation]) -> list[Evaluation]:
+        """Points that no other beats in throughput and score together, fastest first."""
+        candidates = [e for e in evaluations if e.predicted and e.score is not None and not e.missed]
+        candidates.sort(key=lambda e: (-self.predicted_speed(e), -(e.score or 0.0)))
+        front: list[Evaluation] = []
+        for e in candidates:
+            assert e.score is not None
+            if not front or e.score > max(f.score or 0.0 for f in front):
+                front.append(e)
         return front
-    n = len(front)
-    spread = [front[round(i * (n - 1) / max(1, most - 1))] for i in range(most)]
-    wanted = [choose(front, batch, context, slack)[0], *ahead, front[0], front[-1], *spread]
-    picked: list[Evaluation] = []
-    for e in wanted:
-        if not any(e is p for p in picked):
-            picked.append(e)
-    return picked[:most]
+
+    def choose(self, front: list[Evaluation]) -> tuple[Evaluation, str]:
+        """The best score within the slack of the fastest, and why. Of the points measured whole if any are."""
+        whole = [e for e in front if e.measured]
+        if not whole:
+            best, why = self.best_predicted(front)
+            return best, f"{why}; predicted from its layers: {self.predicted_speed(best):,.0f} tokens/s"
+        best, why = self.best_measured(whole)
+        if len(whole) < len(front):
+            predicted_best, predicted_why = self.best_predicted(front)
+            if predicted_best is best:
+                why = predicted_why
+            else:
+                why += f", of those measured whole ({len(whole)} of the {len(front)} on the front)"
+        return best, f"{why}; measured whole: {self.measured_speed(best):,.0f} tokens/s"
+
+    def best_measured(self, points: list[Evaluation]) -> tuple[Evaluation, str]:
+        speeds = [self.measured_speed(e) for e in points]
+        return self.best_score(points, speeds, "that are within")
+
+    def best_predicted(self, points: list[Evaluation]) -> tuple[Evaluation, str]:
+        speeds = [self.predicted_speed(e) for e in points]
+        words = "predicted within" if any(e.measured for e in points) else "that are within"
+        return self.best_score(points, speeds, words)
+
+    def best_score(self, points: list[Evaluation], speeds: list[float], words: str) -> tuple[Evaluation, str]:
+        fastest = max(range(len(points)), key=speeds.__getitem__)
+        bound = (1 - self.slack_percent / 100) * speeds[fastest]
+        near = [i for i, speed in enumerate(speeds) if speed >= bound]
+        best = max(near, key=lambda i: (points[i].score or 0.0, speeds[i]))
+        fastest_words = f"({points[fastest].label}, {speeds[fastest]:,.0f} tokens/s)"
+        return points[best], (
+            f"the best score of the {len(near)} of {len(points)} points {words} {self.slack_percent:g} % of the "
+            f"fastest {fastest_words}"
+        )
+
+    def to_build_whole(self, front: list[Evaluation], most: int, built: list[Evaluation]) -> list[Evaluation]:
+        """At most `most` points: the likely choice, those `built` already, both ends, then some spread between."""
+        if len(front) <= most:
+            return front
+        last = len(front) - 1
+        spread = [front[round(i * last / max(1, most - 1))] for i in range(most)]
+        wanted = [self.choose(front)[0], *built, front[0], front[-1], *spread]
+        return list({id(e): e for e in wanted}.values())[:most]

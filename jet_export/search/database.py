@@ -1,24 +1,20 @@
 """Measurements, kept in SQLite (WAL): shared by searches, and never lost once written.
 
-A row is one number of one cell: its key names the machine, the versions, the kernels, the engine and the case.
+A row is one latency of one cell. Its key names the machine, the versions, the kernels, the engine, the batch, the
+context and the phase.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import sqlite3
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from jet_export.search.cells import Cell
 from jet_export.utils.errors import JetExportError
@@ -36,12 +32,15 @@ create table if not exists measurements (
 ) strict
 """
 PHASES = ("decode", "prefill")
-AGREE = 0.1  # how far the two quickest repeats of a case may be apart
+TOLERANCE = 0.1  # relative distance of the two fastest repeats up to which they confirm each other
+
+Metric = tuple[int, int, str]  # batch, context, phase
+Latencies = dict[Metric, float]  # milliseconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One number: a decode step's milliseconds, or those of the whole context's prefill, of the whole batch."""
+    """One latency of a whole batch, in milliseconds: a decode step, or the prefill of the whole context."""
 
     batch: int
     context: int
@@ -52,72 +51,41 @@ class Entry:
 
     @property
     def confirmed(self) -> bool | None:
-        """Whether its two quickest repeats agree; None where it has no two."""
+        """Whether its two fastest repeats agree; None if it has fewer than two."""
         every = sorted(self.details.get("every_ms", ()))
-        return every[1] <= (1 + AGREE) * every[0] if len(every) > 1 else None
+        return every[1] <= (1 + TOLERANCE) * every[0] if len(every) > 1 else None
 
     def with_repeats(self, other: Entry | None) -> Entry:
-        """The quicker of both, with the repeats of both: what else a machine does only adds time."""
+        """The faster of both, with the repeats of both: other load on the machine only adds time."""
         if other is None:
             return self
-        quicker = min(self, other, key=lambda e: e.median_ms)
+        faster = min(self, other, key=lambda e: e.median_ms)
         every = [ms for e in (other, self) for ms in e.details.get("every_ms", ())]
-        return replace(quicker, details={**quicker.details, "every_ms": every})
+        return replace(faster, details={**faster.details, "every_ms": every})
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where and how cells are timed: all of an identity but the cell and the case."""
+@dataclass(frozen=True, kw_only=True)
+class MeasurementSetup:
+    """Where and how cells are timed. The field names are part of the database's keys."""
 
-    machine: dict[str, Any]
+    machine: dict[str, Any]  # see describe_machine
     backend: str
     dtype: str
-    chunk: int
+    chunk: int  # tokens of a prefill call
     new_tokens: int
     repeats: int
     fill: str
 
     def identity(self, cell: Cell, batch: int, context: int, phase: str) -> str:
-        case = {"batch": batch, "context": context, "phase": phase}
-        return json.dumps({**self.__dict__, "cell": cell.describe(), **case}, sort_keys=True)
-
-
-@cache
-def kernel_hash() -> str:
-    """Of this package's sources and the kernels' configurations, which make an engine fast or slow."""
-    from jet_export.bench.verified import source_digest
-
-    return source_digest()[:16]
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a latency depends on besides the engine: device, driver, versions, kernels; on a CPU its threads too."""
-    import triton
-
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "kernels": kernel_hash()}
-    if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
-        except (OSError, subprocess.CalledProcessError):
-            driver = "unknown"
-        return {"device": torch.cuda.get_device_name(device), "driver": driver, "cuda": torch.version.cuda, **found}
-    return {"device": cpu_name(), "threads": torch.get_num_threads(), **found}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        metric = {"batch": batch, "context": context, "phase": phase}
+        return json.dumps({**self.__dict__, "cell": cell.describe(), **metric}, sort_keys=True)
 
 
 class Database:
-    """One file, which several processes and threads may use."""
+    """One file, which several processes and threads may share."""
 
     def __init__(self, path: Path) -> None:
-        """Create it, or check an existing one. Raises JetExportError where it is damaged or no such database."""
+        """Create the file, or check an existing one. Raises JetExportError if it is damaged or no such database."""
         self.path = path
         self.local = threading.local()
         with self.guarded():
@@ -139,7 +107,7 @@ class Database:
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
-        """This thread's connection, in a transaction. A commit survives the process, however it ends."""
+        """This thread's connection, in a transaction, whose commit survives a kill of the process."""
         if not hasattr(self.local, "db"):
             self.local.db = sqlite3.connect(self.path, timeout=60)
             self.local.db.execute("pragma synchronous=normal")
@@ -148,7 +116,7 @@ class Database:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """One message for all that SQLite finds wrong."""
+        """Turns every error of SQLite into one message."""
         try:
             yield
         except (sqlite3.Error, OSError) as e:
@@ -158,29 +126,36 @@ class Database:
                 "--database FILE.",
             ) from None
 
-    def get(self, bench: Bench, cell: Cell, batch: int, context: int) -> dict[str, Entry]:
-        """What is known of a case, by phase."""
+    def get(self, setup: MeasurementSetup, cell: Cell, batch: int, context: int) -> dict[str, Entry]:
+        """The latencies known of a cell at this batch and context, by phase."""
         out: dict[str, Entry] = {}
         with self.guarded(), self.connection() as db:
             for phase in PHASES:
-                identity = bench.identity(cell, batch, context, phase)
+                identity = setup.identity(cell, batch, context, phase)
                 row = db.execute(
                     "select median_ms, p90_ms, details from measurements where id = ?", (digest_of(identity),)
                 ).fetchone()
                 if row:
-                    out[phase] = Entry(batch, context, phase, row[0], row[1], json.loads(row[2]))
+                    out[phase] = Entry(
+                        batch=batch,
+                        context=context,
+                        phase=phase,
+                        median_ms=row[0],
+                        p90_ms=row[1],
+                        details=json.loads(row[2]),
+                    )
         return out
 
-    def put(self, bench: Bench, cell: Cell, entries: list[Entry]) -> None:
-        """Write one case's numbers, in one transaction."""
+    def put(self, setup: MeasurementSetup, cell: Cell, entries: list[Entry]) -> None:
+        """Write entries of a cell in one transaction."""
         rows = []
         for e in entries:
-            identity = bench.identity(cell, e.batch, e.context, e.phase)
-            rows.append((digest_of(identity), identity, cell.kind, str(cell), e.batch, e.context, e.phase,
-                         e.median_ms, e.p90_ms, json.dumps(e.details)))  # fmt: skip
+            identity = setup.identity(cell, e.batch, e.context, e.phase)
+            key = (digest_of(identity), identity, cell.kind, str(cell), e.batch, e.context, e.phase)
+            rows.append((*key, e.median_ms, e.p90_ms, json.dumps(e.details)))
         columns = "id, identity, kind, label, batch, context, phase, median_ms, p90_ms, details"
+        marks = ", ".join("?" * 10)
         with self.guarded(), self.connection() as db:
-            marks = ", ".join("?" * 10)
             db.executemany(f"insert or replace into measurements ({columns}) values ({marks})", rows)
 
     def count(self) -> int:

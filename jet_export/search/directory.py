@@ -14,8 +14,7 @@ RECORD = "search.json"
 
 
 def check_output(output: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Raises JetExportError where `output` holds anything but the search of this identity, to `resume`, or cannot be
-    made."""
+    """Raises JetExportError if `output` cannot be created, or holds anything but this search with `resume` set."""
     record = output / RECORD
     there = existing(output)
     if not there.is_dir():
@@ -30,16 +29,18 @@ def check_output(output: Path, identity: dict[str, Any], resume: bool) -> None:
         before = before if isinstance(before, dict) else {}
         differing = sorted(k for k, v in identity.items() if before.get(k) != v)
         if differing:
-            raise JetExportError(f"{output}: holds another search ({', '.join(differing)} differ).",
-                                 "Pass another --output DIR.")  # fmt: skip
+            raise JetExportError(
+                f"{output}: holds another search ({', '.join(differing)} differ).", "Pass another --output DIR."
+            )
         if not resume:
-            raise JetExportError(f"{output}: holds this search already.",
-                                 "Pass --resume to go on with it, or another --output DIR.")  # fmt: skip
+            raise JetExportError(
+                f"{output}: holds this search already.", "Pass --resume to go on with it, or another --output DIR."
+            )
     elif output.exists() and any(output.iterdir()):
         raise JetExportError(f"--output {output}: is not empty and holds no search.", "Choose another place.")
 
 
 def open_output(output: Path, identity: dict[str, Any]) -> None:
-    """Make the output directory, with the search's identity in it."""
+    """Create the output directory and record the search's identity in it."""
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / RECORD, json.dumps(identity, indent=1, allow_nan=False) + "\n")

@@ -1,12 +1,12 @@
-"""report.html: one self-contained page (inline SVG, no scripts, no network), and the picture of the front."""
+"""report.html, a self-contained page (inline SVG, no scripts, no network), and front.svg."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from jet_export.search.run import Search
+from jet_export.search.search import Search
 from jet_export.search.svg import Dot, bars, scatter
 from jet_export.utils.console import human
 
@@ -19,8 +19,8 @@ code { background: #f2f2f2; padding: 1px 4px } .chosen td { font-weight: bold; c
 
 
 def report(search: Search, results: dict[str, Any]) -> tuple[str, str]:
-    """(the page, the front's picture as SVG)."""
-    picture = front_chart(search, results, "score", search.score.name)
+    """(report.html, front.svg)."""
+    picture = front_chart(search, results, "score", search.spec.score.name)
     sections = [
         choice_section(search, results),
         "<h2>Throughput against score</h2>" + picture,
@@ -31,48 +31,53 @@ def report(search: Search, results: dict[str, Any]) -> tuple[str, str]:
         refused_section(results),
         environment_section(results),
     ]
-    title = escape(f"jet-export search: {search.options.model}")
+    title = escape(f"jet-export search: {search.spec.options.model}")
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     return f"{head}</head><body><h1>{title}</h1>{''.join(sections)}</body></html>\n", picture
 
 
 def front_chart(search: Search, results: dict[str, Any], y: str, y_name: str) -> str:
-    b, c = search.target
-    dots = [Dot(r["tokens_per_s"], r[y], r["point"], r["front"], r["chosen"])
-            for r in results["points"] if r["tokens_per_s"] and r[y] is not None]  # fmt: skip
-    return scatter(dots, f"batch {b}, context {c}: predicted from single layers", "tokens/s, whole batch", y_name)
+    b, c = search.spec.target
+    dots = [
+        Dot(x=r["tokens_per_s"], y=r[y], label=r["point"], front=r["front"], chosen=r["chosen"])
+        for r in results["points"]
+        if r["tokens_per_s"] and r[y] is not None
+    ]
+    title = f"batch {b}, context {c}: predicted from single layers"
+    return scatter(dots, title=title, x_name="tokens/s, whole batch", y_name=y_name)
 
 
 def choice_section(search: Search, results: dict[str, Any]) -> str:
     choice, machine, spread = results["choice"], results["machine"], results["spread_percent"]
     paper = results["paper"]
-    said = "" if spread is None else (
+    spread_words = (
         f"<p>Throughput, predicted from single layers, differs by {spread:.1f} % between the fastest and the slowest "
         f"of the points; "
         f"the paper ({escape(paper['source'])}, {escape(paper['gpu'])}) sees {paper['spread_percent']} %.</p>"
-    )  # fmt: skip
+        if spread is not None
+        else ""
+    )
     return (
         f"<p>Measured on <b>{escape(str(machine['device']))}</b>, {escape(results['environment']['date'])}; score: "
-        f"{escape(search.score.name)}, {escape(search.score.source)}.</p>"
+        f"{escape(search.spec.score.name)}, {escape(search.spec.score.source)}.</p>"
         f"<h2>Choice</h2><p><b>{escape(choice['point'])}</b>: {escape(choice['why'])}.</p>"
-        f"<p><code>{escape(choice['build'])}</code></p>{said}"
+        f"<p><code>{escape(choice['build'])}</code></p>{spread_words}"
     )
 
 
 def parameters_section(search: Search, results: dict[str, Any]) -> str:
-    """Parameters at equal cache; not shown twice where they are the score."""
-    if search.score.name == "parameters":
+    """Left out if the parameters are the score, which has a chart already."""
+    if search.spec.score.name == "parameters":
         return ""
     return "<h2>Throughput against parameters</h2>" + front_chart(search, results, "parameters", "parameters")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], classes: Sequence[str] = ()) -> str:
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "".join(
-        f'<tr class="{classes[i] if i < len(classes) else ""}">'
-        + "".join(f"<td>{escape('–' if v is None else str(v))}</td>" for v in row) + "</tr>"
-        for i, row in enumerate(rows)
-    )  # fmt: skip
+    body = ""
+    for i, row in enumerate(rows):
+        cells = "".join(f"<td>{escape('–' if v is None else str(v))}</td>" for v in row)
+        body += f'<tr class="{classes[i] if i < len(classes) else ""}">{cells}</tr>'
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
@@ -80,34 +85,41 @@ def points_table(results: dict[str, Any]) -> str:
     def form(x: float | None, spec: str = ",.0f") -> str | None:
         return None if x is None else format(x, spec)
 
-    heads = ["point", "parameters", "cache a sequence", "+ conv taps", "score", "step ms", "tokens/s", "prefill tok/s",
-             "whole: tokens/s", "error", "paper: tokens/s", "paper: retrieval", "paper: math", ""]  # fmt: skip
-    able = [r for r in results["points"] if r["refused"] is None]
-    rows = [
-        [r["point"], form(r["parameters"]), human(r["cache_bytes"]), human(r["conv_state_bytes"] or 0),
-         form(r["score"], ",.6g"), form(r["decode_ms"], ".4g"), form(r["tokens_per_s"]),
-         form(r["prefill_tokens_per_s"]),
-         form(r["whole_tokens_per_s"]), form(r["prediction_error"], "+.1%"), form(r["paper_tokens_per_s"]),
-         form(r["paper_retrieval"], ".1f"), form(r["paper_math"], ".1f"),
-         "chosen" if r["chosen"] else "front" if r["front"] else r["missed"] or ""]
-        for r in able
-    ]  # fmt: skip
+    columns: dict[str, Callable[[dict[str, Any]], str | None]] = {
+        "point": lambda r: r["point"],
+        "parameters": lambda r: form(r["parameters"]),
+        "cache a sequence": lambda r: human(r["cache_bytes"]),
+        "+ conv taps": lambda r: human(r["conv_state_bytes"] or 0),
+        "score": lambda r: form(r["score"], ",.6g"),
+        "step ms": lambda r: form(r["decode_ms"], ".4g"),
+        "tokens/s": lambda r: form(r["tokens_per_s"]),
+        "prefill tok/s": lambda r: form(r["prefill_tokens_per_s"]),
+        "whole: tokens/s": lambda r: form(r["whole_tokens_per_s"]),
+        "error": lambda r: form(r["prediction_error"], "+.1%"),
+        "paper: tokens/s": lambda r: form(r["paper_tokens_per_s"]),
+        "paper: retrieval": lambda r: form(r["paper_retrieval"], ".1f"),
+        "paper: math": lambda r: form(r["paper_math"], ".1f"),
+        "": lambda r: "chosen" if r["chosen"] else "front" if r["front"] else r["missed"] or "",
+    }
+    shown = [r for r in results["points"] if r["refused"] is None]
+    rows = [[column(r) for column in columns.values()] for r in shown]
     note = "<p>The paper's columns are its own, on its machine; – where this project does not have the figure.</p>"
-    return table(heads, rows, ["chosen" if r["chosen"] else "" for r in able]) + note
+    return table(list(columns), rows, ["chosen" if r["chosen"] else "" for r in shown]) + note
 
 
 def layers_section(search: Search, results: dict[str, Any]) -> str:
-    """Milliseconds that one layer adds, at every case: charts at the target, the rest as a table."""
-    b, c = search.target
+    """Milliseconds that one layer adds: charts at the target, a table of every batch and context."""
+    b, c = search.spec.target
     out = "<h2>Per-layer latency</h2><p>(engine of equal layers - engine without layers) / layers.</p>"
     for phase, what in (("decode", "one decode step of the batch"), ("prefill", "prefill of the whole context")):
         at = [r for r in results["layers"] if (r["batch"], r["context"], r["phase"]) == (b, c, phase)]
-        out += bars([(r["layer"], r["ms"]) for r in at], f"{what}, batch {b}, context {c}", "ms")
-    others = [[r["layer"], r["batch"], r["context"], r["phase"], f"{r['ms']:.4g}", r["filled_by"]]
-              for r in results["layers"]]  # fmt: skip
+        out += bars([(r["layer"], r["ms"]) for r in at], title=f"{what}, batch {b}, context {c}", unit="ms")
+    rows = [
+        [r["layer"], r["batch"], r["context"], r["phase"], f"{r['ms']:.4g}", r["filled_by"]] for r in results["layers"]
+    ]
     note = f"<p>{escape(results['synthetic'])}.</p>" if results["synthetic"] else ""
     note += "".join(f"<p>Left out: {escape(why)}</p>" for why in results["left_out"])
-    return out + table(["layer", "batch", "context", "phase", "ms", "filled by"], others) + note
+    return out + table(["layer", "batch", "context", "phase", "ms", "filled by"], rows) + note
 
 
 def predictions_section(results: dict[str, Any]) -> str:
@@ -116,14 +128,16 @@ def predictions_section(results: dict[str, Any]) -> str:
         return "<h2>Prediction against measurement</h2><p>No point was built whole.</p>"
     out = "<h2>Prediction against measurement</h2>"
     for phase in ("decode", "prefill"):
-        dots = [Dot(r["predicted_ms"], r["measured_ms"], f"{r['point']} B{r['batch']} {r['context']}", chosen=False)
-                for r in rows if r["phase"] == phase]  # fmt: skip
-        out += scatter(dots, phase, "predicted ms", "measured ms", diagonal=True)
+        dots = [
+            Dot(x=r["predicted_ms"], y=r["measured_ms"], label=f"{r['point']} B{r['batch']} {r['context']}")
+            for r in rows
+            if r["phase"] == phase
+        ]
+        out += scatter(dots, title=phase, x_name="predicted ms", y_name="measured ms", diagonal=True)
     heads = ["point", "batch", "context", "phase", "predicted ms", "measured ms", "error"]
-    return out + table(heads, [
-        [r["point"], r["batch"], r["context"], r["phase"], f"{r['predicted_ms']:.4g}", f"{r['measured_ms']:.4g}",
-         f"{100 * r['error']:+.1f} %"] for r in rows
-    ])  # fmt: skip
+    figures = [[f"{r['predicted_ms']:.4g}", f"{r['measured_ms']:.4g}", f"{100 * r['error']:+.1f} %"] for r in rows]
+    cases = [[r["point"], r["batch"], r["context"], r["phase"]] for r in rows]
+    return out + table(heads, [[*case, *values] for case, values in zip(cases, figures, strict=True)])
 
 
 def refused_section(results: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Locks on files, which the system frees however a process ends (flock).
+"""File locks (flock), which the system releases however a process ends.
 
-The machine: builds share it, a measurement has it alone. A cell: one search builds and measures it.
+The machine's: builds share it, a measurement holds it alone. A cell's: one search builds and measures it.
 """
 
 from __future__ import annotations
@@ -11,34 +11,39 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def machine_lock() -> Path:
-    """One for all searches of a user on this machine, whatever their databases."""
+    """Shared by all searches of a user on this machine, whatever their databases."""
     return Path(tempfile.gettempdir()) / f"jet-export-search-{os.getuid()}.lock"
 
 
+def gate_lock() -> Path:
+    """Held while waiting for the machine."""
+    return machine_lock().with_suffix(".gate")
+
+
 @contextmanager
-def held(path: Path, alone: bool, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Wait for the lock, hold it inside the block. `waiting` is called where it is not free at once."""
+def held(path: Path, *, exclusive: bool, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Wait for the lock and hold it inside the block. `on_wait` is called if it is not free at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
     with path.open("a") as f:
         try:
             fcntl.flock(f, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting is not None:
-                waiting()
+            if on_wait is not None:
+                on_wait()
             fcntl.flock(f, kind)
         yield
 
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Together with other builds, with no measurement. Those that wait to measure go first: they hold the gate."""
-    gate = machine_lock().with_suffix(".gate")
-    with held(gate, alone=True):
-        shared = held(machine_lock(), alone=False)
+    """Excludes measurements, not other builds. A waiting measurement goes first, since it holds the gate."""
+    with held(gate_lock(), exclusive=True):
+        shared = held(machine_lock(), exclusive=False)
         shared.__enter__()
     try:
         yield
@@ -47,28 +52,32 @@ def building() -> Iterator[None]:
 
 
 @contextmanager
-def measuring(waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Alone: waits for the builds that run, and lets no other begin. `waiting` is called once at most."""
-    told = False
+def measuring(on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Excludes everything else: running builds end first, no new one begins. `on_wait` is called at most once."""
+    notified = False
 
-    def tell() -> None:
-        nonlocal told
-        if waiting is not None and not told:
-            waiting()
-        told = True
+    def notify() -> None:
+        nonlocal notified
+        if on_wait is not None and not notified:
+            on_wait()
+        notified = True
 
-    with held(machine_lock().with_suffix(".gate"), True, tell), held(machine_lock(), True, tell):
+    with (
+        held(gate_lock(), exclusive=True, on_wait=notify),
+        held(machine_lock(), exclusive=True, on_wait=notify),
+    ):
         yield
 
 
 class Claim:
-    """A cell that this search works on. `take` returns None where another search does."""
+    """The lock of a cell: its holder builds and measures it."""
 
-    def __init__(self, file) -> None:
+    def __init__(self, file: IO[str]) -> None:
         self.file = file
 
     @classmethod
     def take(cls, path: Path) -> Claim | None:
+        """None if another search holds it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
         try:

@@ -1,4 +1,4 @@
-"""What a search leaves: a table in the terminal; results.json, two CSV files, report.html, front.svg, best.json."""
+"""The files that a search writes: results.json, points.csv, layers.csv, best.json, and those of html.py."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from rich.table import Table
-
-from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
-from jet_export.search.choose import Evaluation
-from jet_export.search.points import short
-from jet_export.search.run import RECORD_KEY, Search, options_record
+from jet_export.search.cells import Cell, base_cell, whole_cell
+from jet_export.search.database import Metric
+from jet_export.search.evaluation import Evaluation
+from jet_export.search.html import report
 from jet_export.search.scores import Published, published
-from jet_export.utils.console import human
+from jet_export.search.search import Search
+from jet_export.search.spec import RECORD_KEY
 from jet_export.utils.environment import environment
 from jet_export.utils.files import write_atomically
 
 
 def write_results(search: Search) -> None:
-    """All files, each whole or not at all."""
-    from jet_export.search.html import report
-
-    results = results_dict(search)
-    write_atomically(search.output / "best.json", json.dumps(best_config(search), indent=2) + "\n")
-    write_atomically(search.output / "points.csv", csv_text(point_rows(search)))
-    write_atomically(search.output / "layers.csv", csv_text(layer_rows(search)))
+    """Each file is written atomically."""
+    results, output = results_dict(search), search.spec.output
+    write_atomically(output / "best.json", json.dumps(best_config(search), indent=2) + "\n")
+    write_atomically(output / "points.csv", csv_text(point_rows(search)))
+    write_atomically(output / "layers.csv", csv_text(layer_rows(search)))
     page, picture = report(search, results)
-    write_atomically(search.output / "front.svg", picture)
-    write_atomically(search.output / "report.html", page)
-    write_atomically(search.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_atomically(output / "front.svg", picture)
+    write_atomically(output / "report.html", page)
+    write_atomically(output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def build_command(search: Search, e: Evaluation) -> str:
-    """What builds the choice from random weights, at the target's limits."""
-    p, s = e.point, search.space
-    words = ["jet-export", "build", "--model", str(search.output / "best.json"), "--random-weights"]
+    """Builds the point from random weights, at the target's limits."""
+    p, spec = e.point, search.spec
+    limits = {
+        "--max-batch-size": spec.space.target_batch,
+        "--max-seq-len": spec.space.target_context + spec.space.new_tokens,
+    }
+    words = ["jet-export", "build", "--model", str(spec.output / "best.json"), "--random-weights"]
     words += ["--fp8"] if p.fp8 else []
     words += ["--kv-cache-dtype", "fp8"] if p.kv_cache_dtype == "fp8" else []
     words += ["--state-dtype", p.state_dtype] if p.state_dtype != "float32" else []
-    words += ["--dtype", search.options.dtype] if search.options.dtype != "bfloat16" else []
-    words += ["--max-batch-size", str(s.target_batch), "--max-seq-len", str(s.target_context + s.new_tokens)]
+    words += ["--dtype", spec.options.dtype] if spec.options.dtype != "bfloat16" else []
+    words += [word for flag, value in limits.items() for word in (flag, str(value))]
     return shlex.join(words)
 
 
@@ -53,78 +54,115 @@ def best_config(search: Search) -> dict[str, Any]:
     """The chosen architecture as a config.json that `jet-export build --model best.json` takes."""
     best = search.chosen
     assert best is not None and best.config is not None
-    own = {k: v for k, v in search.preset.raw.items() if k not in ("layer_types", "efficient_attention_config")}
+    own = {k: v for k, v in search.spec.preset.raw.items() if k not in ("layer_types", "efficient_attention_config")}
     config = replace(best.config, raw=own).to_dict()
-    config[RECORD_KEY] = {"point": best.label, "build": build_command(search, best), "why": search.why}
+    config[RECORD_KEY] = {"point": best.label, "build": build_command(search, best), "why": search.state.reason}
     return config
 
 
-def finite(x: float | None) -> float | None:
+def none_if_nan(x: float | None) -> float | None:
     return None if x is None or math.isnan(x) else x
 
 
-def paper_of(search: Search, e: Evaluation) -> Published | None:
-    """The paper's row, where the point is one of its."""
+def paper_row(e: Evaluation) -> Published | None:
+    """The paper's figures, if the point is in its table."""
     sizes = set(e.point.sizes)
     return published()[0].get(next(iter(sizes))) if len(sizes) == 1 else None
 
 
-def filled_by(search: Search, cells: Iterable[Cell], case: tuple[int, int, str]) -> str | None:
-    """How the states of these engines were filled: "synthetic" where those of one were."""
-    found = {search.filled.get(cell, {}).get(case) for cell in cells} - {None, ""}
+def filled_by(search: Search, cells: Iterable[Cell], metric: Metric) -> str | None:
+    """How the states of these engines were filled: "synthetic" if those of any were."""
+    found = {search.state.filled_by.get(cell, {}).get(metric) for cell in cells} - {None, ""}
     return max(found, default=None, key=str)
 
 
-def noise_note(search: Search) -> str | None:
-    """What has to be said where anything was measured on states that no prefill made."""
-    ways = [way for known in search.filled.values() for way in known.values()]
-    noise = ways.count("synthetic")
-    part = f"in {noise} of {len(ways)} measurements, filled_by in results.json"
-    return f"synthetic: states made of noise instead of prefilled, {part}" if noise else None
+def synthetic_note(search: Search) -> str | None:
+    """A warning if anything was measured on states that no prefill computed."""
+    ways = [way for known in search.state.filled_by.values() for way in known.values()]
+    synthetic = ways.count("synthetic")
+    part = f"in {synthetic} of {len(ways)} measurements, filled_by in results.json"
+    return f"synthetic: states made of noise instead of prefilled, {part}" if synthetic else None
 
 
 def point_row(search: Search, e: Evaluation) -> dict[str, Any]:
-    b, c = search.target
-    case = (b, c, "decode")
-    row: dict[str, Any] = {"point": e.label, "sizes": "+".join(map(str, e.point.sizes)), "layout": e.point.layout}
-    row |= {"window_size": e.point.window_size, "fp8": e.point.fp8, "state_dtype": e.point.state_dtype}
-    row |= {"kv_cache_dtype": e.point.kv_cache_dtype, "refused": e.refused, "missed": e.missed}
-    row |= {"parameters": e.parameters or None, "cache_bytes": e.cache_bytes or None}
-    row |= {"conv_state_bytes": e.conv_bytes or None, "score": e.score}
-    row["decode_ms"] = e.predicted.get(case) if e.predicted else None
-    row["tokens_per_s"] = finite(e.tokens_per_s(b, c))
-    row["prefill_tokens_per_s"] = finite(e.tokens_per_s(b, c, "prefill"))
-    row["whole_decode_ms"] = e.measured[case] if e.measured else None
-    row["whole_tokens_per_s"] = finite(e.tokens_per_s(b, c, latency=e.measured)) if e.measured else None
-    known = e.config is not None and e.predicted is not None
-    row["filled_by"] = filled_by(search, cells_of(e.point, search.preset, search.space), case) if known else None
+    b, c = search.spec.target
+    decode: Metric = (b, c, "decode")
+    paper = paper_row(e)
+    cells = search.cells_of(e.point) if e.config is not None and e.predicted is not None else []
     whole = [whole_cell(e.point, e.config)] if e.config is not None and e.measured else []
-    row["whole_filled_by"] = filled_by(search, whole, case)
-    row["prediction_error"] = e.error(case)
-    row["prefill_prediction_error"] = e.error((b, c, "prefill"))
-    theirs = paper_of(search, e)
-    row["paper_tokens_per_s"] = theirs.throughput if theirs else None
-    row["paper_retrieval"] = theirs.retrieval if theirs else None
-    row["paper_math"] = theirs.math if theirs else None
-    return {**row, "front": e.front, "chosen": e.chosen}
+    return {
+        "point": e.label,
+        "sizes": "+".join(map(str, e.point.sizes)),
+        "layout": e.point.layout,
+        "window_size": e.point.window_size,
+        "fp8": e.point.fp8,
+        "state_dtype": e.point.state_dtype,
+        "kv_cache_dtype": e.point.kv_cache_dtype,
+        "refused": e.refused,
+        "missed": e.missed,
+        "parameters": e.parameters or None,
+        "cache_bytes": e.cache_bytes or None,
+        "conv_state_bytes": e.conv_bytes or None,
+        "score": e.score,
+        "decode_ms": e.predicted.get(decode) if e.predicted else None,
+        "tokens_per_s": none_if_nan(e.tokens_per_s(b, c)),
+        "prefill_tokens_per_s": none_if_nan(e.tokens_per_s(b, c, "prefill")),
+        "whole_decode_ms": e.measured[decode] if e.measured else None,
+        "whole_tokens_per_s": none_if_nan(e.tokens_per_s(b, c, latencies=e.measured)) if e.measured else None,
+        "filled_by": filled_by(search, cells, decode),
+        "whole_filled_by": filled_by(search, whole, decode),
+        "prediction_error": e.error(decode),
+        "prefill_prediction_error": e.error((b, c, "prefill")),
+        "paper_tokens_per_s": paper.throughput if paper else None,
+        "paper_retrieval": paper.retrieval if paper else None,
+        "paper_math": paper.math if paper else None,
+        "front": e.front,
+        "chosen": e.chosen,
+    }
 
 
 def point_rows(search: Search) -> list[dict[str, Any]]:
     """Fastest first, refused ones last."""
-    rows = [point_row(search, e) for e in search.evaluations.values()]
+    rows = [point_row(search, e) for e in search.state.evaluations.values()]
     return sorted(rows, key=lambda r: (r["refused"] is not None, -(r["tokens_per_s"] or 0.0)))
 
 
 def layer_rows(search: Search) -> list[dict[str, Any]]:
-    """A row a cell and case: the milliseconds that one such layer adds."""
-    base = base_cell(search.preset)
-    tables = [("base (embedding, last norm, lm_head)", base, search.base)]
-    tables += [(str(cell), cell, shares) for cell, shares in search.layers.items()]
+    """A row for each cell and metric: the milliseconds that one such layer adds."""
+    base, state = base_cell(search.spec.preset), search.state
+    tables = [("base (embedding, last norm, lm_head)", base, state.base)]
+    tables += [(str(cell), cell, added) for cell, added in state.layers.items()]
     return [
-        {"layer": name, "batch": case[0], "context": case[1], "phase": case[2], "ms": ms,
-         "filled_by": filled_by(search, (base, cell), case)}
-        for name, cell, shares in tables for case, ms in shares.items()
-    ]  # fmt: skip
+        {
+            "layer": name,
+            "batch": metric[0],
+            "context": metric[1],
+            "phase": metric[2],
+            "ms": ms,
+            "filled_by": filled_by(search, (base, cell), metric),
+        }
+        for name, cell, latencies in tables
+        for metric, ms in latencies.items()
+    ]
+
+
+def prediction_rows(search: Search) -> list[dict[str, Any]]:
+    """Predicted and measured latencies of the points on the front that were measured whole."""
+    return [
+        {
+            "point": e.label,
+            "batch": metric[0],
+            "context": metric[1],
+            "phase": metric[2],
+            "predicted_ms": e.predicted[metric],
+            "measured_ms": ms,
+            "error": e.error(metric),
+        }
+        for e in search.front
+        if e.measured and e.predicted
+        for metric, ms in e.measured.items()
+        if metric in e.predicted
+    ]
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
@@ -140,89 +178,31 @@ def spread_percent(values: list[float]) -> float | None:
 
 
 def results_dict(search: Search) -> dict[str, Any]:
+    spec, state = search.spec, search.state
     rows = point_rows(search)
     speeds = [r["tokens_per_s"] for r in rows if r["tokens_per_s"]]
     best = search.chosen
     assert best is not None
-    b, c = search.target
-    predictions = [
-        {"point": e.label, "batch": case[0], "context": case[1], "phase": case[2], "predicted_ms": e.predicted[case],
-         "measured_ms": ms, "error": e.error(case)}
-        for e in search.front if e.measured and e.predicted for case, ms in e.measured.items() if case in e.predicted
-    ]  # fmt: skip
-    remarks = published()[1]
+    batch, context = spec.target
+    paper = published()[1]
     return {
         "environment": environment(),
-        "machine": search.bench.machine,
-        "options": options_record(search),
-        "space": json.loads(json.dumps(search.space.describe())),
-        "score": {"name": search.score.name, "source": search.score.source, "unmatched": search.unmatched},
-        "target": {"batch": b, "context": c},
-        "sampler": search.sampler,
-        "seconds": round(search.seconds, 1),
-        "timed_out": search.timed_out,
-        "synthetic": noise_note(search),
-        "noisy_measurements": {"over 10 %": search.noisy[0], "of": search.noisy[1]},
-        "choice": {"point": best.label, "why": search.why, "build": build_command(search, best)},
+        "machine": spec.setup.machine,
+        "options": spec.options.record(),
+        "space": json.loads(json.dumps(spec.space.describe())),
+        "score": {"name": spec.score.name, "source": spec.score.source, "unmatched": spec.unmatched_scores},
+        "target": {"batch": batch, "context": context},
+        "sampler": spec.sampler,
+        "seconds": round(state.seconds, 1),
+        "timed_out": state.timed_out,
+        "synthetic": synthetic_note(search),
+        "noisy_measurements": {"over 10 %": state.noisy, "of": state.repeated},
+        "choice": {"point": best.label, "why": state.reason, "build": build_command(search, best)},
         "spread_percent": spread_percent(speeds),
-        "paper": {k: remarks[k] for k in ("source", "gpu", "cache_mb", "spread_percent")},
+        "paper": {k: paper[k] for k in ("source", "gpu", "cache_mb", "spread_percent")},
         "points": rows,
-        "left_out": list(search.at_odds.values()),
+        "left_out": list(state.inconsistent.values()),
         "layers": layer_rows(search),
-        "predictions": predictions,
-        "failed": {str(cell): reason for cell, reason in search.failed.items()},
+        "predictions": prediction_rows(search),
+        "failed": {str(cell): reason for cell, reason in state.failed.items()},
     }
-
-
-SHOWN = 24
-
-
-def results_table(search: Search) -> Table:
-    """Points by predicted throughput: those on the front, and the fastest others."""
-    rows = [r for r in point_rows(search) if r["refused"] is None]
-    shown = [r for i, r in enumerate(rows) if i < SHOWN or r["front"]]
-    paper = any(r["paper_tokens_per_s"] for r in shown)
-    table = Table(box=None, header_style="bold")
-    table.add_column("point")
-    by_parameters = search.score.name == "parameters"
-    heads = ["parameters", "cache", "step ms", "tokens/s", "prefill tok/s", *([] if by_parameters else ["score"]),
-             "whole: tokens/s", "predicted", *(["paper tok/s"] if paper else [])]  # fmt: skip
-    for head in heads:
-        table.add_column(head, justify="right")
-    table.add_column("")
-    for r in shown:
-        error = r["prediction_error"]
-        cells = [r["point"], f"{r['parameters'] / 1e6:,.1f} M", human(r["cache_bytes"])]
-        cells += [number(r["decode_ms"], "{:.4g}"), number(r["tokens_per_s"]), number(r["prefill_tokens_per_s"])]
-        cells += [] if by_parameters else [number(r["score"], "{:.4g}")]
-        cells += [number(r["whole_tokens_per_s"]), "–" if error is None else f"{100 * error:+.1f} %"]
-        cells += [number(r["paper_tokens_per_s"])] if paper else []
-        note = "chosen" if r["chosen"] else "front" if r["front"] else r["missed"] or ""
-        table.add_row(*cells, note)
-    return table
-
-
-def number(x: float | None, form: str = "{:,.0f}") -> str:
-    return "–" if x is None else form.format(x)
-
-
-def summary_lines(search: Search) -> list[str]:
-    """What is said below the table."""
-    best = search.chosen
-    assert best is not None
-    refused = [e for e in search.evaluations.values() if e.refused]
-    b, c = search.target
-    lines = [f"decode and prefill at batch {b}, context {c}; a point's figures are the sums of its layers'; predicted: "
-             "their error against the engine built whole"]  # fmt: skip
-    lines += [f"refused: {e.label}: {e.refused}" for e in refused[:SHOWN]]
-    lines += [f"refused: {len(refused) - SHOWN} more, in points.csv"] if len(refused) > SHOWN else []
-    lines += [f"failed: {reason}" for reason in search.failed.values()]
-    noisy, repeated = search.noisy
-    lines += [f"noise: {noisy} of {repeated} measurements are over 10 % quicker than the next of their repeats; is the "
-              "machine in use? --resume --remeasure measures them again"] if noisy else []  # fmt: skip
-    lines += [f"left out: {why} --resume --remeasure measures it again" for why in search.at_odds.values()]
-    lines += [note] if (note := noise_note(search)) else []
-    lines += ["out of time: not all points are measured; --resume goes on"] if search.timed_out else []
-    precision = f"state {short(best.point.state_dtype)}" + (", FP8 weights" if best.point.fp8 else "")
-    lines += [f"choice: {best.label} ({precision}): {search.why}", f"report: {search.output / 'report.html'}"]
-    return [*lines, f"Next: {build_command(search, best)}"]

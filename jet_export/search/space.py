@@ -15,7 +15,7 @@ from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import DATA
 
 LETTERS = {"j": "jet", "a": "attn", "s": "swa"}
-MOST = 2**31 - 1  # of any count
+MAX_INT = 2**31 - 1
 SPACES = DATA / "search"
 KEYS: dict[str, set[str]] = {
     "jet": {"sizes", "head_k_dim", "head_v_dim", "num_heads", "share"},
@@ -27,17 +27,17 @@ KEYS: dict[str, set[str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Counts:
-    """A searched layout: how many attn and swa layers there may be."""
+@dataclass(frozen=True, kw_only=True)
+class LayerCounts:
+    """A searched layout: the numbers of attn and swa layers to try."""
 
     attn: tuple[int, ...]
     swa: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Space:
-    """What may be chosen, within which bounds, and where it is measured."""
+    """The choices, their constraints, and how and where they are measured."""
 
     sizes: tuple[JetDims, ...]
     share: str | tuple[tuple[int, ...], ...]  # "all", "each", or groups of layers
@@ -45,7 +45,7 @@ class Space:
     state_dtype: tuple[str, ...]
     kv_cache_dtype: tuple[str, ...]  # "auto": the model dtype
     window_size: tuple[int, ...]
-    layouts: tuple[str, ...] | Counts  # a letter a layer
+    layouts: tuple[str, ...] | LayerCounts  # a letter a layer
     cache_bytes: int | str | None  # "preset"; None: unbounded
     gpu_memory: int | str | None  # "device"
     parameters: tuple[float, float]
@@ -56,8 +56,8 @@ class Space:
     context: tuple[int, ...]
     prefill_chunk: int
     new_tokens: int
-    layers: int  # equal layers in an engine that measures one
-    repeats: int  # measurements of a case, of which the quickest counts
+    layers: int  # equal layers in an engine that measures a layer
+    repeats: int  # measurements of a case; the fastest counts
     fill: str
     target_batch: int
     target_context: int
@@ -65,27 +65,28 @@ class Space:
 
     @property
     def groups(self) -> int:
-        """How many JetBlock sizes a point has; for "each", one a layer, attention layers' ones unused."""
+        """How many JetBlock sizes a point may have; those of groups without a jet layer are unused."""
         return len(self.share) if isinstance(self.share, tuple) else 1
 
     def describe(self) -> dict[str, Any]:
-        """JSON types only, for the record and for telling whether two searches are the same."""
+        """JSON types only: recorded, and compared by --resume."""
         out: dict[str, Any] = {}
         for name, value in self.__dict__.items():
             out[name] = [str(d) for d in value] if name == "sizes" else value
-        if isinstance(self.layouts, Counts):
+        if isinstance(self.layouts, LayerCounts):
             out["layouts"] = {"attn": self.layouts.attn, "swa": self.layouts.swa}
         out["parameters"] = [x if math.isfinite(x) else None for x in self.parameters]  # JSON has no infinity
         return out
 
 
 def layout_of(config: JetNemotronConfig) -> str:
+    """A letter a layer."""
     letter = {kind: c for c, kind in LETTERS.items()}
     return "".join(letter[kind] for kind in config.layer_types)
 
 
 def default_space(model: str) -> Path:
-    """jet-tiny has a space of its own; all others start from the paper's table."""
+    """The paper's table, except for jet-tiny."""
     return SPACES / ("jet-tiny.toml" if model == "jet-tiny" else "paper.toml")
 
 
@@ -125,14 +126,16 @@ class _Reader:
     def get(self, section: str, key: str, default: Any = None) -> Any:
         return self.values.get(section, {}).get(key, default)
 
-    def many(self, section: str, key: str, default: list[Any], kind: type, known: tuple[Any, ...] = ()) -> tuple:
-        """A value or a list of values."""
+    def many(
+        self, section: str, key: str, default: list[Any], kind: type, known: tuple[Any, ...] = ()
+    ) -> tuple[Any, ...]:
+        """A value or a list of values, without duplicates."""
         value = self.get(section, key, default)
         listed: list[Any] = value if isinstance(value, list) else [value]
         for v in listed:
-            out = isinstance(v, int) and kind is int and not 1 <= v <= MOST
-            if type(v) is not kind or (known and v not in known) or out:
-                of = f" of at least 1, at most {MOST}" if kind is int else ""
+            out_of_range = isinstance(v, int) and kind is int and not 1 <= v <= MAX_INT
+            if type(v) is not kind or (known and v not in known) or out_of_range:
+                of = f" of at least 1, at most {MAX_INT}" if kind is int else ""
                 takes = ", ".join(map(str, known)) or f"{kind.__name__}s{of}"
                 raise self.bad(f"{section}.{key} holds {v!r}", f"It takes {takes}.")
         if not listed:
@@ -154,7 +157,7 @@ class _Reader:
         return self.many(section, key, [default], kind, known)[0]
 
     def count(self, section: str, key: str, default: int, least: int = 1) -> int:
-        value = self.one(section, key, default, int)
+        value: int = self.one(section, key, default, int)
         if value < least:
             raise self.bad(f"{section}.{key} is {value}", f"It takes at least {least}.")
         return value
@@ -219,7 +222,7 @@ class _Reader:
     def share(self, preset: JetNemotronConfig) -> str | tuple[tuple[int, ...], ...]:
         value, n = self.get("jet", "share", "all"), preset.num_hidden_layers
         if value == "all":
-            return value
+            return "all"
         if value == "each":
             return tuple((i,) for i in range(n))
         if not isinstance(value, list) or not all(isinstance(g, list) and g for g in value):
@@ -235,7 +238,7 @@ class _Reader:
             return (preset.window_size,)
         return self.many("attention", "window_size", [], int)
 
-    def layouts(self, preset: JetNemotronConfig) -> tuple[str, ...] | Counts:
+    def layouts(self, preset: JetNemotronConfig) -> tuple[str, ...] | LayerCounts:
         value, n = self.get("attention", "layout", "preset"), preset.num_hidden_layers
         if isinstance(value, dict):
             if set(value) - {"attn", "swa"}:
@@ -250,7 +253,7 @@ class _Reader:
             if min(attn) + min(swa) > n:
                 least = f"at least {min(attn)} attn and {min(swa)} swa layers"
                 raise self.bad(f"attention.layout: {least} do not fit the model's {n}", "Ask for fewer.")
-            return Counts(attn, swa)
+            return LayerCounts(attn=attn, swa=swa)
         out = []
         for text in self.many("attention", "layout", ["preset"], str):
             letters = layout_of(preset) if text == "preset" else text

@@ -1,4 +1,4 @@
-"""Small charts as SVG text: a scatter with a line through some of its points, and bars. No scripts, no network."""
+"""Small charts as SVG: a scatter plot with a line through some of its points, and bars. No scripts, no network."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 28, 48
-INK, QUIET, ACCENT, CHOSEN = "#222", "#999", "#1f77b4", "#d62728"
+INK, GREY, ACCENT, CHOSEN = "#222", "#999", "#1f77b4", "#d62728"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dot:
     x: float
     y: float
@@ -22,7 +22,7 @@ class Dot:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers that cover [low, high] inside."""
+    """Up to `most` + 1 round numbers within [low, high]."""
     span = high - low or abs(high) or 1.0
     step = 10 ** math.floor(math.log10(span / most))
     step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= most)
@@ -36,7 +36,7 @@ def form(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
 
-def text(x: float, y: float, words: str, anchor: str = "middle", size: int = 11, fill: str = INK) -> str:
+def text(x: float, y: float, words: str, *, anchor: str = "middle", size: int = 11, fill: str = INK) -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{fill}" '
         f'font-family="sans-serif">{escape(words)}</text>'
@@ -44,6 +44,7 @@ def text(x: float, y: float, words: str, anchor: str = "middle", size: int = 11,
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis, with some room at both ends."""
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room
@@ -56,8 +57,8 @@ def document(parts: Sequence[str], height: int = HEIGHT) -> str:
     )
 
 
-def scatter(dots: Sequence[Dot], title: str, x_name: str, y_name: str, diagonal: bool = False) -> str:
-    """Dots with labels; a line joins those of the front. diagonal: draw y = x, on equal axes."""
+def scatter(dots: Sequence[Dot], *, title: str, x_name: str, y_name: str, diagonal: bool = False) -> str:
+    """Labelled dots; a line joins those of the front. `diagonal` draws y = x, on equal axes."""
     if not dots:
         return ""
     xs, ys = padded([d.x for d in dots]), padded([d.y for d in dots])
@@ -76,28 +77,28 @@ def scatter(dots: Sequence[Dot], title: str, x_name: str, y_name: str, diagonal:
     for y in ticks(*ys):
         _, py = at(xs[0], y)
         parts.append(f'<path d="M{LEFT} {py:.1f}H{WIDTH - RIGHT}" stroke="#eee"/>')
-        parts.append(text(LEFT - 6, py + 4, form(y), "end"))
+        parts.append(text(LEFT - 6, py + 4, form(y), anchor="end"))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name))
     parts.append(f'<g transform="rotate(-90 14 {HEIGHT / 2})">{text(14, HEIGHT / 2, y_name)}</g>')
     if diagonal:
         (x0, y0), (x1, y1) = at(xs[0], xs[0]), at(xs[1], xs[1])
-        parts.append(f'<path d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}" stroke="{QUIET}" stroke-dasharray="4 3"/>')
+        parts.append(f'<path d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}" stroke="{GREY}" stroke-dasharray="4 3"/>')
     front = [at(d.x, d.y) for d in sorted(dots, key=lambda d: d.x) if d.front]
     if len(front) > 1:
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in front)
         parts.append(f'<path d="M{path}" fill="none" stroke="{ACCENT}"/>')
     for d in dots:
         x, y = at(d.x, d.y)
-        color = CHOSEN if d.chosen else ACCENT if d.front else QUIET
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if d.chosen else 4}" fill="{color}">'
-                     f"<title>{escape(d.label)}</title></circle>")  # fmt: skip
-        left = x > WIDTH - 150
-        parts.append(text(x + (-8 if left else 8), y - 6, d.label, "end" if left else "start", 10, color))
+        color = CHOSEN if d.chosen else ACCENT if d.front else GREY
+        label = f"<title>{escape(d.label)}</title>"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if d.chosen else 4}" fill="{color}">{label}</circle>')
+        dx, anchor = (-8, "end") if x > WIDTH - 150 else (8, "start")
+        parts.append(text(x + dx, y - 6, d.label, anchor=anchor, size=10, fill=color))
     return document(parts)
 
 
-def bars(values: Sequence[tuple[str, float]], title: str, unit: str) -> str:
-    """Horizontal bars from zero, a row a value."""
+def bars(values: Sequence[tuple[str, float]], *, title: str, unit: str) -> str:
+    """Horizontal bars from zero, one for each value."""
     if not values:
         return ""
     row, left = 20, 250
@@ -108,7 +109,7 @@ def bars(values: Sequence[tuple[str, float]], title: str, unit: str) -> str:
     for i, (name, v) in enumerate(values):
         y = TOP + row * i
         x = left + (min(v, 0.0) - low) * scale
-        parts.append(text(left - 8, y + 13, name, "end"))
+        parts.append(text(left - 8, y + 13, name, anchor="end"))
         parts.append(f'<rect x="{x:.1f}" y="{y + 3}" width="{abs(v) * scale:.1f}" height="{row - 7}" fill="{ACCENT}"/>')
-        parts.append(text(left + (max(v, 0.0) - low) * scale + 5, y + 13, f"{v:.4g} {unit}", "start"))
+        parts.append(text(left + (max(v, 0.0) - low) * scale + 5, y + 13, f"{v:.4g} {unit}", anchor="start"))
     return document(parts, height)

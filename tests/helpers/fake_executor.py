@@ -1,4 +1,4 @@
-"""A search over a fake workshop: no engine is built, latencies follow a formula, every operation is counted."""
+"""A search with a fake executor: no engine is built, latencies follow a formula, every operation is counted."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from helpers.eager_bundle import mini_config
 from jet_export.model.config import JetNemotronConfig
 from jet_export.search.cells import Cell
-from jet_export.search.database import Bench, Database, Entry
-from jet_export.search.run import Search, SearchOptions, prepare, run_search
+from jet_export.search.database import Database, Entry, MeasurementSetup
+from jet_export.search.run import run_search
+from jet_export.search.search import Search
+from jet_export.search.spec import SearchOptions, SearchSpec
 
 SPACE = """
 [jet]
@@ -40,25 +43,31 @@ def engine_ms(cell: Cell, batch: int, context: int, phase: str) -> float:
     return 1.0 + 0.01 * batch + sum(layer_ms(cell.config, i, batch, context, phase) for i in layers)
 
 
-class FakeHands:
-    """Counts builds and measurements; `die_after` operations it raises KeyboardInterrupt, as Ctrl-C would.
+class FakeExecutor:
+    """Counts builds and measurements; after `die_after` operations it raises KeyboardInterrupt, as Ctrl-C would.
 
-    Whole engines take `whole` times their layers' sum; `repeats` says by what each repeat of a phase is disturbed.
+    Whole engines take `whole` times their layers' sum; `repeats` gives a factor for each repeat of a phase.
     """
 
     def __init__(
-        self, database: Database, bench: Bench, die_after: int | None = None, whole: float = 1.0, filled_by: str = "",
+        self,
+        database: Database,
+        setup: MeasurementSetup,
+        *,
+        die_after: int | None = None,
+        whole: float = 1.0,
+        filled_by: str = "",
         repeats: Callable[[Cell, str], list[float]] = lambda cell, phase: [1.0],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.whole, self.filled_by, self.repeats = whole, filled_by, repeats
-        self.database, self.bench, self.die_after = database, bench, die_after
+        self.database, self.setup, self.die_after = database, setup, die_after
         self.bundles = database.path.with_suffix(".bundles")
         self.builds: Counter[str] = Counter()
         self.measured: Counter[tuple[str, int, int]] = Counter()
         self.lock = threading.Lock()
         self.operations = 0
 
-    def tick(self) -> None:
+    def count_operation(self) -> None:
         with self.lock:
             if self.die_after is not None and self.operations >= self.die_after:
                 raise KeyboardInterrupt
@@ -70,20 +79,20 @@ class FakeHands:
     def build(self, cell: Cell) -> None:
         if self.built(cell):
             return
-        self.tick()
+        self.count_operation()
         self.bundles.mkdir(exist_ok=True)
         (self.bundles / cell.key).touch()
         self.builds[cell.key] += 1
 
     def measure(self, cell: Cell, cases: list[tuple[int, int]]) -> None:
         for batch, context in cases:
-            self.tick()
+            self.count_operation()
             self.measured[cell.key, batch, context] += 1
             entries = []
             for phase in ("decode", "prefill"):
                 ms = engine_ms(cell, batch, context, phase) * (self.whole if cell.kind == "whole" else 1.0)
                 details = {"filled_by": self.filled_by} if self.filled_by else {}
-                every = [ms * disturbed for disturbed in self.repeats(cell, phase)]
+                every = [ms * factor for factor in self.repeats(cell, phase)]
                 entries.append(
                     Entry(
                         batch=batch,
@@ -94,7 +103,7 @@ class FakeHands:
                         details={**details, "every_ms": every},
                     )
                 )
-            self.database.put(self.bench, cell, entries)
+            self.database.put(self.setup, cell, entries)
 
     def discard(self, cell: Cell) -> None:
         (self.bundles / cell.key).unlink(missing_ok=True)
@@ -103,24 +112,27 @@ class FakeHands:
         pass
 
 
-def write_model(directory: Path, **changes) -> Path:
+def write_model(directory: Path, **changes: Any) -> Path:
     path = directory / "mini.json"
     mini_config(**changes).save(path)
     return path
 
 
-def prepared(directory: Path, space: str = SPACE, model: Path | None = None, **options) -> Search:
+def prepared(directory: Path, space: str = SPACE, model: Path | None = None, **options: Any) -> Search:
     """A search of the mini config."""
     path = directory / "space.toml"
     path.write_text(space)
     model = model or write_model(directory)
     defaults = {"device": "cpu", "output": directory / "out", "database": directory / "m.db", "dtype": "float32"}
-    return prepare(SearchOptions(model=str(model), space=path, **{**defaults, **options}))
+    options = {**defaults, **options}
+    return Search(SearchSpec.from_options(SearchOptions(model=str(model), space=path, **options)))
 
 
 def searched(
-    search: Search, die_after: int | None = None, lines: list[str] | None = None, **more
-) -> FakeHands:  # fmt: skip
-    hands = FakeHands(Database(search.database_file), search.bench, die_after, **more)
-    run_search(search, (lines if lines is not None else []).append, hands)
-    return hands
+    search: Search, *, die_after: int | None = None, lines: list[str] | None = None, **more: Any
+) -> FakeExecutor:
+    """Run the search with a FakeExecutor, and return it."""
+    database = Database(search.spec.database_file)
+    executor = FakeExecutor(database, search.spec.setup, die_after=die_after, **more)
+    run_search(search, (lines if lines is not None else []).append, executor)
+    return executor

@@ -1,4 +1,4 @@
-"""The database and the locks: nothing is lost, nothing is mixed up, damage is named."""
+"""The database and the locks: nothing is lost, nothing is mixed up, damage is reported."""
 
 import multiprocessing
 import os
@@ -15,14 +15,26 @@ from helpers.eager_bundle import mini_config
 
 from jet_export.search import locks
 from jet_export.search.cells import Cell, base_cell
-from jet_export.search.database import Bench, Database, Entry, kernel_hash, machine
+from jet_export.search.database import Database, Entry, MeasurementSetup
+from jet_export.search.machine import describe_machine, kernel_hash
 from jet_export.utils.errors import JetExportError
 
-BENCH = Bench({"device": "some", "driver": "1", "kernels": "abc"}, "inductor", "bfloat16", 64, 16, 3, "auto")
+SETUP = MeasurementSetup(
+    machine={"device": "some", "driver": "1", "kernels": "abc"},
+    backend="inductor",
+    dtype="bfloat16",
+    chunk=64,
+    new_tokens=16,
+    repeats=3,
+    fill="auto",
+)
 
 
 def entries(ms: float, batch: int = 1, context: int = 128) -> list[Entry]:
-    return [Entry(batch, context, phase, ms, 2 * ms, {"filled_by": "prefill"}) for phase in ("decode", "prefill")]
+    return [
+        Entry(batch=batch, context=context, phase=phase, median_ms=ms, p90_ms=2 * ms, details={"filled_by": "prefill"})
+        for phase in ("decode", "prefill")
+    ]
 
 
 def test_another_kernel_configuration_is_another_machine(tmp_path, monkeypatch) -> None:
@@ -38,10 +50,10 @@ def test_another_kernel_configuration_is_another_machine(tmp_path, monkeypatch) 
     assert kernel_hash.__wrapped__() != before
 
 
-def test_what_was_put_is_found_by_the_next(tmp_path) -> None:
+def test_entries_are_found_after_reopening(tmp_path) -> None:
     cell = base_cell(mini_config())
-    Database(tmp_path / "m.db").put(BENCH, cell, entries(1.5))
-    again = Database(tmp_path / "m.db").get(BENCH, cell, 1, 128)
+    Database(tmp_path / "m.db").put(SETUP, cell, entries(1.5))
+    again = Database(tmp_path / "m.db").get(SETUP, cell, 1, 128)
     assert {p: e.median_ms for p, e in again.items()} == {"decode": 1.5, "prefill": 1.5}
     assert again["decode"].details == {"filled_by": "prefill"}
     with sqlite3.connect(tmp_path / "m.db") as db:
@@ -49,33 +61,33 @@ def test_what_was_put_is_found_by_the_next(tmp_path) -> None:
 
 
 CELL = base_cell(mini_config())
-OTHERS: list[tuple[Bench, Cell, int, int]] = [
-    (replace(BENCH, machine={**BENCH.machine, "device": "other"}), CELL, 1, 128),
-    (replace(BENCH, machine={**BENCH.machine, "driver": "2"}), CELL, 1, 128),
-    (replace(BENCH, machine={**BENCH.machine, "kernels": "abd"}), CELL, 1, 128),
-    (replace(BENCH, backend="tensorrt"), CELL, 1, 128),
-    (replace(BENCH, dtype="float32"), CELL, 1, 128),
-    (replace(BENCH, chunk=32), CELL, 1, 128),
-    (BENCH, replace(CELL, fp8=True), 1, 128),
-    (BENCH, replace(CELL, state_dtype="bfloat16"), 1, 128),
-    (BENCH, replace(CELL, config=replace(CELL.config, hidden_size=2 * CELL.config.hidden_size)), 1, 128),
-    (BENCH, CELL, 2, 128),
-    (BENCH, CELL, 1, 256),
+OTHERS: list[tuple[MeasurementSetup, Cell, int, int]] = [
+    (replace(SETUP, machine={**SETUP.machine, "device": "other"}), CELL, 1, 128),
+    (replace(SETUP, machine={**SETUP.machine, "driver": "2"}), CELL, 1, 128),
+    (replace(SETUP, machine={**SETUP.machine, "kernels": "abd"}), CELL, 1, 128),
+    (replace(SETUP, backend="tensorrt"), CELL, 1, 128),
+    (replace(SETUP, dtype="float32"), CELL, 1, 128),
+    (replace(SETUP, chunk=32), CELL, 1, 128),
+    (SETUP, replace(CELL, fp8=True), 1, 128),
+    (SETUP, replace(CELL, state_dtype="bfloat16"), 1, 128),
+    (SETUP, replace(CELL, config=replace(CELL.config, hidden_size=2 * CELL.config.hidden_size)), 1, 128),
+    (SETUP, CELL, 2, 128),
+    (SETUP, CELL, 1, 256),
 ]
 
 
 @pytest.mark.parametrize("n", range(len(OTHERS)))
-def test_another_machine_engine_or_case_is_another_number(tmp_path, n: int) -> None:
+def test_another_machine_engine_or_case_is_another_entry(tmp_path, n: int) -> None:
     database = Database(tmp_path / "m.db")
-    database.put(BENCH, CELL, entries(1.0))
-    bench, cell, batch, context = OTHERS[n]
-    assert database.get(bench, cell, batch, context) == {}
+    database.put(SETUP, CELL, entries(1.0))
+    setup, cell, batch, context = OTHERS[n]
+    assert database.get(setup, cell, batch, context) == {}
 
 
-def test_this_machine_is_named() -> None:
+def test_this_machine_is_described() -> None:
     import torch
 
-    found = machine(torch.device("cpu"))
+    found = describe_machine(torch.device("cpu"))
     assert found["device"] and found["threads"] == torch.get_num_threads()
     assert found["torch"] == torch.__version__ and found["kernels"] == kernel_hash()
 
@@ -93,7 +105,7 @@ def test_a_damaged_database_is_one_message(tmp_path, damage: str) -> None:
     else:
         database = Database(path)
         for i in range(64):
-            database.put(BENCH, CELL, entries(1.0, batch=i + 1))
+            database.put(SETUP, CELL, entries(1.0, batch=i + 1))
         database.local.db.execute("pragma wal_checkpoint(truncate)")
         database.local.db.close()
         content = bytearray(path.read_bytes())
@@ -104,7 +116,7 @@ def test_a_damaged_database_is_one_message(tmp_path, damage: str) -> None:
     with pytest.raises(
         JetExportError, match=r"m\.db: not a usable measurement database \(.*\)\.\n.*mv .*--database FILE"
     ):
-        Database(path).get(BENCH, CELL, 1, 128)
+        Database(path).get(SETUP, CELL, 1, 128)
 
 
 def test_another_schema_is_refused(tmp_path) -> None:
@@ -117,11 +129,11 @@ def test_another_schema_is_refused(tmp_path) -> None:
 def write_forever(path: Path, first: int) -> None:
     database = Database(path)
     for i in range(first, first + 10**6):
-        database.put(BENCH, CELL, entries(float(i), batch=i))
+        database.put(SETUP, CELL, entries(float(i), batch=i))
         Path(f"{path}.{first}").write_text(str(i))
 
 
-def test_two_writers_killed_lose_nothing_that_was_written(tmp_path) -> None:
+def test_killed_writers_lose_nothing_they_wrote(tmp_path) -> None:
     path = tmp_path / "m.db"
     Database(path)
     context = multiprocessing.get_context("fork")
@@ -141,7 +153,7 @@ def test_two_writers_killed_lose_nothing_that_was_written(tmp_path) -> None:
         last = int(Path(f"{path}.{first}").read_text() or first)
         assert last >= first
         for i in (first, last):
-            assert database.get(BENCH, CELL, i, 128)["decode"].median_ms == i
+            assert database.get(SETUP, CELL, i, 128)["decode"].median_ms == i
 
 
 def test_builds_run_together_and_measurements_alone() -> None:
@@ -169,16 +181,16 @@ def test_builds_run_together_and_measurements_alone() -> None:
 
 
 @pytest.mark.parametrize("busy", [locks.measuring, locks.building])
-def test_who_waits_to_measure_says_so_once(busy) -> None:
-    said: list[str] = []
+def test_waiting_to_measure_is_announced_once(busy) -> None:
+    announced: list[str] = []
     waits, done = threading.Event(), threading.Event()
 
-    def tell() -> None:
-        said.append("waits")
+    def on_wait() -> None:
+        announced.append("waits")
         waits.set()
 
     def measure() -> None:
-        with locks.measuring(tell):
+        with locks.measuring(on_wait):
             done.set()
 
     other = threading.Thread(target=measure)
@@ -187,15 +199,15 @@ def test_who_waits_to_measure_says_so_once(busy) -> None:
         assert waits.wait(10)
         assert not done.is_set()
     other.join(10)
-    assert done.is_set() and said == ["waits"]
+    assert done.is_set() and announced == ["waits"]
 
 
-def test_who_need_not_wait_says_nothing() -> None:
+def test_not_waiting_is_not_announced() -> None:
     with locks.measuring(pytest.fail):
         pass
 
 
-def test_a_claim_is_one_searches(tmp_path) -> None:
+def test_a_claim_has_one_holder(tmp_path) -> None:
     first = locks.Claim.take(tmp_path / "c.lock")
     assert first is not None
     assert locks.Claim.take(tmp_path / "c.lock") is None

@@ -1,13 +1,14 @@
-"""Optuna's samplers over a space: every trial is a point of it, a study goes on where it stopped."""
+"""Optuna's samplers over a space: every trial is a point of it, and a study can be resumed."""
 
-import hashlib
 import json
+from typing import Any
 
 import pytest
 from helpers.fake_executor import SPACE, prepared, searched
 
 from jet_export.search.points import all_points
-from jet_export.search.sampling import choose_sampler, open_study
+from jet_export.search.sampling import choose_sampler
+from jet_export.search.search import Search
 from jet_export.utils.errors import JetExportError
 
 PLACED = (
@@ -15,9 +16,8 @@ PLACED = (
 )
 
 
-def trials(search) -> list:
-    name = hashlib.sha256(json.dumps(search.identity(), sort_keys=True).encode()).hexdigest()[:16]
-    return open_study(search.sampler, search.space, search.output / "study.db", name, 0).get_trials()
+def trials(search: Search) -> list[Any]:
+    return search.spec.study.open().get_trials()
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
@@ -25,8 +25,8 @@ def test_trials_are_points_of_the_space(tmp_path, sampler: str) -> None:
     search = prepared(tmp_path, PLACED, sampler=sampler, trials=8, whole=0)
     searched(search)
     assert len(trials(search)) == 8
-    assert set(search.evaluations) <= set(all_points(search.space, search.preset))
-    assert len(search.evaluations) > 3
+    assert set(search.state.evaluations) <= set(all_points(search.spec.space, search.spec.preset))
+    assert len(search.state.evaluations) > 3
     assert search.chosen is not None
 
 
@@ -36,7 +36,7 @@ def test_no_trial_has_more_attention_than_layers(tmp_path, sampler: str) -> None
     search = prepared(tmp_path, space, sampler=sampler, trials=24, whole=0)
     searched(search)
     assert len(trials(search)) == 24
-    assert set(search.evaluations) <= set(all_points(search.space, search.preset))
+    assert set(search.state.evaluations) <= set(all_points(search.spec.space, search.spec.preset))
 
 
 def test_the_grid_is_the_whole_space(tmp_path) -> None:
@@ -44,12 +44,12 @@ def test_the_grid_is_the_whole_space(tmp_path) -> None:
     searched(search)
     exact = prepared(tmp_path, SPACE, output=tmp_path / "exact", whole=0)
     searched(exact)
-    assert set(search.evaluations) == set(exact.evaluations)
+    assert set(search.state.evaluations) == set(exact.state.evaluations)
     assert search.chosen is not None and exact.chosen is not None
     assert search.chosen.point == exact.chosen.point
 
 
-def test_a_killed_study_goes_on(tmp_path) -> None:
+def test_a_killed_study_is_resumed(tmp_path) -> None:
     options = {"sampler": "tpe", "trials": 10, "whole": 0, "jobs": 2}
     with pytest.raises(KeyboardInterrupt):
         searched(prepared(tmp_path, PLACED, **options), die_after=9)
@@ -77,9 +77,9 @@ def test_refused_trials_say_why(tmp_path) -> None:
 
 def test_small_spaces_are_enumerated(tmp_path) -> None:
     search = prepared(tmp_path)
-    assert search.sampler == "exact"
-    assert choose_sampler("auto", search.space, search.preset, 2) == "tpe"
-    assert prepared(tmp_path, sampler="grid").sampler == "grid"
+    assert search.spec.sampler == "exact"
+    assert choose_sampler("auto", search.spec.space, search.spec.preset, 2) == "tpe"
+    assert prepared(tmp_path, sampler="grid").spec.sampler == "grid"
     with pytest.raises(JetExportError, match=r"--sampler anneal: not known.\nKnown: auto, exact, grid, tpe, nsga2"):
         prepared(tmp_path, sampler="anneal")
     with pytest.raises(JetExportError, match="--sampler grid: cannot search layouts under a count"):
@@ -93,8 +93,8 @@ def test_small_spaces_are_enumerated(tmp_path) -> None:
 
 def test_a_damaged_study_is_one_message(tmp_path) -> None:
     search = prepared(tmp_path, PLACED, sampler="tpe", trials=4)
-    search.output.mkdir()
-    (search.output / "search.json").write_text(json.dumps(search.identity()))
-    (search.output / "study.db").write_text("not a study " * 99)
+    search.spec.output.mkdir()
+    (search.spec.output / "search.json").write_text(json.dumps(search.spec.identity()))
+    (search.spec.output / "study.db").write_text("not a study " * 99)
     with pytest.raises(JetExportError, match=r"study.db: not a usable Optuna study .*\n.*mv "):
         searched(prepared(tmp_path, PLACED, sampler="tpe", trials=4, resume=True))

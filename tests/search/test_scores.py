@@ -1,4 +1,4 @@
-"""Quality from a proxy, a table or a callable; and the paper's file, which claims nothing that it does not hold."""
+"""Scores from a proxy, a table or a callable, and the paper's table."""
 
 import json
 
@@ -7,16 +7,17 @@ from helpers.fake_executor import SPACE, prepared, searched
 
 from jet_export.bundle.memory import parameter_count
 from jet_export.search.output import results_dict
-from jet_export.search.run import plan_lines, run_search
+from jet_export.search.run import run_search
 from jet_export.search.scores import load_score, published
 from jet_export.search.space import SPACES, read_space
+from jet_export.search.terminal import plan_lines
 from jet_export.utils.errors import JetExportError
 
 
 def test_parameters_are_the_default(tmp_path) -> None:
     search = prepared(tmp_path, whole=0)
     searched(search)
-    for e in search.evaluations.values():
+    for e in search.state.evaluations.values():
         assert e.config is not None and e.score == parameter_count(e.config)
 
 
@@ -31,12 +32,12 @@ TABLES = {
 def test_a_table_scores_the_points_it_has(tmp_path, name: str) -> None:
     (tmp_path / name).write_text(TABLES[name])
     search = prepared(tmp_path, scores=str(tmp_path / name), whole=0)
-    hands = searched(search)
-    scores = {str(e.point.sizes[0]): e.score for e in search.evaluations.values()}
+    executor = searched(search)
+    scores = {str(e.point.sizes[0]): e.score for e in search.state.evaluations.values()}
     assert scores == {"32x32x2": 1.0, "16x64x2": 5.0, "64x16x2": None, "16x32x4": None}
-    missed = [e.missed for e in search.evaluations.values() if e.score is None]
+    missed = [e.missed for e in search.state.evaluations.values() if e.score is None]
     assert all("known" in (m or "") for m in missed)
-    assert len(hands.builds) == 2 + 2 + 1  # nothing is built for points without a score
+    assert len(executor.builds) == 2 + 2 + 1  # nothing is built for points without a score
 
 
 def test_sizes_of_attention_layers_are_not_scored(tmp_path) -> None:
@@ -46,7 +47,7 @@ def test_sizes_of_attention_layers_are_not_scored(tmp_path) -> None:
     )
     search = prepared(tmp_path, space, scores=str(tmp_path / "s.toml"), whole=0)
     searched(search)
-    scored = {e.label: e.score for e in search.evaluations.values() if e.score is not None}
+    scored = {e.label: e.score for e in search.state.evaluations.values() if e.score is not None}
     assert scored == {"32x32x2 ajja": 1.0, "32x32x2+16x64x2 ajja": 2.0}
     assert any("keys that match no point: 8x8x8" in line for line in plan_lines(search))
     assert results_dict(search)["score"]["unmatched"] == ["8x8x8"]
@@ -68,7 +69,7 @@ def test_a_table_of_other_points_is_refused(tmp_path, sampler: str) -> None:
         match=r"s\.toml: no point has a score in it; its keys that match no point: 1x1x1, 1x1x2, 1x1x3 and 2 more",
     ):
         run_search(search, print)
-    assert not search.output.exists() and not search.database_file.exists()
+    assert not search.spec.output.exists() and not search.spec.database_file.exists()
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ def test_a_callable_scores(tmp_path) -> None:
     (tmp_path / "mine.py").write_text("def heads(config, point):\n    return config.jet_dims(0).num_heads\n")
     search = prepared(tmp_path, scores=f"{tmp_path / 'mine.py'}:heads", whole=0)
     searched(search)
-    assert {e.score for e in search.evaluations.values()} == {2.0, 4.0}
-    assert search.score.name == "heads"
+    assert {e.score for e in search.state.evaluations.values()} == {2.0, 4.0}
+    assert search.spec.score.name == "heads"
 
 
 @pytest.mark.parametrize(

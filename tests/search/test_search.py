@@ -1,4 +1,4 @@
-"""The laws of a search, over latencies that follow a formula: nothing is built here."""
+"""What every search keeps to, shown with latencies that follow a formula: nothing is built here."""
 
 import json
 import math
@@ -10,18 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.eager_bundle import mini_config
-from helpers.fake_executor import SPACE, FakeHands, engine_ms, prepared, searched
+from helpers.fake_executor import SPACE, FakeExecutor, engine_ms, prepared, searched
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
-from jet_export.search.choose import Evaluation, choose, pareto
+from jet_export.search.choose import Selector
 from jet_export.search.database import Database
-from jet_export.search.output import build_command, summary_lines, write_results
+from jet_export.search.evaluation import Evaluation
+from jet_export.search.output import build_command, write_results
 from jet_export.search.points import Point, all_points
-from jet_export.search.run import build_engines, judge, plan_lines, run_search
+from jet_export.search.run import build_engines, run_search
+from jet_export.search.terminal import plan_lines, summary_lines
 from jet_export.utils.errors import JetExportError
 
 CELLS = 4 + 2 + 1  # the jet sizes, attn and swa layers, the base
@@ -30,7 +32,7 @@ CELLS = 4 + 2 + 1  # the jet sizes, attn and swa layers, the base
 def test_a_model_is_its_base_and_its_layers(tmp_path) -> None:
     search = prepared(tmp_path)
     searched(search)
-    able = [e for e in search.evaluations.values() if e.predicted]
+    able = [e for e in search.state.evaluations.values() if e.predicted]
     assert len(able) == 4
     for e in able:
         assert e.predicted is not None and e.config is not None
@@ -43,19 +45,22 @@ def test_a_model_is_its_base_and_its_layers(tmp_path) -> None:
 
 def test_each_engine_is_built_and_measured_once(tmp_path) -> None:
     search = prepared(tmp_path, whole=0)
-    hands = searched(search)
-    points = list(all_points(search.space, search.preset))
-    cells = {c.key for p in points for c in cells_of(p, search.preset, search.space)}
+    executor = searched(search)
+    points = list(all_points(search.spec.space, search.spec.preset))
+    cells = {c.key for p in points for c in cells_of(p, search.spec.preset, search.spec.space)}
     assert len(cells) == CELLS
-    assert set(hands.builds) == cells
-    assert set(hands.builds.values()) == {1}
-    assert set(hands.measured.values()) == {1}
-    assert len(hands.measured) == len(cells) * 4
+    assert set(executor.builds) == cells
+    assert set(executor.builds.values()) == {1}
+    assert set(executor.measured.values()) == {1}
+    assert len(executor.measured) == len(cells) * 4
 
 
 def test_a_cell_survives_json() -> None:
     config = replace(mini_config(), raw={}).with_jet_dims({0: JetDims(4, 16, 48), 2: JetDims(2, 32, 32)})
-    for cell in (Cell("whole", config, 4, True, "bfloat16", "fp8"), base_cell(config)):
+    for cell in (
+        Cell(kind="whole", config=config, layers=4, fp8=True, state_dtype="bfloat16", kv_cache_dtype="fp8"),
+        base_cell(config),
+    ):
         again = Cell.from_dict(json.loads(json.dumps(cell.describe())))
         assert again.key == cell.key
         assert again == cell
@@ -66,45 +71,43 @@ def test_a_kill_loses_no_measurement(tmp_path, operations: int) -> None:
     first = prepared(tmp_path, jobs=2)
     with pytest.raises(KeyboardInterrupt):
         searched(first, die_after=operations)
-    from jet_export.search.database import Database
-
-    kept = Database(first.database_file).count()
+    kept = Database(first.spec.database_file).count()
     with pytest.raises(JetExportError, match="holds this search already"):
         searched(prepared(tmp_path, jobs=2))
-    hands = searched(prepared(tmp_path, jobs=2, resume=True))
+    executor = searched(prepared(tmp_path, jobs=2, resume=True))
     whole = searched(prepared(tmp_path, jobs=2, output=tmp_path / "o2", database=tmp_path / "n.db"))
-    assert sum(hands.measured.values()) == sum(whole.measured.values()) - kept // 2  # two phases a case
-    assert set(hands.measured.values()) <= {1}
+    assert sum(executor.measured.values()) == sum(whole.measured.values()) - kept // 2  # two phases a case
+    assert set(executor.measured.values()) <= {1}
 
 
-def test_the_results_are_those_of_an_unbroken_search(tmp_path) -> None:
+def test_a_resumed_search_has_the_results_of_an_uninterrupted_one(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         searched(prepared(tmp_path), die_after=11)
     resumed = prepared(tmp_path, resume=True)
-    unbroken = prepared(tmp_path, output=tmp_path / "o2", database=tmp_path / "n")
-    for search in (resumed, unbroken):
+    uninterrupted = prepared(tmp_path, output=tmp_path / "o2", database=tmp_path / "n")
+    for search in (resumed, uninterrupted):
         searched(search)
         write_results(search)
     for name in ("points.csv", "layers.csv"):
-        assert (resumed.output / name).read_text() == (unbroken.output / name).read_text()
+        assert (resumed.spec.output / name).read_text() == (uninterrupted.spec.output / name).read_text()
 
 
-def test_a_second_search_measures_nothing_again(tmp_path) -> None:
+def test_a_second_search_builds_nothing(tmp_path) -> None:
     searched(prepared(tmp_path))
     other = prepared(tmp_path, output=tmp_path / "other", scores="parameters", seed=1)
-    hands = searched(other)
-    assert not hands.builds
+    executor = searched(other)
+    assert not executor.builds
     assert other.chosen is not None
 
 
 def test_two_searches_at_once_share_the_work(tmp_path) -> None:
     a, b = prepared(tmp_path, jobs=2), prepared(tmp_path, jobs=2, output=tmp_path / "b")
-    hands: dict[str, object] = {}
+    executors: dict[str, FakeExecutor] = {}
     errors: list[BaseException] = []
 
     def go(name: str, search) -> None:
         try:
-            hands[name] = searched(search)
+            executors[name] = searched(search)
         except BaseException as e:
             errors.append(e)
 
@@ -114,14 +117,14 @@ def test_two_searches_at_once_share_the_work(tmp_path) -> None:
     for t in threads:
         t.join(60)
     assert not errors
-    together = hands["a"].measured + hands["b"].measured
+    together = executors["a"].measured + executors["b"].measured
     assert set(together.values()) == {1}
     assert a.chosen is not None and b.chosen is not None
     assert a.chosen.label == b.chosen.label
 
 
-class Locked(HTMLParser):
-    """Collects what a page would fetch or run."""
+class PageParser(HTMLParser):
+    """Checks that tags nest, and collects what the page would fetch or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,14 +147,13 @@ def test_files(tmp_path) -> None:
     search = prepared(tmp_path, SPACE + "[constraints]\nparameters = [0, 230000]\n")
     searched(search)
     write_results(search)
-    assert {p.name for p in search.output.iterdir()} == {
-        "search.json", "results.json", "points.csv", "layers.csv", "report.html", "front.svg", "best.json"
-    }  # fmt: skip
-    results = json.loads((search.output / "results.json").read_text())
+    names = {"search.json", "results.json", "points.csv", "layers.csv", "report.html", "front.svg", "best.json"}
+    assert {p.name for p in search.spec.output.iterdir()} == names
+    results = json.loads((search.spec.output / "results.json").read_text())
     chosen = [r for r in results["points"] if r["chosen"]]
     assert len(chosen) == 1 and chosen[0]["front"] and chosen[0]["point"] == results["choice"]["point"]
-    page = (search.output / "report.html").read_text()
-    parser = Locked()
+    page = (search.spec.output / "report.html").read_text()
+    parser = PageParser()
     parser.feed(page)
     assert parser.outside == []
     assert "http" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
@@ -166,7 +168,7 @@ def test_best_json_builds_at_once(tmp_path, monkeypatch) -> None:
     search = prepared(tmp_path, SPACE + '[attention]\nlayout = ["jsja"]\n', whole=0)
     searched(search)
     write_results(search)
-    best = search.output / "best.json"
+    best = search.spec.output / "best.json"
     config = JetNemotronConfig.from_json_file(best)
     assert search.chosen is not None and search.chosen.config is not None
     assert config == search.chosen.config
@@ -191,19 +193,19 @@ def test_nothing_is_created_where_every_point_is_refused(tmp_path) -> None:
     with pytest.raises(JetExportError, match=r"none of the 4 points can be built.*cache .* over 1\.0 KB") as e:
         run_search(search, lambda line: None)
     assert "space.toml" in str(e.value)
-    assert not search.output.exists() and not search.database_file.exists()
+    assert not search.spec.output.exists() and not search.spec.database_file.exists()
 
 
 def test_refused_points_are_not_built(tmp_path) -> None:
     space = SPACE.replace('"16x32x4"', '"16x32x4", "128x128x8", "24x32x2", "512x16x1"')
     search = prepared(tmp_path, space, whole=0)
-    hands = searched(search)
-    refused = {e.label.split()[0]: e.refused for e in search.evaluations.values() if e.refused}
+    executor = searched(search)
+    refused = {e.label.split()[0]: e.refused for e in search.state.evaluations.values() if e.refused}
     assert set(refused) == {"128x128x8", "24x32x2", "512x16x1"}
     assert re.search(r"cache .* a sequence at 256 tokens, .* % over", refused["128x128x8"] or "")
     assert "head_k_dim of the jet layers is 24" in (refused["24x32x2"] or "")
     assert "multiples of 16 up to 256" in (refused["512x16x1"] or "")
-    assert len(hands.builds) == CELLS
+    assert len(executor.builds) == CELLS
     assert any(line.startswith("refused    128x128x8") for line in plan_lines(search))
 
 
@@ -215,7 +217,7 @@ def test_refused_points_are_not_built(tmp_path) -> None:
         ("parameters = [1, 2]", r"parameters, outside 1 to 2"),
     ],
 )
-def test_a_bound_names_itself(tmp_path, constraints: str, reason: str) -> None:
+def test_a_refusal_names_the_bound(tmp_path, constraints: str, reason: str) -> None:
     search = prepared(tmp_path, SPACE + f"[constraints]\n{constraints}\n")
     lines = [line for line in plan_lines(search) if line.startswith("refused")]
     assert len(lines) == 4
@@ -225,12 +227,12 @@ def test_a_bound_names_itself(tmp_path, constraints: str, reason: str) -> None:
 def test_a_missed_target_leaves_the_front(tmp_path) -> None:
     free = prepared(tmp_path)
     searched(free)
-    speeds = sorted(e.tokens_per_s(4, 256) for e in free.evaluations.values())
+    speeds = sorted(e.tokens_per_s(4, 256) for e in free.state.evaluations.values())
     bound = (speeds[0] + speeds[-1]) / 2
     tight = prepared(tmp_path, SPACE + f"[constraints]\ntokens_per_s = {bound}\n", output=tmp_path / "tight")
     searched(tight)
-    assert {e.missed is None for e in tight.evaluations.values()} == {False, True}
-    for e in tight.evaluations.values():
+    assert {e.missed is None for e in tight.state.evaluations.values()} == {False, True}
+    for e in tight.state.evaluations.values():
         assert (e.missed is None) == (e.tokens_per_s(4, 256) >= bound)
         assert not (e.front and e.missed)
     none = prepared(tmp_path, SPACE + "[constraints]\ndecode_ms = 0.001\n", output=tmp_path / "none")
@@ -246,10 +248,10 @@ def test_a_target_that_a_whole_engine_misses_leaves_the_front(tmp_path) -> None:
     bound = f"[constraints]\ntokens_per_s = {0.9 * front[-1].tokens_per_s(4, 256)}\n"
     some = prepared(tmp_path, SPACE + bound, output=tmp_path / "some", whole=1)
     searched(some, whole=9.0)
-    lost = [e for e in some.evaluations.values() if e.measured]
+    lost = [e for e in some.state.evaluations.values() if e.measured]
     assert len(lost) == 1 and not lost[0].front and not lost[0].chosen
     assert re.match(r"measured whole: [\d,]+ tokens/s, target", lost[0].missed or "")
-    assert some.chosen is not None and "predicted from its layers" in some.why
+    assert some.chosen is not None and "predicted from its layers" in some.state.reason
     every = prepared(tmp_path, SPACE + bound, output=tmp_path / "every", whole=9, database=tmp_path / "n.db")
     with pytest.raises(JetExportError, match=r"those predicted to meet the targets miss them: .*measured whole"):
         searched(every, whole=9.0)
@@ -258,7 +260,7 @@ def test_a_target_that_a_whole_engine_misses_leaves_the_front(tmp_path) -> None:
 def test_bf16_points_that_fp8_cannot_take_are_refused(tmp_path) -> None:
     space = SPACE.replace('"16x32x4"', '"16x48x1"')
     search = prepared(tmp_path, space, dtype="bfloat16", whole=0)
-    reasons = [judge(search, p).refused for p in all_points(search.space, search.preset)]
+    reasons = [search.assess(p).refused for p in all_points(search.spec.space, search.spec.preset)]
     assert any("16x48x1 in FP8" in (r or "") and "not a multiple of 16" in (r or "") for r in reasons)
 
 
@@ -266,8 +268,8 @@ def test_timeout_keeps_what_is_measured(tmp_path) -> None:
     search = prepared(tmp_path, timeout=0)
     with pytest.raises(JetExportError, match=r"--timeout 0: no point is measured completely yet.*\n.*--resume"):
         searched(search)
-    hands = searched(prepared(tmp_path, resume=True))
-    assert sum(hands.builds.values()) > 0
+    executor = searched(prepared(tmp_path, resume=True))
+    assert sum(executor.builds.values()) > 0
 
 
 def test_another_search_is_not_resumed(tmp_path) -> None:
@@ -280,7 +282,7 @@ def test_another_search_is_not_resumed(tmp_path) -> None:
         searched(prepared(tmp_path, output=tmp_path / "mine"))
 
 
-def test_a_taken_output_is_refused_before_anything_is_made(tmp_path) -> None:
+def test_an_occupied_output_is_refused_before_anything_is_created(tmp_path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").write_text("")
@@ -293,7 +295,7 @@ def test_a_taken_output_is_refused_before_anything_is_made(tmp_path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"taken", "mini.json", "space.toml"}
 
 
-def test_a_record_that_is_none_is_another_search(tmp_path) -> None:
+def test_a_record_that_is_not_a_table_is_another_search(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "search.json").write_text("[]")
     with pytest.raises(JetExportError, match="holds another search"):
@@ -314,31 +316,31 @@ def test_files_are_json(tmp_path) -> None:
     search = prepared(tmp_path, whole=1)
     searched(search)
     write_results(search)
-    assert strict((search.output / "search.json").read_text())["space"]["parameters"] == [0.0, None]
-    assert strict((search.output / "results.json").read_text())["space"]["parameters"] == [0.0, None]
+    assert strict((search.spec.output / "search.json").read_text())["space"]["parameters"] == [0.0, None]
+    assert strict((search.spec.output / "results.json").read_text())["space"]["parameters"] == [0.0, None]
 
 
 @pytest.mark.parametrize("way", ["prefill", "synthetic"])
-def test_how_states_were_filled_is_said(tmp_path, way: str) -> None:
+def test_how_states_were_filled_is_reported(tmp_path, way: str) -> None:
     search = prepared(tmp_path, whole=1)
     searched(search, filled_by=way)
     write_results(search)
-    results = json.loads((search.output / "results.json").read_text())
+    results = json.loads((search.spec.output / "results.json").read_text())
     assert {r["filled_by"] for r in results["layers"] + results["points"]} == {way}
     assert {r["whole_filled_by"] for r in results["points"]} == {way, None}
-    for text in ("\n".join(summary_lines(search)), (search.output / "report.html").read_text()):
+    for text in ("\n".join(summary_lines(search)), (search.spec.output / "report.html").read_text()):
         assert ("synthetic: states made of noise instead of prefilled" in text) == (way == "synthetic")
 
 
-def test_a_predicted_spread_is_called_so(tmp_path) -> None:
+def test_a_predicted_spread_is_called_predicted(tmp_path) -> None:
     search = prepared(tmp_path, whole=0)
     searched(search)
     write_results(search)
-    page = (search.output / "report.html").read_text()
+    page = (search.spec.output / "report.html").read_text()
     assert "Throughput, predicted from single layers, differs by" in page and "measured points" not in page
 
 
-def test_progress_says_what_is_left(tmp_path) -> None:
+def test_progress_says_how_long_is_left(tmp_path) -> None:
     lines: list[str] = []
     searched(prepared(tmp_path, whole=0), lines=lines)
     told = [line for line in lines if re.match(rf"  \[\d/{CELLS}\] ", line)]
@@ -347,16 +349,20 @@ def test_progress_says_what_is_left(tmp_path) -> None:
     assert all("s left" in line for line in told[:-1]) and "left" not in told[-1]
 
 
-POINT = Point((), "", 0, False, "float32", "auto")
+def selector(slack_percent: float) -> Selector:
+    return Selector(batch=1, context=1, slack_percent=slack_percent)
+
+
+POINT = Point(sizes=(), layout="", window_size=0, fp8=False, state_dtype="float32", kv_cache_dtype="auto")
 
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=12))
-def test_the_front_is_what_nothing_beats(pairs: list[tuple[int, int]]) -> None:
+def test_no_point_beats_one_on_the_front(pairs: list[tuple[int, int]]) -> None:
     es = [
-        Evaluation(POINT, str(i), score=float(s), predicted={(1, 1, "decode"): 1.0 / v})
+        Evaluation(point=POINT, label=str(i), score=float(s), predicted={(1, 1, "decode"): 1.0 / v})
         for i, (v, s) in enumerate(pairs)
     ]
-    front = pareto(es, 1, 1)
+    front = selector(0.0).pareto(es)
 
     def beaten(a: Evaluation, b: Evaluation) -> bool:
         speed, score = (e.tokens_per_s(1, 1) for e in (a, b)), (a.score, b.score)
@@ -373,44 +379,51 @@ def test_the_front_is_what_nothing_beats(pairs: list[tuple[int, int]]) -> None:
 
 def test_the_choice_is_the_best_score_within_the_slack() -> None:
     def point(label: str, speed: float, score: float) -> Evaluation:
-        return Evaluation(POINT, label, score=score, predicted={(1, 1, "decode"): 1e3 / speed})
+        return Evaluation(point=POINT, label=label, score=score, predicted={(1, 1, "decode"): 1e3 / speed})
 
     es = [point("fast", 100, 1), point("near", 98, 2), point("slow", 90, 3)]
-    assert choose(es, 1, 1, 3.0)[0].label == "near"
-    assert choose(es, 1, 1, 0.0)[0].label == "fast"
-    assert choose(es, 1, 1, 50.0)[0].label == "slow"
+    assert selector(3.0).choose(es)[0].label == "near"
+    assert selector(0.0).choose(es)[0].label == "fast"
+    assert selector(50.0).choose(es)[0].label == "slow"
     es[2].measured = {(1, 1, "decode"): 1e3 / 101}
     es[0].measured = {(1, 1, "decode"): 1e3 / 100}
-    best, why = choose(es, 1, 1, 0.0)
+    best, why = selector(0.0).choose(es)
     assert best.label == "slow" and "measured whole" in why
 
 
-def test_what_was_not_measured_whole_is_not_counted_as_if() -> None:
+def test_only_points_measured_whole_count_as_such() -> None:
     def point(label: str, speed: float, score: float) -> Evaluation:
-        return Evaluation(POINT, label, score=score, predicted={(1, 1, "decode"): 1e3 / speed})
+        return Evaluation(point=POINT, label=label, score=score, predicted={(1, 1, "decode"): 1e3 / speed})
 
     es = [point("fast", 1000, 1), point("near", 990, 2), point("slow", 900, 3)]
     es[1].measured = {(1, 1, "decode"): 1e3 / 980}
-    assert choose(es, 1, 1, 3.0) == (es[1], "the best score of the 2 of 3 points predicted within 3 % of the fastest "
-                                     "(fast, 1,000 tokens/s); measured whole: 980 tokens/s")  # fmt: skip
+    best, why = selector(3.0).choose(es)
+    assert best is es[1]
+    assert why == (
+        "the best score of the 2 of 3 points predicted within 3 % of the fastest (fast, 1,000 tokens/s); "
+        "measured whole: 980 tokens/s"
+    )
     es[0].measured = {(1, 1, "decode"): 1e3 / 2000}
-    assert choose(es, 1, 1, 3.0) == (
-        es[0], "the best score of the 1 of 2 points that are within 3 % of the fastest (fast, 2,000 tokens/s), of "
-        "those measured whole (2 of the 3 on the front); measured whole: 2,000 tokens/s")  # fmt: skip
+    best, why = selector(3.0).choose(es)
+    assert best is es[0]
+    assert why == (
+        "the best score of the 1 of 2 points that are within 3 % of the fastest (fast, 2,000 tokens/s), of "
+        "those measured whole (2 of the 3 on the front); measured whole: 2,000 tokens/s"
+    )
 
 
 def test_noise_is_not_a_speed(tmp_path) -> None:
-    e = Evaluation(POINT, "x", predicted={(1, 1, "decode"): -1.0})
+    e = Evaluation(point=POINT, label="x", predicted={(1, 1, "decode"): -1.0})
     assert math.isnan(e.tokens_per_s(1, 1))
 
 
-def test_engines_built_ahead_are_measured_later(tmp_path) -> None:
+def test_engines_of_build_only_are_measured_later(tmp_path) -> None:
     lines: list[str] = []
     first = prepared(tmp_path, jobs=3, whole=1)
-    hands = FakeHands(Database(first.database_file), first.bench)
-    build_engines(first, lines.append, hands)
-    assert len(hands.builds) == CELLS + 1 and not hands.measured  # the best score's whole engine too
-    assert "8 engines" in lines[-1] and not first.output.exists()
+    executor = FakeExecutor(Database(first.spec.database_file), first.spec.setup)
+    build_engines(first, lines.append, executor)
+    assert len(executor.builds) == CELLS + 1 and not executor.measured  # the best score's whole engine too
+    assert "8 engines" in lines[-1] and not first.spec.output.exists()
 
     later = prepared(tmp_path, whole=2)
     again = searched(later)
@@ -423,14 +436,14 @@ def test_engines_built_ahead_are_measured_later(tmp_path) -> None:
 
 def test_what_is_built_is_measured_when_time_is_up(tmp_path) -> None:
     first = prepared(tmp_path, whole=1)
-    build_engines(first, print, FakeHands(Database(first.database_file), first.bench))
+    build_engines(first, print, FakeExecutor(Database(first.spec.database_file), first.spec.setup))
     late = prepared(tmp_path, whole=3, timeout=0)
-    hands = searched(late)
-    assert not hands.builds and late.chosen is not None
+    executor = searched(late)
+    assert not executor.builds and late.chosen is not None
     assert [e.measured is not None for e in late.front] == [False] * (len(late.front) - 1) + [True]
 
 
-def test_a_sampled_space_is_not_built_ahead(tmp_path) -> None:
+def test_build_only_refuses_a_sampled_space(tmp_path) -> None:
     pytest.importorskip("optuna")
     with pytest.raises(JetExportError, match="--build-only: the points of a sampled space"):
         build_engines(prepared(tmp_path, sampler="tpe", trials=3), print)

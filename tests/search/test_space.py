@@ -1,4 +1,4 @@
-"""The space file: what it takes, what it refuses by name, and the points that it spans."""
+"""The space file: what it takes, what it refuses, and the points that it spans."""
 
 import re
 from dataclasses import replace
@@ -10,10 +10,10 @@ from helpers.eager_bundle import mini_config
 from helpers.fake_executor import prepared
 
 from jet_export.model.config import JetDims, jet_2b, jet_4b
-from jet_export.search.constraints import Scene
+from jet_export.search.constraints import Constraints
 from jet_export.search.points import Point, all_points, count_points
-from jet_export.search.run import judge, usable_memory
 from jet_export.search.space import SPACES, default_space, layout_of, read_space
+from jet_export.search.spec import usable_memory
 from jet_export.utils.errors import JetExportError
 
 
@@ -29,12 +29,12 @@ def test_the_default_space_is_the_papers_table() -> None:
     preset = jet_2b()
     space = read_space(default_space("jet-2b"), preset)
     assert len(space.sizes) == 9
-    scene = Scene(preset, space, torch.bfloat16, None)
+    constraints = Constraints(preset=preset, space=space, dtype=torch.bfloat16, device_bytes=None)
     points = list(all_points(space, preset))
-    assert [scene.refusal(p) for p in points] == [None] * 9
-    caches = {scene.cache_bytes(p.config(preset, space), p) for p in points}
-    assert caches == {scene.allowed_cache_bytes(points[0])}  # one state, and the preset's own
-    taps = {scene.memory(p.config(preset, space), p, 1).conv_states for p in points}
+    assert [constraints.refusal(p) for p in points] == [None] * 9
+    caches = {constraints.cache_bytes(p.config(preset, space), p) for p in points}
+    assert caches == {constraints.allowed_cache_bytes(points[0])}  # one state, and the preset's own
+    taps = {constraints.memory(p.config(preset, space), p, batch=1).conv_states for p in points}
     assert len(taps) > 1  # which is why the bound leaves them out
     assert JetDims(12, 96, 256) in space.sizes and (space.target_batch, space.target_context) == (128, 65536)
 
@@ -56,8 +56,8 @@ def test_jet_tiny_has_a_space_of_its_own() -> None:
 
     preset = load_config("jet-tiny")
     space = read_space(default_space("jet-tiny"), preset)
-    scene = Scene(preset, space, torch.bfloat16, None)
-    assert [scene.refusal(p) for p in all_points(space, preset)] == [None] * count_points(space, preset)
+    constraints = Constraints(preset=preset, space=space, dtype=torch.bfloat16, device_bytes=None)
+    assert [constraints.refusal(p) for p in all_points(space, preset)] == [None] * count_points(space, preset)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_points_are_counted_as_they_are_listed(tmp_path, share: str, layout: str
     space, config = space_of(tmp_path, text), mini_config()
     listed = sum(1 for _ in all_points(space, config))
     assert count_points(space, config) == listed
-    monkeypatch.setattr("jet_export.search.points.MANY", 0)
+    monkeypatch.setattr("jet_export.search.points.MAX_COUNTED_LAYOUTS", 0)
     assert count_points(space, config) >= listed
 
 
 def test_a_jet_layer_in_no_group_is_refused(tmp_path) -> None:
     search = prepared(tmp_path, TEXT + "share = [[0]]\n[measure]\nbatch = 1\ncontext = 128\n")
-    reasons = {judge(search, p).refused for p in all_points(search.space, search.preset)}
+    reasons = {search.assess(p).refused for p in all_points(search.spec.space, search.spec.preset)}
     assert len(reasons) == 1 and "is a jet layer and in no group of jet.share" in (reasons.pop() or "")
 
 
@@ -192,12 +192,12 @@ def test_the_bound_is_the_presets_at_the_points_precision(tmp_path) -> None:
     text = '[precision]\nstate_dtype = ["float32", "bfloat16"]\nkv_cache_dtype = ["auto", "fp8"]\n'
     preset = jet_4b()
     space = space_of(tmp_path, text + "[measure]\nbatch = 2\ncontext = 4096", preset)
-    scene = Scene(preset, space, torch.bfloat16, None)
+    constraints = Constraints(preset=preset, space=space, dtype=torch.bfloat16, device_bytes=None)
     bounds = {}
     for p in all_points(space, preset):
-        assert scene.refusal(p) is None
-        bounds[p.state_dtype, p.kv_cache_dtype] = scene.allowed_cache_bytes(p)
-        assert scene.cache_bytes(p.config(preset, space), p) == scene.allowed_cache_bytes(p)
+        assert constraints.refusal(p) is None
+        bounds[p.state_dtype, p.kv_cache_dtype] = constraints.allowed_cache_bytes(p)
+        assert constraints.cache_bytes(p.config(preset, space), p) == constraints.allowed_cache_bytes(p)
     assert len(set(bounds.values())) == 4
     states = 26 * 16 * 128 * 256
     assert bounds["float32", "auto"] - bounds["bfloat16", "auto"] == 2 * states
@@ -211,22 +211,38 @@ def test_labels_tell_points_apart(tmp_path) -> None:
     space = space_of(tmp_path, text, config)
     points = list(all_points(space, config))
     assert len({p.label(space, config) for p in points}) == len(points)
-    alike = Point((JetDims(2, 16, 32),) * 4, layout_of(config), config.window_size, False, "float32", "auto")
+    alike = Point(
+        sizes=(JetDims(2, 16, 32),) * 4,
+        layout=layout_of(config),
+        window_size=config.window_size,
+        fp8=False,
+        state_dtype="float32",
+        kv_cache_dtype="auto",
+    )
     assert alike.label(space, config).startswith("16x32x2 state fp32")
-    two = Point((JetDims(2, 16, 32),) * 2 + (JetDims(2, 32, 16),) * 2, "jjjj", 0, False, "float32", "auto")
+    two = Point(
+        sizes=(JetDims(2, 16, 32),) * 2 + (JetDims(2, 32, 16),) * 2,
+        layout="jjjj",
+        window_size=0,
+        fp8=False,
+        state_dtype="float32",
+        kv_cache_dtype="auto",
+    )
     assert two.label(space, config) == "2*16x32x2+2*32x16x2 state fp32 jjjj"
 
 
 def test_memory_is_bounded_at_the_largest_pair(tmp_path) -> None:
     text = "[measure]\nbatch = [1, 8]\ncontext = [64, 256]\n[target]\nbatch = 1\ncontext = 64\n"
     search = prepared(tmp_path, text)
-    assert search.scene.device_bytes is not None  # on a CPU too
-    point = next(iter(all_points(search.space, search.preset)))
-    config = point.config(search.preset, search.space)
-    target, largest = (search.scene.memory(config, point, *at).total for at in ((1, 64), (8, 256)))
+    assert search.spec.constraints.device_bytes is not None  # on a CPU too
+    point = next(iter(all_points(search.spec.space, search.spec.preset)))
+    config = point.config(search.spec.preset, search.spec.space)
+    constraints = search.spec.constraints
+    target = constraints.memory(config, point, batch=1, context=64).total
+    largest = constraints.memory(config, point, batch=8, context=256).total
     assert target < largest
-    assert replace(search.scene, device_bytes=largest).refusal(point) is None
-    refusal = replace(search.scene, device_bytes=largest - 1).refusal(point)
+    assert replace(constraints, device_bytes=largest).refusal(point) is None
+    refusal = replace(constraints, device_bytes=largest - 1).refusal(point)
     assert refusal is not None and "at batch 8 and 256 tokens" in refusal
 
 
@@ -241,6 +257,6 @@ def test_the_bound_is_tight(tmp_path) -> None:
     config = mini_config()
     K, V, H = config.head_k_dim, config.head_v_dim, config.jet_num_heads
     search = prepared(tmp_path, f'[jet]\nsizes = ["preset", "{K}x{V + 16}x{H}"]\n[measure]\nbatch = 1\ncontext = 128\n')
-    refused = [judge(search, p).refused for p in all_points(search.space, search.preset)]
+    refused = [search.assess(p).refused for p in all_points(search.spec.space, search.spec.preset)]
     assert refused[0] is None
     assert re.search(r"cache .* a sequence at 128 tokens, [\d.]+ % over", refused[1] or "")
