@@ -27,7 +27,7 @@ __all__ = [
     "Session",
 ]
 
-_HOME = {
+_MODULES = {
     "LLM": "jet_export.runtime.llm",
     "AsyncLLM": "jet_export.runtime.async_llm",
     "Completion": "jet_export.runtime.llm",
@@ -42,8 +42,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `jet-export --help` does not wait for torch."""
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'jet_export' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -38,7 +38,12 @@ def kernel_table(fn: Any) -> list[dict[str, Any]]:
 
 
 def profile_decode(engine: Any, batch: int, context: int) -> dict[str, Any]:
-    run = Run(engine, Case(batch, context, min(512, context), STEPS + 20, "synthetic"), 0, True)
+    run = Run(
+        engine,
+        Case(batch=batch, context=context, chunk=min(512, context), new_tokens=STEPS + 20, fill="synthetic"),
+        0,
+        True,
+    )
     run.warm_up()
     run.synthesise()
     tokens = run.next
@@ -53,7 +58,7 @@ def profile_decode(engine: Any, batch: int, context: int) -> dict[str, Any]:
 
 
 def profile_prefill(engine: Any, batch: int, chunk: int) -> dict[str, Any]:
-    run = Run(engine, Case(batch, chunk, chunk, 2, "synthetic"), 0, True)
+    run = Run(engine, Case(batch=batch, context=chunk, chunk=chunk, new_tokens=2, fill="synthetic"), 0, True)
 
     def call() -> None:
         run.reset()

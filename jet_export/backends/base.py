@@ -10,15 +10,13 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from jet_export.bundle.dtypes import torch_dtype
 from jet_export.bundle.limits import Limits
-from jet_export.bundle.manifest import Manifest
-from jet_export.model.cache import PackedBatch, StateSpec, state_specs
+from jet_export.model.cache import PackedBatch, StateSpec
 from jet_export.model.config import JetNemotronConfig
 
 
 class Engine(ABC):
-    """Runs one step over packed tokens. `config`, `limits` and `specs` say what it takes."""
+    """Runs one step over packed tokens. `config`, `limits` and `specs` describe the steps and states that it takes."""
 
     config: JetNemotronConfig
     limits: Limits
@@ -33,7 +31,3 @@ class Engine(ABC):
     @abstractmethod
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
         """One token a sequence: input_ids [N] int64 -> logits [N, vocab]."""
-
-
-def manifest_specs(m: Manifest) -> list[StateSpec]:
-    return state_specs(m.config, torch_dtype(m.dtype), torch_dtype(m.kv_cache_dtype), torch_dtype(m.state_dtype))

@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jet_export.backends.base import Engine
-from jet_export.bundle.dtypes import torch_dtype
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.model.cache import PackedBatch, state_specs
 from jet_export.utils.errors import JetExportError
 
-if TYPE_CHECKING:  # imports torch's compiler, a second's work that packages for a GPU do without
+if TYPE_CHECKING:  # imports torch's compiler: a second that loading a GPU's packages does not take
     from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
 
@@ -24,11 +23,16 @@ class EagerEngine(Engine):
     """The PyTorch model behind the engine interface."""
 
     def __init__(
-        self, model: JetNemotronForCausalLM, limits: Limits, kv_dtype: torch.dtype, state_dtype: torch.dtype
+        self,
+        model: JetNemotronForCausalLM,
+        limits: Limits,
+        *,
+        kv_dtype: torch.dtype | None = None,  # the model's
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.config, self.limits = model, model.config, limits
         self.dtype, self.device = model.dtype, model.device
-        self.specs = state_specs(model.config, model.dtype, kv_dtype, state_dtype)
+        self.specs = state_specs(model.config, model.dtype, kv_dtype=kv_dtype, state_dtype=state_dtype)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
@@ -52,7 +56,8 @@ def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Ten
     from jet_export.model.jet_nemotron import empty_model
 
     weights = weights if weights is not None else load_weights(Path(directory), manifest)
-    model = empty_model(manifest.config, torch_dtype(manifest.dtype), torch.device("meta"), manifest.limits.max_seq_len)
+    dtypes, limits = manifest.dtypes, manifest.limits
+    model = empty_model(manifest.config, dtypes.model, torch.device("meta"), limits.max_seq_len)
     if manifest.quantization:
         from jet_export.quantization.quantize import QuantizationReport, apply_report
 
@@ -66,4 +71,4 @@ def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Ten
         model.lm_head.weight = model.embed_tokens.weight  # one parameter, as in the model that was saved
     model.cos_sin = weights["cos_sin"]
     model.requires_grad_(False)
-    return EagerEngine(model, manifest.limits, torch_dtype(manifest.kv_cache_dtype), torch_dtype(manifest.state_dtype))
+    return EagerEngine(model, limits, kv_dtype=dtypes.kv_cache, state_dtype=dtypes.state)

@@ -1,4 +1,4 @@
-"""Loading a bundle's engine: host, hashes and schema are checked before any native code is loaded."""
+"""Loads a bundle's engine. Host, hashes and schema are checked before any native code is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jet_export.utils.errors import JetExportError
 
 
 def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Manifest]:
-    """Load a bundle's engine. Raises JetExportError if the bundle is damaged or of another machine."""
+    """Load a bundle's engine. Raises JetExportError if the bundle is damaged or was built for another machine."""
     directory = Path(directory)
     manifest = Manifest.load(directory)
     backend = manifest.backend["name"]
@@ -41,7 +41,7 @@ def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Mani
 
 
 def checked_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """`load_weights` while every file's hash is computed; what `check_files` says comes before any other error."""
+    """`load_weights` while every file is hashed. An error of `check_files` takes precedence over any other."""
     with ThreadPoolExecutor(1) as pool:
         files = pool.submit(check_files, directory, manifest)
         try:

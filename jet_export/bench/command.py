@@ -1,23 +1,23 @@
-"""`jet-export bench`: verify, measure, compare with a baseline, print and write."""
+"""`jet-export bench`: verifies, measures, compares with baselines, prints and writes the results."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jet_export.backends.load import load_engine
-from jet_export.bench import report
+from jet_export.bench import picture, report
 from jet_export.bench.measure import Case, check_case
-from jet_export.bench.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases, wanted
+from jet_export.bench.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases, skip, wanted
 from jet_export.bench.ratios import SHAPED, Ratio, headline
-from jet_export.bench.roofline import Peaks, bundle_weights, measure_peaks, product_dtypes
-from jet_export.bench.rows import Row, measure_rows, precision_of
+from jet_export.bench.roofline import Peaks, Roofline, bundle_weights, measure_peaks, product_dtypes
+from jet_export.bench.rows import Row, Subject, precision_of
 from jet_export.bench.serving import ServingRow, serve_burst
 from jet_export.bench.verified import Verdict, require_verified
 from jet_export.bundle.limits import Limits
@@ -29,7 +29,7 @@ from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import check_directory, sha256_file, write_atomically
 
 Emit = Callable[[str], None]
-SWEEP_TOKENS = 40  # decode steps of a sweep's case, the dropped ones included
+SWEEP_TOKENS = 40  # decode steps of a sweep's case, with the dropped ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +43,19 @@ class BenchOptions:
     fill_seconds: float = 60.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BundleRun:
-    """One bundle's figures."""
+    """One bundle's results."""
 
     bundle: Path
     manifest: Manifest
     verdict: Verdict
     peaks: Peaks
-    load_seconds: float  # engine and weights, the check of the files included
-    rows: list[Row]
-    skipped: list[Skipped]
-    notes: list[str]
-    serving: list[ServingRow]
+    load_seconds: float  # engine and weights, with the check of the files
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    serving: list[ServingRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         m = self.manifest
@@ -64,7 +64,7 @@ class BundleRun:
             "manifest_sha256": sha256_file(self.bundle / "manifest.json"),
             "model": m.model["name"],
             "backend": m.backend,
-            "quantized": bool((m.quantization or {}).get("fp8")),
+            "quantized": bool(m.fp8_layers),
             "dtypes": {"model": m.dtype, "kv_cache": m.kv_cache_dtype, "state": m.state_dtype},
             "limits": asdict(m.limits),
             "build_command": m.rebuild_command,
@@ -80,8 +80,8 @@ class BundleRun:
 
 
 def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str, Any]:
-    """Measure and print; returns what bench.json holds. Raises JetExportError, before any timing, for options that
-    make no sense and for a bundle that verify fails; and where every case was skipped."""
+    """Measure and print; returns the content of bench.json. Raises JetExportError for invalid options and for a bundle
+    that fails verification, before anything is timed; and where every case was skipped."""
     if options.asked.protocol not in PROTOCOLS:
         raise JetExportError(
             f"--protocol {options.asked.protocol}: not known.", f"Known: {', '.join(sorted(PROTOCOLS))}."
@@ -120,16 +120,17 @@ def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str
 def run_bundle(
     options: BenchOptions, bundle: Path, sweep: bool, emit: Emit, keep: Callable[[BundleRun], None]
 ) -> BundleRun:
-    """Verify and measure one bundle; `keep` sees what there is after every case."""
+    """Verify and measure one bundle. `keep` is called with the results so far after every case."""
     verdict = require_verified(bundle, emit)
     begin = time.monotonic()
-    engine, manifest = load_engine(bundle)  # the files' hashes too: the verdict may be an older one
+    engine, manifest = load_engine(bundle)  # checks the files' hashes too: the verdict may be an older one
     load_seconds = time.monotonic() - begin
     weights = bundle_weights(bundle)
-    free_cached(engine.device)  # what verify has left
-    room = Room(manifest, weights.resident, available_memory(engine.device) + weights.resident)
+    free_cached(engine.device)  # left over from verify
+    available = available_memory(engine.device) + weights.resident
+    room = Room.of(manifest, weights=weights.resident, available=available)
     peaks = measure_peaks(engine.device, product_dtypes(manifest))
-    run = BundleRun(bundle, manifest, verdict, peaks, load_seconds, [], [], [], [])
+    run = BundleRun(bundle=bundle, manifest=manifest, verdict=verdict, peaks=peaks, load_seconds=load_seconds)
     emit(
         f"loaded in {load_seconds:.1f} s; copy {peaks.copy / 1e9:,.1f} GB/s, products "
         + ", ".join(f"{str(d).removeprefix('torch.')} {s / 1e12:.3g} TFLOP/s" for d, s in peaks.matmul.items())
@@ -137,29 +138,34 @@ def run_bundle(
     cases, run.skipped, run.notes = plan_cases(options.asked, room)
     if options.asked.protocol == "serving":
         for case in cases:
-            slots = case.batch
-            run.serving.append(serve_burst(engine, load_tokenizer(bundle), case.context, case.new_tokens, slots))
+            row = serve_burst(
+                engine, load_tokenizer(bundle), context=case.context, new_tokens=case.new_tokens, slots=case.batch
+            )
+            run.serving.append(row)
             keep(run)
         return run
+    roofline = Roofline(config=engine.config, dtype=engine.dtype, specs=engine.specs, weights=weights, peaks=peaks)
+    subject = Subject(bundle=bundle, engine=engine, room=room, roofline=roofline)
     for case in with_sweep(cases, run.skipped, room, options.asked.new_tokens) if sweep else cases:
         try:
-            run.rows += measure_rows(engine, room, weights, peaks, [case], bundle, options.fill_seconds, emit)
+            run.rows.append(subject.measure(case, options.fill_seconds, emit))
         except torch.OutOfMemoryError:
-            run.skipped.append(Skipped(case.context, case.batch, case.chunk, "out of memory", "a smaller --batch"))
+            run.skipped.append(skip(case, "out of memory", "a smaller --batch"))
         keep(run)
-    del engine
+    del engine, subject
     free_cached(manifest.device)
     return run
 
 
 def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, new_tokens: int) -> list[Case]:
-    """The cases, and at each context every power of two of sequences up to the largest that fits, on synthetic states:
-    what ratios at an equal batch and at an equal time per token are read from. Contexts of which only the protocol's
-    own batch does not fit are swept too."""
+    """The cases, and at each context every power of two of sequences up to the largest batch that fits, on synthetic
+    states: ratios at equal batch and at equal time per token need them. Contexts where only the protocol's own batch
+    does not fit are swept too."""
     out = list(cases)
     asked = [(c.context, c.chunk) for c in cases] + [(s.context, s.chunk) for s in skipped]
     for context, chunk in dict.fromkeys(asked):
-        one = Case(1, context, chunk, min(new_tokens, SWEEP_TOKENS), "synthetic")
+        steps = min(new_tokens, SWEEP_TOKENS)
+        one = Case(batch=1, context=context, chunk=chunk, new_tokens=steps, fill="synthetic")
         if check_case(one, room.manifest.limits) is not None:
             continue
         have = {c.batch for c in cases if c.context == context}
@@ -170,7 +176,7 @@ def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, ne
 
 
 def baseline_bundle(name: str, like: Manifest, emit: Emit) -> Path:
-    """A baseline's bundle: a directory as it is, or "MODEL" or "MODEL:fp8" built with the limits of `like`."""
+    """A baseline's bundle: a directory as it is; "MODEL" and "MODEL:fp8" are built with the limits of `like`."""
     path = Path(name)
     if (path / "manifest.json").is_file():
         return path
@@ -187,19 +193,25 @@ def baseline_bundle(name: str, like: Manifest, emit: Emit) -> Path:
     sizes = f"b{limits.max_batch_size}-s{limits.max_seq_len}-c{limits.prefill_chunk}"
     output = Path("bundles") / f"{model}-{precision or 'bf16'}-{backend}-{sizes}"
     options = BuildOptions(
-        model=model, backend=backend, device=like.device.type, fp8=precision == "fp8", random_weights=True,
-        max_batch_size=limits.max_batch_size, max_seq_len=limits.max_seq_len, prefill_chunk=limits.prefill_chunk,
+        model=model,
+        backend=backend,
+        device=like.device.type,
+        fp8=precision == "fp8",
+        random_weights=True,
         output=output,
-    )  # fmt: skip
-    words = ["jet-export", "build", "--model", model, "--random-weights", "--backend", backend, "--device",
-             like.device.type, "--max-batch-size", str(limits.max_batch_size),
-             "--max-seq-len", str(limits.max_seq_len), "--prefill-chunk", str(limits.prefill_chunk),
-             "--output", str(output)]  # fmt: skip
+        **asdict(limits),
+    )
+    command = (
+        f"jet-export build --model {model} --random-weights --backend {backend} --device {like.device.type} "
+        f"--max-batch-size {limits.max_batch_size} --max-seq-len {limits.max_seq_len} "
+        f"--prefill-chunk {limits.prefill_chunk} --output {output}"
+    )
     emit(f"baseline: {SHAPED[model]}, random weights, {precision or 'bf16'}: {output}")
-    return run_build(make_plan(options), words + (["--fp8"] if options.fp8 else []), emit)
+    return run_build(make_plan(options), command.split() + (["--fp8"] if options.fp8 else []), emit)
 
 
 def show(runs: Sequence[BundleRun], ratios: Sequence[Ratio], emit: Emit) -> None:
+    """Print tables, notes and skipped cases."""
     from jet_export.utils.console import console
 
     out = console()
@@ -220,19 +232,19 @@ def show(runs: Sequence[BundleRun], ratios: Sequence[Ratio], emit: Emit) -> None
 
 
 def serving_rows(runs: Sequence[BundleRun]) -> list[tuple[str, str, ServingRow]]:
-    """Of all bundles, each with its model and precision."""
+    """The rows of all bundles, each with its model and precision."""
     return [(run.manifest.model["name"], precision_of(run.manifest), r) for run in runs for r in run.serving]
 
 
 def write_files(directory: Path, runs: Sequence[BundleRun], result: dict[str, Any], emit: Emit) -> None:
-    """bench.csv and bench.png beside bench.json; of the serving protocol no picture."""
+    """Write bench.csv and bench.png beside bench.json; the serving protocol has no picture."""
     rows = [r for run in runs for r in run.rows]
     written = ["bench.json"]
     if rows:
         report.write_csv(directory / "bench.csv", rows)
         written.append("bench.csv")
         try:
-            report.draw(directory / "bench.png", rows, result["environment"])
+            picture.draw(directory / "bench.png", rows, result["environment"])
             written.append("bench.png")
         except JetExportError as e:
             emit(str(e))

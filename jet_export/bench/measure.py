@@ -1,8 +1,8 @@
-"""Times an engine's prefill and decode at given batches and contexts: what `jet-export bench` and the search run.
+"""Times an engine's prefill and decode at given batches and contexts, for `jet-export bench` and the search.
 
-A case fills `batch` sequences with `context` tokens, chunk by chunk, and decodes `new_tokens` more, greedily, the whole
-batch a step. Where filling would take too long, the states are made up instead ("synthetic": noise of the size that
-states have); prefill is then timed at both ends of the context, since a chunk's time is affine in the tokens before it.
+A case fills `batch` sequences with `context` tokens, chunk by chunk, then decodes `new_tokens` more greedily, the whole
+batch in every step. Where filling would take too long, the states are noise of realistic size instead ("synthetic");
+prefill is then timed at both ends of the context, since a chunk's time is affine in the tokens before it.
 """
 
 from __future__ import annotations
@@ -25,30 +25,39 @@ from jet_export.runtime.runner import Runner
 from jet_export.utils.errors import JetExportError
 
 FILLS = ("auto", "prefill", "synthetic")
-DROPPED = 8  # first decode steps, which are not counted
-PROBES = 3  # timed prefill calls at each end of a synthetic context
+DROPPED = 8  # first decode steps, not counted
+PROBES = 3  # prefill calls timed at each end of a synthetic context
 NOISE_BYTES = 2**26
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """What to run. fill: "prefill" (really), "synthetic", or "auto": prefill unless it takes over `fill_seconds`."""
+    """What to run. fill: "prefill", "synthetic", or "auto": prefill unless it takes over `fill_seconds`."""
 
     batch: int
     context: int  # tokens that each sequence holds when decoding begins
     chunk: int  # most tokens of one sequence in one prefill call
     new_tokens: int = 128
     fill: str = "auto"
-    repeats: int = 1  # fills, of which the last one is decoded from; fewer where `fill_seconds` would not do
+    repeats: int = 1  # fills, decoding after the last; fewer where they would take over `fill_seconds`
 
     @property
     def tokens(self) -> int:
         return self.context + self.new_tokens
 
+    @property
+    def sequences_per_call(self) -> int:
+        return max(1, MAX_PREFILL_TOKENS // self.chunk)
 
-@dataclass(frozen=True)
+    @property
+    def prefill_calls(self) -> int:
+        """Calls of one fill."""
+        return -(-self.batch // self.sequences_per_call) * -(-self.context // self.chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Of one case. Times in milliseconds."""
+    """The times of one case, in milliseconds."""
 
     case: Case
     filled_by: str  # "prefill" or "synthetic"
@@ -56,9 +65,9 @@ class Measurement:
     prefill_call: Timing  # one call of up to MAX_PREFILL_TOKENS tokens
     step: Timing  # one decode step of the whole batch
     decode_tokens_per_s: float  # of all sequences together
-    ttft: tuple[float, ...]  # of every sequence of every fill, all having come at once; empty where synthetic
-    state_bytes: int  # states, caches and windows
-    peak_bytes: int | None  # of the process on a GPU; None on a CPU
+    ttft: tuple[float, ...]  # of every sequence of every fill, all arriving at once; empty where synthetic
+    state_bytes: int  # states and caches
+    peak_bytes: int | None  # of the process, on a GPU; None on a CPU
 
     @property
     def ttft_p50(self) -> float | None:
@@ -94,8 +103,8 @@ def measure_engine(
 
 
 def measure_case(engine: Engine, case: Case, seed: int, fill_seconds: float, cuda_graphs: bool) -> Measurement:
-    """One case, on pools of its own size."""
-    free_cached(engine.device)  # an earlier case's pools and graphs
+    """Time one case, on pools of its size."""
+    free_cached(engine.device)  # the pools and graphs of the case before
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     run = Run(engine, case, seed, cuda_graphs)
@@ -106,7 +115,7 @@ def measure_case(engine: Engine, case: Case, seed: int, fill_seconds: float, cud
     if fill is not None:
         filled = "prefill"
         calls, ttft = fill
-        seconds = sum(calls) / 1e3 / (len(calls) / run.calls_a_fill)
+        seconds = sum(calls) / 1e3 / (len(calls) / case.prefill_calls)
     else:
         calls, ttft = run.probe_prefill(), []
         first, last = run.probed_tokens()
@@ -116,14 +125,20 @@ def measure_case(engine: Engine, case: Case, seed: int, fill_seconds: float, cud
     step = summary(steps)
     cuda = engine.device.type == "cuda"
     return Measurement(
-        case, filled, case.batch * case.context / seconds, summary(calls), step, case.batch / (step.median * 1e-3),
-        tuple(ttft), sum(s.nbytes for s in run.runner.states),
-        torch.cuda.max_memory_allocated(engine.device) if cuda else None,
-    )  # fmt: skip
+        case=case,
+        filled_by=filled,
+        prefill_tokens_per_s=case.batch * case.context / seconds,
+        prefill_call=summary(calls),
+        step=step,
+        decode_tokens_per_s=case.batch / (step.median * 1e-3),
+        ttft=tuple(ttft),
+        state_bytes=sum(s.nbytes for s in run.runner.states),
+        peak_bytes=torch.cuda.max_memory_allocated(engine.device) if cuda else None,
+    )
 
 
 class Run:
-    """One case's pools, random tokens and clock."""
+    """One case's pools and random tokens, and the timed parts of it."""
 
     def __init__(self, engine: Engine, case: Case, seed: int, cuda_graphs: bool) -> None:
         self.case, self.device = case, engine.device
@@ -138,16 +153,12 @@ class Run:
         self.next = torch.zeros(case.batch, dtype=torch.int64, device=self.device)
 
     def calls(self) -> Iterator[tuple[list[int], int, int]]:
-        """Slots, first token and end of every prefill call of one fill: all sequences' first chunks, then their next,
-        split where a call would have more than MAX_PREFILL_TOKENS."""
-        group = max(1, MAX_PREFILL_TOKENS // self.case.chunk)
+        """Slots, first token and end of every prefill call of one fill: all sequences' first chunks, then their second,
+        and so on, in calls of up to MAX_PREFILL_TOKENS."""
+        group = self.case.sequences_per_call
         for begin in range(0, self.case.context, self.case.chunk):
             for i in range(0, self.case.batch, group):
                 yield self.slots[i : i + group], begin, min(begin + self.case.chunk, self.case.context)
-
-    @property
-    def calls_a_fill(self) -> int:
-        return sum(1 for _ in self.calls())
 
     def prefill(self, slots: list[int], begin: int, end: int) -> None:
         logits = self.runner.prefill(slots, self.ids[slots, begin:end].tolist())
@@ -158,16 +169,16 @@ class Run:
             self.runner.hold(slot, context)
 
     def warm_up(self) -> None:
-        """One call of every kind: lazy initialisation, CUDA graph capture."""
+        """One call of each kind, for lazy initialisation and CUDA graph capture."""
         self.prefill(*next(self.calls()))
         self.reset(1)
         self.runner.decode(self.slots, self.next)
         self.reset()
 
     def fill(self, seconds: float) -> tuple[list[float], list[float]] | None:
-        """Milliseconds of every call, and every sequence's time to its first token; None where one takes too long."""
+        """Milliseconds of every call, and every sequence's time to first token; None where a fill takes too long."""
         calls, ttft = [], []
-        begin, total = time.monotonic(), self.calls_a_fill
+        begin, total = time.monotonic(), self.case.prefill_calls
         for i in range(self.case.repeats):
             if i and (time.monotonic() - begin) * (i + 1) / i > seconds:
                 break
@@ -184,17 +195,17 @@ class Run:
         return calls, ttft
 
     def synthesise(self) -> None:
-        """Fill every pool with noise; the sequences hold `context` tokens of it."""
+        """Fill every pool with noise, as if the sequences held `context` tokens."""
         for pool in self.runner.states:
             rows = max(1, NOISE_BYTES // max(1, pool[0].numel() * 4))
             block = torch.randn(min(rows, len(pool)), *pool.shape[1:], generator=self.noise, device=self.device)
             block = (0.1 * block if pool.dtype == torch.float32 else block).to(pool.dtype)
-            for part in pool.split(rows):
+            for part in torch.split(pool, rows):
                 part.copy_(block[: len(part)])
         self.reset(self.case.context)
 
     def probe_prefill(self) -> list[float]:
-        """Milliseconds of prefill calls on made-up states: as many at the context's beginning as at its end."""
+        """Milliseconds of prefill calls on synthetic states, PROBES at each end of the context."""
         self.synthesise()
         every = list(self.calls())
         times = []
@@ -212,7 +223,7 @@ class Run:
         return first, last
 
     def decode(self) -> list[float]:
-        """Milliseconds of every decode step (the engine and the choice of the next tokens), the first ones dropped."""
+        """Milliseconds of every decode step (the engine and the argmax), the first ones dropped."""
         tokens: Tensor = self.next
 
         def step() -> None:

@@ -1,11 +1,11 @@
-"""Which batch fits a time per token: predicted from a measured table (a bench.json), with the prediction's own error.
+"""The largest batch within a time per token, predicted from measured steps (a bench.json), with the prediction's error.
 
     step = overhead + bytes / bandwidth + sequences * each,     bytes as roofline.step_bytes counts them
 
-is fitted to the table's decode steps by least squares of the relative error, no term negative; one table for one bundle
-on one device. `each` is the arithmetic that grows with the batch; fewer than MIN_BATCHES batches cannot tell it from
-the overhead. Steps of one sequence, which another package decodes, are fitted apart where there are enough others. The
-error is that of each row predicted from all the others. Memory is memory.py's; nothing is run.
+is fitted to the decode steps of one bundle on one device by least squares of the relative error, with no negative term.
+`each` is the arithmetic that grows with the batch; it takes MIN_BATCHES batches to tell it from the overhead. Steps of
+one sequence, which run in a package of their own, are fitted separately where there are enough others. The error is
+that of each row predicted from all the others. Memory is estimated by bundle/memory.py; nothing is run.
 """
 
 from __future__ import annotations
@@ -20,33 +20,30 @@ import numpy as np
 import torch
 
 from jet_export.bench.roofline import step_bytes
-from jet_export.bench.rows import Row, row_from_dict
-from jet_export.bundle.dtypes import torch_dtype
+from jet_export.bench.rows import Row
 from jet_export.bundle.limits import Limits
-from jet_export.bundle.memory import USABLE, Memory, available_memory, engine_memory, largest_batch
-from jet_export.model.cache import state_specs
-from jet_export.model.config import JetNemotronConfig
+from jet_export.bundle.memory import USABLE, Memory, MemoryBudget, available_memory
 from jet_export.utils.errors import JetExportError
 
-MIN_ROWS = 4  # to fit three numbers and be wrong about a fourth
+MIN_ROWS = 4  # three numbers are fitted, and one row is left to show an error
 MIN_BATCHES = 3  # different ones
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Seconds a step, seconds a byte, seconds a sequence; none negative."""
+    """The terms of a step's time; none negative."""
 
-    overhead: float
-    byte: float
-    each: float
+    overhead: float  # seconds
+    byte: float  # seconds a byte
+    each: float  # seconds a sequence
 
     def seconds(self, nbytes: float, batch: int) -> float:
         return self.overhead + self.byte * nbytes + self.each * batch
 
 
-@dataclass(frozen=True)
-class Table:
-    """Measured steps of one bundle on one device; `bundle` is its manifest's hash."""
+@dataclass(frozen=True, kw_only=True)
+class StepTable:
+    """Measured steps of one bundle on one device."""
 
     files: tuple[Path, ...]
     device: str
@@ -54,11 +51,11 @@ class Table:
     model: str
     precision: str
     rows: tuple[Row, ...]
-    gpu_bytes: int = 0  # of the device's memory; 0: a CPU
-    bundle: str = ""
+    gpu_bytes: int = 0  # the device's memory; 0: a CPU
+    bundle: str = ""  # the manifest's hash
 
     def available(self) -> int:
-        """Bytes that batches may take there: of the GPU that was measured, or of this host."""
+        """Bytes that a batch may take: on the GPU that was measured, or on this host."""
         return int(USABLE * self.gpu_bytes) if self.gpu_bytes else available_memory(torch.device("cpu"))
 
     @property
@@ -71,44 +68,64 @@ class Table:
         return f"{self.model} {self.precision} on {self.device}, {self.date}, {names}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Alone:
     """Steps of one sequence, which a package of its own decodes on a GPU: Fit's seconds a byte, another overhead."""
 
     overhead: float
     byte: float
-    errors: tuple[float, ...]  # of each step predicted from the others; empty where there is one
+    errors: tuple[float, ...]  # of each step predicted from the others; empty where there is only one
 
     def seconds(self, nbytes: float) -> float:
         return self.overhead + self.byte * nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The time to stay within."""
+
+    tpot_ms: float  # a token
+    context: int  # tokens that each sequence holds
+    prefill_chunk: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
-    batch: int  # the largest that meets the time and fits; 0: not one sequence does
+    """The largest batch, and how it was found."""
+
+    batch: int  # 0: not even one sequence meets the time and fits
     seconds: float  # its step
-    bound: str  # "time" or "memory": what keeps it from being larger
+    bound: str  # "time" or "memory": what limits it
     memory: Memory | None
     fit: Fit
-    errors: tuple[float, ...]  # relative, of each step that was fitted, predicted from the others
-    alone: Alone | None  # where steps of one sequence are fitted apart
+    errors: tuple[float, ...]  # relative, of each fitted step predicted from the others
+    alone: Alone | None  # where steps of one sequence are fitted separately
 
     @property
     def tokens_per_s(self) -> float:
         return self.batch / self.seconds if self.batch else 0.0
 
 
-def read_tables(file: Path) -> list[Table]:
-    """Raises JetExportError where the file is no bench.json."""
+def read_tables(file: Path) -> list[StepTable]:
+    """The tables of a bench.json. Raises JetExportError where the file is none."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         e = values["environment"]
         device = e["gpu"] if e["gpu"] != "none" else e.get("cpu", "a CPU")
         memory = int(e["gpu_bytes"]) if e["gpu"] != "none" else 0
         return [
-            Table((file,), device, e["date"], b["model"], rows[0].precision, tuple(rows), memory, b["manifest_sha256"])
+            StepTable(
+                files=(file,),
+                device=device,
+                date=e["date"],
+                model=b["model"],
+                precision=rows[0].precision,
+                rows=tuple(rows),
+                gpu_bytes=memory,
+                bundle=b["manifest_sha256"],
+            )
             for b in values["bundles"]
-            if (rows := [row_from_dict(r) for r in b["rows"]])
+            if (rows := [Row(**r) for r in b["rows"]])
         ]
     except FileNotFoundError:
         raise JetExportError(f"--measured {file}: no such file.") from None
@@ -117,14 +134,14 @@ def read_tables(file: Path) -> list[Table]:
 
 
 def committed_tables() -> list[Path]:
-    """benchmarks/results/**/bench*.json of the repository, where the package is run from one."""
+    """benchmarks/results/**/bench*.json, where the package runs from a checkout."""
     return sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("bench*.json"))
 
 
-def find_table(model: str, precision: str, measured: Path | None) -> Table:
-    """The table of this model and precision: from `measured`, or the committed files of the bundle and device with the
-    most steps, and batches enough. Raises JetExportError, saying how to make one, where there is none."""
-    found: dict[tuple[str, str], Table] = {}
+def find_table(model: str, precision: str, measured: Path | None) -> StepTable:
+    """The table of this model and precision in `measured`, or, of the committed ones with enough batches, that with the
+    most steps. Raises JetExportError, saying how to make one, where there is none."""
+    found: dict[tuple[str, str], StepTable] = {}
     for file in [measured] if measured else committed_tables():
         for table in read_tables(file):
             if (table.model, table.precision) == (model, precision):
@@ -142,14 +159,14 @@ def find_table(model: str, precision: str, measured: Path | None) -> Table:
     )
 
 
-def joined(a: Table, b: Table) -> Table:
-    """Both tables of one bundle on one device; `date` is the later."""
+def joined(a: StepTable, b: StepTable) -> StepTable:
+    """Two tables of one bundle on one device as one, with the later date."""
     return replace(a, files=a.files + b.files, rows=a.rows + b.rows, date=max(a.date, b.date))
 
 
 def fit_steps(points: Sequence[tuple[float, int, float]]) -> Fit:
-    """(bytes, batch, seconds) -> the terms, none negative, that leave the least relative error: of the fits by least
-    squares with some terms left out, the best that is not negative."""
+    """(bytes, batch, seconds) -> the non-negative terms with the least relative error: of the least-squares fits with
+    some terms left out, the best one without negative terms."""
     x = np.array([[1.0, nbytes, batch] for nbytes, batch, _ in points])
     y = np.array([seconds for *_, seconds in points])
     scale = x.max(axis=0)
@@ -161,7 +178,8 @@ def fit_steps(points: Sequence[tuple[float, int, float]]) -> Fit:
         if part.min() >= 0 and left < least * (1 - 1e-9):
             best, least = np.zeros(3), left
             best[list(kept)] = part
-    return Fit(*(float(v) for v in best / scale))
+    overhead, byte, each = (float(v) for v in best / scale)
+    return Fit(overhead=overhead, byte=byte, each=each)
 
 
 def left_out_errors(points: Sequence[tuple[float, int, float]]) -> tuple[float, ...]:
@@ -174,20 +192,17 @@ def left_out_errors(points: Sequence[tuple[float, int, float]]) -> tuple[float, 
 
 
 def fit_alone(points: Sequence[tuple[float, int, float]], byte: float) -> Alone | None:
-    """Of the steps of one sequence; None where there is none."""
+    """The fit of the steps of one sequence; None where there are none."""
     left = [(seconds - byte * nbytes, seconds) for nbytes, batch, seconds in points if batch == 1]
     if not left:
         return None
     total = sum(overhead for overhead, _ in left)
     errors = [abs((total - o) / (len(left) - 1) - o) / seconds for o, seconds in left] if len(left) > 1 else []
-    return Alone(total / len(left), byte, tuple(errors))
+    return Alone(overhead=total / len(left), byte=byte, errors=tuple(errors))
 
 
-def predict(
-    c: JetNemotronConfig, dtypes: tuple[str, str, str], weights: int, table: Table, context: int, tpot_ms: float,
-    available: int, chunk: int,
-) -> Prediction:  # fmt: skip
-    """dtypes: of the model, the KV cache and the state."""
+def predict(budget: MemoryBudget, table: StepTable, target: Target) -> Prediction:
+    """The largest batch of the budget's model that meets the target, by the table's measurements of that model."""
     points = [(float(r.step_bytes["total"]), r.batch, r.ms_per_token * 1e-3) for r in table.rows]
     several = [p for p in points if p[1] > 1]
     if len(several) < MIN_ROWS:
@@ -195,36 +210,41 @@ def predict(
     fit = fit_steps(several)
     alone = fit_alone(points, fit.byte) if several is not points else None
     read = table.rows[0].step_bytes["weights"]
-    dtype, kv, state = (torch_dtype(d) for d in dtypes)
-    specs = state_specs(c, dtype, kv, state)
+    specs = budget.dtypes.specs(budget.config)
 
     def seconds(batch: int) -> float:
-        total = step_bytes(c, specs, read, batch, context).total
+        total = step_bytes(budget.config, specs, read, batch, target.context).total
         return alone.seconds(total) if batch == 1 and alone else fit.seconds(total, batch)
 
-    most = largest_batch(c, context, min(chunk, context), dtype, kv, state, weights, available)
-    each = seconds(3) - seconds(2)
-    in_time = int(seconds(1) <= tpot_ms * 1e-3)
-    if seconds(2) <= tpot_ms * 1e-3:
-        in_time = int(min((tpot_ms * 1e-3 - seconds(2)) / each + 2 + 1e-9, most + 1)) if each > 0 else most + 1
+    chunk = min(target.prefill_chunk, target.context)
+    most = budget.largest_batch(max_seq_len=target.context, prefill_chunk=chunk)
+    allowed, each = target.tpot_ms * 1e-3, seconds(3) - seconds(2)
+    in_time = int(seconds(1) <= allowed)
+    if seconds(2) <= allowed:
+        in_time = int(min((allowed - seconds(2)) / each + 2 + 1e-9, most + 1)) if each > 0 else most + 1
     batch = min(in_time, most)
-    limits = Limits(max_batch_size=max(batch, 1), max_seq_len=context, prefill_chunk=min(chunk, context))
-    memory = engine_memory(c, limits, dtype, kv, state, weights) if batch else None
-    bound = "time" if in_time <= most else "memory"
-    return Prediction(batch, seconds(max(batch, 1)), bound, memory, fit, left_out_errors(several), alone)
+    limits = Limits(max_batch_size=max(batch, 1), max_seq_len=target.context, prefill_chunk=chunk)
+    return Prediction(
+        batch=batch,
+        seconds=seconds(max(batch, 1)),
+        bound="time" if in_time <= most else "memory",
+        memory=budget.memory(limits) if batch else None,
+        fit=fit,
+        errors=left_out_errors(several),
+        alone=alone,
+    )
 
 
-def lines(p: Prediction, table: Table, context: int, tpot_ms: float) -> list[str]:
+def lines(p: Prediction, table: StepTable, target: Target) -> list[str]:
     """What inspect prints."""
-    out = [f"from {len(p.errors)} measured decode steps: {table.named}",
-           f"step = {1e3 * p.fit.overhead:.3g} ms + {1e12 * p.fit.byte:.3g} ms/GB + {1e3 * p.fit.each:.3g} ms/seq.; "
-           f"each step predicted from the others is off by {_off(p.errors)}"]  # fmt: skip
+    context, tpot_ms = target.context, target.tpot_ms
+    out = [
+        f"from {len(p.errors)} measured decode steps: {table.named}",
+        f"step = {1e3 * p.fit.overhead:.3g} ms + {1e12 * p.fit.byte:.3g} ms/GB + {1e3 * p.fit.each:.3g} ms/seq.; "
+        f"each step predicted from the others is off by {_off(p.errors)}",
+    ]
     if p.batch <= 1 and p.alone:
-        steps, errors = max(len(p.alone.errors), 1), p.alone.errors
-        out.append(f"step of one sequence, fitted apart to {steps} measured = {1e3 * p.alone.overhead:.3g} ms + "
-                   f"{1e12 * p.alone.byte:.3g} ms/GB; "
-                   + (f"each predicted from the others is off by {_off(errors)}" if errors
-                      else "there is no other to say how far it is off"))  # fmt: skip
+        out.append(_alone_line(p.alone))
     seen = [r.context for r in table.rows]
     if not min(seen) <= context <= max(seen):
         out.append(f"context {context} lies outside the measured ones, {min(seen)} to {max(seen)}: extrapolated")
@@ -234,8 +254,23 @@ def lines(p: Prediction, table: Table, context: int, tpot_ms: float) -> list[str
     biggest = max(r.batch for r in table.rows)
     if p.batch > biggest:
         out.append(f"batch {p.batch} is beyond the largest measured, {biggest}: extrapolated")
-    return [*out, f"largest batch within {tpot_ms:g} ms a token at context {context}: {p.batch} (bound by {p.bound}); "
-            f"predicted {p.tokens_per_s:,.0f} tokens/s, {1e3 * p.seconds:.3g} ms a token"]  # fmt: skip
+    return [
+        *out,
+        f"largest batch within {tpot_ms:g} ms a token at context {context}: {p.batch} (bound by {p.bound}); "
+        f"predicted {p.tokens_per_s:,.0f} tokens/s, {1e3 * p.seconds:.3g} ms a token",
+    ]
+
+
+def _alone_line(alone: Alone) -> str:
+    error = (
+        f"each predicted from the others is off by {_off(alone.errors)}"
+        if alone.errors
+        else "with no other step, its error is not known"
+    )
+    return (
+        f"step of one sequence, fitted apart to {max(len(alone.errors), 1)} measured = "
+        f"{1e3 * alone.overhead:.3g} ms + {1e12 * alone.byte:.3g} ms/GB; {error}"
+    )
 
 
 def _off(errors: Sequence[float]) -> str:

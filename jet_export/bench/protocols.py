@@ -1,22 +1,19 @@
-"""What `jet-export bench` runs: the cases of a protocol that a bundle's limits and the memory allow, and the others.
+"""What `jet-export bench` runs: a protocol's cases, and those that the bundle's limits or the memory do not allow.
 
 paper      the paper's own batches and chunks (arXiv 2508.15884): random ids, chunked prefill, greedy decoding, 128 new
-           tokens, timed a step, the first steps dropped
+           tokens, each step timed, the first steps dropped
 latency    one sequence, or --batch, at 1K to 128K tokens
-serving    requests that arrive together and share the batch in flight (serving.py)
+serving    requests that arrive together, with continuous batching (serving.py)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from jet_export.bench.measure import Case, check_case
-from jet_export.bundle.dtypes import torch_dtype
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
-from jet_export.bundle.memory import engine_memory, largest_batch
+from jet_export.bundle.memory import MemoryBudget
 from jet_export.utils.console import human
 from jet_export.utils.errors import JetExportError
 
@@ -24,12 +21,12 @@ PROTOCOLS = ("latency", "paper", "serving")
 PAPER = {4096: (1024, 256), 65536: (128, 2048), 262144: (64, 2048)}  # context: batch, chunk
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 NEW_TOKENS = 128
-FIRST_TOKENS = 10  # most fills of a latency case, each of which gives a time to first token
+FIRST_TOKENS = 10  # most fills of a latency case, each a sample of the time to first token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The command line's choice. batches None: the protocol's own; 0: auto, the largest that fits."""
+    """What the command line asks for. batches None: the protocol's own; 0: auto, the largest that fits."""
 
     protocol: str
     contexts: tuple[int, ...] | None = None
@@ -37,7 +34,7 @@ class Asked:
     new_tokens: int = NEW_TOKENS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Skipped:
     """A case that does not run here, why, and what would allow it."""
 
@@ -50,25 +47,25 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Room:
-    """What batches are chosen by: a bundle's dtypes and weights, and the bytes that may be used, weights included."""
+    """A bundle and the memory that its batches are chosen by."""
 
     manifest: Manifest
-    weights: int
-    available: int
+    budget: MemoryBudget
 
-    @property
-    def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-        m = self.manifest
-        return torch_dtype(m.dtype), torch_dtype(m.kv_cache_dtype), torch_dtype(m.state_dtype)
+    @classmethod
+    def of(cls, manifest: Manifest, *, weights: int, available: int) -> Room:
+        """`weights`: their bytes; `available`: the bytes that may be used, weights included."""
+        m = manifest
+        return cls(m, MemoryBudget(config=m.config, dtypes=m.dtypes, weights=weights, available=available))
 
-    def needed(self, batch: int, tokens: int, chunk: int) -> int:
-        dtype, kv, state = self.dtypes
-        limits = Limits(max_batch_size=batch, max_seq_len=tokens, prefill_chunk=chunk)
-        return engine_memory(self.manifest.config, limits, dtype, kv, state, self.weights).total
+    def needed(self, case: Case) -> int:
+        """Bytes that a case takes."""
+        limits = Limits(max_batch_size=case.batch, max_seq_len=case.tokens, prefill_chunk=case.chunk)
+        return self.budget.memory(limits).total
 
     def largest(self, tokens: int, chunk: int) -> int:
-        dtype, kv, state = self.dtypes
-        return largest_batch(self.manifest.config, tokens, chunk, dtype, kv, state, self.weights, self.available)
+        """The most sequences of so many tokens that fit."""
+        return self.budget.largest_batch(max_seq_len=tokens, prefill_chunk=chunk)
 
 
 def parse_contexts(text: str | None) -> tuple[int, ...] | None:
@@ -127,22 +124,26 @@ def plan_cases(asked: Asked, room: Room) -> tuple[list[Case], list[Skipped], lis
                 )
             batch = max(batch, 1)
         repeats = FIRST_TOKENS if asked.protocol == "latency" and batch == 1 else 1
-        case = Case(batch, context, chunk, asked.new_tokens, "auto", repeats)
+        case = Case(batch=batch, context=context, chunk=chunk, new_tokens=asked.new_tokens, repeats=repeats)
         problem = unfit(case, room)
         if problem is None:
             cases.append(case)
         else:
-            skipped.append(Skipped(context, batch, chunk, *problem))
+            skipped.append(skip(case, *problem))
     return cases, skipped, notes
 
 
+def skip(case: Case, reason: str, remedy: str) -> Skipped:
+    return Skipped(context=case.context, batch=case.batch, chunk=case.chunk, reason=reason, remedy=remedy)
+
+
 def unfit(case: Case, room: Room) -> tuple[str, str] | None:
-    """(why a case does not run, what would allow it), or None. Memory comes first: no build changes that."""
-    needed = room.needed(case.batch, case.tokens, case.chunk)
-    if needed > room.available:
+    """(why a case does not run, what would allow it), or None. Memory comes first, since no other build helps there."""
+    needed, available = room.needed(case), room.budget.available
+    if needed > available:
         most = room.largest(case.tokens, case.chunk)
         remedy = f"--batch {most} fits" if most else "not one sequence fits: --kv-cache-dtype fp8 and --fp8 take less"
-        return f"needs {human(needed)}, {human(room.available)} are free", remedy
+        return f"needs {human(needed)}, {human(available)} are free", remedy
     limits = room.manifest.limits
     reason = check_case(case, limits)
     if reason is None:
@@ -166,7 +167,7 @@ def rebuild(manifest: Manifest, limits: Limits) -> str:
 
 
 def with_option(command: list[str], flag: str, value: str) -> list[str]:
-    """The command with one option set, replacing what it said of it: `--flag 1` and `--flag=1` alike."""
+    """The command with one option set; an earlier `--flag 1` or `--flag=1` is removed."""
     out, skip = [], False
     for word in command:
         if skip or word == flag:
@@ -177,5 +178,5 @@ def with_option(command: list[str], flag: str, value: str) -> list[str]:
 
 
 def throughput_only(manifest: Manifest, context: int) -> bool:
-    """Beyond the model's positions only the speed means anything."""
+    """Whether the context exceeds the model's positions, where the text means nothing and only speed counts."""
     return context > manifest.config.max_position_embeddings

@@ -1,14 +1,14 @@
 """The headline ratios: a model beside a full-attention baseline, both through the same code, kernels and engine.
 
-Three ways of comparing decoding, each at one context:
+Decoding is compared in three ways, each at one context:
 
     equal batch            the largest batch that both were measured at
     equal time per token   the most tokens/s of each among the batches whose step is no longer than the baseline's
                            step at its own largest batch
     largest batch          each at the largest batch it was measured at
 
-and prefill at the largest common batch. A ratio is quoted only where the baseline itself comes near its own roofline:
-below MIN_BASELINE a slow baseline would make the ratio, not a fast model.
+and prefill at the largest common batch. A ratio is quoted only where the baseline comes near its own roofline: below
+MIN_BASELINE the ratio would show a slow baseline, not a fast model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIN_BASELINE = 0.70  # of the baseline's own roofline
 SHAPED = {"qwen3-1.7b": "Qwen3-1.7B-shaped"}  # random weights of these sizes, not the published model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ratio:
     """ours / baseline in tokens/s. ratio None: not quoted, and `why` says so."""
 
@@ -45,7 +45,7 @@ def baseline_name(row: Row) -> str:
 
 
 def headline(ours: Sequence[Row], baseline: Sequence[Row]) -> list[Ratio]:
-    """Every ratio that these measurements give, one baseline bundle a call."""
+    """Every ratio that these measurements allow; `baseline` is one bundle's rows."""
     out: list[Ratio] = []
     for context in sorted({r.context for r in ours} & {r.context for r in baseline}):
         mine = {r.batch: r for r in ours if r.context == context}
@@ -66,14 +66,22 @@ def headline(ours: Sequence[Row], baseline: Sequence[Row]) -> list[Ratio]:
 
 
 def compare(kind: str, at: str, ours: Row, baseline: Row) -> Ratio:
-    """One ratio, or the reason why it is not quoted."""
+    """One ratio, or why it is not quoted."""
     share = baseline.decode_of_roofline if kind == "decode" else baseline.prefill_of_roofline
     mine, theirs = (r.decode_tokens_per_s if kind == "decode" else r.prefill_tokens_per_s for r in (ours, baseline))
     quoted = share >= MIN_BASELINE
-    why = (
-        "" if quoted else f"not quoted: the baseline reaches {share:.0%} of its own roofline, under {MIN_BASELINE:.0%}"
-    )
+    why = f"not quoted: the baseline reaches {share:.0%} of its own roofline, under {MIN_BASELINE:.0%}"
     return Ratio(
-        kind, at, ours.context, baseline_name(baseline), ours.batch, baseline.batch, mine, theirs, share,
-        mine / theirs if quoted else None, why, ours.throughput_only or baseline.throughput_only,
-    )  # fmt: skip
+        kind=kind,
+        at=at,
+        context=ours.context,
+        baseline=baseline_name(baseline),
+        batch=ours.batch,
+        baseline_batch=baseline.batch,
+        tokens_per_s=mine,
+        baseline_tokens_per_s=theirs,
+        baseline_of_roofline=share,
+        ratio=mine / theirs if quoted else None,
+        why="" if quoted else why,
+        throughput_only=ours.throughput_only or baseline.throughput_only,
+    )

@@ -1,4 +1,4 @@
-"""Figures of others to read ours beside, each with where it comes from. Not measured by `jet-export bench`."""
+"""Published figures to compare ours with, each with its source. Not measured by `jet-export bench`."""
 
 from __future__ import annotations
 

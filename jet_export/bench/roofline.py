@@ -1,13 +1,13 @@
-"""What a step must move and compute at the least, counted from a bundle's files and states, and the time that takes.
+"""The least that a step must move and compute, counted from a bundle's files and states, and the time that this takes.
 
 Decode, a step of B sequences that hold n tokens each:
 
     bytes = weights + B (2 recurrent states + 2 convolution states + n KV bytes a token + min(n, window) of the windows)
 
 Prefill: the products of the projections and of attention, and the recurrence, at the speed of a large matrix product;
-or the bytes, where they take longer. Speeds are measured in the same process on the same device (bench.copy_speed,
-bench.matmul_speed). Weights: every tensor of weights.safetensors but the RoPE table, and but the embedding where the
-output projection is a matrix of its own.
+or the bytes, where they take longer. Speeds are measured in the same process on the same device (timer.copy_speed,
+timer.matmul_speed). Weights: every tensor of weights.safetensors except the RoPE table, and except the embedding where
+the output projection is a matrix of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from jet_export.bench.measure import Case
 from jet_export.bench.timer import copy_speed, matmul_speed
-from jet_export.bundle.dtypes import torch_dtype
 from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.model.cache import PAGE, StateSpec
 from jet_export.model.config import JetNemotronConfig
@@ -28,18 +28,18 @@ FP8 = torch.float8_e4m3fn
 SAFETENSORS = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights:
-    """read: bytes that every step reads. products: multiply-adds a token of the layers' projections, by dtype."""
+    """What the weights cost a step."""
 
-    read: int
-    resident: int
-    products: dict[torch.dtype, int]
+    read: int  # bytes that every step reads
+    resident: int  # bytes in memory
+    products: dict[torch.dtype, int]  # multiply-adds a token in the layers' projections
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepBytes:
-    """Bytes that one decode step moves, at the least."""
+    """The least bytes that one decode step moves."""
 
     weights: int
     recurrent_states: int  # read and written
@@ -54,7 +54,7 @@ class StepBytes:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The device's own speeds: bytes/s of a copy (read plus written), FLOP/s of a product by dtype."""
+    """The device's measured speeds: bytes/s of a copy (read plus written), FLOP/s of a product by dtype."""
 
     copy: float
     matmul: dict[torch.dtype, float]
@@ -85,11 +85,12 @@ def count_weights(sizes: dict[str, tuple[torch.dtype, int, int]]) -> Weights:
     for name, (dtype, n, dims) in sizes.items():
         if name.startswith("layers.") and dims == 2:
             products[dtype] = products.get(dtype, 0) + n
-    return Weights(sum(b for n, b in nbytes.items() if n not in unread), sum(nbytes.values()), products)
+    read = sum(b for n, b in nbytes.items() if n not in unread)
+    return Weights(read=read, resident=sum(nbytes.values()), products=products)
 
 
 def step_bytes(c: JetNemotronConfig, specs: list[StateSpec], weights: int, batch: int, context: float) -> StepBytes:
-    """Of one decode step. `context`: tokens held."""
+    """The bytes of one decode step. `weights`: those it reads; `context`: tokens held by each sequence."""
     size = {"recurrent_state": 0.0, "conv_state": 0.0, "pages": 0.0, "window_pages": 0.0}
     for s in specs:
         if s.rows == "slots":
@@ -98,11 +99,11 @@ def step_bytes(c: JetNemotronConfig, specs: list[StateSpec], weights: int, batch
             held = context if s.rows == "pages" else min(context, c.window_size)
             size[s.rows] += s.row_bytes / PAGE * held
     recurrent, conv, full, window = (int(batch * n) for n in size.values())
-    return StepBytes(weights, recurrent, conv, full, window)
+    return StepBytes(weights=weights, recurrent_states=recurrent, conv_states=conv, kv_full=full, kv_window=window)
 
 
 def mixer_flops(c: JetNemotronConfig, context: int) -> float:
-    """Of one sequence's prefill: attention's products and the delta rule's, without the projections."""
+    """FLOP of one sequence's prefill in attention and the delta rule, without the projections."""
     total = 0.0
     for i, kind in enumerate(c.layer_types):
         if kind == "jet":
@@ -115,33 +116,41 @@ def mixer_flops(c: JetNemotronConfig, context: int) -> float:
     return total
 
 
-def decode_seconds(moved: StepBytes, peaks: Peaks) -> float:
-    """The least time of a decode step: its bytes at copy speed."""
-    return moved.total / peaks.copy
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """The least times of one model's steps on one device."""
 
+    config: JetNemotronConfig
+    dtype: torch.dtype  # of the activations
+    specs: list[StateSpec]
+    weights: Weights
+    peaks: Peaks
 
-def prefill_seconds(
-    c: JetNemotronConfig, specs: list[StateSpec], weights: Weights, peaks: Peaks, dtype: torch.dtype,
-    batch: int, context: int, chunk: int, calls: int,
-) -> float:  # fmt: skip
-    """The least time of filling `batch` sequences with `context` tokens in `calls` calls: products or bytes."""
-    products = sum(2 * n * batch * context / peaks.matmul[product_dtype(d, peaks)] for d, n in weights.products.items())
-    compute = products + batch * mixer_flops(c, context) / peaks.matmul[product_dtype(dtype, peaks)]
-    moved = calls * weights.read
-    for begin in range(0, context, chunk):
-        step = step_bytes(c, specs, 0, batch, begin)
-        moved += step.total
-    return max(compute, moved / peaks.copy)
+    def step_bytes(self, batch: int, context: float) -> StepBytes:
+        return step_bytes(self.config, self.specs, self.weights.read, batch, context)
 
+    def decode_seconds(self, batch: int, context: float) -> float:
+        """A decode step: its bytes at copy speed."""
+        return self.step_bytes(batch, context).total / self.peaks.copy
 
-def product_dtype(dtype: torch.dtype, peaks: Peaks) -> torch.dtype:
-    """The dtype whose peak holds for a product of this one: its own, or what the device widens it to."""
-    return dtype if dtype in peaks.matmul else torch.float32
+    def prefill_seconds(self, case: Case) -> float:
+        """Filling a case's sequences: its products or its bytes, whichever takes longer."""
+        tokens = case.batch * case.context
+        products = sum(2 * n * tokens / self.flops(dtype) for dtype, n in self.weights.products.items())
+        mixers = case.batch * mixer_flops(self.config, case.context) / self.flops(self.dtype)
+        moved = case.prefill_calls * self.weights.read
+        for begin in range(0, case.context, case.chunk):
+            moved += step_bytes(self.config, self.specs, 0, case.batch, begin).total
+        return max(products + mixers, moved / self.peaks.copy)
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """FLOP/s of a product of this dtype, or of fp32 where the device has to widen it."""
+        return self.peaks.matmul[dtype if dtype in self.peaks.matmul else torch.float32]
 
 
 def product_dtypes(manifest: Manifest) -> set[torch.dtype]:
     """The dtypes of a bundle's matrix products; on a CPU, FP8 codes are widened to fp32."""
-    dtypes = {torch_dtype(manifest.dtype), torch.float32}
+    dtypes = {manifest.dtypes.model, torch.float32}
     if manifest.quantization and manifest.device.type == "cuda":
         dtypes.add(FP8)
     return dtypes

@@ -1,22 +1,22 @@
-"""One bundle's measured cases as rows: speeds beside what the roofline allows."""
+"""Measured cases of a bundle as rows: speeds, and what share of the roofline they reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from jet_export.backends.base import Engine
 from jet_export.bench.measure import Case, Measurement, measure_engine
 from jet_export.bench.protocols import Room, throughput_only
-from jet_export.bench.roofline import Peaks, Weights, decode_seconds, prefill_seconds, step_bytes
-from jet_export.bundle.dtypes import torch_dtype
-from jet_export.bundle.limits import MAX_PREFILL_TOKENS
+from jet_export.bench.roofline import Roofline
+from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.manifest import Manifest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One case. Times in milliseconds, memory in bytes; speeds are of all sequences together."""
 
@@ -40,85 +40,70 @@ class Row:
     ttft_samples: int
     step_bytes: dict[str, int]
     state_bytes: int
-    memory_predicted: int  # by memory.py, weights and workspace included
+    memory_predicted: int  # bundle/memory.py's estimate, weights and workspace included
     memory_peak: int | None  # measured, of the process; on a GPU only
 
 
 def precision_of(manifest: Manifest) -> str:
-    """As `precision_name`, of a bundle."""
-    quantised = bool((manifest.quantization or {}).get("fp8"))
-    return precision_name(quantised, manifest.dtype, manifest.kv_cache_dtype, manifest.state_dtype)
+    """`precision_name` of a bundle."""
+    return precision_name(manifest.dtypes, fp8=bool(manifest.fp8_layers))
 
 
-def precision_name(fp8: bool, dtype: str, kv_cache_dtype: str, state_dtype: str) -> str:
-    """ "fp8", "bf16+fp8 kv", ... of weights, then what differs from the usual cache and state."""
-    short = {"bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "fp8"}
-    out = "fp8" if fp8 else short.get(dtype, dtype)
-    if kv_cache_dtype != dtype:
-        out += f"+{short[kv_cache_dtype]} kv"
-    if state_dtype != "float32":
-        out += f"+{short[state_dtype]} state"
+def precision_name(dtypes: Dtypes, *, fp8: bool) -> str:
+    """ "fp8", "bf16+fp8 kv", ...: the weights, then a KV cache not in the model dtype, and a state not in fp32."""
+    short = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8"}
+    out = "fp8" if fp8 else short[dtypes.model]
+    if dtypes.kv_cache != dtypes.model:
+        out += f"+{short[dtypes.kv_cache]} kv"
+    if dtypes.state != torch.float32:
+        out += f"+{short[dtypes.state]} state"
     return out
 
 
-def measure_rows(
-    engine: Engine,
-    room: Room,
-    weights: Weights,
-    peaks: Peaks,
-    cases: Sequence[Case],
-    bundle: Path,
-    fill_seconds: float,
-    emit: Callable[[str], None],
-) -> list[Row]:
-    """Time the cases one after the other; `emit` gets a line for each."""
-    rows = []
-    for case in cases:
-        (m,) = measure_engine(engine, [case], fill_seconds=fill_seconds)
-        rows.append(row_of(m, engine, room, weights, peaks, bundle))
-        r = rows[-1]
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A loaded bundle, and what its figures are compared with."""
+
+    bundle: Path
+    engine: Engine
+    room: Room
+    roofline: Roofline
+
+    def measure(self, case: Case, fill_seconds: float, emit: Callable[[str], None]) -> Row:
+        """Time a case; `emit` gets a line about it."""
+        (m,) = measure_engine(self.engine, [case], fill_seconds=fill_seconds)
+        r = self.row(m)
         emit(
             f"  {r.model} {r.precision}, context {r.context}, batch {r.batch}: prefill {r.prefill_tokens_per_s:,.0f} "
             f"tokens/s, decode {r.decode_tokens_per_s:,.0f} tokens/s, {r.ms_per_token:.3g} ms a step"
         )
-    return rows
+        return r
 
-
-def row_of(m: Measurement, engine: Engine, room: Room, weights: Weights, peaks: Peaks, bundle: Path) -> Row:
-    case, manifest = m.case, room.manifest
-    held = case.context + case.new_tokens / 2  # on average, while decoding
-    moved = step_bytes(engine.config, engine.specs, weights.read, case.batch, held)
-    groups = -(-case.batch // max(1, MAX_PREFILL_TOKENS // case.chunk))
-    calls = groups * -(-case.context // case.chunk)
-    fill = prefill_seconds(
-        engine.config, engine.specs, weights, peaks, torch_dtype(manifest.dtype),
-        case.batch, case.context, case.chunk, calls,
-    )  # fmt: skip
-    return Row(
-        bundle=str(bundle),
-        model=manifest.model["name"],
-        precision=precision_of(manifest),
-        context=case.context,
-        batch=case.batch,
-        chunk=case.chunk,
-        new_tokens=case.new_tokens,
-        filled_by=m.filled_by,
-        throughput_only=throughput_only(manifest, case.tokens),
-        prefill_tokens_per_s=m.prefill_tokens_per_s,
-        prefill_of_roofline=m.prefill_tokens_per_s * fill / (case.batch * case.context),
-        decode_tokens_per_s=m.decode_tokens_per_s,
-        ms_per_token=m.step.median,
-        ms_per_token_p90=m.step.p90,
-        decode_of_roofline=decode_seconds(moved, peaks) / (m.step.median * 1e-3),
-        ttft_p50=m.ttft_p50,
-        ttft_p99=m.ttft_p99,
-        ttft_samples=len(m.ttft),
-        step_bytes={**asdict(moved), "total": moved.total},
-        state_bytes=m.state_bytes,
-        memory_predicted=room.needed(case.batch, case.tokens, case.chunk),
-        memory_peak=m.peak_bytes,
-    )
-
-
-def row_from_dict(values: dict[str, Any]) -> Row:
-    return Row(**values)
+    def row(self, m: Measurement) -> Row:
+        case, manifest, roofline = m.case, self.room.manifest, self.roofline
+        held = case.context + case.new_tokens / 2  # on average, while decoding
+        moved = roofline.step_bytes(case.batch, held)
+        return Row(
+            bundle=str(self.bundle),
+            model=manifest.model["name"],
+            precision=precision_of(manifest),
+            context=case.context,
+            batch=case.batch,
+            chunk=case.chunk,
+            new_tokens=case.new_tokens,
+            filled_by=m.filled_by,
+            throughput_only=throughput_only(manifest, case.tokens),
+            prefill_tokens_per_s=m.prefill_tokens_per_s,
+            prefill_of_roofline=m.prefill_tokens_per_s * roofline.prefill_seconds(case) / (case.batch * case.context),
+            decode_tokens_per_s=m.decode_tokens_per_s,
+            ms_per_token=m.step.median,
+            ms_per_token_p90=m.step.p90,
+            decode_of_roofline=roofline.decode_seconds(case.batch, held) / (m.step.median * 1e-3),
+            ttft_p50=m.ttft_p50,
+            ttft_p99=m.ttft_p99,
+            ttft_samples=len(m.ttft),
+            step_bytes={**asdict(moved), "total": moved.total},
+            state_bytes=m.state_bytes,
+            memory_predicted=self.room.needed(case),
+            memory_peak=m.peak_bytes,
+        )

@@ -1,8 +1,10 @@
 """The one timer: warm-up, variants interleaved, CUDA graphs on request, median and 90th percentile.
 
-On a GPU the clock is CUDA events, on a CPU the wall's. Also what a figure has to be read with: the copy speed of the
-same device at the same time, and the environment.
+On a GPU the clock is CUDA events, on a CPU the wall clock. Also the speeds that a figure is read against: those of a
+copy and of a matrix product on the same device at the same time.
 """
+
+from __future__ import annotations
 
 import statistics
 import time
@@ -25,8 +27,8 @@ class Timing:
 
 
 def capture(fn: Callable[[], Any], warmup: int = 2) -> Callable[[], None]:
-    """fn as the replay of a CUDA graph, warmed up (and compiled) outside of it."""
-    stream = torch.cuda.Stream()
+    """fn as the replay of a CUDA graph, warmed up (and compiled) before the capture."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(warmup):
             fn()
@@ -38,34 +40,35 @@ def capture(fn: Callable[[], Any], warmup: int = 2) -> Callable[[], None]:
 
 
 def device_of(device: str | torch.device | None) -> torch.device:
-    """The device that is timed: by default the GPU where there is one."""
+    """The device to time: by default the GPU, where there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def stopwatch(fn: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds from the call of `fn` to the end of its work on `device`, which is idle when it begins."""
+    """Milliseconds from the call of `fn` to the end of its work on `device`, which must be idle before."""
     if device.type != "cuda":
         begin = time.perf_counter()
         fn()
         return 1e3 * (time.perf_counter() - begin)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     fn()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 def compare(
     variants: dict[str, Callable[[], Any]],
+    *,
     repeats: int = 20,
     warmup: int = 3,
     graph: bool = False,
     calls: int = 1,
     device: str | torch.device | None = None,
 ) -> dict[str, Timing]:
-    """Times the variants in turn, `repeats` rounds. calls: how many units one call of a variant stands for.
-    graph: on a GPU, as CUDA graphs."""
+    """Time the variants in turn, `repeats` rounds. graph: as CUDA graphs, on a GPU. calls: units of work in one call of
+    a variant, by which its time is divided."""
     device = device_of(device)
     graph = graph and device.type == "cuda"
     runs = {name: capture(fn) if graph else fn for name, fn in variants.items()}
@@ -82,7 +85,7 @@ def compare(
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The smallest value that at least `share` of all do not exceed: of few values, the largest."""
+    """The smallest value that at least `share` of all do not exceed; of few values, the largest."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -118,7 +121,7 @@ def matmul_speed(dtype: torch.dtype, device: str | torch.device | None = None, s
 
 
 def kernel_launches(fn: Callable[[], Any]) -> dict[str, list[float]]:
-    """Milliseconds of every launch of one call, by kernel, by the profiler."""
+    """Milliseconds of every kernel launch of one call, by kernel, from the profiler."""
     fn()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -126,7 +129,7 @@ def kernel_launches(fn: Callable[[], Any]) -> dict[str, list[float]]:
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
             found.setdefault(event.name, []).append(event.device_time_total / 1e3)
     return found
 

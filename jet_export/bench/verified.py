@@ -1,8 +1,8 @@
 """Correctness before speed: the last verification of exactly this bundle, by this code, on this machine's device.
 
-A figure is printed only for a bundle that `verify` has passed. The outcome is remembered under the user's cache
-directory, by a hash of the manifest (which holds every file's sha256), of this package's sources, of torch's version
-and of the device: a change of any of them, and the bundle is verified again before it is timed.
+A figure is printed only for a bundle that `verify` has passed. The outcome is cached in the user's cache directory, by
+a hash of the manifest (which holds every file's sha256), of this package's sources, of torch's version and of the
+device. When any of them changes, the bundle is verified again before it is timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verify found. `key`: of what (see the module)."""
+    """What verify found. `key`: the hash that identifies what was verified."""
 
     key: str
     passed: bool
@@ -42,7 +42,7 @@ def cache_directory() -> Path:
 
 
 def source_digest() -> str:
-    """Of this package's Python and C++ sources, wherever they are imported from."""
+    """A hash of this package's Python and C++ sources, wherever they are imported from."""
     from jet_export import kernels, model, plugins
 
     roots = [Path(__file__).parents[1], *(Path(next(iter(p.__path__))) for p in (kernels, model, plugins))]
@@ -62,7 +62,7 @@ def key_of(bundle: Path) -> str:
 
 
 def remember(bundle: Path, verification: Verification) -> Verdict:
-    """Keep the outcome; where the cache cannot be written, the next bench verifies again."""
+    """Cache the outcome; where the cache cannot be written, the next bench verifies again."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     verdict = Verdict(key_of(bundle), verification.passed, tuple(verification.failures()), date)
     path = cache_directory() / f"{verdict.key}.json"
@@ -83,7 +83,7 @@ def recall(bundle: Path) -> Verdict | None:
 
 
 def require_verified(bundle: Path, emit: Callable[[str], None]) -> Verdict:
-    """The remembered verdict, or that of a verification run now. Raises JetExportError where it is red."""
+    """The cached verdict, or that of a verification run now. Raises JetExportError where it failed."""
     verdict = recall(bundle)
     if verdict is not None and verdict.passed:
         emit(f"verified {verdict.date}: passed")

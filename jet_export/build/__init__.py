@@ -1,1 +1,1 @@
-"""`jet-export build` and `export-hf`: the plan, the choice of a backend, and the steps."""
+"""`jet-export build` and `export-hf`: the plan, the choice of a backend, and the steps of the build."""

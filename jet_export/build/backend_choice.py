@@ -1,4 +1,4 @@
-"""Which engine kind to build: what is installed, what runs on the device, and what was seen running there."""
+"""Which backend to build for: the one that was asked for, or one that is known to run on the architecture."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from jet_export.utils.errors import JetExportError
 
-# Engine kind -> where it has run, and the committed result that shows it. `auto` picks nothing else.
+# Backend -> architectures it has run on, with the committed result that shows it. `auto` picks nothing else.
 SEEN_RUNNING: dict[str, dict[str, str]] = {
     "inductor": {
         "x86_64": "tests/verify/test_parity.py",
         "sm_90": "benchmarks/results/h200/end-to-end.json",
     },
 }
-# onnx: the graph, an exchange format; its engine here is an evaluator, for checks
+# onnx writes the graph, an exchange format; the evaluator that runs it here is for checks.
 KNOWN = ("inductor", "onnx", "tensorrt", "tensorrt-rtx")
 
 
@@ -24,7 +24,7 @@ class BackendChoice:
 
 
 def choose_backend(requested: str, arch: str) -> BackendChoice:
-    """`auto` or a name -> the engine kind for `arch` ("sm_90", "x86_64"), and why."""
+    """`auto` or a name -> the backend for `arch` ("sm_90", "x86_64"), and why."""
     if requested == "auto":
         for name, seen in SEEN_RUNNING.items():
             if arch in seen:

@@ -1,4 +1,4 @@
-"""`jet-export build`: checkpoint -> (FP8) -> two exported graphs, AOTInductor packages or one ONNX graph -> bundle."""
+"""`jet-export build`: checkpoint -> (FP8) -> AOTInductor packages, an ONNX graph or a TensorRT plan -> bundle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from jet_export.build.inputs import build_inputs, up_to_date
 from jet_export.build.plan import BuildPlan
 from jet_export.build.steps import check_requirements, copy_side_files, load_model, quantize_model, versions
 from jet_export.bundle.dtypes import dtype_name
-from jet_export.bundle.limits import max_prefill_tokens
 from jet_export.bundle.manifest import WEIGHTS, Manifest, describe_files
 from jet_export.bundle.memory import free_cached
 from jet_export.bundle.target import host_target
@@ -31,7 +30,10 @@ from jet_export.utils.progress import Progress
 
 
 def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] = print) -> Path:
-    """Build the bundle. Everything happens in a temporary directory beside the output, which is renamed at the end."""
+    """Build the bundle in a temporary directory beside the output, and rename it at the end. Returns the output.
+
+    `command` is recorded in the manifest. Raises JetExportError; the output is then as it was.
+    """
     if plan.download_bytes:
         check_requirements(plan)
         resolved = resolve_checkpoint(plan.options.model)
@@ -73,9 +75,9 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
 
 
 def _verify(plan: BuildPlan, tmp: Path, emit: Callable[[str], None]) -> dict[str, Any]:
-    """Verify the finished engine where this machine can run it; the bundle's manifest says what came of it.
+    """Verify the finished engine where this machine can run it. Returns the outcome, for the manifest.
 
-    Raises JetExportError where it fails: then nothing is put in place.
+    Raises JetExportError where it fails, so that no bundle is written.
     """
     here = sm_of_arch(host_target(plan.build_device)["arch"])
     if here not in plan.target["sms"]:
@@ -87,12 +89,13 @@ def _verify(plan: BuildPlan, tmp: Path, emit: Callable[[str], None]) -> dict[str
     result = verify_bundle(tmp, None, 0, emit)
     if not result.passed:
         raise JetExportError(
-            "the engine fails its verification, so that no bundle is written:\n  " + "\n  ".join(result.failures()[:12])
+            "the engine fails its verification, so no bundle is written:\n  " + "\n  ".join(result.failures()[:12])
         )
     return {"passed": True, "device": result.device, "seconds": round(result.seconds, 1)}
 
 
 def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
+    """Every file of the bundle but the manifest, which is returned."""
     with progress.stage("load weights"):
         model = load_model(plan)
         licence = copy_side_files(plan, tmp)
@@ -102,9 +105,9 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         model={"name": plan.options.model, "source": plan.source, "licence": licence, "config": plan.config.to_dict()},
         backend=backend,
         target=plan.target,
-        dtype=dtype_name(plan.dtype),
-        kv_cache_dtype=dtype_name(plan.kv_dtype),
-        state_dtype=dtype_name(plan.state_dtype),
+        dtype=dtype_name(plan.dtypes.model),
+        kv_cache_dtype=dtype_name(plan.dtypes.kv_cache),
+        state_dtype=dtype_name(plan.dtypes.state),
         limits=plan.limits,
         quantization=quantization,
         warnings=plan.warnings,
@@ -114,7 +117,7 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         save_tensors({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
     if plan.backend.name == "inductor":
         apart = room_apart(plan, sum(t.nbytes for t in tensors.values()))
-        if apart:  # the processes read the weights from their file: no copy of this one's
+        if apart:  # the processes read the weights from their file
             del model, tensors
             manifest.save(tmp)
         write_packages(plan, manifest, None if apart else model, tmp, progress)
@@ -125,7 +128,7 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
 
         del model, tensors  # TensorRT reads the weights from their file
         free_cached(plan.build_device)
-        write_engine(plan, tmp, progress, list((quantization or {}).get("fp8", {})))
+        write_engine(plan, tmp, progress, manifest.fp8_layers)
         backend["library_in_plan"] = True
     return manifest
 
@@ -133,9 +136,8 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
 def _write_graph(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> None:
     from jet_export.backends.onnx.export import write_onnx
 
-    tokens = max_prefill_tokens(plan.limits.max_batch_size, plan.limits.prefill_chunk)
     with progress.stage("export and check the ONNX graph"):
-        write_onnx(model, tmp, plan.kv_dtype, plan.state_dtype, tokens, plan.limits.max_batch_size)
+        write_onnx(model, tmp, plan.dtypes, plan.limits)
 
 
 def _tied(model: JetNemotronForCausalLM) -> bool:

@@ -2,7 +2,7 @@
 
 Published tensor names, `weight_scale` and `input_scale` beside each FP8 weight, `k_scale` and `v_scale` for an FP8 KV
 cache, `hf_quant_config.json`, tokenizer and licence: see model/fp8_checkpoint.py. `from_pretrained` and
-`jet-export build --checkpoint` read it back to the same logits. `--target trtllm-1.2` is another, legacy format
+`jet-export build --checkpoint` read it back and compute the same logits. `--target trtllm-1.2` is a legacy format
 (trtllm/engine_flow.py), which they do not read.
 """
 
@@ -41,14 +41,13 @@ from jet_export.utils.files import replace_directory
 from jet_export.utils.progress import Progress
 
 TARGETS = ("hf", "trtllm-1.2")
-MODELOPT = "0.47.0"  # whose format this is; the producer's version where modelopt is not installed
+MODELOPT = "0.47.0"  # defines the format; recorded as the producer's version where modelopt is not installed
 
 
 def run_export(options: BuildOptions, target: str = "hf", emit: Callable[[str], None] = print) -> Path:
     """Write the checkpoint that `options` describes, in a temporary directory renamed at the end.
 
-    Raises JetExportError for options that do not fit, an output that is there already, and what loading and
-    quantising raise.
+    Raises JetExportError for invalid options, an output that exists, and errors of loading and quantising.
     """
     if target not in TARGETS:
         raise JetExportError(f"--target {target}: not known.", f"Known: {', '.join(TARGETS)}.")
@@ -75,7 +74,7 @@ def run_export(options: BuildOptions, target: str = "hf", emit: Callable[[str], 
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Refuse a place that is taken; `force` replaces a checkpoint, and nothing else."""
+    """Raises JetExportError where the output is taken. `force` allows replacing a checkpoint, and nothing else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / "config.json").is_file():
@@ -91,19 +90,19 @@ def write_export(plan: BuildPlan, target: str, directory: Path, progress: Progre
     quantize_model(plan, model, directory, progress)
     with progress.stage("write weights"):
         save = save_unified if target == "hf" else save_engine_flow
-        save(model, directory, kv_fp8=plan.kv_dtype == torch.float8_e4m3fn)
+        save(model, directory, kv_fp8=plan.dtypes.kv_cache == torch.float8_e4m3fn)
 
 
 def save_unified(model: JetNemotronForCausalLM, directory: Path, kv_fp8: bool) -> dict[str, Any] | None:
     """Tensors, config.json and, where anything is FP8, hf_quant_config.json, which is returned.
 
-    A tied lm_head that was quantised has become a matrix of its own: config.json then says so.
+    A tied lm_head that was quantised is a matrix of its own, so config.json says that it is not tied.
     """
     c = model.config
     untied = c.tie_word_embeddings and isinstance(model.lm_head, Fp8Linear)
     config = {**c.to_dict(), "tie_word_embeddings": c.tie_word_embeddings and not untied}
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
-    for field in ("quantization_config", "auto_map"):  # of what was read; auto_map names Python files not copied here
+    for field in ("quantization_config", "auto_map"):  # of the source; auto_map names Python files that are not copied
         config.pop(field, None)
     tensors = published_tensors(model)
     param_of = {n: s.param for n, s in checkpoint_layout(c).items()}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from jet_export.backends.inductor.compile_worker import compile_mode, compile_side_by_side, side_by_side
-from jet_export.backends.inductor.package import check_loads
+from jet_export.backends.inductor.compile_worker import CompileMemory, compile_mode, compile_side_by_side
+from jet_export.backends.inductor.package import check_loads, modes_for
 from jet_export.build.plan import BuildPlan
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import available_memory, free_cached
@@ -16,23 +16,22 @@ from jet_export.utils.progress import Progress
 
 
 def room_apart(plan: BuildPlan, weights: int) -> bool:
-    """Whether the packages are compiled side by side; this process's memory on the GPU is given back before."""
-    from jet_export.backends.graph import modes_for
-
+    """Whether the packages compile side by side, once this process has freed its own memory on the GPU."""
     if plan.build_device.type != "cuda":
         return False
-    gpu = torch.cuda.mem_get_info(plan.build_device)[0] + torch.cuda.memory_reserved(plan.build_device)
-    return side_by_side(
-        "cuda", len(modes_for("cuda", plan.options.decode_one)), weights, gpu, available_memory(torch.device("cpu"))
+    memory = CompileMemory(
+        device="cuda",
+        weights=weights,
+        gpu_free=torch.cuda.mem_get_info(plan.build_device)[0] + torch.cuda.memory_reserved(plan.build_device),
+        host_free=available_memory(torch.device("cpu")),
     )
+    return memory.holds(len(modes_for("cuda", plan.options.decode_one)))
 
 
 def write_packages(
     plan: BuildPlan, manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress
 ) -> None:
-    """One after the other here, or, without the model, side by side from the weights' file."""
-    from jet_export.backends.graph import modes_for
-
+    """Compile the packages in this process, one by one; or, without `model`, side by side from the weights file."""
     modes = modes_for(manifest.device.type, plan.options.decode_one)
     if model is None:
         free_cached(manifest.device)

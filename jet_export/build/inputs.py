@@ -1,4 +1,4 @@
-"""What a bundle is built from, and whether the output holds that very build already."""
+"""What a bundle is built from, and whether the output already holds that build."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jet_export.utils.files import sha256_file
 
 
 def build_inputs(plan: BuildPlan) -> dict[str, Any]:
-    """All that the bundle depends on, for "up to date"."""
+    """Everything that the bundle depends on; recorded in its manifest."""
     o = plan.options
     inputs: dict[str, Any] = {
         "model": o.model if o.random_weights else plan.source,
@@ -25,8 +25,8 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         "weights": f"random, seed {o.seed}" if o.random_weights else _checkpoint_digest(plan.directory),
         "dtype": o.dtype,
         "fp8": o.fp8,
-        "kv_cache_dtype": dtype_name(plan.kv_dtype),
-        "state_dtype": dtype_name(plan.state_dtype),
+        "kv_cache_dtype": dtype_name(plan.dtypes.kv_cache),
+        "state_dtype": dtype_name(plan.dtypes.state),
         "limits": asdict(plan.limits),
         "backend": plan.backend.name,
         "target": plan.target,
@@ -36,7 +36,7 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         ),
         "versions": versions(plan.backend.name),
     }
-    if o.fp8 or plan.kv_dtype == torch.float8_e4m3fn:
+    if o.fp8 or plan.dtypes.kv_cache == torch.float8_e4m3fn:
         inputs["calibration"] = sha256_file(o.calibration or CALIBRATION)
         inputs["keep"] = sorted(o.keep)
         inputs["fp8_lm_head"] = o.fp8_lm_head
@@ -50,7 +50,7 @@ def _checkpoint_digest(directory: Path | None) -> dict[str, str]:
 
 
 def up_to_date(plan: BuildPlan, inputs: dict[str, Any]) -> bool:
-    """True where the output is this very build. Raises JetExportError naming what differs, unless --force."""
+    """Whether the output was built from these inputs. Raises JetExportError naming what differs, unless --force."""
     if not plan.output.exists() or plan.options.force:
         return False
     if not plan.output.is_dir() or (any(plan.output.iterdir()) and not (plan.output / "manifest.json").exists()):

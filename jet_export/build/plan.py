@@ -1,4 +1,4 @@
-"""What a build will do, decided and printed before any work: `make_plan(BuildOptions(...))`."""
+"""What a build will do, decided before any work: `make_plan(BuildOptions(...))`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.backend_choice import BackendChoice, choose_backend
-from jet_export.bundle.dtypes import torch_dtype
+from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import Memory, engine_memory, weight_bytes
 from jet_export.bundle.target import host_target, target_device
@@ -47,24 +47,22 @@ class BuildOptions:
     seed: int = 0
     output: Path | None = None
     force: bool = False
-    sm: str | None = None  # "8.9,9.0": what the plugin library holds kernels for; default the build's target
+    sm: str | None = None  # "8.9,9.0": architectures of the plugin library's kernels; default the build's target
     tensorrt_headers: Path | None = None
     fetch_headers: bool = False
     keep_onnx: bool = False
-    decode_one: bool = True  # on a GPU: a package of its own for decoding one sequence
+    decode_one: bool = True  # on a GPU: a separate package to decode one sequence
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BuildPlan:
-    """Everything decided before any work: printed first, and all that `--dry-run` does."""
+    """Everything decided before any work. It is printed first; `--dry-run` stops there."""
 
     options: BuildOptions
     config: JetNemotronConfig
     backend: BackendChoice
     target: dict[str, Any]
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-    state_dtype: torch.dtype
+    dtypes: Dtypes
     limits: Limits
     source: str  # where the weights come from, in words
     directory: Path | None  # the checkpoint's, where it is local
@@ -88,7 +86,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     backend = choose_backend(options.backend, target["arch"])
     if backend.name == "onnx":
         target.pop("isa", None)  # nothing is compiled
-    dtype, kv_dtype, state_dtype = _dtypes(options)
+    dtypes = _dtypes(options)
     if backend.name in FLAVORS and FLAVORS[backend.name].needs_gpu and device.type != "cuda":
         raise JetExportError(
             f"--backend {backend.name}: builds on the GPU that the engine is for, and this build has none.",
@@ -105,29 +103,36 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     config = _config(options, directory)
     limits, warnings = _limits(options, config)
     fp8 = options.fp8 or (is_fp8_checkpoint(config) and not options.random_weights)
-    if fp8 and dtype != torch.bfloat16:
+    if fp8 and dtypes.model != torch.bfloat16:
         raise JetExportError(f"{options.model}: an FP8 checkpoint makes a bfloat16 model.", "Leave --dtype out.")
     if fp8 and sms:
         check_fp8(sms, "--fp8")
     elif fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise JetExportError(f"--fp8: {target['arch']} has no FP8 arithmetic.", "FP8 needs SM 8.9 or newer.")
-    weights = weight_bytes(config, dtype, fp8, options.fp8_lm_head)
-    full = weight_bytes(config, dtype, False)
-    memory = engine_memory(config, limits, dtype, kv_dtype, state_dtype, weights)
+    weights = weight_bytes(config, dtypes.model, fp8, options.fp8_lm_head)
+    full = weight_bytes(config, dtypes.model, False)
+    memory = engine_memory(config, limits, dtypes, weights)
     source = _source(options, directory)
     return BuildPlan(
-        options, config, backend, target, dtype, kv_dtype, state_dtype, limits, source, directory,
+        options=options,
+        config=config,
+        backend=backend,
+        target=target,
+        dtypes=dtypes,
+        limits=limits,
+        source=source,
+        directory=directory,
         output=options.output or default_output(options, fp8),
         fp8=fp8,
         memory=memory,
         download_bytes=0 if directory or options.random_weights else full,
-        disk_bytes=(2 if sms else 1) * weights + 20_000_000,  # a TensorRT plan holds them once more
+        disk_bytes=(2 if sms else 1) * weights + 20_000_000,  # a TensorRT plan has its own copy
         build_memory=max(2 * full, 4 * weights if sms else 0) + 1_500_000_000,
         seconds=expected_seconds(config, full, backend.name),
         warnings=warnings,
         sms=sms,
         build_device=device,
-    )  # fmt: skip
+    )
 
 
 def _source(options: BuildOptions, directory: Path | None) -> str:
@@ -148,7 +153,8 @@ def _source(options: BuildOptions, directory: Path | None) -> str:
 
 
 def plugin_sms(options: BuildOptions, backend: str, arch: str) -> tuple[int, ...]:
-    """The SMs of the plugin library: --sm, or the machine's. Raises JetExportError where they cannot be had."""
+    """The SMs of the plugin library: --sm, or this machine's. Raises JetExportError where neither is known, and for
+    options that belong to the library without one."""
     if backend not in PLUGIN_BACKENDS:
         given = {
             "--sm": options.sm,
@@ -176,7 +182,7 @@ def plugin_sms(options: BuildOptions, backend: str, arch: str) -> tuple[int, ...
 
 
 def tensorrt_target(host: dict[str, Any], backend: str, sms: tuple[int, ...]) -> dict[str, Any]:
-    """What an engine for these SMs needs from the machine that runs it; TensorRT's own is for this GPU alone."""
+    """What an engine for these SMs requires of the machine that runs it; TensorRT's engines run on this GPU only."""
     flavor, here = FLAVORS[backend], sm_of_arch(host["arch"])
     flavor.check_sms(sms)
     if flavor.needs_gpu:
@@ -190,8 +196,8 @@ def tensorrt_target(host: dict[str, Any], backend: str, sms: tuple[int, ...]) ->
 
 
 def expected_seconds(config: JetNemotronConfig, nbytes: int, backend: str) -> float:
-    """What grows with the number of layers - two Inductor compilations; an ONNX export; one, a plugin library and
-    TensorRT's build - and a few passes over the weights."""
+    """An estimate: a share per layer (two Inductor compilations; an ONNX export; that and TensorRT's build), and a few
+    passes over the weights."""
     base, a_layer, speed = {"inductor": (25, 2.5, 2e8), "onnx": (5, 0.5, 2e8)}.get(backend, (25, 1.5, 1e8))
     return base + a_layer * config.num_hidden_layers + nbytes / speed
 
@@ -204,7 +210,7 @@ def default_output(options: BuildOptions, fp8: bool) -> Path:
     return Path("bundles") / f"{name}-{precision}-{backend}"
 
 
-def _dtypes(options: BuildOptions) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+def _dtypes(options: BuildOptions) -> Dtypes:
     for flag, value, known in (
         ("--dtype", options.dtype, ("bfloat16", "float32")),
         ("--kv-cache-dtype", options.kv_cache_dtype, ("auto", "bfloat16", "float32", "fp8")),
@@ -217,7 +223,7 @@ def _dtypes(options: BuildOptions) -> tuple[torch.dtype, torch.dtype, torch.dtyp
     kv = options.dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
     if kv not in ("fp8", options.dtype):
         raise JetExportError(f"--kv-cache-dtype {kv}: the cache holds the model dtype ({options.dtype}) or fp8.")
-    return torch_dtype(options.dtype), torch_dtype(kv), torch_dtype(options.state_dtype)
+    return Dtypes.named(model=options.dtype, kv_cache=kv, state=options.state_dtype)
 
 
 def _config(options: BuildOptions, directory: Path | None) -> JetNemotronConfig:

@@ -45,7 +45,7 @@ def versions(backend: str) -> dict[str, str]:
 
 
 def check_requirements(plan: BuildPlan) -> None:
-    """What a build needs, before it downloads or loads gigabytes. Raises JetExportError naming what is missing."""
+    """Checked before a build downloads or loads gigabytes. Raises JetExportError naming what is missing."""
     if plan.backend.name == "inductor":
         find_compiler("an Inductor package")
     if plan.options.fp8 and find_spec("modelopt") is None:
@@ -55,13 +55,13 @@ def check_requirements(plan: BuildPlan) -> None:
 def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
     device = plan.build_device
     if plan.options.random_weights:
-        return random_model(plan.config, plan.dtype, device, plan.options.seed, plan.limits.max_seq_len)
+        return random_model(plan.config, plan.dtypes.model, device, plan.options.seed, plan.limits.max_seq_len)
     assert plan.directory is not None
-    return JetNemotronForCausalLM.from_pretrained(plan.directory, plan.dtype, device, plan.limits.max_seq_len)
+    return JetNemotronForCausalLM.from_pretrained(plan.directory, plan.dtypes.model, device, plan.limits.max_seq_len)
 
 
 def copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
-    """Tokenizer and licence of the checkpoint."""
+    """Copy the checkpoint's tokenizer and licence. Returns the licence's name, where it is known."""
     directory = plan.directory
     if directory is None or (plan.options.random_weights and plan.options.model != "jet-tiny"):
         return None
@@ -76,10 +76,11 @@ def copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
 def quantize_model(
     plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress
 ) -> dict[str, Any] | None:
-    """FP8 projections and KV scales as the plan asks, in place; those that the checkpoint has stay as they are."""
-    from jet_export.quantization import quantize
+    """Quantise projections and set KV scales as the plan says, in place; a checkpoint's own are kept. Returns the
+    report as a dictionary, None where nothing is FP8."""
+    from jet_export.quantization import calibrate, quantize
 
-    o, kv_fp8 = plan.options, plan.kv_dtype == torch.float8_e4m3fn
+    o, kv_fp8 = plan.options, plan.dtypes.kv_cache == torch.float8_e4m3fn
     report = quantize.read_report(model)
     if report.fp8 and (o.keep or (o.fp8_lm_head and "lm_head" not in report.fp8)):
         flag = f"--keep {o.keep[0]}" if o.keep else "--fp8-lm-head"
@@ -89,31 +90,37 @@ def quantize_model(
     elif o.fp8:
         batches = _calibration(plan, tmp)
         with progress.stage("calibrate and quantise to FP8 (nvidia-modelopt)"):
-            report = quantize.quantize_fp8(model, batches, o.keep, o.fp8_lm_head)
+            report = quantize.quantize_fp8(model, batches, keep=o.keep, lm_head=o.fp8_lm_head)
         for line in report.summary():
             progress.emit(f"    {line}")
     if kv_fp8 and has_kv_scales(plan):
         report.kv_scales = quantize.kv_scales(model)
     elif kv_fp8:
         with progress.stage("calibrate the FP8 KV cache"):
-            report.kv_scales = quantize.calibrate_kv_scales(model, _calibration(plan, tmp))
+            report.kv_scales = calibrate.calibrate_kv_scales(model, _calibration(plan, tmp))
     return report.to_dict() if report.fp8 or kv_fp8 else None
 
 
 def _calibration(plan: BuildPlan, directory: Path) -> list[torch.Tensor]:
-    """Token windows of the calibration text, by the tokenizer in `directory` where there is one."""
+    """Token windows of the calibration text, by the tokenizer in `directory` if it has one."""
     from jet_export.quantization.calibrate import calibration_tokens, read_calibration_text
     from jet_export.runtime.tokenizer import Tokenizer
 
     text = read_calibration_text(plan.options.calibration or CALIBRATION)
     tokenizer = Tokenizer(directory / TOKENIZER) if (directory / TOKENIZER).exists() else None
-    # Random weights: no text makes their activations better known, and a CPU takes minutes over all of it.
+    # With random weights, more text would not make the scales more meaningful, and takes a CPU minutes.
     length, windows = (128, 1) if plan.options.random_weights else (512, 8)
-    return calibration_tokens(tokenizer, text, plan.config.vocab_size, min(length, plan.limits.max_seq_len), windows)
+    return calibration_tokens(
+        tokenizer,
+        text,
+        vocab_size=plan.config.vocab_size,
+        seq_len=min(length, plan.limits.max_seq_len),
+        windows=windows,
+    )
 
 
 def has_kv_scales(plan: BuildPlan) -> bool:
-    """The weights that were loaded brought the scales of an FP8 KV cache along."""
+    """Whether the loaded checkpoint has scales of an FP8 KV cache."""
     if plan.options.random_weights or plan.directory is None:
         return False
     return holds_kv_scales(CheckpointFiles.open(plan.directory).file_of, plan.config)

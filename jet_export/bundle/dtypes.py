@@ -1,9 +1,13 @@
-"""Names of dtypes, as a manifest and the command line have them."""
+"""The dtypes of an engine, and their names in a manifest and on the command line."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from jet_export.model.cache import StateSpec, state_specs
+from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
 
@@ -16,3 +20,21 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """What an engine computes in and what its pools hold."""
+
+    model: torch.dtype  # activations, convolution states, and the weights that are not FP8
+    kv_cache: torch.dtype
+    state: torch.dtype = torch.float32  # recurrent states
+
+    @classmethod
+    def named(cls, *, model: str, kv_cache: str, state: str) -> Dtypes:
+        """Raises JetExportError for a name that is not known."""
+        return cls(model=torch_dtype(model), kv_cache=torch_dtype(kv_cache), state=torch_dtype(state))
+
+    def specs(self, config: JetNemotronConfig) -> list[StateSpec]:
+        """The pools of an engine of these dtypes."""
+        return state_specs(config, self.model, kv_dtype=self.kv_cache, state_dtype=self.state)

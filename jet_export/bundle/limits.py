@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_PREFILL_TOKENS = 32768  # tokens of all sequences in one prefill call
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -13,10 +15,7 @@ class Limits:
     max_seq_len: int
     prefill_chunk: int  # most tokens of one sequence in one prefill call
 
-
-MAX_PREFILL_TOKENS = 32768  # tokens of all sequences in one prefill call
-
-
-def max_prefill_tokens(max_batch_size: int, prefill_chunk: int) -> int:
-    """The most packed tokens a prefill graph sees: whole chunks of several sequences, up to MAX_PREFILL_TOKENS."""
-    return max(prefill_chunk, min(max_batch_size * prefill_chunk, MAX_PREFILL_TOKENS))
+    @property
+    def max_prefill_tokens(self) -> int:
+        """The most packed tokens in a prefill call: chunks of several sequences, up to MAX_PREFILL_TOKENS in all."""
+        return max(self.prefill_chunk, min(self.max_batch_size * self.prefill_chunk, MAX_PREFILL_TOKENS))

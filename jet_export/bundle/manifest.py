@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
@@ -25,8 +26,10 @@ WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Manifest:
+    """`manifest.json`."""
+
     model: dict[str, Any]  # name, source, config (published layout), licence
     backend: dict[str, Any]  # name, torch and triton versions
     target: dict[str, Any]  # device type and what it must offer
@@ -45,6 +48,15 @@ class Manifest:
         return JetNemotronConfig.from_dict(self.model["config"], where="manifest.json: model.config")
 
     @property
+    def dtypes(self) -> Dtypes:
+        return Dtypes.named(model=self.dtype, kv_cache=self.kv_cache_dtype, state=self.state_dtype)
+
+    @property
+    def fp8_layers(self) -> list[str]:
+        """Published names of the FP8 projections."""
+        return list((self.quantization or {}).get("fp8", {}))
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.target["device"])
 
@@ -54,7 +66,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Names what the engine computes: its files, the model and its dtypes. Equal for copies of a bundle."""
+        """Identifies what the engine computes: its files, the model and its dtypes. Equal for copies of a bundle."""
         files = {name: entry["sha256"] for name, entry in self.files.items()}
         values = [self.model["config"], self.dtype, self.kv_cache_dtype, self.state_dtype, files]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -64,7 +76,7 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:
-        """Parse manifest.json. Raises JetExportError where it is no bundle or of another schema."""
+        """Parse manifest.json. Raises JetExportError where there is none, and for another schema version."""
         path = Path(directory) / MANIFEST
         if not path.is_file():
             raise JetExportError(f"{directory}: not a bundle (no {MANIFEST}).", "Make one with `jet-export build`.")

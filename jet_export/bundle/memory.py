@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from jet_export.bundle.limits import Limits, max_prefill_tokens
-from jet_export.model.cache import pages_per_sequence, state_specs
+from jet_export.bundle.dtypes import Dtypes
+from jet_export.bundle.limits import Limits
+from jet_export.model.cache import pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8_PROJECTIONS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes, of which the engine needs all at once."""
+    """Bytes that an engine holds at once, by what they are for."""
 
     weights: int
     recurrent_states: int
@@ -33,14 +34,14 @@ class Memory:
 
 
 def parameter_count(c: JetNemotronConfig) -> int:
-    from jet_export.model.weights import checkpoint_layout  # imports torch's compiler, which a runtime does without
+    from jet_export.model.weights import checkpoint_layout  # imports torch's compiler, which serving does not need
 
     return sum(torch.Size(s.shape).numel() for s in checkpoint_layout(c).values())
 
 
 def weight_bytes(c: JetNemotronConfig, dtype: torch.dtype, fp8: bool, lm_head_fp8: bool = False) -> int:
     """Weights on the device: FP8 projections 1 byte, the rest in the model dtype, A_log and dt_bias in fp32."""
-    from jet_export.model.weights import checkpoint_layout  # imports torch's compiler, which a runtime does without
+    from jet_export.model.weights import checkpoint_layout  # imports torch's compiler, which serving does not need
 
     total = 0
     for s in checkpoint_layout(c).values():
@@ -53,74 +54,61 @@ def weight_bytes(c: JetNemotronConfig, dtype: torch.dtype, fp8: bool, lm_head_fp
     return total + (c.vocab_size * c.hidden_size if lm_head_fp8 else 0)
 
 
-def engine_memory(
-    c: JetNemotronConfig,
-    limits: Limits,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    weights: int,
-) -> Memory:
-    """Everything resident while the engine runs at `limits`."""
+def engine_memory(c: JetNemotronConfig, limits: Limits, dtypes: Dtypes, weights: int) -> Memory:
+    """Everything resident while the engine runs at `limits`. `weights`: their bytes."""
     n = limits.max_batch_size
     pages, ring = pages_per_sequence(c, limits.max_seq_len, limits.prefill_chunk)
     rows = {"slots": n, "pages": n * pages, "window_pages": n * ring}
     size = {"conv_state": 0, "recurrent_state": 0, "pages": 0, "window_pages": 0}
-    for s in state_specs(c, dtype, kv_dtype, state_dtype):
+    for s in dtypes.specs(c):
         kind = s.rows if s.rows != "slots" else s.name.rsplit(".", 1)[1]
         size[kind] += rows[s.rows] * s.row_bytes
-    tokens = min(max_prefill_tokens(n, limits.prefill_chunk), n * limits.max_seq_len)
+    tokens = min(limits.max_prefill_tokens, n * limits.max_seq_len)
     return Memory(
         weights=weights,
         recurrent_states=size["recurrent_state"],
         conv_states=size["conv_state"],
         kv_full=size["pages"],
         kv_window=size["window_pages"],
-        workspace=tokens * workspace_per_token(c, dtype),
-        rope_table=limits.max_seq_len * c.head_dim * dtype.itemsize,
+        workspace=tokens * workspace_per_token(c, dtypes.model),
+        rope_table=limits.max_seq_len * c.head_dim * dtypes.model.itemsize,
     )
 
 
-def largest_batch(
-    c: JetNemotronConfig,
-    tokens: int,
-    chunk: int,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    weights: int,
-    available: int,
-) -> int:
-    """The most sequences of `tokens` tokens that `available` bytes hold, weights included; 0 where not one fits."""
+@dataclass(frozen=True, kw_only=True)
+class MemoryBudget:
+    """A model to run, and the bytes of a device that it may take."""
 
-    def fits(n: int) -> bool:
-        return (
-            engine_memory(
-                c,
-                Limits(max_batch_size=n, max_seq_len=tokens, prefill_chunk=chunk),
-                dtype,
-                kv_dtype,
-                state_dtype,
-                weights,
-            ).total
-            <= available
-        )
+    config: JetNemotronConfig
+    dtypes: Dtypes
+    weights: int  # bytes
+    available: int  # bytes, weights included
 
-    most = 1
-    while fits(most):
-        most *= 2
-    low = most // 2  # fits, or 0
-    while most - low > 1:
-        middle = (low + most) // 2
-        low, most = (middle, most) if fits(middle) else (low, middle)
-    return low
+    def memory(self, limits: Limits) -> Memory:
+        return engine_memory(self.config, limits, self.dtypes, self.weights)
+
+    def largest_batch(self, *, max_seq_len: int, prefill_chunk: int) -> int:
+        """The most sequences of `max_seq_len` tokens that fit; 0 where not one does."""
+
+        def fits(n: int) -> bool:
+            limits = Limits(max_batch_size=n, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
+            return self.memory(limits).total <= self.available
+
+        most = 1
+        while fits(most):
+            most *= 2
+        low = most // 2  # fits, or 0
+        while most - low > 1:
+            middle = (low + most) // 2
+            low, most = (middle, most) if fits(middle) else (low, middle)
+        return low
 
 
-USABLE = 0.92  # of a GPU's memory: the rest is its context's, and what fragments leave
+USABLE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to fragmentation
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process may still allocate: 92 % of what a GPU has free, 80 % of what a host calls available."""
+    """Bytes that a process may still allocate: 92 % of a GPU's free memory, 80 % of a host's MemAvailable."""
     if device.type == "cuda":
         return int(USABLE * torch.cuda.mem_get_info(device)[0])
     try:
@@ -131,7 +119,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def free_cached(device: torch.device) -> None:
-    """Give memory that nothing holds back to the GPU, so that it counts as free."""
+    """Return torch's cached blocks to the GPU, so that they count as free."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

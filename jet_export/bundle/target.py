@@ -1,4 +1,4 @@
-"""The device that a bundle is built for, and what it needs of the machine that runs it."""
+"""The device that a bundle is built for, and what it requires of the machine that runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jet_export.utils.errors import JetExportError
 
 
 def host_target(device: torch.device) -> dict[str, Any]:
-    """What code compiled here for `device` needs from the machine that runs it."""
+    """What code compiled here for `device` requires of the machine that runs it."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return {"device": "cuda", "arch": f"sm_{major}{minor}", "gpu": torch.cuda.get_device_name(device)}

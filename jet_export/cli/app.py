@@ -1,4 +1,4 @@
-"""The `jet-export` command: its subcommands, and how it ends."""
+"""The `jet-export` command: its subcommands, and its exit status on errors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 
 def print_version(wanted: bool) -> None:
+    """Callback of --version."""
     if not wanted:
         return
     from jet_export.utils.environment import version_lines

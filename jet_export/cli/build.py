@@ -27,12 +27,12 @@ def build(
     state_dtype: Annotated[str, typer.Option(help="Recurrent state: float32 or bfloat16.")] = "float32",
     max_batch_size: Annotated[int, typer.Option(help="Sequences the engine holds.")] = 8,
     max_seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; default 4096 or the model's.")] = None,
-    prefill_chunk: Annotated[int | None, typer.Option(help="Most tokens of a sequence a prefill call.")] = None,
+    prefill_chunk: Annotated[int | None, typer.Option(help="Most tokens of a sequence in a prefill call.")] = None,
     output: Annotated[Path | None, typer.Option(help="Default: bundles/<model>-<precision>-<backend>.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="The architecture, no checkpoint.")] = False,
     seed: Annotated[int, typer.Option(help="Of --random-weights.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle built from other inputs.")] = False,
-    sm: Annotated[str | None, typer.Option(help="TensorRT: SMs to hold kernels for, e.g. 8.0,8.9,9.0.")] = None,
+    sm: Annotated[str | None, typer.Option(help="TensorRT: SMs to compile kernels for, e.g. 8.0,8.9,9.0.")] = None,
     tensorrt_headers: Annotated[Path | None, typer.Option(help="TensorRT: the folder of NvInferRuntime.h.")] = None,
     fetch_headers: Annotated[
         bool, typer.Option("--fetch-headers", help="TensorRT: download its headers (Apache-2.0), hash checked.")
@@ -80,31 +80,33 @@ def build(
 
 
 def print_plan(plan: BuildPlan) -> None:
-    """What will be done, before any of it."""
+    """Print what will be done, before any of it."""
     from jet_export.bundle.dtypes import dtype_name
     from jet_export.cli.tables import architecture
     from jet_export.model.hub import checkpoint_licence
     from jet_export.utils.console import console, human
 
     o, m = plan.options, plan.memory
-    precision = "fp8 projections, the rest bfloat16" if plan.fp8 else dtype_name(plan.dtype)
+    precision = "fp8 projections, the rest bfloat16" if plan.fp8 else dtype_name(plan.dtypes.model)
     known = checkpoint_licence(plan.directory) if plan.directory is not None and not o.random_weights else None
     licence = "none (random weights)" if o.random_weights else known or "unknown: see the checkpoint's page"
+    kv_cache, state = dtype_name(plan.dtypes.kv_cache), dtype_name(plan.dtypes.state)
+    sequences = f"{plan.limits.max_batch_size} sequences x {plan.limits.max_seq_len} tokens"
+    limits = f"{sequences}, prefill in chunks of {plan.limits.prefill_chunk}"
     arch = plan.target["arch"] + (f" ({plan.target['gpu']})" if "gpu" in plan.target else "")
     rows = [
         ("model", f"{o.model}: {architecture(plan.config)}"),
         ("weights", f"{plan.source}, {human(m.weights)}"),
         ("licence", licence),
-        ("precision", f"{precision}; KV cache {dtype_name(plan.kv_dtype)}, state {dtype_name(plan.state_dtype)}"),
+        ("precision", f"{precision}; KV cache {kv_cache}, state {state}"),
         ("backend", f"{plan.backend.name} ({plan.backend.reason})"),
         ("device", f"{plan.target['device']} {arch}"),
-        ("limits", f"{plan.limits.max_batch_size} sequences x {plan.limits.max_seq_len} tokens, "
-                   f"prefill in chunks of {plan.limits.prefill_chunk}"),
+        ("limits", limits),
         ("memory", f"{human(m.total)} running; about {human(plan.build_memory)} to build"),
         ("disk", human(plan.disk_bytes) + (f", download {human(plan.download_bytes)}" if plan.download_bytes else "")),
         ("time", f"about {plan.seconds:.0f} s, most of it compiling"),
         ("output", str(plan.output)),
-    ]  # fmt: skip
+    ]
     out = console()
     for name, value in rows:
         out.print(f"{name:<10} {value}", markup=False)

@@ -1,4 +1,4 @@
-"""What `jet-export inspect` prints: a bundle, an architecture that is not built, or the batch that a time allows."""
+"""What `jet-export inspect` prints: a bundle, an architecture to build, or the largest batch within a time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from rich.console import Console
 from rich.table import Table
 
 from jet_export.backends.tensorrt.flavors import FLAVORS
-from jet_export.bundle.dtypes import dtype_name, torch_dtype
+from jet_export.bundle.dtypes import Dtypes, dtype_name
 from jet_export.bundle.limits import Limits
-from jet_export.bundle.manifest import Manifest
-from jet_export.bundle.memory import engine_memory, weight_bytes
+from jet_export.bundle.manifest import WEIGHTS, Manifest
+from jet_export.bundle.memory import MemoryBudget, engine_memory, weight_bytes
 from jet_export.cli.tables import architecture, memory_table
 from jet_export.model.hub import load_config
 from jet_export.utils.console import console, human
 from jet_export.utils.errors import JetExportError
 
-DEFAULT_CHUNK = 2048  # of an architecture that is not built
+DEFAULT_CHUNK = 2048  # for --model
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """The command line's options, one to one. Raises JetExportError for those that make no sense, or none together."""
+    """The command line's options, one to one. Raises JetExportError for invalid ones, and for those that exclude each
+    other."""
 
     bundle: Path | None
     model: str | None
@@ -73,6 +74,7 @@ class InspectOptions:
 
 
 def run_inspect(o: InspectOptions) -> None:
+    """Print what the options ask for."""
     if o.tpot_ms is not None:
         print_prediction(o)
     elif o.bundle is not None:
@@ -85,18 +87,23 @@ def inspect_model(o: InspectOptions) -> None:
     """Memory of an architecture that is not built yet."""
     assert o.model is not None
     config = load_config(o.model)
-    dtype = torch.bfloat16
-    kv = dtype if o.kv_cache_dtype == "auto" else torch_dtype(o.kv_cache_dtype)
+    dtypes, weights = model_dtypes(o), weight_bytes(config, torch.bfloat16, o.fp8)
     batch, length = o.batch or 1, o.context or config.max_position_embeddings
     limits = Limits(
         max_batch_size=batch, max_seq_len=length, prefill_chunk=min(o.prefill_chunk or DEFAULT_CHUNK, length)
     )
-    memory = engine_memory(config, limits, dtype, kv, torch_dtype(o.state_dtype), weight_bytes(config, dtype, o.fp8))
+    memory = engine_memory(config, limits, dtypes, weights)
     out = console()
     out.print(f"{o.model}: {architecture(config)}", markup=False)
-    precisions = f"{'FP8' if o.fp8 else 'bf16'} weights, KV cache {dtype_name(kv)}, state {o.state_dtype}"
+    precisions = f"{'FP8' if o.fp8 else 'bf16'} weights, KV cache {dtype_name(dtypes.kv_cache)}, state {o.state_dtype}"
     out.print(f"{batch} sequences x {length} tokens, {precisions}", markup=False)
     out.print(memory_table(memory))
+
+
+def model_dtypes(o: InspectOptions) -> Dtypes:
+    """The dtypes of a bfloat16 engine, by --kv-cache-dtype and --state-dtype."""
+    kv_cache = "bfloat16" if o.kv_cache_dtype == "auto" else o.kv_cache_dtype
+    return Dtypes.named(model="bfloat16", kv_cache=kv_cache, state=o.state_dtype)
 
 
 def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None:
@@ -106,8 +113,9 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     batch, context = batch or m.limits.max_batch_size, context or m.limits.max_seq_len
     out = console()
     out.print(f"{m.model['name']}: {architecture(c)}", markup=False)
-    out.print(f"backend {m.backend['name']} (torch {m.backend['torch']}) for {m.target['arch']}; built "
-              f"{m.build['date']} in {m.build['seconds']} s by: {m.rebuild_command}", markup=False)  # fmt: skip
+    built = f"built {m.build['date']} in {m.build['seconds']} s by: {m.rebuild_command}"
+    backend = f"backend {m.backend['name']} (torch {m.backend['torch']}) for {m.target['arch']}"
+    out.print(f"{backend}; {built}", markup=False)
     out.print(
         f"limits: {m.limits.max_batch_size} sequences x {m.limits.max_seq_len} tokens, chunk {m.limits.prefill_chunk}"
     )
@@ -123,40 +131,38 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
         files.add_row(name, human(entry["bytes"]))
     out.print(files)
     limits = Limits(max_batch_size=batch, max_seq_len=context, prefill_chunk=min(m.limits.prefill_chunk, context))
-    kv, state = torch_dtype(m.kv_cache_dtype), torch_dtype(m.state_dtype)
-    weights = m.files["weights.safetensors"]["bytes"]
     out.print(f"{batch} sequences x {context} tokens:")
-    out.print(memory_table(engine_memory(c, limits, torch_dtype(m.dtype), kv, state, weights)))
+    out.print(memory_table(engine_memory(c, limits, m.dtypes, m.files[WEIGHTS]["bytes"])))
 
 
 def print_prediction(o: InspectOptions) -> None:
-    """The largest batch that keeps a time per token, from a measured table. Raises JetExportError without a table."""
-    from jet_export.bench import predict as p
+    """The largest batch within a time per token, by measured steps. Raises JetExportError where there are none."""
+    from jet_export.bench.predict import Target, find_table, lines, predict
     from jet_export.bench.rows import precision_name, precision_of
 
     assert o.context is not None and o.tpot_ms is not None
     if o.bundle is not None:
         m = Manifest.load(o.bundle)
-        name, c, precision, chunk = m.model["name"], m.config, precision_of(m), m.limits.prefill_chunk
-        names, weights = (m.dtype, m.kv_cache_dtype, m.state_dtype), m.files["weights.safetensors"]["bytes"]
+        name, precision, chunk = m.model["name"], precision_of(m), m.limits.prefill_chunk
+        config, dtypes, weights = m.config, m.dtypes, m.files[WEIGHTS]["bytes"]
     else:
         assert o.model is not None
-        name, c, chunk = o.model, load_config(o.model), o.prefill_chunk or DEFAULT_CHUNK
-        kv = "bfloat16" if o.kv_cache_dtype == "auto" else dtype_name(torch_dtype(o.kv_cache_dtype))
-        names = ("bfloat16", kv, o.state_dtype)
-        precision = precision_name(o.fp8, *names)
-        weights = weight_bytes(c, torch.bfloat16, o.fp8)
-    table = p.find_table(name, precision, o.measured)
-    found = p.predict(c, names, weights, table, o.context, o.tpot_ms, table.available(), chunk)
+        config, dtypes = load_config(o.model), model_dtypes(o)
+        name, precision, chunk = o.model, precision_name(dtypes, fp8=o.fp8), o.prefill_chunk or DEFAULT_CHUNK
+        weights = weight_bytes(config, dtypes.model, o.fp8)
+    table = find_table(name, precision, o.measured)
+    budget = MemoryBudget(config=config, dtypes=dtypes, weights=weights, available=table.available())
+    target = Target(tpot_ms=o.tpot_ms, context=o.context, prefill_chunk=chunk)
+    found = predict(budget, table, target)
     out = console()
-    for line in p.lines(found, table, o.context, o.tpot_ms):
+    for line in lines(found, table, target):
         out.print(line, markup=False)
     if found.memory is not None:
         out.print(memory_table(found.memory))
 
 
 def print_engine(bundle: Path, m: Manifest, out: Console) -> None:
-    """Of a TensorRT engine: whether it was verified, and the layers that it really has, by profile."""
+    """Print whether a TensorRT engine was verified, and the layers that it really has, by profile."""
     from jet_export.backends.tensorrt.layers import REPORT, LayerReport, rows
     from jet_export.backends.tensorrt.profiles import NAMES
 
@@ -179,7 +185,7 @@ def layer_precisions(bundle: Path) -> Table:
     from safetensors import safe_open
 
     groups: dict[tuple[str, str, str], list[int]] = {}
-    with safe_open(bundle / "weights.safetensors", "pt") as f:
+    with safe_open(bundle / WEIGHTS, "pt") as f:
         for name in f.keys():  # noqa: SIM118  not a dict
             t = f.get_slice(name)
             if len(t.get_shape()) != 2 or name == "cos_sin":

@@ -1,4 +1,4 @@
-"""What the commands' options share: types, and how texts are read."""
+"""What the commands share: types of options, and how their values are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from jet_export.utils.errors import JetExportError
 Model = Annotated[str, typer.Option(help="jet-tiny, jet-2b, jet-4b, a checkpoint directory, config.json or a hub id.")]
 Bundle = Annotated[Path, typer.Argument(help="A directory made by `jet-export build`.", show_default=False)]
 Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="The same bits for a prompt whatever else runs with it; slower.")
+    bool,
+    typer.Option("--deterministic", help="Batch invariance: a prompt gives the same bits whatever else runs; slower."),
 ]
 
 

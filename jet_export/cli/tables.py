@@ -12,12 +12,14 @@ from jet_export.utils.console import human
 
 
 def architecture(c: JetNemotronConfig) -> str:
+    """Parameters and layers in a line."""
     kinds = Counter(c.layer_types)
     layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     return f"{parameter_count(c) / 1e6:,.1f} M parameters; layers: {layers}"
 
 
 def memory_table(m: Memory) -> Table:
+    """An engine's memory by use."""
     table = Table(box=None, header_style="bold")
     table.add_column("memory")
     table.add_column("bytes", justify="right")

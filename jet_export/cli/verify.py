@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN_FAILURES = 12
 LADDER_REPORT = Path("ladder.json")
-INCOMPLETE_STATUS = 3  # nothing failed; not everything ran
+INCOMPLETE_STATUS = 3  # nothing failed, but not everything ran
 
 
 def verify(
@@ -31,8 +31,8 @@ def verify(
     tensorrt_headers: Annotated[Path | None, typer.Option(help="--ladder: folder of NvInferRuntime.h.")] = None,
     fetch_headers: Annotated[bool, typer.Option("--fetch-headers", help="--ladder: download TensorRT's.")] = False,
 ) -> None:
-    """Compare a bundle's engine with the PyTorch model, state by state; exit status 1 where it fails, and with --ladder
-    3 where nothing failed but a rung could not run."""
+    """Compare a bundle's engine with the PyTorch model, state by state. Exit status 1 where it fails; with --ladder, 3
+    where nothing failed but a rung could not run."""
     if ladder:
         from jet_export.ladder.climb import LadderOptions
 
@@ -77,13 +77,13 @@ def print_verification(v: Verification) -> None:
 
 
 def run_ladder(options: LadderOptions, emit: Callable[[str], None]) -> int:
-    """Run the rungs, print them and where the report is. Returns the exit status."""
+    """Run the rungs, print their results and the report's path. Returns the exit status."""
     from jet_export.ladder.climb import FAILED, PASSED, climb, summary, table
     from jet_export.utils.console import console
     from jet_export.verify.verify import read_text
 
     if options.text is not None:
-        read_text(options.text)  # refused before anything runs
+        read_text(options.text)  # raises before anything runs
     result = climb(options, emit)
     out = console()
     out.print(table(result))

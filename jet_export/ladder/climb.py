@@ -1,4 +1,4 @@
-"""Runs the rungs in order, each in a process of its own, stops at the first that fails, and writes one JSON."""
+"""Runs the rungs in order, each in a process of its own, up to the first that fails, and writes the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import torch
 from rich.table import Table
 
 from jet_export.bundle.manifest import Manifest
-from jet_export.ladder.rungs import RUNGS, Site, why_skipped
+from jet_export.ladder.rungs import RUNGS, why_skipped
+from jet_export.ladder.site import Site
 from jet_export.utils.environment import environment
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.version import __version__
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Emit = Callable[[str], None]
 PACKAGES = ("tensorrt", "tensorrt-rtx", "onnx", "onnxscript", "nvidia-modelopt", "numpy")
 PASSED, FAILED, INCOMPLETE = "passed", "failed", "incomplete"
-SHOWN = 3  # failures of a rung in the table
+SHOWN = 3  # failures of a rung that the table shows
 FP8_SM = (8, 9)
 
 
@@ -39,7 +40,7 @@ FP8_SM = (8, 9)
 class LadderOptions:
     """The options of `jet-export verify --ladder`."""
 
-    bundle: Path | None  # None: jet-tiny, built here
+    bundle: Path | None  # None: build jet-tiny here
     report: Path  # JSON
     tensorrt_headers: Path | None = None
     fetch_headers: bool = False
@@ -48,9 +49,9 @@ class LadderOptions:
 
 
 def climb(o: LadderOptions, emit: Emit) -> dict[str, Any]:
-    """Run the ladder for a bundle, or for jet-tiny built here, and write the report. Returns what was written.
+    """Run the ladder for a bundle, or for jet-tiny built here, and write the report. Returns the report.
 
-    outcome: "passed" where every rung did, "failed", or "incomplete": nothing failed, and a rung could not run.
+    outcome: "passed" where every rung did, "failed", or "incomplete" where nothing failed but a rung could not run.
     """
     bundle = o.bundle
     o.report.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ def climb(o: LadderOptions, emit: Emit) -> dict[str, Any]:
                 text=o.text,
                 seed=o.seed,
             )
-            manifest = Manifest.load(bundle)  # refuses what is no bundle before anything runs
+            manifest = Manifest.load(bundle)  # raises where there is no bundle, before anything runs
             rungs += run_rungs(site, emit)
         result = {
             "outcome": outcome(rungs),
@@ -82,7 +83,7 @@ def climb(o: LadderOptions, emit: Emit) -> dict[str, Any]:
 
 
 def run_rungs(site: Site, emit: Emit) -> list[dict[str, Any]]:
-    """Every rung's result. After the first failure the rest are "not run"."""
+    """Every rung's entry in the report. After the first failure the rest are "not run"."""
     out: list[dict[str, Any]] = []
     failed = ""
     for name in RUNGS:
@@ -104,7 +105,7 @@ def run_rungs(site: Site, emit: Emit) -> list[dict[str, Any]]:
 
 
 def in_own_process(name: str, site: Site, emit: Emit) -> dict[str, Any]:
-    """What the rung found; a process that dies is a failure that says how."""
+    """Run a rung in a process. Returns its entry in the report; a crash is a failure that says how it ended."""
     spec, result = site.work / "spec.json", site.work / "result.json"
     spec.write_text(json.dumps(asdict(site), default=str))
     result.unlink(missing_ok=True)
@@ -121,7 +122,8 @@ def in_own_process(name: str, site: Site, emit: Emit) -> dict[str, Any]:
         errors.seek(0)
         said = errors.read().strip()
     if result.is_file():
-        return json.loads(result.read_text())
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
     how = signal.Signals(-process.returncode).name if process.returncode < 0 else f"status {process.returncode}"
     return {"status": FAILED, "failures": [f"its process ended with {how}:\n{said[-2000:]}"]}
 
@@ -132,7 +134,8 @@ def outcome(rungs: list[dict[str, Any]]) -> str:
 
 
 def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tuple[Path | None, dict[str, Any]]:
-    """jet-tiny with the TensorRT that runs on this machine, else its ONNX graph; and the rung that this is."""
+    """Build jet-tiny with the TensorRT that runs here, or else its ONNX graph. Returns the bundle (None where the build
+    failed), and the build's entry in the report."""
     from importlib.util import find_spec
 
     from jet_export.build.build import run_build
@@ -149,7 +152,7 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
     start = time.monotonic()
     rung: dict[str, Any] = {"rung": "build", "figures": {"model": "jet-tiny", "backend": backend, "fp8": fp8}}
     plan = make_plan(options)
-    require(plan)  # what is missing is said, and is no failure
+    require(plan)  # a missing requirement is the user's to install, not a failed rung
     try:
         run_build(plan, ["jet-export", "build", "--backend", backend], emit)
     except JetExportError as e:
@@ -161,7 +164,7 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
 
 
 def require(plan: BuildPlan) -> None:
-    """What the build needs. Raises JetExportError naming what is missing."""
+    """Raises JetExportError naming what the build needs and this machine lacks."""
     from jet_export.backends.onnx.export import require_onnx
     from jet_export.build.steps import check_requirements
     from jet_export.build.tensorrt import require as require_tensorrt
@@ -187,14 +190,20 @@ def tensorrt_here() -> tuple[str, str]:
 
 
 def about(bundle: Path, m: Manifest) -> dict[str, Any]:
-    """What a reader of the report needs to know of the bundle; no path of this machine."""
+    """What a reader of the report needs to know about the bundle, without paths of this machine."""
     source = m.model["source"]
     return {
-        "name": bundle.name, "model": Path(m.model["name"]).name,
-        "source": Path(source).name if Path(source).is_absolute() else source, "backend": m.backend,
-        "target": m.target, "dtype": m.dtype, "kv_cache_dtype": m.kv_cache_dtype, "state_dtype": m.state_dtype,
-        "fp8_layers": len((m.quantization or {}).get("fp8", {})), "limits": asdict(m.limits),
-    }  # fmt: skip
+        "name": bundle.name,
+        "model": Path(m.model["name"]).name,
+        "source": Path(source).name if Path(source).is_absolute() else source,
+        "backend": m.backend,
+        "target": m.target,
+        "dtype": m.dtype,
+        "kv_cache_dtype": m.kv_cache_dtype,
+        "state_dtype": m.state_dtype,
+        "fp8_layers": len(m.fp8_layers),
+        "limits": asdict(m.limits),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -208,7 +217,7 @@ def versions() -> dict[str, str]:
 
 
 def brief(failure: str) -> str:
-    """A traceback's first and last line; the report has it all."""
+    """The first and last line of a failure; the report has all of it."""
     first, *_, last = [*failure.splitlines(), ""] if "\n" not in failure else failure.splitlines()
     return f"{first} {last}".rstrip()
 

@@ -1,4 +1,4 @@
-"""Random inputs of a jet node of given dimensions, and what the torch op and its reference make of them."""
+"""Random inputs of a jet node, and the results of the torch op and of its reference on them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from jet_export.kernels.attention import attention_ref
 from jet_export.kernels.jet_block import jet_block_ref
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
 
-STATES = {"JetBlock": [6, 7], "JetAttention": [2]}  # inputs that outputs 1, 2 continue
-BATCH = {"JetBlock": {"cu_seqlens": 8, "slots": 9, "context_lens": 10},
-         "JetAttention": {"block_table": 3, "cu_seqlens": 4, "slots": 5, "context_lens": 6}}  # fmt: skip
-# Tokens of each sequence, and those it holds. The second sequence of a batch is padding.
+STATES = {"JetBlock": [6, 7], "JetAttention": [2]}  # inputs whose values after the step are outputs 1, 2
+BATCH = {
+    "JetBlock": {"cu_seqlens": 8, "slots": 9, "context_lens": 10},
+    "JetAttention": {"block_table": 3, "cu_seqlens": 4, "slots": 5, "context_lens": 6},
+}
+# New tokens of each sequence, and tokens held. The second sequence of a batch is padding.
 RUNS: dict[str, tuple[list[int], list[int]]] = {
     "prefill": ([200], [0]),
     "ragged prefill": ([1, 63, 64, 65, 130], [0, 9, 0, 0, 0]),
@@ -33,18 +35,28 @@ def node_of(case: Case) -> str:
 
 
 def attributes_of(case: Case) -> dict[str, Any]:
-    """As a graph gives them."""
+    """The node's attributes in a graph."""
     if isinstance(case, JetBlockCase):
-        return {"num_heads": case.num_heads, "head_k_dim": case.head_k_dim, "head_v_dim": case.head_v_dim,
-                "norm_eps": 1e-5}  # fmt: skip
+        return {
+            "num_heads": case.num_heads,
+            "head_k_dim": case.head_k_dim,
+            "head_v_dim": case.head_v_dim,
+            "norm_eps": 1e-5,
+        }
     fp8 = case.cache_dtype == "float8_e4m3fn"
-    return {"num_heads": case.num_heads, "num_kv_heads": case.num_kv_heads, "head_dim": case.head_dim,
-            "window": case.window, "k_scale": 0.25 if fp8 else 1.0, "v_scale": 0.5 if fp8 else 1.0}  # fmt: skip
+    return {
+        "num_heads": case.num_heads,
+        "num_kv_heads": case.num_kv_heads,
+        "head_dim": case.head_dim,
+        "window": case.window,
+        "k_scale": 0.25 if fp8 else 1.0,
+        "v_scale": 0.5 if fp8 else 1.0,
+    }
 
 
 @dataclass
 class NodeInputs:
-    """A node's inputs in its order."""
+    """A node's inputs, in the node's order."""
 
     case: Case
     tensors: list[Tensor]
@@ -62,13 +74,13 @@ class NodeInputs:
         return [self.tensors[i] for i in STATES[self.node]]
 
     def op(self) -> list[Tensor]:
-        """The output and the states after it, by the torch op; the inputs stay as they are."""
+        """The torch op's output, and the states after it. The inputs are not changed."""
         tensors = [t.clone() for t in self.tensors]
         op = torch.ops.jet.jet_block if self.node == "JetBlock" else torch.ops.jet.attention
         return [op(*tensors, *self.attributes.values(), self.decode), *(tensors[i] for i in STATES[self.node])]
 
     def reference(self) -> list[Tensor]:
-        """The same by the specification, on the CPU."""
+        """The reference's output, and the states after it, on the CPU."""
         tensors = [t.cpu().clone() for t in self.tensors]
         reference: Any = attention_ref
         given = [*tensors, *self.attributes.values()]
@@ -77,7 +89,7 @@ class NodeInputs:
         return [reference(*given), *(tensors[i] for i in STATES[self.node])]
 
     def hostile(self, kind: str, seed: int) -> NodeInputs:
-        """The same with meaningless batch tensors: integers of any size, around what is valid, or all one extreme."""
+        """The same inputs with invalid batch tensors; `kind` is one of HOSTILE."""
         tensors = list(self.tensors)
         for i in BATCH[self.node].values():
             tensors[i] = hostile_integers(kind, tensors[i], seed + i)
@@ -85,6 +97,7 @@ class NodeInputs:
 
 
 def hostile_integers(kind: str, like: Tensor, seed: int) -> Tensor:
+    """Integers of any size, near the valid ones, decreasing, or all at one extreme."""
     gen = torch.Generator().manual_seed(seed)
     if kind == "any":
         out = torch.randint(SMALLEST, LARGEST, like.shape, generator=gen).int()
@@ -100,7 +113,7 @@ def hostile_integers(kind: str, like: Tensor, seed: int) -> Tensor:
 def random_inputs(
     case: Case, lens: list[int], context: list[int], device: torch.device | str, seed: int = 0
 ) -> NodeInputs:
-    """Ragged sequences over pools with more rows than sequences; the second of several is a padding row."""
+    """Ragged sequences over pools with more rows than sequences; of three or more, the second is a padding row."""
     gen = torch.Generator().manual_seed(seed)
     N = len(lens)
 
@@ -115,10 +128,16 @@ def random_inputs(
     if isinstance(case, JetBlockCase):
         H, K, V, W, T = case.num_heads, case.head_k_dim, case.head_v_dim, case.conv_size, sum(lens)
         tensors = [
-            rand(T, 2 * H * (K + V) + 16), rand(T, 2 * H), rand(T, H * V * W) * 0.5,
-            torch.empty(H).uniform_(0.1, 8, generator=gen).log().to(device), rand(H, dtype="float32") - 3,
-            rand(V) * 0.1 + 1, rand(N + 2, W - 1, H * V), rand(N + 2, H, K, V, dtype=case.state_dtype), *rows,
-        ]  # fmt: skip
+            rand(T, 2 * H * (K + V) + 16),  # qkuz
+            rand(T, 2 * H),  # ba
+            rand(T, H * V * W) * 0.5,  # kappa
+            torch.empty(H).uniform_(0.1, 8, generator=gen).log().to(device),  # A_log
+            rand(H, dtype="float32") - 3,  # dt_bias
+            rand(V) * 0.1 + 1,  # w_o
+            rand(N + 2, W - 1, H * V),  # conv_state
+            rand(N + 2, H, K, V, dtype=case.state_dtype),  # recurrent_state
+            *rows,
+        ]
     else:
         tensors = attention_tensors(case, lens, context, rand, gen, device) + rows
     return NodeInputs(case, tensors, attributes_of(case))
@@ -127,7 +146,7 @@ def random_inputs(
 def attention_tensors(
     case: AttentionCase, lens: list[int], context: list[int], rand: Any, gen: torch.Generator, device: Any
 ) -> list[Tensor]:
-    """qkv, cos_sin, kv_cache, block_table: pages in random order, three of them nobody's."""
+    """qkv, cos_sin, kv_cache, block_table, with pages in random order and three of them unused."""
     Hq, Hkv, Dh, N = case.num_heads, case.num_kv_heads, case.head_dim, len(lens)
     longest = max(n + c for n, c in zip(lens, context, strict=True))
     M = -(-longest // case.page) + 1

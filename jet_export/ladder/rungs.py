@@ -1,120 +1,59 @@
-"""What each rung checks. A rung is given what is known of the bundle and returns figures and failures, or skips.
+"""What each rung checks. A rung takes a Site and returns figures and failures, or raises Skipped.
 
-python -m jet_export.ladder.rungs NAME SPEC.json RESULT.json        a rung in a process of its own
+    python -m jet_export.ladder.rungs NAME SPEC.json RESULT.json
+
+runs one rung; SPEC.json holds the fields of the Site.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jet_export.backends.eager import EagerEngine, load_eager, load_weights
-from jet_export.bundle.dtypes import torch_dtype
-from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.ladder.inputs import RUNS, NodeInputs, attributes_of, node_of, random_inputs
-from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase, label, model_cases
+from jet_export.ladder.site import Site
+from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase, label
 from jet_export.utils.errors import JetExportError
 
 
 class Skipped(Exception):
-    """A rung that cannot run here, and why. It has not passed."""
+    """Raised with the reason where a rung cannot run here. Such a rung has not passed."""
 
 
 @dataclass
 class Outcome:
-    """Of a rung that ran."""
+    """The results of a rung that ran."""
 
     figures: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
-
-@dataclass(kw_only=True)
-class Site:
-    """A bundle on this machine. `work`: a folder for what rungs make."""
-
-    bundle: Path
-    work: Path
-    headers: Path | None = None
-    fetch_headers: bool = False
-    text: Path | None = None
-    seed: int = 0
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        return Manifest.load(self.bundle)
-
-    @cached_property
-    def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    @property
-    def sm(self) -> int | None:
-        if self.device.type != "cuda":
-            return None
-        major, minor = torch.cuda.get_device_capability()
-        return 10 * major + minor
-
-    @cached_property
-    def cases(self) -> list[Case]:
-        m = self.manifest
-        return model_cases(m.config, m.dtype, m.state_dtype, m.kv_cache_dtype)
-
-    @cached_property
-    def eager(self) -> EagerEngine:
-        """The PyTorch model that holds the bundle's weights, on this machine's device whatever the engine is for."""
-        here = replace(self.manifest, target={**self.manifest.target, "device": self.device.type})
-        return load_eager(self.bundle, here, load_weights(self.bundle, here))
-
-    def plugin_library(self) -> Path:
-        """The folder of the bundle's plugin library, or one built for its model; without a GPU for SM 9.0."""
-        from jet_export.plugins.library import NAME, library_for
-
-        if (self.bundle / NAME).is_file():
-            return self.bundle
-        m = self.manifest
-        names = m.dtype, m.state_dtype, m.kv_cache_dtype
-        return library_for(m.config, [self.sm or 90], *names, self.headers, self.fetch_headers, print)
-
-    def graph(self) -> Path:
-        """The bundle's ONNX graph, or its model's exported again."""
-        from jet_export.backends.onnx.export import GRAPH, require_onnx, write_onnx
-        from jet_export.bundle.limits import max_prefill_tokens
-
-        if (self.bundle / GRAPH).is_file():
-            return self.bundle / GRAPH
-        require_onnx()
-        if not (self.work / WEIGHTS).exists():
-            shutil.copyfile(self.bundle / WEIGHTS, self.work / WEIGHTS)  # onnx's checker takes no links
-        head, embedding = self.eager.model.lm_head, self.eager.model.embed_tokens
-        held = getattr(head, "weight", None)
-        if held is not None and held.data_ptr() == embedding.weight.data_ptr():
-            head.weight = embedding.weight  # one initializer, as the file has one tensor
-        m, limits = self.manifest, self.manifest.limits
-        tokens = max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk)
-        dtypes = torch_dtype(m.kv_cache_dtype), torch_dtype(m.state_dtype)
-        return write_onnx(self.eager.model, self.work, *dtypes, tokens, limits.max_batch_size)
+    def compare(self, what: str, got: list[torch.Tensor], want: list[torch.Tensor], bound: float) -> None:
+        """Add the largest relative error of the output and the states."""
+        error = max((relative(a, b) for a, b in zip(got, want, strict=True)), key=lambda e: (e != e, e))
+        self.figures[what] = error
+        if not error <= bound:
+            self.failures.append(f"{what}: relative error {error:.3g}, bound {bound:.3g}")
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """||a - b|| / ||b|| in fp64."""
     a, b = a.cpu().double(), b.cpu().double()
-    return ((a - b).norm() / b.norm().clamp(min=1e-300)).item()
+    return float((a - b).norm() / b.norm().clamp(min=1e-300))
 
 
 def bound_of(case: Case) -> float:
-    """16 bits: two operands of a product and the result are rounded, a unit roundoff each. fp32: another order."""
+    """The largest relative error. 16 bits: both operands of a product and its result are rounded. fp32: sums are in
+    another order."""
     return 1e-5 if case.dtype == "float32" else 3 * torch.finfo(getattr(torch, case.dtype)).eps / 2
 
 
-SMALL: list[Case] = [  # what Triton's interpreter does in seconds, and rightly: fp32
+SMALL: list[Case] = [  # seconds in Triton's interpreter, which computes correctly in fp32
     JetBlockCase(2, 32, 32, 4, "float32", "float32"),
     AttentionCase(4, 2, 32, 16, 0, "float32", "float32"),
     AttentionCase(4, 2, 32, 16, 12, "float32", "float32"),
@@ -123,7 +62,7 @@ SMALL_RUNS = {"ragged prefill": ([1, 17, 20], [0, 9, 5]), "decode": ([1, 1, 1], 
 
 
 def kernels(site: Site) -> Outcome:
-    """The Triton kernels against their references: the model's own dimensions on a GPU, small ones without."""
+    """Triton kernels against their references: of the model's own sizes on a GPU, of small ones without."""
     from jet_export.kernels.common import INTERPRET
 
     interpreted = site.device.type == "cpu"
@@ -134,12 +73,12 @@ def kernels(site: Site) -> Outcome:
         for run, (lens, context) in (SMALL_RUNS if interpreted else RUNS).items():
             inputs = random_inputs(case, lens, context, site.device, site.seed)
             got = launch_interpreted(inputs) if interpreted else inputs.op()
-            compare(out, f"{label(case)}: {run}", got, inputs.reference(), bound_of(case))
+            out.compare(f"{label(case)}: {run}", got, inputs.reference(), bound_of(case))
     return out
 
 
 def launch_interpreted(inputs: NodeInputs) -> list[torch.Tensor]:
-    """What the op does on a GPU, by the interpreter: on a CPU the op itself is the reference."""
+    """The kernels that the op launches on a GPU, in the interpreter; on a CPU the op runs its reference."""
     from jet_export.kernels.attention_decode import attention_decode_triton
     from jet_export.kernels.attention_prefill import attention_prefill_triton
     from jet_export.kernels.jet_block import jet_block_triton
@@ -147,23 +86,15 @@ def launch_interpreted(inputs: NodeInputs) -> list[torch.Tensor]:
     copy = NodeInputs(inputs.case, [t.clone() for t in inputs.tensors], inputs.attributes)
     t, sizes = copy.tensors, tuple(inputs.attributes.values())
     launcher: Callable[..., torch.Tensor] = jet_block_triton
-    arguments: tuple = (*t, *sizes, inputs.decode)
+    arguments: tuple[Any, ...] = (*t, *sizes, inputs.decode)
     if inputs.node == "JetAttention":
         launcher = attention_decode_triton if inputs.decode else attention_prefill_triton
         arguments = (*t[:4], *t[5:], *sizes) if inputs.decode else (*t, *sizes)
     return [launcher(*arguments), *copy.states()]
 
 
-def compare(out: Outcome, what: str, got: list[torch.Tensor], want: list[torch.Tensor], bound: float) -> None:
-    """Adds the largest relative error of the output and the states."""
-    error = max((relative(a, b) for a, b in zip(got, want, strict=True)), key=lambda e: (e != e, e))
-    out.figures[what] = error
-    if not error <= bound:
-        out.failures.append(f"{what}: relative error {error:.3g}, bound {bound:.3g}")
-
-
 def harness_of(site: Site) -> tuple[Any, Path]:
-    """The C harness over the plugin library, and that library's folder."""
+    """The C harness of the plugin library, and that library's directory."""
     from jet_export.plugins.harness.build import harness_library
     from jet_export.plugins.harness.objects import Harness
     from jet_export.plugins.headers import headers_for
@@ -179,15 +110,15 @@ def harness_of(site: Site) -> tuple[Any, Path]:
 
 
 def plugin_objects(site: Site) -> Outcome:
-    """The plugin objects, which no GPU is needed for: created from the model's attributes, serialised and read back,
-    asked for shapes, formats and workspace; what is wrong must be refused."""
+    """Plugin objects, for which no GPU is needed: created from the model's attributes, serialised and read back, asked
+    for shapes, formats and workspace. Invalid requests must be refused."""
     from jet_export.plugins.harness.nodes import described
 
     harness, _ = harness_of(site)
     out = Outcome()
 
-    def expect(case: Case, what: str, right: bool) -> None:
-        if not right:
+    def expect(case: Case, what: str, ok: bool) -> None:
+        if not ok:
             out.failures.append(f"{label(case)}: {what}: {harness.messages().strip() or 'wrong'}")
 
     for case in site.cases:
@@ -202,7 +133,7 @@ def plugin_objects(site: Site) -> Outcome:
         size = harness.workspace(node, plugin, inputs)
         if again:
             same = harness.outputs(node, again, inputs) == harness.outputs(node, plugin, inputs)
-            expect(case, "read back, it answers otherwise", same and harness.workspace(node, again, inputs) == size)
+            expect(case, "read back, it answers differently", same and harness.workspace(node, again, inputs) == size)
         descs = harness.with_outputs(node, plugin, inputs)
         expect(case, "refuses its own dtypes", all(harness.supports(node, plugin, i, descs) for i in range(len(descs))))
         other = [harness.supports(node, plugin, i, descs, layout=1) for i in range(len(descs))]
@@ -218,7 +149,7 @@ def plugin_objects(site: Site) -> Outcome:
 
 
 def plugin_outputs(site: Site) -> Outcome:
-    """Plugins enqueued on this GPU against the torch ops: states in place and apart, then from a CUDA graph."""
+    """Plugins enqueued on this GPU against the torch ops, with states updated in place and not, and in a CUDA graph."""
     from jet_export.plugins.harness.nodes import PluginNode
 
     harness, folder = harness_of(site)
@@ -228,15 +159,20 @@ def plugin_outputs(site: Site) -> Outcome:
         for run, (lens, context) in RUNS.items():
             inputs = random_inputs(case, lens, context, site.device, site.seed)
             want = inputs.op()
-            compare(out, f"{label(case)}: {run}, states apart", list(node(*inputs.tensors)), want, bound_of(case))
-            compare(out, f"{label(case)}: {run}, in place", enqueue_in_place(node, inputs, False), want, bound_of(case))
+            out.compare(f"{label(case)}: {run}, states apart", list(node(*inputs.tensors)), want, bound_of(case))
+            out.compare(
+                f"{label(case)}: {run}, in place", enqueue_in_place(node, inputs, graph=False), want, bound_of(case)
+            )
             if run == "decode":
-                compare(out, f"{label(case)}: CUDA graph", enqueue_in_place(node, inputs, True), want, bound_of(case))
+                out.compare(
+                    f"{label(case)}: CUDA graph", enqueue_in_place(node, inputs, graph=True), want, bound_of(case)
+                )
         node.close()
     return out
 
 
-def enqueue_in_place(node: Any, inputs: NodeInputs, graph: bool) -> list[torch.Tensor]:
+def enqueue_in_place(node: Any, inputs: NodeInputs, *, graph: bool) -> list[torch.Tensor]:
+    """The output and the states of a plugin that updates its states in place. `graph`: in a CUDA graph."""
     tensors = [t.clone() for t in inputs.tensors]
     states = NodeInputs(inputs.case, tensors, inputs.attributes).states()
     (dtype, shape), *_ = node.output_shapes(tensors)
@@ -253,8 +189,8 @@ def enqueue_in_place(node: Any, inputs: NodeInputs, graph: bool) -> list[torch.T
 
 
 def onnx(site: Site) -> Outcome:
-    """The ONNX graph against the model: every node on the model's own inputs, then end to end; on a GPU every node
-    again with the plugins in place of the torch ops."""
+    """The ONNX graph against the model: every node on the model's own inputs, then end to end; on a GPU also every node
+    with the plugins in place of the torch ops."""
     from jet_export.backends.onnx.engine import OnnxEngine
     from jet_export.backends.onnx.evaluate import OnnxModel
     from jet_export.plugins.harness.nodes import plugin_handlers
@@ -269,8 +205,7 @@ def onnx(site: Site) -> Outcome:
         raise
 
     def engine_over(handlers: dict[str, Any] | None) -> OnnxEngine:
-        e = site.eager
-        return OnnxEngine(OnnxModel.load(graph, e.device, handlers), e.config, e.limits, e.specs, e.dtype, e.device)
+        return OnnxEngine.like(site.eager, OnnxModel.load(graph, site.eager.device, handlers))
 
     engine = engine_over(None)
     out = Outcome(failures=list(forced_stage(engine, site.eager, site.seed).failures))
@@ -291,7 +226,7 @@ def onnx(site: Site) -> Outcome:
 
 
 def verification(site: Site) -> dict[str, Any]:
-    """`jet-export verify` of the bundle's engine, once for the two rungs that read it."""
+    """The result of `jet-export verify`, which runs once for the two rungs that read it."""
     from jet_export.backends.load import check_bundle
     from jet_export.verify.verify import verify_bundle
 
@@ -300,16 +235,17 @@ def verification(site: Site) -> dict[str, Any]:
         check_bundle(site.bundle, site.manifest)
         result = verify_bundle(site.bundle, site.text, site.seed, print)
         path.write_text(json.dumps(result.to_dict()))
-    return json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def is_logits(failure: str) -> bool:
-    """Whether a line of verify's is about what comes out, not about a layer's state."""
+    """Whether a failure that verify reports is in the engine's output, not in a layer's state."""
     return ": logits: " in failure or failure.startswith(("held-out", "bits per byte", "decode by CUDA graph"))
 
 
 def engine_layers(site: Site) -> Outcome:
-    """The built engine against the model, every layer's states after every step."""
+    """The built engine against the model: every layer's states after every step."""
     found = verification(site)
     worst: dict[str, float] = {}
     for stage in found["stages"]:
@@ -326,7 +262,7 @@ def engine_layers(site: Site) -> Outcome:
 
 
 def logits(site: Site) -> Outcome:
-    """The built engine's logits against the model's, and held-out text."""
+    """The built engine's logits against the model's, and its quality on held-out text."""
     found = verification(site)
     figures = {
         stage["stage"]: next((m for m in stage["measures"] if m["what"] == "logits"), None) for stage in found["stages"]
@@ -347,7 +283,7 @@ def no_engine(site: Site) -> str:
     return ""
 
 
-# Why a rung cannot run here, where that is known before anything heavy is imported; "" where it is not.
+# Why a rung cannot run here, as far as that is known before anything heavy is imported; "" where it may run.
 GUARDS: dict[str, Callable[[Site], str]] = {
     "plugin outputs": no_gpu,
     "engine, layer by layer": no_engine,
@@ -369,7 +305,7 @@ def why_skipped(name: str, site: Site) -> dict[str, Any] | None:
 
 
 def run(name: str, site: Site) -> dict[str, Any]:
-    """A rung's outcome as the report holds it."""
+    """Run a rung. Returns its entry in the report."""
     if skipped := why_skipped(name, site):
         return skipped
     try:

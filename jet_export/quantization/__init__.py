@@ -1,1 +1,1 @@
-"""FP8 by nvidia-modelopt: calibration, and which layers are quantised."""
+"""FP8 with nvidia-modelopt: calibration, and which layers are quantised."""

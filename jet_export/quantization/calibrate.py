@@ -2,8 +2,8 @@
 
     amax(t) = max |t| over the calibration batches;   an FP8 tensor's scale is amax / 448
 
-nvidia-modelopt observes weights and inputs of the projections (FP8_DEFAULT_CFG: per tensor, static). It works on a copy
-of the module tree that shares every tensor with the model, so the model itself never meets its wrappers.
+nvidia-modelopt observes weights and inputs of the projections (FP8_DEFAULT_CFG: per tensor, static). It wraps the
+modules of a copy that shares every tensor with the model, so the model itself is not changed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from jet_export.model.fp8 import FP8_MAX
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.utils.errors import JetExportError
 
-Progress = Callable[[int, int], None]  # (batches done, batches in all)
+Progress = Callable[[int, int], None]  # (batches done, batches in total)
 
 
 class Scales(NamedTuple):
+    """FP8 scales of one projection."""
+
     weight: float
     input: float
 
 
 class Encoder(Protocol):
+    """A tokenizer."""
+
     def encode(self, text: str) -> list[int]: ...
 
 
@@ -60,9 +64,9 @@ def read_calibration_text(path: str | Path) -> str:
 
 
 def calibration_tokens(
-    tokenizer: Encoder | None, text: str, vocab_size: int, seq_len: int = 512, batches: int = 8
+    tokenizer: Encoder | None, text: str, *, vocab_size: int, seq_len: int = 512, windows: int = 8
 ) -> list[Tensor]:
-    """`batches` windows [1, seq_len] int64 spread evenly over the text; fewer or shorter where it is short.
+    """`windows` tensors [1, seq_len] int64 spread evenly over the text; fewer or shorter where the text is short.
 
     Without a tokenizer, ids are the text's UTF-8 bytes modulo the vocabulary.
     """
@@ -74,7 +78,7 @@ def calibration_tokens(
             f"calibration: the tokenizer gives id {max(ids)}, the model has {vocab_size} tokens.",
             "Use the tokenizer that belongs to this model.",
         )
-    count = min(batches, math.ceil(len(ids) / seq_len))
+    count = min(windows, math.ceil(len(ids) / seq_len))
     last = max(len(ids) - seq_len, 0)
     starts = [round(i * last / max(count - 1, 1)) for i in range(count)]
     return [torch.tensor([ids[s : s + seq_len]]) for s in starts]
@@ -94,15 +98,15 @@ def import_quantization() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """modelopt prints and warns about itself; nothing of that is for the user."""
+    """Suppress what modelopt prints and its warnings."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def modelopt_config(mtq: Any, names: Sequence[str]) -> dict[str, Any]:
-    """FP8_DEFAULT_CFG with exactly the named modules enabled, whatever its own patterns leave out."""
-    config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    """FP8_DEFAULT_CFG with exactly the named modules enabled, including those that its own patterns exclude."""
+    config: dict[str, Any] = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
     wanted = {"*weight_quantizer": "weight_quantizer", "*input_quantizer": "input_quantizer"}
     formats = {e["quantizer_name"]: e["cfg"] for e in config["quant_cfg"] if e["quantizer_name"] in wanted}
     config["quant_cfg"].append({"quantizer_name": "*", "enable": False})
@@ -116,7 +120,7 @@ def modelopt_config(mtq: Any, names: Sequence[str]) -> dict[str, Any]:
 def calibrated_copy(
     model: JetNemotronForCausalLM, names: Sequence[str], calibration: Sequence[Tensor], progress: Progress | None = None
 ) -> nn.Module:
-    """A copy of the module tree over the same tensors, the named linears fake-quantised by modelopt."""
+    """A copy of the module tree over the same tensors, with the named linears fake-quantised by modelopt."""
     mtq = import_quantization()
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     shell = copy.deepcopy(model, shared)
@@ -164,12 +168,12 @@ def calibrate_projections(
             _check_amax(layer.input_quantizer.amax, user_name(name), "input") / FP8_MAX,
         )
     del shell, layer
-    gc.collect()  # modelopt's wrappers refer to each other and would keep the weights alive
+    gc.collect()  # modelopt's wrappers form cycles, which keep the weights alive
     return scales
 
 
 def _check_amax(amax: Any, name: str, what: str) -> float:
-    value = math.nan if amax is None else float(amax)  # modelopt's amax, a tensor; None if no batch came by
+    value = math.nan if amax is None else float(amax)  # a tensor; None if no batch reached the module
     if not math.isfinite(value) or value == 0:
         found = "was never seen" if amax is None else f"has a largest magnitude of {value:g}"
         raise JetExportError(
@@ -185,8 +189,8 @@ def calibrate_kv_scales(
 ) -> dict[str, tuple[float, float]]:
     """Set k_scale and v_scale of every attention layer for an FP8 KV cache, and return them by module name.
 
-    Keys (after RoPE) and values are read back from the cache in the model dtype, whose unused positions are zero.
-    Call it after `quantize_fp8`, so that they are the FP8 model's own.
+    Keys (after RoPE) and values are read from a cache in the model dtype, whose unused positions are zero. Call it
+    after `quantize_fp8`, to measure the FP8 model's keys and values.
     """
     kinds = model.config.layer_types
     amax = {i: torch.zeros(2, device=model.device) for i, kind in enumerate(kinds) if kind != "jet"}

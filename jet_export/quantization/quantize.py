@@ -1,4 +1,4 @@
-"""FP8 models: which projections become Fp8Linear, the report of it, and rebuilding the model from the report.
+"""FP8 models: which projections become Fp8Linear, a report of the choice, and rebuilding a model from its report.
 
     quantize_fp8:  nn.Linear -> calibrate -> Fp8Linear, in place, layer by layer; returns a QuantizationReport
     apply_report:  the same structure without weights, ready for a bundle's state dict
@@ -18,25 +18,13 @@ from torch import Tensor, nn
 
 from jet_export.model.fp8 import ALIGNMENT, FP8, FP8_PROJECTIONS, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
-from jet_export.quantization.calibrate import (
-    Progress,
-    calibrate_kv_scales,
-    calibrate_projections,
-    calibration_tokens,
-    read_calibration_text,
-    user_name,
-)
+from jet_export.quantization.calibrate import Progress, calibrate_projections, user_name
 from jet_export.utils.errors import JetExportError
-
-__all__ = [
-    "LayerRow", "QuantizationReport", "apply_report", "calibrate_kv_scales", "calibration_tokens", "check_all_fp8",
-    "kv_scales", "layer_table", "quantize_fp8", "read_calibration_text", "read_report",
-]  # fmt: skip
 
 
 @dataclass
 class QuantizationReport:
-    """What became FP8, what did not and why, and the scales of an FP8 KV cache; part of a bundle's manifest."""
+    """What is FP8, what is not and why, and the scales of an FP8 KV cache; part of a bundle's manifest."""
 
     fp8: dict[str, dict[str, float]] = field(default_factory=dict)  # name -> weight_scale, input_scale
     kept: list[tuple[str, str]] = field(default_factory=list)  # name, reason
@@ -51,7 +39,7 @@ class QuantizationReport:
         return values
 
     def summary(self) -> list[str]:
-        """What became FP8, and what did not and why; layers that differ in their number only share a line."""
+        """What is FP8, and what is not and why; layers that differ only in their number share a line."""
         lines = [f"fp8: {', '.join(_grouped(self.fp8))}"] if self.fp8 else []
         for reason in dict.fromkeys(reason for _, reason in self.kept):
             lines.append(f"not fp8: {', '.join(_grouped(n for n, r in self.kept if r == reason))}: {reason}")
@@ -107,7 +95,7 @@ def select(model: nn.Module, keep: Sequence[str], lm_head: bool) -> tuple[list[s
 
 
 def check_shapes(model: nn.Module, paths: Sequence[str]) -> None:
-    """Raise JetExportError naming the projections that FP8 matrix products cannot take."""
+    """Raises JetExportError naming the projections whose sizes FP8 matrix products do not support."""
     bad: dict[str, str] = {}
     for path in paths:
         m: Any = model.get_submodule(path)
@@ -125,7 +113,7 @@ def check_shapes(model: nn.Module, paths: Sequence[str]) -> None:
 
 
 def _grouped(names: Iterable[str]) -> list[str]:
-    """Names that differ by their layer's number become one, with a count."""
+    """Merge names that differ only in the layer's number, with a count."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_any_layer(name), []).append(name)
@@ -141,15 +129,16 @@ def _any_layer(name: str) -> str:
 def quantize_fp8(
     model: JetNemotronForCausalLM,
     calibration: Sequence[Tensor],  # each [B, T] token ids
+    *,
     keep: Sequence[str] = (),
     lm_head: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationReport:
-    """Replace every large projection by an Fp8Linear with scales that modelopt calibrated, in place.
+    """Replace every large projection by an Fp8Linear with scales calibrated by modelopt, in place.
 
-    A tied lm_head becomes its own FP8 copy; the embedding stays as it is. Nothing is replaced if an error is raised:
-    JetExportError for a pattern that matches nothing, sizes that FP8 cannot take, a layer without a usable scale,
-    or a missing modelopt. Needs the weights, one FP8 copy of them at the end, and one layer's temporaries.
+    A tied lm_head becomes an FP8 copy of its own; the embedding is unchanged. Raises JetExportError, with nothing
+    replaced, for a pattern that matches nothing, sizes that FP8 does not support, a layer without a usable scale, or
+    a missing modelopt. Peak memory: the weights, an FP8 copy of them, and one layer's temporaries.
     """
     paths, kept = select(model, keep, lm_head)
     if not paths:
@@ -176,7 +165,7 @@ def kv_scales(model: JetNemotronForCausalLM) -> dict[str, tuple[float, float]]:
 
 
 def read_report(model: JetNemotronForCausalLM) -> QuantizationReport:
-    """What is FP8 in a model that was loaded so; nothing of it was calibrated here."""
+    """The report of a model whose checkpoint is FP8: nothing was calibrated here."""
     report = QuantizationReport()
     for path in linear_paths(model):
         layer = model.get_submodule(path)
@@ -190,8 +179,8 @@ def read_report(model: JetNemotronForCausalLM) -> QuantizationReport:
 
 
 def apply_report(model: JetNemotronForCausalLM, report: QuantizationReport) -> None:
-    """Give a fresh model (its weights may be empty, or on `meta`) the report's structure: unfilled Fp8Linear layers,
-    to be filled by `load_state_dict`, and the scales of the KV cache."""
+    """Give a fresh model (its weights may be empty, or on `meta`) the report's structure: empty Fp8Linear layers, to be
+    filled by `load_state_dict`, and the scales of the KV cache."""
     paths = {user_name(path): path for path in linear_paths(model)}
     for name in report.fp8:
         linear = model.get_submodule(paths[name]) if name in paths else None
@@ -210,7 +199,7 @@ def apply_report(model: JetNemotronForCausalLM, report: QuantizationReport) -> N
 def check_all_fp8(
     model: nn.Module, report: QuantizationReport, keep: Sequence[str] = (), lm_head: bool = False
 ) -> None:
-    """The model holds what was asked for. Raises JetExportError naming a layer that should be FP8 and is not."""
+    """Raises JetExportError naming a layer that should be FP8 and is not."""
     paths, _ = select(model, keep, lm_head)
     for path in paths:
         name = user_name(path)
@@ -232,19 +221,19 @@ class LayerRow(NamedTuple):
     name: str
     precision: str  # "fp8", or the parameter's dtype
     shape: tuple[int, ...]
-    nbytes: int  # bias and scales included; 0 where another row counts it
-    note: str  # why it is not FP8, or what it shares
+    nbytes: int  # with bias and scales; 0 where another row counts them
+    note: str  # why it is not FP8, or what it is tied to
 
 
 def layer_table(model: nn.Module, report: QuantizationReport | None = None) -> list[LayerRow]:
-    """One row a weight, in the model's order; also of a model on `meta`."""
+    """One row per weight, in the model's order; works on `meta` too."""
     reasons = dict(report.kept) if report is not None else {}
     seen: set[int] = set()
     rows = []
     for path, module in model.named_modules():
         own = {n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
         own = {n: t for n, t in own.items() if n not in module._non_persistent_buffers_set}
-        whole = "weight" in own  # a layer is one row; other parameters have one each
+        whole = "weight" in own  # a layer is one row; other parameters have a row each
         for n, t in {"weight": own["weight"]}.items() if whole else own.items():
             name = user_name(path) if whole else f"{user_name(path)}.{n}"
             parts = own.values() if whole else [t]

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from jet_export.backends.base import Engine
-from jet_export.bundle.limits import max_prefill_tokens
 from jet_export.bundle.memory import available_memory, workspace_per_token
 from jet_export.model.cache import PAGE, cdiv, pages_per_sequence
 from jet_export.runtime.scheduler import Capacity
@@ -79,7 +78,7 @@ def fit_to_memory(engine: Engine, *, slots: int | None = None, pages: int | None
     for spec in engine.specs:
         size[spec.rows] += spec.row_bytes
     slot_bytes = size["slots"] + ring * size["window_pages"]
-    step_tokens = max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk)
+    step_tokens = limits.max_prefill_tokens
     step_bytes = step_tokens * workspace_per_token(config, engine.dtype)
     room = available_memory(engine.device) - step_bytes
     if slots is None:
@@ -96,7 +95,7 @@ def fit_to_memory(engine: Engine, *, slots: int | None = None, pages: int | None
 def _chunk_and_budget(engine: Engine, serving: Serving, slots: int) -> tuple[int, int]:
     """(prefill chunk, token budget): the most tokens per step of one prompt, and of everything."""
     limits = engine.limits
-    max_budget = max(slots, max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk))
+    max_budget = max(slots, limits.max_prefill_tokens)
     default = 512 if engine.device.type == "cpu" else 2048
     asked = serving.token_budget
     if asked is not None and asked > max_budget:

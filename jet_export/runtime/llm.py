@@ -12,7 +12,6 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.backends.load import load_engine
-from jet_export.bundle.limits import max_prefill_tokens
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
@@ -84,8 +83,8 @@ class LLM(Sessions):
         cuda_graphs: bool,
         deterministic: bool,
     ) -> None:
-        n, chunk = engine.limits.max_batch_size, engine.limits.prefill_chunk
-        budget = None if deterministic else max(n, max_prefill_tokens(n, chunk))
+        limits = engine.limits
+        budget = None if deterministic else max(limits.max_batch_size, limits.max_prefill_tokens)
         serving = Serving(token_budget=budget, max_waiting=2**62, wait_timeout=math.inf, deterministic=deterministic)
         self.engine, self.tokenizer, self.fingerprint = engine, tokenizer, fingerprint
         self.batching = BatchingEngine(engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)

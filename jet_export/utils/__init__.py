@@ -1,1 +1,1 @@
-"""What every other package may use: errors, files, processes, compilers, progress, the console, the environment."""
+"""Helpers for every package: errors, files, processes, the compiler, progress, the console, the environment."""

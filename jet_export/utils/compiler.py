@@ -1,4 +1,4 @@
-"""The C++ compiler: $CXX, which may be several words ("ccache g++") or empty, else g++."""
+"""The C++ compiler: $CXX, which may be several words ("ccache g++"), or g++ where it is unset or empty."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jet_export.utils.errors import JetExportError
 
 @dataclass(frozen=True)
 class Compiler:
-    """A command that compiles C++17: an executable's path, and the words after it."""
+    """A command that compiles C++17: the path of an executable, and the arguments that follow it."""
 
     words: tuple[str, ...]
 
@@ -25,17 +25,17 @@ class Compiler:
         return shlex.join(self.words)
 
     def version(self) -> str:
-        """What `--version` prints."""
+        """The output of `--version`."""
         return subprocess.run([*self.words, "--version"], capture_output=True, text=True).stdout
 
     @contextmanager
     def executable(self) -> Iterator[str]:
-        """One path that runs the whole command, for programs that take $CXX for the name of a file."""
+        """The path of one file that runs the whole command, for programs that take $CXX for a file's name."""
         if len(self.words) == 1:
             yield self.words[0]
             return
         with TemporaryDirectory(prefix="jet-export-cxx-") as folder:
-            # Callers tell compilers apart by their names.
+            # Callers recognise a compiler by its name.
             script = Path(folder) / ("clang++" if any("clang" in word for word in self.words) else "g++")
             script.write_text(f'#!/bin/sh\nexec {self} "$@"\n')
             script.chmod(0o755)
@@ -43,7 +43,7 @@ class Compiler:
 
 
 def compiler_words() -> list[str]:
-    """The words of $CXX; g++ where it is unset or empty. Raises JetExportError where quotes do not match."""
+    """$CXX split into words; g++ where it is unset or empty. Raises JetExportError for an unbalanced quote."""
     text = os.environ.get("CXX", "")
     try:
         return shlex.split(text) or ["g++"]
@@ -52,7 +52,7 @@ def compiler_words() -> list[str]:
 
 
 def find_compiler(needed_by: str) -> Compiler:
-    """The C++17 compiler. Raises JetExportError where there is none, or one too old; `needed_by` says for what."""
+    """The C++17 compiler. Raises JetExportError, which names `needed_by`, where there is none or it is too old."""
     name, *rest = compiler_words()
     path = shutil.which(name)
     if path is None:

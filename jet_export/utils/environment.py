@@ -1,4 +1,4 @@
-"""What a result was measured with: GPU, CPU, driver, versions, date and commit."""
+"""The environment of a result: GPU, CPU, driver, versions, date and commit."""
 
 from __future__ import annotations
 
@@ -25,19 +25,24 @@ def cpu_name() -> str:
     return next(named, platform.machine())
 
 
-def checkout_commit() -> str:
-    """The commit of the checkout that this package runs from; "unknown" for an installed one, and without git.
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, where the package runs from one
 
-    Only this project's own repository is asked: one that merely surrounds an installation is not the source's.
+
+def source_commit() -> str:
+    """The commit of the source: $JET_COMMIT, or that of the checkout that this package runs from.
+
+    "unknown" for an installed package, and without git. Git is asked only about our own checkout: a repository that
+    merely surrounds an installed package is another project's.
     """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if commit := os.environ.get("JET_COMMIT"):
+        return commit
+    if not (ROOT / ".git").exists():
         return "unknown"
     env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
-    env["GIT_CEILING_DIRECTORIES"] = str(root.parent)
+    env["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)
     try:
         git = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, env=env
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, env=env
         )
     except OSError:
         return "unknown"
@@ -45,18 +50,17 @@ def checkout_commit() -> str:
 
 
 def version_lines() -> list[str]:
-    """What `jet-export --version` prints."""
+    """The output of `jet-export --version`."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return [
-        f"jet-export {__version__} (commit {os.environ.get('JET_COMMIT') or checkout_commit()})",
+        f"jet-export {__version__} (commit {source_commit()})",
         f"torch {torch.__version__}, Triton {triton.__version__}, CUDA {torch.version.cuda or 'none (a CPU build)'}",
         f"GPU {gpu}, Python {platform.python_version()}",
     ]
 
 
 def environment() -> dict[str, str]:
-    """What a result was measured with. The commit: $JET_COMMIT, or that of this checkout."""
-    commit = os.environ.get("JET_COMMIT") or checkout_commit()
+    """What a result was measured with, as results record it."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
@@ -73,12 +77,12 @@ def environment() -> dict[str, str]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": source_commit(),
     }
 
 
 def device_slug() -> str:
-    """The folder of results measured here: "h100", "h200", "rtx-4090"; "cpu" without a GPU."""
+    """The directory of results measured here: "h100", "h200", "rtx-4090"; "cpu" without a GPU."""
     if not torch.cuda.is_available():
         return "cpu"
     words = torch.cuda.get_device_name().removeprefix("NVIDIA ").removeprefix("GeForce ").lower().split()
@@ -86,7 +90,7 @@ def device_slug() -> str:
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """`result` with the environment, as JSON."""
+    """Write `result` and the environment as JSON."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")

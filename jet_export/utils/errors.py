@@ -1,4 +1,4 @@
-"""The one exception for bad input: what is wrong, where, and what to do. The CLI prints it and exits with status 2."""
+"""The exception for bad input: what is wrong, where, and what to do. The CLI prints it and exits with status 2."""
 
 
 class JetExportError(Exception):

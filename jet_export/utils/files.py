@@ -1,4 +1,4 @@
-"""Files: checks of output paths before any work, atomic writes, hashes, and where the package's data lies."""
+"""Files: checks of output paths, atomic writes, hashes, and the package's data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from jet_export.utils.errors import JetExportError
 
-DATA = Path(__file__).parents[1] / "data"  # what the package ships
+DATA = Path(__file__).parents[1] / "data"  # shipped with the package
 
 
 def existing(path: Path) -> Path:
-    """`path`, or of the directories that it would be made in the nearest that is there."""
+    """`path`, or its nearest ancestor that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def check_directory(path: Path, option: str = "--output") -> None:
-    """Raises JetExportError where no directory can be made at `path`. Makes nothing."""
+    """Raises JetExportError where no directory can be created at `path`. Creates nothing."""
     there = existing(path)
     if not there.is_dir():
         raise JetExportError(f"{option} {path}: {there} is a file.", "Name a directory.")
@@ -27,14 +27,14 @@ def check_directory(path: Path, option: str = "--output") -> None:
 
 
 def check_file(path: Path, option: str = "--output") -> None:
-    """Raises JetExportError where no file can be written at `path`. Makes nothing."""
+    """Raises JetExportError where no file can be written at `path`. Creates nothing."""
     if path.is_dir():
         raise JetExportError(f"{option} {path}: is a directory.", "Name a file.")
     check_directory(path.parent, option)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """`text` as UTF-8, all of it or nothing; the directory is made."""
+    """Write `text` as UTF-8, entirely or not at all; directories are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tmp.write_text(text, encoding="utf-8")
@@ -42,7 +42,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """In long pieces, during which other threads of Python run."""
+    """The hash of a file, read in large blocks: hashing them releases the GIL."""
     digest, buffer = hashlib.sha256(), bytearray(min(path.stat().st_size, 1 << 22) or 1)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as f:
@@ -52,7 +52,7 @@ def sha256_file(path: Path) -> str:
 
 
 def replace_directory(tmp: Path, output: Path) -> None:
-    """Put the finished bundle in place; the old one survives until the new one is there."""
+    """Move the finished directory to `output`; an old one there is removed only once the new one is in place."""
     old = output.parent / f".{output.name}.{os.getpid()}.old"
     if output.exists():
         output.rename(old)

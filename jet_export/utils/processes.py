@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them. Linux."""
+"""Processes that end when their parent does. Linux only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def signal_at_parents_end(number: signal.Signals) -> None:
-    """This process gets the signal when its parent ends, however it does."""
+    """Send this process a signal when its parent ends, for whatever reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def end_with_parent(parent: int) -> None:
-    """SIGKILL when `parent`, an id, ends; at once where it has ended already."""
+    """Kill this process when its parent, the process `parent`, ends; exit now if it has ended already."""
     signal_at_parents_end(signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)

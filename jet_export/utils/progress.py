@@ -1,21 +1,21 @@
-"""Progress of long work: named stages and their seconds."""
+"""Progress of long work, in named stages."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class Progress:
-    """Stages with their seconds; `print` is given whole lines."""
+    """Emits a line when a stage begins, and one with its seconds when it ends."""
 
     def __init__(self, emit: Callable[[str], None]) -> None:
         self.emit = emit
         self.start = time.monotonic()
 
     @contextmanager
-    def stage(self, name: str):
+    def stage(self, name: str) -> Iterator[None]:
         start = time.monotonic()
         self.emit(f"  {name} ...")
         yield

@@ -1,4 +1,4 @@
-"""An ONNX graph beside the model with every value forced: no error reaches another comparison."""
+"""Compares an ONNX graph with the model value by value, each computed from the model's own (teacher forcing)."""
 
 from __future__ import annotations
 
@@ -21,29 +21,43 @@ FORCED = "every node, forced"
 
 
 class ValueMatch(NamedTuple):
-    """How far one value of the graph is from the model's own. Norms relative to the model's."""
+    """How far one value of the graph is from the model's own."""
 
     name: str
-    relative: float
+    relative: float  # norm of the difference over the norm of the model's value
     max_abs: float
+
+
+class ForcedStep(NamedTuple):
+    """What one step is run on."""
+
+    input_ids: Tensor
+    batch: PackedBatch
+    logit_indices: Tensor
+    states: list[Tensor]
+
+    @property
+    def decode(self) -> bool:
+        return self.input_ids.shape[0] == self.batch.slots.shape[0]
 
 
 HELD = [7, 0, 9]  # tokens that the sequences of a forced step hold
 
 
-def forced_steps(eager: EagerEngine, seed: int) -> Iterator[tuple[Tensor, PackedBatch, Tensor, list[Tensor]]]:
-    """A ragged prefill and a decode step, with padding rows, from noise: ids, batch, logit_indices, states."""
-    layout = Layout(eager.config, 2 * SPARE, SPARE, seed, eager.device)
+def forced_steps(eager: EagerEngine, seed: int) -> Iterator[ForcedStep]:
+    """A ragged prefill and a decode step, with padding rows, on states of noise."""
+    layout = Layout(eager.config, tokens=2 * SPARE, longest_call=SPARE, seed=seed, device=eager.device)
     prompts = random_prompts(eager.config, SPARE, seed)
     for call in (prefill_step(eager.limits), decode_step()):
         ids = torch.tensor([t for row, n in zip(call.rows, call.lens, strict=True) for t in prompts[row][:n]])
         rows = torch.arange(len(ids), dtype=torch.int32, device=eager.device)
         states = [layout.noise(spec) for spec in eager.specs]
-        yield ids.to(eager.device), layout.batch(call, HELD), rows, states
+        yield ForcedStep(ids.to(eager.device), layout.batch(call, HELD), rows, states)
 
 
 def forced_bound(eager: EagerEngine, name: str) -> float:
-    """fp32: sums in another order. bf16: results are one rounding apart, u; so are both operands of FP8 products."""
+    """The largest relative error of a value. fp32: sums are in another order. bf16: results are one rounding apart, u,
+    and so are both operands of FP8 products."""
     if eager.dtype == torch.float32:
         return 1e-5
     module = dict(eager.model.named_modules()).get(name)
@@ -53,31 +67,25 @@ def forced_bound(eager: EagerEngine, name: str) -> float:
 def forced_stage(engine: OnnxEngine, eager: EagerEngine, seed: int) -> StageResult:
     """`teacher_forced` as a stage of verify."""
     tokens, failures = 0, []
-    for ids, batch, rows, states in forced_steps(eager, seed):
-        tokens += len(ids)
-        step = "decode" if len(ids) == len(batch.slots) else "prefill"
-        for m in teacher_forced(engine.graph, eager, ids, batch, rows, states):
+    for step in forced_steps(eager, seed):
+        tokens += len(step.input_ids)
+        mode = "decode" if step.decode else "prefill"
+        for m in teacher_forced(engine.graph, eager, step):
             bound = forced_bound(eager, m.name)
             if not m.relative <= bound:
-                failures.append(f"{FORCED}: {step}: {m.name}: relative error {m.relative:.3g}, bound {bound:.3g}")
+                failures.append(f"{FORCED}: {mode}: {m.name}: relative error {m.relative:.3g}, bound {bound:.3g}")
     return StageResult(FORCED, tokens, [], failures)
 
 
 @torch.inference_mode()
-def teacher_forced(
-    graph: OnnxModel,
-    eager: EagerEngine,
-    input_ids: Tensor,
-    batch: PackedBatch,
-    logit_indices: Tensor,
-    states: list[Tensor],
-) -> list[ValueMatch]:
-    """Evaluate the graph with every value that the model has too replaced by the model's own as soon as it is compared.
+def teacher_forced(graph: OnnxModel, eager: EagerEngine, step: ForcedStep) -> list[ValueMatch]:
+    """Evaluate the graph, and replace each value that the model has too by the model's own once it is compared.
 
-    No error reaches another comparison: between two of them lies a handful of nodes. `states` stay unchanged.
+    So an error does not reach later comparisons: only a few nodes lie between two of them. The step's states are not
+    changed.
     """
     names = [s.name for s in eager.specs]
-    expected = model_values(graph, eager, input_ids, batch, logit_indices, states)
+    expected = model_values(graph, eager, step)
     out: list[ValueMatch] = []
 
     def observe(name: str, value: Tensor) -> Tensor:
@@ -89,18 +97,11 @@ def teacher_forced(
         out.append(ValueMatch(name, error.item(), (a - b).abs().max().item()))
         return want
 
-    graph.run(feeds(names, input_ids, batch, logit_indices, states), observe)
+    graph.run(feeds(names, *step), observe)
     return out
 
 
-def model_values(
-    graph: OnnxModel,
-    eager: EagerEngine,
-    input_ids: Tensor,
-    batch: PackedBatch,
-    logit_indices: Tensor,
-    states: list[Tensor],
-) -> dict[str, Tensor]:
+def model_values(graph: OnnxModel, eager: EagerEngine, step: ForcedStep) -> dict[str, Tensor]:
     """The model's own values under the graph's names: outputs of modules, `<path>.input`, logits, states after."""
     made = {name for node in graph.nodes for name in node.outputs}
     values: dict[str, Tensor] = {}
@@ -110,10 +111,9 @@ def model_values(
             hooks.append(module.register_forward_hook(lambda m, x, y, path=path: values.update({path: y})))
         if f"{path}.input" in made:
             hooks.append(module.register_forward_pre_hook(lambda m, x, p=path: values.update({f"{p}.input": x[0]})))
-    after = [s.clone() for s in states]
+    after = [s.clone() for s in step.states]
     try:
-        decode = input_ids.shape[0] == batch.slots.shape[0]
-        out = eager.model.forward_packed(input_ids, batch, after, logit_indices, decode)
+        out = eager.model.forward_packed(step.input_ids, step.batch, after, step.logit_indices, step.decode)
     finally:
         for hook in hooks:
             hook.remove()

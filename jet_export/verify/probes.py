@@ -1,12 +1,12 @@
-"""What a step reads and writes, to the bit: no rounding is involved, so these checks need no bounds.
+"""Checks bit for bit what a step reads: no rounding is involved, so these checks need no bounds.
 
-From one set of states, a step is repeated with some of them altered:
-- what it must not read (keys outside the window or not yet there, pages and slots of nobody) filled with other noise:
-  every result must be the same to the bit;
-- one thing it must read (a tap of the convolution's state, a recurrent state, a window's oldest key) altered in one
-  sequence: the engine's results must change wherever the eager model's do, and no other sequence's may.
-A window that is one key too long fails the first, one that is too short the second, however small their part in the
-logits is.
+A step is repeated from the same states, some of them altered:
+- What it must not read (keys outside the window or not yet written, unused pages and slots) is filled with other noise.
+  Every result must stay the same to the bit.
+- One thing that it must read (a tap of the convolution state, a recurrent state, a window's oldest key) is altered in
+  one sequence. The engine's results must change wherever the eager model's do, and those of other sequences must not.
+A window that is one key too long fails the first check, one that is too short the second, however little that key
+contributes to the logits.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Results = tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]  # before, aft
 
 @dataclass(frozen=True)
 class Probe:
-    """One alteration and what came of it. `failure` is empty where all is well."""
+    """One alteration and its outcome."""
 
     step: str
     what: str
-    failure: str = ""
+    failure: str = ""  # empty where the step did as it should
 
 
 class Stepper:
@@ -43,7 +43,7 @@ class Stepper:
         self.base, self.call = base, call
 
     def __call__(self, pool: int | None = None, altered: Tensor | None = None) -> list[dict[str, Tensor]]:
-        """For each sequence its results, by name: logits, states, new keys and values. `pool` is given `altered`."""
+        """Each sequence's results by name: logits, states, new keys and values. `altered` replaces the state `pool`."""
         states = list(self.base.states)
         if pool is not None and altered is not None:
             states[pool] = altered
@@ -55,7 +55,7 @@ class Stepper:
         logits = t.step(self.call)
         live = [r for r in self.call.rows if r >= 0]
         counts = [n for r, n in zip(self.call.rows, self.call.lens, strict=True) if r >= 0]
-        per_row = dict(zip(live, logits.split(counts), strict=True))
+        per_row = dict(zip(live, torch.split(logits, counts), strict=True))
         return [{"logits": per_row[n], **self._states(n)} for n in range(SEQUENCES)]
 
     def _states(self, sequence: int) -> dict[str, Tensor]:
@@ -70,13 +70,13 @@ class Stepper:
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor], layer: int = -1) -> list[str]:
-    """Results that differ, of the logits and the layers above `layer`."""
+    """Names of the results that differ, among the logits and the layers above `layer`."""
     names = [n for n in before if n == "logits" or int(n.split(".")[1]) > layer]
     return [n for n in names if not torch.equal(before[n], after[n])]
 
 
 def run_probes(engine: Engine, eager: EagerEngine, base: Trial) -> list[Probe]:
-    """Probe a decode step and a short prefill from the states of `base`, a trial of the eager model."""
+    """Probe a decode step and a short prefill that start from the states of `base`, a trial of the eager model."""
     out: list[Probe] = []
     for name, call in (("decode", decode_step()), ("prefill", prefill_step(eager.limits))):
         ours, theirs = Stepper(engine, base, call), Stepper(eager, base, call)
@@ -95,7 +95,7 @@ def run_probes(engine: Engine, eager: EagerEngine, base: Trial) -> list[Probe]:
 
 
 def unseen_probes(name: str, ours: Stepper, plain: list[dict[str, Tensor]]) -> Iterator[Probe]:
-    """Refill what no sequence may read, pool by pool."""
+    """Change what no sequence may read, pool by pool."""
     for i, spec in enumerate(ours.base.engine.specs):
         what = f"layers.{spec.layer}: " + (
             "rows of other slots" if spec.rows == "slots" else "keys and values out of view"
@@ -106,7 +106,7 @@ def unseen_probes(name: str, ours: Stepper, plain: list[dict[str, Tensor]]) -> I
 
 
 def visible_probe(name: str, what: str, layer: int, ours: Results, theirs: Results) -> Probe:
-    """`ours`, `theirs`: results before and after one thing in sequence ALTERED changed, engine's and eager model's."""
+    """`ours`, `theirs`: the engine's and the eager model's results before and after sequence ALTERED was altered."""
     for n in range(SEQUENCES):
         bad = changed(ours[0][n], ours[1][n])
         if n != ALTERED and bad:
@@ -118,7 +118,7 @@ def visible_probe(name: str, what: str, layer: int, ours: Results, theirs: Resul
 
 
 def refill_unseen(base: Trial, i: int) -> Tensor:
-    """The pool with other noise wherever a step from `base` must not look."""
+    """The pool with other noise wherever a step from `base` must not read."""
     spec, pool = base.engine.specs[i], base.states[i]
     fresh = noise_like(pool, i)
     if spec.rows == "slots":
@@ -132,7 +132,7 @@ def refill_unseen(base: Trial, i: int) -> Tensor:
 
 
 def noise_like(pool: Tensor, seed: int) -> Tensor:
-    """Large, and within FP8's range: 64 times a standard normal."""
+    """Large values within FP8's range: 64 times a standard normal."""
     rng = torch.Generator(device=pool.device).manual_seed(seed)
     noise = torch.randn(pool.shape, generator=rng, device=pool.device) * 64
     return noise.clamp(-448, 448).to(pool.dtype)

@@ -1,8 +1,8 @@
-"""How well an engine does its work, beside the unquantised checkpoint: reported, not judged.
+"""An engine's quality, compared with the unquantised checkpoint: reported, with no bounds.
 
-bits per byte = sum of -log2 p(token) / bytes over windows of `WINDOW` tokens, half a window apart, a token scored once,
-where it has most context; KL(unquantised || engine) a token and the share of equal argmaxes on the same tokens; recall
-(jet-tiny): the share of key-value queries in code whose four digits are all right, by the definition's distance.
+bits per byte = sum of -log2 p(token) / bytes over windows of `WINDOW` tokens, half a window apart, each token scored
+once, where it has most context; KL(unquantised || engine) per token and the share of equal argmaxes on the same tokens;
+recall (jet-tiny): the share of key-value queries in code whose four digits are all right, by the definition's distance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.backends.eager import EagerEngine
-from jet_export.bundle.dtypes import torch_dtype
 from jet_export.bundle.manifest import TOKENIZER, Manifest
 from jet_export.model.hub import JET_TINY_DIR, local_directory
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
@@ -34,17 +33,19 @@ from jet_export.verify.parity import kl_divergence, limited
 
 HELD_OUT = DATA / "heldout.txt"
 RECALL = DATA / "recall.jsonl"
-SLICE_BYTES = 16384  # of the text that are read
+SLICE_BYTES = 16384  # of the text
 WINDOW = 2048
-DISTANCES = (0, 128, 512, 2048)  # bounds of the bins that recall is reported in, tokens
+DISTANCES = (0, 128, 512, 2048)  # bounds of the bins of recall, tokens
 DEFINITION, QUERY = re.compile(r"^([A-Z]\d\d)=\d{4}$", re.M), re.compile(r"^([A-Z]\d\d)\?(\d{4})$", re.M)
 
 
 @dataclass
 class Quality:
+    """Figures on held-out text and recall."""
+
     tokens: int
     bytes: int
-    bits_per_byte: dict[str, float] = field(default_factory=dict)  # "engine", and "unquantised" where it is at hand
+    bits_per_byte: dict[str, float] = field(default_factory=dict)  # "engine", and "unquantised" where it is available
     kl: float | None = None  # mean KL(unquantised || engine), nats a token
     top1: float | None = None
     recall: dict[str, dict[str, float]] = field(default_factory=dict)  # by distance: engine, unquantised, queries
@@ -72,12 +73,14 @@ class Quality:
 
 
 class Query(NamedTuple):
+    """A question for a value defined earlier in the text."""
+
     positions: list[int]  # of the answer's tokens
     distance: int  # tokens from the definition's "=" to the query's "?"
 
 
 def measure_quality(engine: Engine, manifest: Manifest, directory: Path, text: str) -> Quality:
-    """Held-out text, and recall where the tokenizer is jet-tiny's."""
+    """Measure on held-out text, and recall where the tokenizer is jet-tiny's."""
     engines: dict[str, Engine] = {"engine": engine}
     plain = unquantised_engine(manifest)
     if plain is not None:
@@ -92,21 +95,21 @@ def measure_quality(engine: Engine, manifest: Manifest, directory: Path, text: s
 
 
 def unquantised_engine(manifest: Manifest) -> EagerEngine | None:
-    """The checkpoint that the bundle was made from, if it is on this machine, behind the eager engine."""
+    """An eager engine of the checkpoint that the bundle was built from, if that is on this machine."""
     source = str(manifest.model["source"])
     directory = local_directory(manifest.model["name"]) or (Path(source) if Path(source).is_dir() else None)
     if source.startswith("random weights") or directory is None:
         return None
     built_from = manifest.build.get("inputs", {}).get("weights", {})
     if built_from != {p.name: sha256_file(p) for p in directory.glob("*.safetensors")}:
-        return None  # other weights are there by now
-    dtype = torch_dtype(manifest.dtype)
-    model = JetNemotronForCausalLM.from_pretrained(directory, dtype, manifest.device, manifest.limits.max_seq_len)
-    return EagerEngine(model, manifest.limits, dtype, torch.float32)
+        return None  # its weights have changed
+    m = manifest
+    model = JetNemotronForCausalLM.from_pretrained(directory, m.dtypes.model, m.device, m.limits.max_seq_len)
+    return EagerEngine(model, manifest.limits)
 
 
 def windows(ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
-    """(tokens, how many of the first targets an earlier window scored). ids[0] is context only."""
+    """(tokens, how many of the first targets an earlier window has scored). ids[0] is context only."""
     for start in range(0, max(1, len(ids) - 1), size // 2):
         tokens = ids[start : start + size + 1]
         skip = size // 2 if start else 0
@@ -124,6 +127,7 @@ def all_logits(runner: Runner, tokens: list[int]) -> Tensor:
 
 @torch.no_grad()
 def held_out(runners: dict[str, Runner], ids: list[int], size: int) -> Quality:
+    """Bits per byte, KL and equal argmaxes on `ids`, the tokens of `size` bytes."""
     first = runners["engine"]
     out = Quality(len(ids) - 1, size)
     nats = dict.fromkeys(runners, 0.0)
@@ -134,7 +138,7 @@ def held_out(runners: dict[str, Runner], ids: list[int], size: int) -> Quality:
         for name, x in logits.items():
             nats[name] += torch.nn.functional.cross_entropy(x, targets, reduction="sum").item()
         if len(logits) == 2:
-            rows = zip(*(logits[name].split(256) for name in ("unquantised", "engine")), strict=True)
+            rows = zip(*(torch.split(logits[name], 256) for name in ("unquantised", "engine")), strict=True)
             kl += sum(kl_divergence(p, q).sum().item() for p, q in rows)
             same += int((logits["unquantised"].argmax(-1) == logits["engine"].argmax(-1)).sum())
     out.bits_per_byte = {name: n / math.log(2) / size for name, n in nats.items()}
@@ -161,7 +165,7 @@ def read_queries(tokenizer: HfTokenizer, text: str) -> tuple[list[int], list[Que
 
 @torch.no_grad()
 def recall(runners: dict[str, Runner], tokenizer: HfTokenizer) -> dict[str, dict[str, float]]:
-    """Teacher-forced argmax on every digit of an answer, which equals greedy decoding being right."""
+    """By the teacher-forced argmax of every digit, which is right exactly where greedy decoding is."""
     right: dict[tuple[int, str], list[bool]] = {}
     for line in RECALL.read_text(encoding="utf-8").splitlines():
         ids, queries = read_queries(tokenizer, json.loads(line)["text"])

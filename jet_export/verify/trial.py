@@ -1,7 +1,7 @@
-"""The steps that verify feeds to engines, and trials: one engine on its own pools, taking them.
+"""The steps that verify runs, and trials: an engine that takes these steps on pools of its own.
 
 Pools have more rows than the sequences use, in random order and filled with noise: an empty sequence must start from
-zero whatever its rows hold. Window rings are as short as the calls allow, so that they wrap.
+zero whatever its rows hold. Window rings are as short as the calls allow, so that they wrap around.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from jet_export.backends.base import Engine
-from jet_export.bundle.limits import Limits, max_prefill_tokens
+from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE, PackedBatch, StateSpec, pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
-SEQUENCES = 3  # with one padding row, the four rows that every graph takes
+SEQUENCES = 3  # and one padding row: four rows, which every graph takes
 DECODE_STEPS = 6
-SPARE = 16  # tokens that the steps after the prompts take
-PROBE_TOKENS = 3  # the most of one sequence in `prefill_step`
+SPARE = 16  # tokens of the steps after the prompts
+PROBE_TOKENS = 3  # most tokens of one sequence in `prefill_step`
 LOGIT_ROWS = 64  # rows of logits compared in one call
 FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Call:
-    """One engine call. A sequence's next tokens are those of its prompt."""
+    """One engine call, on the next tokens of each sequence's prompt."""
 
     rows: tuple[int, ...]  # the sequence of each packed row; -1: padding
     lens: tuple[int, ...]
@@ -36,9 +36,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Stage:
+    """Calls whose results are compared together."""
+
     name: str
     calls: tuple[Call, ...]
-    forced: bool = False  # every trial starts from the eager model's states: errors do not pile up over tokens
+    forced: bool = False  # every trial starts from the eager model's states, so that errors do not accumulate
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Scenario:
 
     @property
     def tokens(self) -> int:
-        """The most that one sequence comes to hold, with the step that probes repeat at the end."""
+        """The most tokens that one sequence holds, with those of the probes' step at the end."""
         held = [0] * SEQUENCES
         for call in (c for s in self.stages for c in s.calls):
             for row, n in zip(call.rows, call.lens, strict=True):
@@ -71,7 +73,7 @@ def prefill_step(limits: Limits) -> Call:
 
 
 def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
-    """Prompts cross every window's edge, several pages and the end of the ring, as far as the limits allow."""
+    """Prompts cross the window's edge, several pages and the end of the ring, as far as the limits allow."""
     room, chunk = limits.max_seq_len - SPARE, limits.prefill_chunk
     if room < SPARE:
         raise JetExportError(
@@ -80,7 +82,7 @@ def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
         )
     past_window = config.window_size + PAGE + 9
     split = chunk_sizes(min(room, config.window_size + 4 * PAGE + 41), chunk)
-    most = min(chunk, room // 2, max(max_prefill_tokens(limits.max_batch_size, chunk), 32) // 3)
+    most = min(chunk, room // 2, max(limits.max_prefill_tokens, 32) // 3)
     a, b, c, d = (min(most, n) for n in (past_window, 65, 5, 2))
     ragged = (Call((2, -1, 0), (c, b, a)), Call((0, 1, -1, 2), (b, d, 1, a)), Call((1, 0), (b, 1)))
     decode = tuple(Call(rows, (1,) * 4, True) for rows in ((0, 2, -1, 1), (2, 1, 0, -1)) * (DECODE_STEPS // 2))
@@ -110,9 +112,11 @@ def chunk_sizes(tokens: int, chunk: int) -> list[int]:
 
 
 class Layout:
-    """Which pool rows belong to which sequence. `rows` counts each pool's; two of them are nobody's."""
+    """Which pool rows belong to which sequence. `rows`: rows of each pool, two of them unused."""
 
-    def __init__(self, config: JetNemotronConfig, tokens: int, longest_call: int, seed: int, device: torch.device):
+    def __init__(
+        self, config: JetNemotronConfig, *, tokens: int, longest_call: int, seed: int, device: torch.device
+    ) -> None:
         rng = torch.Generator().manual_seed(seed)
         pages, ring = pages_per_sequence(config, tokens, longest_call)
         self.config, self.seed, self.device = config, seed, device
@@ -133,8 +137,8 @@ class Layout:
         ends = [0, *torch.tensor(call.lens).cumsum(0).tolist()]
         context = [held[r] if r >= 0 else 0 for r in call.rows]
         tables = [self.tables[n][live].tolist() for n in ("pages", "window_pages")]
-        return PackedBatch(*(torch.tensor(x, dtype=torch.int32, device=self.device)
-                             for x in (ends, slots, context, *tables)))  # fmt: skip
+        parts = (ends, slots, context, *tables)
+        return PackedBatch(*(torch.tensor(x, dtype=torch.int32, device=self.device) for x in parts))
 
     def positions(self, spec: StateSpec, sequence: int, first: int, end: int) -> tuple[Tensor, Tensor]:
         """(page, offset) of positions [first, end) of a sequence that are still in the pool."""
@@ -144,12 +148,12 @@ class Layout:
 
 
 def raw(pool: Tensor) -> Tensor:
-    """Indexing is not implemented for FP8: its bytes."""
+    """An FP8 pool as bytes, since torch does not index FP8."""
     return pool.view(torch.uint8) if pool.dtype == FP8 else pool
 
 
 class Trial:
-    """An engine with its own pools on a layout. `held[n]`: the tokens that sequence n holds."""
+    """An engine on pools of its own. `held[n]`: the number of tokens that sequence n holds."""
 
     def __init__(self, engine: Engine, layout: Layout, prompts: list[list[int]]) -> None:
         self.engine, self.layout, self.prompts = engine, layout, prompts
@@ -158,7 +162,7 @@ class Trial:
         self.held = [0] * SEQUENCES
 
     def _unused(self) -> list[Tensor]:
-        """What the rows of no sequence hold."""
+        """The contents of unused rows."""
         pools = zip(self.engine.specs, self.states, strict=True)
         return [raw(pool)[self.layout.unused[s.rows].to(pool.device)] for s, pool in pools]
 
@@ -168,7 +172,7 @@ class Trial:
         self.held = list(held)
 
     def step(self, call: Call) -> Tensor:
-        """Logits [rows, vocab] in fp32: every row's last token, and others spread over the call."""
+        """Run a call. Logits [rows, vocab] in fp32, of each sequence's last token and of others across the call."""
         batch = self.layout.batch(call, self.held)
         ids: list[int] = []
         live: list[int] = []
@@ -189,8 +193,8 @@ class Trial:
         return logits.float()
 
     def snapshot(self, since: list[int] | None = None) -> dict[str, Tensor]:
-        """Each layer's states, [rows, features] fp32: conv_state a row per tap, recurrent_state a row per head, k and v
-        a row per head and position held (`since`: only later positions). FP8 caches as their codes' values."""
+        """Each layer's states, [rows, features] fp32: conv_state has a row per tap, recurrent_state a row per head, k
+        and v a row per head and position (from `since` on). FP8 caches: the values of their codes."""
         out: dict[str, Tensor] = {}
         for spec, pool in zip(self.engine.specs, self.states, strict=True):
             if spec.rows == "slots":
@@ -207,7 +211,7 @@ class Trial:
         return out
 
     def overwritten(self) -> list[str]:
-        """Pools of which a row that belongs to no sequence has changed."""
+        """Pools of which an unused row has changed."""
         rows = zip(self.engine.specs, self._unused(), self.guards, strict=True)
         return [s.name for s, now, before in rows if not torch.equal(now, before)]
 

@@ -1,7 +1,7 @@
-"""`jet-export verify`: a bundle's engine beside the eager model that holds the same weights, FP8 layers included.
+"""`jet-export verify`: compares a bundle's engine with the eager model of the same weights, FP8 layers included.
 
-parity.py compares the two step by step (trial.py) within measured bounds, probes.py what a step reads to the bit, and
-quality.py reports how well the engine does on held-out text.
+parity.py compares the two step by step (trial.py) within measured bounds, probes.py checks bit for bit what a step
+reads, and quality.py reports the engine's quality on held-out text.
 """
 
 from __future__ import annotations
@@ -32,9 +32,15 @@ from jet_export.verify.trial import SEQUENCES, random_prompts, scenarios
 GRAPH_STEPS = 4
 PROBES = "reads, to the bit"
 STAGES = (
-    "prefill", "chunked prefill", "ragged batch", "decode", "decode, one sequence", "one decode step",
-    "one prefill step", PROBES,
-)  # fmt: skip
+    "prefill",
+    "chunked prefill",
+    "ragged batch",
+    "decode",
+    "decode, one sequence",
+    "one decode step",
+    "one prefill step",
+    PROBES,
+)
 
 
 @dataclass
@@ -69,7 +75,7 @@ class Verification:
         }
 
     def table(self) -> Group:
-        """A row a stage: the logits' relative error, and the quantity that uses up most of its bound."""
+        """One row per stage: the logits' relative error, and the quantity nearest to its bound."""
         table = Table(box=None, header_style="bold")
         names = ("stage", "tokens", "logits' error", "bound", "KL", "cosine", "top-1", "nearest its bound", "")
         for name in names:
@@ -83,16 +89,24 @@ class Verification:
             x = s.measures[0]
             worst = max(s.measures, key=lambda m: m.ratio if m.ratio == m.ratio else float("inf"))
             table.add_row(
-                s.name, str(s.tokens), f"{x.relative:.1e}", f"{x.relative_bound:.1e}", f"{x.kl:.1e}",
-                f"{x.cosine:.6f}", f"{x.top1:.1%}", f"{worst.what} {worst.ratio:.0%}", verdict,
-            )  # fmt: skip
+                s.name,
+                str(s.tokens),
+                f"{x.relative:.1e}",
+                f"{x.relative_bound:.1e}",
+                f"{x.kl:.1e}",
+                f"{x.cosine:.6f}",
+                f"{x.top1:.1%}",
+                f"{worst.what} {worst.ratio:.0%}",
+                verdict,
+            )
         return Group(table, *(self.quality.tables() if self.quality else []))
 
 
 def verify_engines(
     engine: Engine, eager: EagerEngine, prompts: list[list[int]] | None = None, seed: int = 0
 ) -> Iterator[StageResult]:
-    """Every check that needs no bundle, a result a stage. `prompts`: SEQUENCES rows of `tokens_needed` ids."""
+    """Run the checks that need no bundle and yield each stage's result. `prompts`: SEQUENCES lists of `tokens_needed`
+    ids."""
     prompts = prompts or random_prompts(eager.config, tokens_needed(eager), seed)
     with torch.no_grad():
         base = yield from compare(engine, eager, reference_engine(eager, seed), prompts, seed)
@@ -105,7 +119,7 @@ def tokens_needed(engine: Engine) -> int:
 
 
 def graph_stage(engine: Engine, prompts: list[list[int]]) -> StageResult:
-    """Decode by CUDA graph equals decode without, to the bit."""
+    """Check that decode by CUDA graph equals decode without one, bit for bit."""
     n = min(SEQUENCES, engine.limits.max_batch_size)
     length = min(64, engine.limits.prefill_chunk, engine.limits.max_seq_len - GRAPH_STEPS)
     engine = limited(engine, n, length + GRAPH_STEPS)
@@ -134,7 +148,7 @@ def onnx_stage(engine: Engine, eager: EagerEngine, seed: int) -> StageResult:
 
 
 def verify_bundle(bundle: Path, text: Path | None, seed: int, emit: Callable[[str], None]) -> Verification:
-    """Verify a bundle; `emit` is given a line as each stage begins to take time. `text`: held-out UTF-8 text."""
+    """Verify a bundle. `text`: held-out UTF-8 text; `emit` gets a line of progress for each stage."""
     start = time.monotonic()
     held_out = read_text(text or HELD_OUT)
     emit("  load the bundle and its eager model ...")

@@ -1,4 +1,4 @@
-"""Loading: weights and hashes at once, nothing native before the check's end, and nothing imported that is not used."""
+"""Loading: weights and hashes in parallel, no native code before the check ends, and no unused imports."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers.eager_bundle import mini_config
 
-from jet_export.backends import load as engine
+from jet_export.backends import load
+from jet_export.backends.inductor import engine
 from jet_export.backends.load import load_engine
 from jet_export.bundle.dtypes import dtype_name
 from jet_export.bundle.limits import Limits
@@ -32,7 +33,15 @@ def bundle(tmp_path):
         (tmp_path / f"{mode}.pt2").write_bytes(b"package")
     described = {"name": "mini", "source": "random", "licence": None, "config": model.config.to_dict()}
     backend, dtype = {"name": "inductor", "torch": torch.__version__}, dtype_name(torch.float32)
-    manifest = Manifest(described, backend, host_target(torch.device("cpu")), dtype, dtype, dtype, LIMITS)
+    manifest = Manifest(
+        model=described,
+        backend=backend,
+        target=host_target(torch.device("cpu")),
+        dtype=dtype,
+        kv_cache_dtype=dtype,
+        state_dtype=dtype,
+        limits=LIMITS,
+    )
     manifest.files = describe_files(tmp_path)
     manifest.save(tmp_path)
     return tmp_path
@@ -55,9 +64,9 @@ def loaded(monkeypatch) -> list[str]:
 
 
 def test_packages_come_after_the_check_and_weights_beside_it(bundle, loaded, monkeypatch) -> None:
-    """The check waits for the weights to be there: one after the other they would never end."""
+    """The check waits for the weights to be loaded: in sequence they would never end."""
     weights_there, order = threading.Event(), []
-    check_files, load_weights = engine.check_files, engine.load_weights
+    check_files, load_weights = load.check_files, load.load_weights
 
     def check(directory, manifest) -> None:
         assert weights_there.wait(60)
@@ -65,14 +74,14 @@ def test_packages_come_after_the_check_and_weights_beside_it(bundle, loaded, mon
         check_files(directory, manifest)
         order.append("checked")
 
-    def load(directory, manifest):
+    def load_after(directory, manifest):
         weights = load_weights(directory, manifest)
         order.append("weights")
         weights_there.set()
         return weights
 
-    monkeypatch.setattr(engine, "check_files", check)
-    monkeypatch.setattr(engine, "load_weights", load)
+    monkeypatch.setattr(load, "check_files", check)
+    monkeypatch.setattr(load, "load_weights", load_after)
     load_engine(bundle)
     assert order == ["weights", "checked"]
     assert loaded == ["prefill.pt2", "decode.pt2"]
@@ -80,7 +89,7 @@ def test_packages_come_after_the_check_and_weights_beside_it(bundle, loaded, mon
 
 @pytest.mark.parametrize("name", [WEIGHTS, "decode.pt2"])
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
-def test_damage_is_the_checks_to_tell(bundle, loaded, name, damage) -> None:
+def test_the_check_reports_damage(bundle, loaded, name, damage) -> None:
     """Also where the weights cannot be read at all."""
     data = (bundle / name).read_bytes()
     if damage == "gone":

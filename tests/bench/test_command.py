@@ -68,7 +68,7 @@ def run(bundle, *contexts: int, output=None, lines=None, **asked):
 
 def test_red_verification_prints_no_speed(bundle, outcome, monkeypatch) -> None:
     outcome.failures = ["prefill: logits: relative error 1, bound 0.1"]
-    monkeypatch.setattr(command, "measure_rows", lambda *a: pytest.fail("measured"))
+    monkeypatch.setattr(command, "Subject", lambda **_: pytest.fail("measured"))
     with pytest.raises(JetExportError, match=r"verify fails \(1 failures, the first: prefill: logits.* no speed"):
         run(bundle, 32)
     with pytest.raises(JetExportError, match="verify fails"):  # and is not taken for green the second time

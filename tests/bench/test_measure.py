@@ -77,7 +77,7 @@ def test_prefill_speed_and_time_to_first_token_are_of_one_fill(engine):
 def test_synthetic_states_are_finite_and_not_zero(engine):
     from jet_export.bench.measure import Run
 
-    run = Run(engine, Case(2, 64, 16, 4), 0, False)
+    run = Run(engine, Case(batch=2, context=64, chunk=16, new_tokens=4), 0, False)
     run.synthesise()
     assert all(s.isfinite().all() and (s != 0).any(dim=-1).all() for s in run.runner.states)
     assert engine.decode(run.next, run.runner.batch([0, 1], [1, 1]), run.runner.states).isfinite().all()
@@ -100,7 +100,7 @@ def test_fills_are_repeated_while_the_time_allows(engine, monkeypatch):
         return 2e3
 
     monkeypatch.setattr("jet_export.bench.measure.stopwatch", call)
-    case = Case(1, 32, 16, 4, repeats=5)
+    case = Case(batch=1, context=32, chunk=16, new_tokens=4, repeats=5)
     for seconds, fills in ((3, 0), (7, 1), (9, 2), (60, 5)):
         clock[0] = 0.0
         (m,) = measure_engine(engine, [case], fill_seconds=seconds)
@@ -111,16 +111,16 @@ def test_fills_are_repeated_while_the_time_allows(engine, monkeypatch):
 def test_the_first_steps_are_dropped(engine, monkeypatch):
     ticks = iter(range(1, 1000))  # the first is the prefill call's
     monkeypatch.setattr("jet_export.bench.measure.stopwatch", lambda fn, device: fn() or float(next(ticks)))
-    (m,) = measure_engine(engine, [Case(1, 16, 16, new_tokens=DROPPED + 20, fill="prefill")])
+    (m,) = measure_engine(engine, [Case(batch=1, context=16, chunk=16, new_tokens=DROPPED + 20, fill="prefill")])
     assert m.step.median == pytest.approx(2 + DROPPED + 9.5)
 
 
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (Case(5, 16, 16, 4), "batch 5 exceeds max_batch_size 4"),
-        (Case(1, 94, 16, 4), "context 94 and 4 new tokens exceed max_seq_len 96"),
-        (Case(1, 16, 32, 4), "chunk 32 exceeds prefill_chunk 16"),
+        (Case(batch=5, context=16, chunk=16, new_tokens=4), "batch 5 exceeds max_batch_size 4"),
+        (Case(batch=1, context=94, chunk=16, new_tokens=4), "context 94 and 4 new tokens exceed max_seq_len 96"),
+        (Case(batch=1, context=16, chunk=32, new_tokens=4), "chunk 32 exceeds prefill_chunk 16"),
     ],
 )
 def test_a_case_that_does_not_fit_is_refused(engine, case, message):
@@ -131,15 +131,15 @@ def test_a_case_that_does_not_fit_is_refused(engine, case, message):
 
 def test_sizes_and_fills_are_checked(engine):
     with pytest.raises(JetExportError, match="sizes must be positive"):
-        measure_engine(engine, [Case(0, 16, 16, 4)])
+        measure_engine(engine, [Case(batch=0, context=16, chunk=16, new_tokens=4)])
     with pytest.raises(JetExportError, match="fill 'noise' is not known"):
-        measure_engine(engine, [Case(1, 16, 16, 4, fill="noise")])
+        measure_engine(engine, [Case(batch=1, context=16, chunk=16, new_tokens=4, fill="noise")])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_measuring_on_a_gpu():
-    (m,) = measure_engine(eager_engine(LIMITS, device="cuda"), [Case(2, 40, 16, 12)])
+    (m,) = measure_engine(eager_engine(LIMITS, device="cuda"), [Case(batch=2, context=40, chunk=16, new_tokens=12)])
     assert m.step.median > 0 and m.peak_bytes > m.state_bytes > 0
 
 

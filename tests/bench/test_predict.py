@@ -10,16 +10,17 @@ import pytest
 import torch
 from helpers.bench_rows import row
 
-from jet_export.bench.predict import Table, fit_steps, left_out_errors, lines, predict
+from jet_export.bench.predict import Prediction, StepTable, Target, fit_steps, left_out_errors, lines, predict
 from jet_export.bench.roofline import step_bytes
-from jet_export.bundle.memory import weight_bytes
+from jet_export.bundle.dtypes import Dtypes
+from jet_export.bundle.memory import MemoryBudget, weight_bytes
 from jet_export.cli import app as cli
 from jet_export.model.cache import state_specs
 from jet_export.model.config import jet_2b
 from jet_export.utils.errors import JetExportError
 
 GPU = {"gpu": "NVIDIA H100 80GB HBM3", "gpu_bytes": str(85_520_809_984)}
-DTYPES = ("bfloat16", "bfloat16", "float32")
+DTYPES = Dtypes(model=torch.bfloat16, kv_cache=torch.bfloat16)
 WEIGHTS = weight_bytes(jet_2b(), torch.bfloat16, False)
 
 
@@ -34,10 +35,26 @@ def measured(batch: int, context: int, noise: float = 0.0):
     return row(batch, 1e3 * batch / ms, context=context, step_bytes={"weights": WEIGHTS, "total": total})
 
 
+def target(context: int, tpot_ms: float) -> Target:
+    return Target(tpot_ms=tpot_ms, context=context, prefill_chunk=2048)
+
+
+def largest(table: StepTable, context: int, tpot_ms: float, available: float = 1e13) -> Prediction:
+    budget = MemoryBudget(config=jet_2b(), dtypes=DTYPES, weights=WEIGHTS, available=int(available))
+    return predict(budget, table, target(context, tpot_ms))
+
+
 @pytest.fixture
-def table(tmp_path) -> Table:
+def table(tmp_path) -> StepTable:
     rows = [measured(b, c) for b in (1, 16, 64) for c in (4096, 65536)]
-    return Table((tmp_path / "bench.json",), "NVIDIA H100 80GB HBM3", "2026-01-01", "jet-2b", "bf16", tuple(rows))
+    return StepTable(
+        files=(tmp_path / "bench.json",),
+        device="NVIDIA H100 80GB HBM3",
+        date="2026-01-01",
+        model="jet-2b",
+        precision="bf16",
+        rows=tuple(rows),
+    )
 
 
 def test_the_fit_finds_what_made_the_steps(table) -> None:
@@ -52,7 +69,7 @@ def test_no_term_is_negative() -> None:
 
 @pytest.mark.parametrize("tpot", [2.5, 7.7, 20.0])
 def test_the_batch_is_the_largest_within_the_time(table, tpot) -> None:
-    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, tpot, int(1e13), 2048)
+    p = largest(table, 65536, tpot)
 
     def ms(batch: int) -> float:
         return 0.5 + nbytes(batch, 65536) / 2.5e9 + 0.002 * batch
@@ -68,10 +85,10 @@ def test_one_sequence_has_an_overhead_of_its_own(table) -> None:
     faster = dataclasses.replace(table, rows=tuple(quick))
     one = 0.5 + nbytes(1, 65536) / 2.5e9 + 0.002
     for tpot, batches in ((one - 0.1, (0, 1)), (one - 0.31, (0, 0)), (7.7, None)):
-        a, b = (predict(jet_2b(), DTYPES, WEIGHTS, t, 65536, tpot, int(1e13), 2048) for t in (table, faster))
+        a, b = (largest(t, 65536, tpot) for t in (table, faster))
         assert b.fit == a.fit and b.errors == a.errors and len(b.errors) == 4
         assert (a.batch, b.batch) == batches if batches else a.batch == b.batch > 1
-    p = predict(jet_2b(), DTYPES, WEIGHTS, faster, 65536, one - 0.1, int(1e13), 2048)
+    p = largest(faster, 65536, one - 0.1)
     assert 1e3 * p.seconds == pytest.approx(one - 0.3, rel=0.01)  # at a context in the middle of a case's
 
 
@@ -121,12 +138,12 @@ def test_a_step_of_one_sequence_is_explained(table) -> None:
     faster = dataclasses.replace(table, rows=tuple(quick))
     one = 0.2 + nbytes(1, 65536) / 2.5e9 + 0.002
     for tpot in (one + 0.01, one - 0.1):
-        p = predict(jet_2b(), DTYPES, WEIGHTS, faster, 65536, tpot, int(1e13), 2048)
-        said = " ".join(lines(p, faster, 65536, tpot))
+        p = largest(faster, 65536, tpot)
+        said = " ".join(lines(p, faster, target(65536, tpot)))
         assert "step of one sequence, fitted apart to 2 measured = 0.202 ms + 0.4 ms/GB; each predicted" in said
         assert p.alone.seconds(nbytes(1, 65536)) == p.seconds and max(p.alone.errors) < 1e-6
-    several = predict(jet_2b(), DTYPES, WEIGHTS, faster, 65536, 20, int(1e13), 2048)
-    assert "one sequence" not in " ".join(lines(several, faster, 65536, 20))
+    several = largest(faster, 65536, 20)
+    assert "one sequence" not in " ".join(lines(several, faster, target(65536, 20)))
 
 
 def test_the_error_of_one_sequence_is_of_steps_left_out() -> None:
@@ -139,15 +156,15 @@ def test_the_error_of_one_sequence_is_of_steps_left_out() -> None:
 
 
 def test_memory_binds_where_time_does_not(table) -> None:
-    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, 1000, int(20e9), 2048)
+    p = largest(table, 65536, 1000, available=20e9)
     assert p.bound == "memory" and p.memory.total <= 20e9
-    assert 0 < p.batch < predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, 1000, int(40e9), 2048).batch
+    assert 0 < p.batch < largest(table, 65536, 1000, available=40e9).batch
 
 
 def test_what_cannot_be_met_is_said(table) -> None:
-    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 65536, 0.1, int(1e12), 2048)
+    p = largest(table, 65536, 0.1, available=1e12)
     assert p.batch == 0 and p.memory is None
-    assert "not reached: one sequence takes longer" in lines(p, table, 65536, 0.1)[-1]
+    assert "not reached: one sequence takes longer" in lines(p, table, target(65536, 0.1))[-1]
 
 
 def test_the_error_is_of_steps_left_out(table) -> None:
@@ -162,11 +179,11 @@ def test_the_error_is_of_steps_left_out(table) -> None:
 
 
 def test_extrapolation_is_marked(table) -> None:
-    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 131072, 50, int(1e13), 2048)
-    text = " ".join(lines(p, table, 131072, 50))
+    p = largest(table, 131072, 50)
+    text = " ".join(lines(p, table, target(131072, 50)))
     assert "lies outside the measured ones, 4096 to 65536: extrapolated" in text
-    p = predict(jet_2b(), DTYPES, WEIGHTS, table, 4096, 50, int(1e13), 2048)
-    assert "beyond the largest measured, 64: extrapolated" in " ".join(lines(p, table, 4096, 50))
+    p = largest(table, 4096, 50)
+    assert "beyond the largest measured, 64: extrapolated" in " ".join(lines(p, table, target(4096, 50)))
 
 
 def inspect(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:

@@ -15,22 +15,15 @@ from jet_export.bench.protocols import (
     throughput_only,
     wanted,
 )
+from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
-from jet_export.bundle.memory import engine_memory, largest_batch
+from jet_export.bundle.memory import MemoryBudget
 from jet_export.model.config import jet_2b
 from jet_export.utils.errors import JetExportError
 
-COMMAND = [
-    "jet-export",
-    "build",
-    "--model",
-    "jet-2b",
-    "--random-weights",
-    "--max-batch-size=64",
-    "--max-seq-len",
-    "8192",
-]
+COMMAND = ["jet-export", "build", "--model", "jet-2b", "--random-weights", "--max-batch-size=64"]
+COMMAND += ["--max-seq-len", "8192"]
 
 
 def manifest(batch: int = 64, seq: int = 8192, chunk: int = 2048) -> Manifest:
@@ -47,14 +40,16 @@ def manifest(batch: int = 64, seq: int = 8192, chunk: int = 2048) -> Manifest:
 
 
 def room(available: float = 80e9, **limits: int) -> Room:
-    return Room(manifest(**limits), int(3.9e9), int(available))
+    return Room.of(manifest(**limits), weights=int(3.9e9), available=int(available))
 
 
 def test_the_papers_protocol_is_its_batches_and_chunks() -> None:
     cases, skipped, _ = plan_cases(Asked(protocol="paper"), room(1e13, batch=1024, seq=300_000))
     assert [(c.context, c.batch, c.chunk, c.new_tokens) for c in cases] == [
-        (4096, 1024, 256, 128), (65536, 128, 2048, 128), (262144, 64, 2048, 128),
-    ]  # fmt: skip
+        (4096, 1024, 256, 128),
+        (65536, 128, 2048, 128),
+        (262144, 64, 2048, 128),
+    ]
     assert not skipped
 
 
@@ -92,17 +87,14 @@ def test_auto_is_the_largest_that_memory_and_limits_allow() -> None:
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    c, bf16, fp32 = jet_2b(), torch.bfloat16, torch.float32
-
-    def needs(n: int) -> int:
-        return engine_memory(
-            c, Limits(max_batch_size=n, max_seq_len=4224, prefill_chunk=256), bf16, bf16, fp32, 4 * 10**9
-        ).total
-
+    dtypes, sizes = Dtypes(model=torch.bfloat16, kv_cache=torch.bfloat16), {"max_seq_len": 4224, "prefill_chunk": 256}
     for available in (5 * 10**9, 10**10, 8 * 10**10):
-        n = largest_batch(c, 4224, 256, bf16, bf16, fp32, 4 * 10**9, available)
-        assert needs(n) <= available < needs(n + 1)
-    assert largest_batch(c, 4224, 256, bf16, bf16, fp32, 4 * 10**9, 4 * 10**9) == 0
+        budget = MemoryBudget(config=jet_2b(), dtypes=dtypes, weights=4 * 10**9, available=available)
+        n = budget.largest_batch(**sizes)
+        needs = [budget.memory(Limits(max_batch_size=b, **sizes)).total for b in (n, n + 1)]
+        assert needs[0] <= available < needs[1]
+    budget = MemoryBudget(config=jet_2b(), dtypes=dtypes, weights=4 * 10**9, available=4 * 10**9)
+    assert budget.largest_batch(**sizes) == 0
 
 
 def test_latency_runs_one_sequence_and_repeats_its_fill() -> None:
@@ -114,7 +106,7 @@ def test_latency_runs_one_sequence_and_repeats_its_fill() -> None:
 
 
 def test_the_sweep_has_every_power_of_two_once_and_the_largest() -> None:
-    cases = with_sweep([Case(16, 4096, 256)], [], room(1e13, batch=100), 128)
+    cases = with_sweep([Case(batch=16, context=4096, chunk=256)], [], room(1e13, batch=100), 128)
     assert [c.batch for c in cases] == [16, 1, 2, 4, 8, 32, 64, 100]
     assert [c.fill for c in cases] == ["auto"] + 7 * ["synthetic"]
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from jet_export.bench.measure import Case
 from jet_export.bench.roofline import (
     FP8,
     Peaks,
+    Roofline,
     Weights,
     count_weights,
-    decode_seconds,
     mixer_flops,
-    prefill_seconds,
     step_bytes,
 )
 from jet_export.bundle.memory import weight_bytes
@@ -34,11 +34,12 @@ def sizes(config, fp8: bool = False) -> dict:
 def test_jet_2b_at_64k_and_batch_128_moves_what_was_worked_out_by_hand() -> None:
     """KV 17.2 GB, fp32 states 7.25 (read and written), weights 3.9, windows 0.3: 28.7 GB, 13,500 tok/s at 3.02 TB/s."""
     c = jet_2b()
-    b = step_bytes(c, state_specs(c, BF16), count_weights(sizes(c)).read, 128, 65536)
+    device = roofline(count_weights(sizes(c)), Peaks(3.02e12, {}))
+    b = device.step_bytes(128, 65536)
     gigabytes = [x / 1e9 for x in (b.kv_full, b.recurrent_states, b.weights, b.kv_window)]
     assert gigabytes == pytest.approx([17.2, 7.25, 3.9, 0.3], abs=0.05)
     assert b.total / 1e9 == pytest.approx(28.7 + b.conv_states / 1e9, abs=0.1)
-    assert 128 / decode_seconds(b, Peaks(3.02e12, {})) == pytest.approx(13_500, rel=0.02)
+    assert 128 / device.decode_seconds(128, 65536) == pytest.approx(13_500, rel=0.02)
 
 
 def test_weights_read_are_the_models_and_not_the_rope_table() -> None:
@@ -81,20 +82,23 @@ def test_attention_of_a_prefill_is_quadratic_and_windows_are_not() -> None:
     assert per_token[0] < per_token[1] < 2 * per_token[0]
 
 
-def test_the_slower_of_products_and_bytes_bounds_a_prefill() -> None:
+def roofline(weights: Weights, peaks: Peaks) -> Roofline:
     c = jet_2b()
-    specs, weights = state_specs(c, BF16), Weights(10**9, 10**9, {BF16: 10**9})
-    args = (c, specs, weights)
-    fast_memory, fast_products = Peaks(1e20, {BF16: 1e12}), Peaks(1e9, {BF16: 1e30})
-    assert prefill_seconds(*args, fast_memory, BF16, 1, 1000, 500, 2) > 2 * 1e9 * 1000 / 1e12
-    two = prefill_seconds(*args, fast_products, BF16, 1, 1000, 500, 2)
-    assert two == pytest.approx((2e9 + sum(step_bytes(c, specs, 0, 1, n).total for n in (0, 500))) / 1e9)
+    return Roofline(config=c, dtype=BF16, specs=state_specs(c, BF16), weights=weights, peaks=peaks)
+
+
+def test_the_slower_of_products_and_bytes_bounds_a_prefill() -> None:
+    weights = Weights(read=10**9, resident=10**9, products={BF16: 10**9})
+    case = Case(batch=1, context=1000, chunk=500)
+    fast_memory = roofline(weights, Peaks(1e20, {BF16: 1e12}))
+    assert fast_memory.prefill_seconds(case) > 2 * 1e9 * 1000 / 1e12
+    fast_products = roofline(weights, Peaks(1e9, {BF16: 1e30}))
+    moved = sum(step_bytes(jet_2b(), fast_products.specs, 0, 1, n).total for n in (0, 500))
+    assert fast_products.prefill_seconds(case) == pytest.approx((2e9 + moved) / 1e9)
 
 
 def test_fp8_products_are_faster_where_the_device_has_them() -> None:
-    c = jet_2b()
-    w = Weights(0, 0, {FP8: 10**9})
-    args = (c, state_specs(c, BF16), w)
-    slow = prefill_seconds(*args, Peaks(1e20, {BF16: 1e12, torch.float32: 1e12}), BF16, 1, 100, 100, 1)
-    fast = prefill_seconds(*args, Peaks(1e20, {BF16: 1e12, FP8: 2e12}), BF16, 1, 100, 100, 1)
+    weights, case = Weights(read=0, resident=0, products={FP8: 10**9}), Case(batch=1, context=100, chunk=100)
+    slow = roofline(weights, Peaks(1e20, {BF16: 1e12, torch.float32: 1e12})).prefill_seconds(case)
+    fast = roofline(weights, Peaks(1e20, {BF16: 1e12, FP8: 2e12})).prefill_seconds(case)
     assert slow - fast == pytest.approx(2 * 10**9 * 100 / 2e12)

@@ -18,13 +18,17 @@ from helpers.paths import ROOT
 
 from jet_export.backends.eager import load_weights
 from jet_export.backends.inductor import package
+from jet_export.backends.inductor.engine import Package
 from jet_export.backends.load import check_bundle
 from jet_export.build import backend_choice as backends
 from jet_export.build import build, inductor
 from jet_export.build.build import run_build
 from jet_export.build.plan import BuildOptions, make_plan
+from jet_export.bundle.dtypes import Dtypes
+from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import engine_memory, weight_bytes
+from jet_export.model.config import jet_2b
 from jet_export.model.hub import checkpoint_licence, licence_files
 from jet_export.utils.errors import JetExportError
 
@@ -182,18 +186,9 @@ def test_every_seen_backend_names_a_committed_result() -> None:
 
 def test_memory_of_the_published_models() -> None:
     """The states that the paper's sizes give: 28 MB a sequence for jet-2b in fp32, KV of two layers at 64K."""
-    from jet_export.bundle.limits import Limits
-    from jet_export.model.config import jet_2b
-
     c = jet_2b()
-    m = engine_memory(
-        c,
-        Limits(max_batch_size=128, max_seq_len=65536, prefill_chunk=2048),
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.float32,
-        0,
-    )
+    limits = Limits(max_batch_size=128, max_seq_len=65536, prefill_chunk=2048)
+    m = engine_memory(c, limits, Dtypes(model=torch.bfloat16, kv_cache=torch.bfloat16), weights=0)
     assert m.recurrent_states == 128 * 24 * 12 * 96 * 256 * 4
     assert m.kv_full == 128 * 2 * 65536 * 2 * 2 * 128 * 2
     assert m.kv_window == 128 * 2 * (25 + 1) * 128 * 2 * 2 * 128 * 2
@@ -220,6 +215,26 @@ def test_requirements_come_before_a_download(tmp_path, monkeypatch) -> None:
         make(BuildOptions(model="jet-2b", device="cpu", output=tmp_path / "out"))
 
 
+def relu() -> torch.export.ExportedProgram:
+    return torch.export.export(torch.nn.ReLU(), (torch.randn(3, 2),))
+
+
+def test_a_compiler_of_two_words_compiles_a_package(tmp_path, monkeypatch) -> None:
+    """CXX="ccache g++": torch alone would look for a program of that name."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho called >>{tmp_path}/log\nexec "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{launcher} g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing compiled before
+    package.compile_package(relu(), tmp_path / "a.pt2")
+    monkeypatch.delenv("CXX")
+    x = torch.randn(3, 2)
+    assert torch.equal(Package(tmp_path / "a.pt2", torch.device("cpu"))(x), x.relu())
+    assert len((tmp_path / "log").read_text().splitlines()) > 1  # the probe of find_compiler, and the package
+
+
 def test_compiler_whose_packages_crash_on_load(tmp_path) -> None:
     """A library whose constructor aborts, in place of the compiled one, stands for an unfitting libstdc++."""
     cxx = shutil.which("g++")
@@ -229,7 +244,7 @@ def test_compiler_whose_packages_crash_on_load(tmp_path) -> None:
     subprocess.run([cxx, "-x", "c", "-fPIC", "-shared", "crash.c", "-o", "crash.so"], cwd=tmp_path, check=True)
     good = tmp_path / "good"
     good.mkdir()
-    package.compile_package(torch.export.export(torch.nn.ReLU(), (torch.randn(3, 2),)), good / "a.pt2")
+    package.compile_package(relu(), good / "a.pt2")
     package.check_loads(good)
     bad = tmp_path / "bad"
     bad.mkdir()

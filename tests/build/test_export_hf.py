@@ -22,8 +22,8 @@ from jet_export.model.fp8 import FP8, Fp8Linear
 from jet_export.model.fp8_checkpoint import kv_scale_names
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.model.weights import checkpoint_layout
-from jet_export.quantization.calibrate import quiet
-from jet_export.quantization.quantize import QuantizationReport, apply_report, calibrate_kv_scales, quantize_fp8
+from jet_export.quantization.calibrate import calibrate_kv_scales, quiet
+from jet_export.quantization.quantize import QuantizationReport, apply_report, quantize_fp8
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.progress import Progress
 

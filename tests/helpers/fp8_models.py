@@ -17,7 +17,7 @@ CONFIG = JetNemotronConfig(
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, jet_num_heads=2, head_k_dim=32, expand_v=2.0,
     window_size=24, vocab_size=128, max_position_embeddings=1024,
 )  # fmt: skip
-CALIBRATION = calibration_tokens(None, TEXT, CONFIG.vocab_size, seq_len=64, batches=3)
+CALIBRATION = calibration_tokens(None, TEXT, vocab_size=CONFIG.vocab_size, seq_len=64, windows=3)
 
 
 def model_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> JetNemotronForCausalLM:

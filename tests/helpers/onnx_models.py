@@ -9,16 +9,21 @@ from jet_export.backends.eager import EagerEngine
 from jet_export.backends.onnx.engine import OnnxEngine
 from jet_export.backends.onnx.evaluate import OnnxModel
 from jet_export.backends.onnx.export import write_onnx
+from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+
+
+GRAPH_LIMITS = Limits(max_batch_size=8, max_seq_len=512, prefill_chunk=64)
 
 
 def export(model: JetNemotronForCausalLM, directory: Path, kv_dtype: torch.dtype | None = None) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight" or k not in _tied(model)}
     save_file({**tensors, "cos_sin": model.cos_sin}, directory / WEIGHTS)
-    return write_onnx(model, directory, kv_dtype or model.dtype, torch.float32, max_tokens=512, max_batch=8)
+    dtypes = Dtypes(model=model.dtype, kv_cache=kv_dtype or model.dtype)
+    return write_onnx(model, directory, dtypes, GRAPH_LIMITS)
 
 
 def _tied(model: JetNemotronForCausalLM) -> set[str]:
@@ -29,6 +34,6 @@ def engines(
     model: JetNemotronForCausalLM, directory: Path, limits: Limits, kv_dtype: torch.dtype | None = None
 ) -> tuple[OnnxEngine, EagerEngine]:
     """The evaluator of the exported graph, and the model."""
-    eager = EagerEngine(model, limits, kv_dtype or model.dtype, torch.float32)
+    eager = EagerEngine(model, limits, kv_dtype=kv_dtype or model.dtype, state_dtype=torch.float32)
     graph = OnnxModel.load(export(model, directory, kv_dtype))
-    return OnnxEngine(graph, model.config, limits, eager.specs, model.dtype, model.device), eager
+    return OnnxEngine.like(eager, graph), eager

@@ -108,14 +108,14 @@ def evaluate(job: dict) -> dict:
 
     limits = Limits(max_batch_size=8, max_seq_len=256, prefill_chunk=64)
     model = random_model(JetNemotronConfig.from_json_file(job["config"]), torch.float32, "cpu", 0, limits.max_seq_len)
-    eager = EagerEngine(model, limits, torch.float32, torch.float32)
+    eager = EagerEngine(model, limits, kv_dtype=torch.float32, state_dtype=torch.float32)
     replay = Replay(Path(job["folder"]), Path(job["fake"]), job["sm"])
     graph = OnnxModel.load(job["graph"], "cpu", plugin_handlers(job["folder"], job["headers"], replay))
     plain = OnnxModel.load(job["graph"])
     nodes: list[dict] = []
     whole: list[float] = []
-    for ids, batch, rows, states in forced_steps(eager, seed=1):
-        found = teacher_forced(graph, eager, ids, batch, rows, states)
+    for step in forced_steps(eager, seed=1):
+        found = teacher_forced(graph, eager, step)
         nodes.append({m.name: m.relative for m in found})
         if len(ids) != len(batch.slots):
             continue  # end to end a decode step, whose states are any prefill's; interpreting takes its time

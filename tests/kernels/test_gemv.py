@@ -14,6 +14,7 @@ from helpers.poison import poisoned
 from jet_export.backends.eager import EagerEngine
 from jet_export.backends.graph import ONE_ROW
 from jet_export.backends.inductor.package import export_graph
+from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.kernels import configs
 from jet_export.kernels.gemv import gemv_ref, gemv_triton
@@ -43,7 +44,8 @@ def launched(x, w, x_scale, w_scale, bias, out_dtype):
 @pytest.mark.parametrize("biased", [False, True])
 def test_kernel_is_reference(device, N, K, scaled, biased):
     x, w, scales, bias = inputs(N, K, device=device)
-    extra = *(scales if scaled else (None, None)), bias if biased else None
+    x_scale, w_scale = scales if scaled else (None, None)
+    extra = (x_scale, w_scale, bias if biased else None)
     got = launched(x, w, *extra, torch.float32)
     exact = gemv_ref(x.double(), w.double(), *extra, torch.float64)
     assert relative_error(got, exact) <= relative_error(gemv_ref(x, w, *extra, torch.float32), exact) + 1e-5
@@ -76,11 +78,11 @@ def test_an_fp8_layer_in_the_graph_of_one_token_is_the_layer(dtype):
 def test_the_graph_of_one_token_is_decode(name, tmp_path):
     golden = load_golden(DATA / name)
     model = golden.model(tmp_path)
-    program = export_graph(model, ONE_ROW, torch.float32, torch.float32, 64, 4)
+    limits = Limits(max_batch_size=2, max_seq_len=128, prefill_chunk=64)
+    program = export_graph(model, ONE_ROW, Dtypes(model=torch.float32, kv_cache=torch.float32), limits)
     assert sum("gemv" in str(n.target) for n in program.graph.nodes) >= 4 * len(model.layers) + 1
     module = program.module()
-    limits = Limits(max_batch_size=2, max_seq_len=128, prefill_chunk=64)
-    runners = [Runner(EagerEngine(model, limits, torch.float32, torch.float32)) for _ in range(2)]
+    runners = [Runner(EagerEngine(model, limits, kv_dtype=torch.float32, state_dtype=torch.float32)) for _ in range(2)]
     ids = golden.input_ids[0, :20].tolist()
     for r in runners:
         r.prefill([1], [ids])

@@ -154,7 +154,17 @@ def test_failures_of_an_engine_go_to_their_rung(tmp_path):
     """States to the layers' rung, logits and text to the last one."""
 
     def measure(what: str) -> Measure:
-        return Measure("decode", what, 1.0, 0.5, 0.1, 0.5, 0.1, kl=1.0, kl_bound=0.1)
+        return Measure(
+            stage="decode",
+            what=what,
+            max_abs=1.0,
+            relative=0.5,
+            relative_bound=0.1,
+            worst_row=0.5,
+            worst_row_bound=0.1,
+            kl=1.0,
+            kl_bound=0.1,
+        )
 
     lines = [line for what in ("layers.3.recurrent_state", "logits") for line in measure(what).failures()]
     lines += ["reads, to the bit: x", "held-out text: KL is nan", "decode by CUDA graph: logits differ"]

@@ -8,6 +8,8 @@ from helpers.golden import DATA, MINI_NAMES, load_golden
 
 from jet_export.backends.graph import MODES, ONE_ROW
 from jet_export.backends.inductor.package import export_graph
+from jet_export.bundle.dtypes import Dtypes
+from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import parameter_count
 from jet_export.model.cache import state_specs
 from jet_export.model.config import JetDims, JetNemotronConfig, expand_v_of, jet_2b
@@ -96,7 +98,8 @@ def test_chunks_are_the_whole() -> None:
 @pytest.mark.parametrize("mode", [*MODES, ONE_ROW])
 def test_the_graphs_take_each_layers_states(mode: str) -> None:
     model = random_model(mixed(), torch.float32, max_positions=1024)
-    program = export_graph(model, mode, torch.float32, torch.float32, 64, 4)
+    limits = Limits(max_batch_size=4, max_seq_len=64, prefill_chunk=16)
+    program = export_graph(model, mode, Dtypes(model=torch.float32, kv_cache=torch.float32), limits)
     sizes = [tuple(n.args[11:14]) for n in program.graph.nodes if "jet_block" in str(n.target)]
     c = model.config
     assert sizes == [tuple(c.jet_dims(i)) for i, kind in enumerate(c.layer_types) if kind == "jet"]

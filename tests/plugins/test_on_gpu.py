@@ -196,8 +196,8 @@ def test_the_graph_with_plugins_is_the_model(headers, tmp_path, cache):
     model = JetNemotronForCausalLM.from_pretrained("jet-tiny", torch.bfloat16, torch.device("cuda"), limits.max_seq_len)
     kv = getattr(torch, cache)
     eager = EagerEngine(model, limits, kv_dtype=kv, state_dtype=torch.float32)
-    library = library_for(model.config, [10 * major + minor], BF16, "float32", cache, headers)
+    library = library_for(model.config, [10 * major + minor], dtype=BF16, cache_dtype=cache, headers=headers)
     graph = OnnxModel.load(export(model, tmp_path, kv), "cuda", plugin_handlers(library, headers))
-    for ids, batch, rows, states in forced_steps(eager, seed=0):
-        for m in teacher_forced(graph, eager, ids, batch, rows, states):
+    for step in forced_steps(eager, seed=0):
+        for m in teacher_forced(graph, eager, step):
             assert m.relative <= forced_bound(eager, m.name), m

@@ -72,30 +72,33 @@ class TestKvScales:
 
 class TestCalibrationText:
     def test_bytes_without_a_tokenizer(self) -> None:
-        (ids,) = calibration_tokens(None, "a\u00e9", 100)
+        (ids,) = calibration_tokens(None, "a\u00e9", vocab_size=100)
         assert ids.tolist() == [[b % 100 for b in "a\u00e9".encode()]] and ids.dtype == torch.int64
 
     def test_windows_span_the_text(self) -> None:
         text = "".join(chr(33 + i % 90) for i in range(1000))
-        windows = calibration_tokens(None, text, 256, seq_len=100, batches=4)
+        windows = calibration_tokens(None, text, vocab_size=256, seq_len=100, windows=4)
         assert [w.shape for w in windows] == [(1, 100)] * 4
         assert [w[0].tolist() for w in windows] == [list(text.encode())[s : s + 100] for s in (0, 300, 600, 900)]
 
     def test_short_text_gives_what_there_is(self) -> None:
-        assert [w.shape for w in calibration_tokens(None, "x" * 150, 256, seq_len=100)] == [(1, 100), (1, 100)]
-        assert [w.shape for w in calibration_tokens(None, "x" * 30, 256, seq_len=100)] == [(1, 30)]
+        assert [w.shape for w in calibration_tokens(None, "x" * 150, vocab_size=256, seq_len=100)] == [
+            (1, 100),
+            (1, 100),
+        ]
+        assert [w.shape for w in calibration_tokens(None, "x" * 30, vocab_size=256, seq_len=100)] == [(1, 30)]
 
     def test_tokenizer(self) -> None:
         class Words:
             def encode(self, text: str) -> list[int]:
                 return [len(w) for w in text.split()]
 
-        (ids,) = calibration_tokens(Words(), "a bb ccc", 10)
+        (ids,) = calibration_tokens(Words(), "a bb ccc", vocab_size=10)
         assert ids.tolist() == [[1, 2, 3]]
         with pytest.raises(JetExportError, match="the tokenizer gives id 3, the model has 3 tokens"):
-            calibration_tokens(Words(), "a bb ccc", 3)
+            calibration_tokens(Words(), "a bb ccc", vocab_size=3)
         with pytest.raises(JetExportError, match="no tokens"):
-            calibration_tokens(Words(), " ", 10)
+            calibration_tokens(Words(), " ", vocab_size=10)
 
     def test_files(self, tmp_path) -> None:
         path = tmp_path / "text"

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jet_export.backends.inductor.package import export_graph
+from jet_export.bundle.dtypes import Dtypes
+from jet_export.bundle.limits import Limits
 from jet_export.model.fp8 import FP8, Fp8Linear, quantize
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, empty_model
-from jet_export.quantization.calibrate import calibrated_copy
+from jet_export.quantization.calibrate import calibrate_kv_scales, calibrated_copy
 from jet_export.quantization.quantize import (
     QuantizationReport,
     apply_report,
-    calibrate_kv_scales,
     check_all_fp8,
     layer_table,
     quantize_fp8,
@@ -354,7 +355,8 @@ class TestReport:
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_exports_with_fp8_weights_only(quantised, mode: str) -> None:
     model, report = quantised
-    program = export_graph(model, mode, torch.bfloat16, torch.float32, 64, 4)
+    limits = Limits(max_batch_size=4, max_seq_len=64, prefill_chunk=16)
+    program = export_graph(model, mode, Dtypes(model=torch.bfloat16, kv_cache=torch.bfloat16), limits)
     for name in report.fp8:
         path = "model." + name.removeprefix("model.")
         assert program.state_dict[f"{path}.weight"].dtype == FP8

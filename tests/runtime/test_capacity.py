@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.eager_bundle import eager_llm
 
-from jet_export.bundle.limits import Limits, max_prefill_tokens
+from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import workspace_per_token
 from jet_export.model.cache import pages_per_sequence
 from jet_export.runtime import capacity as module
@@ -22,7 +22,7 @@ def sizes(engine) -> tuple[int, int, int, int]:
     """Pages of a sequence of full length; bytes of a page, of a slot with its windows, and of a step's activations."""
     each, ring = pages_per_sequence(engine.config, LIMITS.max_seq_len, LIMITS.prefill_chunk)
     rows = {r: sum(s.row_bytes for s in engine.specs if s.rows == r) for r in ("slots", "pages", "window_pages")}
-    step = max_prefill_tokens(3, LIMITS.prefill_chunk) * workspace_per_token(engine.config, engine.dtype)
+    step = LIMITS.max_prefill_tokens * workspace_per_token(engine.config, engine.dtype)
     return each, rows["pages"], rows["slots"] + ring * rows["window_pages"], step
 
 

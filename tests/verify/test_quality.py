@@ -22,7 +22,16 @@ def manifest(source: str = "jet-tiny, in the package") -> Manifest:
     model = {"name": "jet-tiny", "source": source, "config": load_config("jet-tiny").to_dict()}
     weights = {"model.safetensors": sha256_file(JET_TINY_DIR / "model.safetensors")}
     build = {"inputs": {"weights": weights}}
-    return Manifest(model=model, backend={}, target={"device": "cpu"}, dtype="bfloat16", kv_cache_dtype="bfloat16", state_dtype="float32", limits=LIMITS, build=build)
+    return Manifest(
+        model=model,
+        backend={},
+        target={"device": "cpu"},
+        dtype="bfloat16",
+        kv_cache_dtype="bfloat16",
+        state_dtype="float32",
+        limits=LIMITS,
+        build=build,
+    )
 
 
 def engine() -> EagerEngine:

@@ -27,7 +27,7 @@ from jet_export.bundle.target import host_target
 from jet_export.cli.app import app
 from jet_export.model.fp8 import FP8, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
-from jet_export.quantization.quantize import calibrate_kv_scales
+from jet_export.quantization.calibrate import calibrate_kv_scales
 from jet_export.utils.errors import JetExportError
 from jet_export.verify import verify
 from jet_export.verify.parity import measure, reference_engine
@@ -119,7 +119,9 @@ def test_scenarios_cross_what_they_should() -> None:
     config = JetNemotronForCausalLM.from_pretrained("jet-tiny").config
     chunked = scenarios(config, Limits(max_batch_size=8, max_seq_len=2048, prefill_chunk=2048))[1]
     assert {1, 2, 3} <= set(chunked.stages[0].calls[i].lens[0] for i in range(len(chunked.stages[0].calls)))
-    layout = Layout(config, tokens=chunked.tokens, longest_call=chunked.longest_call, seed=0, device=torch.device("cpu"))
+    layout = Layout(
+        config, tokens=chunked.tokens, longest_call=chunked.longest_call, seed=0, device=torch.device("cpu")
+    )
     assert chunked.tokens > layout.tables["window_pages"].shape[1] * 128 > config.window_size
     assert sum(chunk_sizes(1000, 60)) == 1000 and max(chunk_sizes(1000, 60)) == 60
 
@@ -186,7 +188,9 @@ def test_empty_sequences_start_from_zero_in_noisy_pools(mini) -> None:
     """A trial equals the batch API, whose pools are zero."""
     scenario = scenarios(mini.config, LIMITS)[0]
     prompts = random_prompts(mini.config, scenario.tokens, 0)
-    layout = Layout(mini.config, tokens=scenario.tokens, longest_call=scenario.longest_call, seed=3, device=torch.device("cpu"))
+    layout = Layout(
+        mini.config, tokens=scenario.tokens, longest_call=scenario.longest_call, seed=3, device=torch.device("cpu")
+    )
     trial = Trial(mini, layout, prompts)
     call = scenario.stages[0].calls[0]
     logits = trial.step(call)
@@ -204,7 +208,15 @@ def directory(mini, tmp_path_factory):
                "cos_sin": mini.model.cos_sin}, path / WEIGHTS)  # fmt: skip
     model = {"name": "mini", "source": "random weights, seed 0", "licence": None, "config": mini.config.to_dict()}
     dtype = dtype_name(torch.float32)
-    manifest = Manifest(model=model, backend={"name": "inductor"}, target=host_target(torch.device("cpu")), dtype=dtype, kv_cache_dtype=dtype, state_dtype=dtype, limits=LIMITS)
+    manifest = Manifest(
+        model=model,
+        backend={"name": "inductor"},
+        target=host_target(torch.device("cpu")),
+        dtype=dtype,
+        kv_cache_dtype=dtype,
+        state_dtype=dtype,
+        limits=LIMITS,
+    )
     manifest.files = describe_files(path)
     manifest.save(path)
     return path

@@ -3,8 +3,8 @@
     python -m jet_export.backends.inductor.compile_worker DIRECTORY MODE PARENT
 
 DIRECTORY, a bundle that is being built, holds manifest.json and weights.safetensors; MODE.pt2 is put beside them.
-Inductor is bound by Python, so that packages side by side take as long as the longest one. The process ends with
-PARENT, its parent's id.
+Inductor is bound by Python, so packages compiled side by side take only as long as the slowest one. The process ends
+when its parent, process PARENT, does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -27,30 +28,31 @@ if TYPE_CHECKING:
     from jet_export.bundle.manifest import Manifest
     from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
-GPU_BYTES = 2_000_000_000  # of a process beside one and a half times the weights: CUDA's context, examples, autotuning
-HOST_BYTES = 3_000_000_000  # of a process and its compilers
-LAST_LINES = 12  # of a failed process, shown
+GPU_BYTES = 2_000_000_000  # a process on top of 1.5 times the weights: CUDA's context, example inputs, autotuning
+HOST_BYTES = 3_000_000_000  # a process and its compilers
+LAST_LINES = 12  # shown of what a failed process printed
 
 
-def side_by_side(device: str, processes: int, weights: int, gpu_free: int, host_free: int) -> bool:
-    """Whether so many processes compile at once. The rest is bytes; `gpu_free` without this process's own model.
+@dataclass(frozen=True, kw_only=True)
+class CompileMemory:
+    """Bytes that decide whether packages compile side by side."""
 
-    Not on a CPU, where the weights would be in its memory more than once.
-    """
-    gpu, host = processes * (1.5 * weights + GPU_BYTES), processes * HOST_BYTES
-    return device == "cuda" and gpu <= gpu_free and host <= host_free
+    device: str
+    weights: int
+    gpu_free: int  # without this process's own model
+    host_free: int
+
+    def holds(self, processes: int) -> bool:
+        """Whether so many processes fit at once. Never on a CPU, whose memory would hold the weights several times."""
+        gpu, host = processes * (1.5 * self.weights + GPU_BYTES), processes * HOST_BYTES
+        return self.device == "cuda" and gpu <= self.gpu_free and host <= self.host_free
 
 
 def compile_mode(model: JetNemotronForCausalLM, manifest: Manifest, mode: str, directory: Path) -> None:
-    """MODE.pt2 of the model, by the manifest's dtypes and limits."""
+    """Write MODE.pt2, with the manifest's dtypes and limits."""
     from jet_export.backends.inductor.package import compile_package, export_graph
-    from jet_export.bundle.dtypes import torch_dtype
-    from jet_export.bundle.limits import max_prefill_tokens
 
-    limits = manifest.limits
-    tokens = max_prefill_tokens(limits.max_batch_size, limits.prefill_chunk)
-    kv_dtype, state_dtype = torch_dtype(manifest.kv_cache_dtype), torch_dtype(manifest.state_dtype)
-    program = export_graph(model, mode, kv_dtype, state_dtype, tokens, limits.max_batch_size)
+    program = export_graph(model, mode, manifest.dtypes, manifest.limits)
     compile_package(program, directory / f"{mode}.pt2")
 
 
@@ -59,18 +61,22 @@ def worker_command(directory: Path, mode: str) -> list[str]:
 
 
 class _Process:
-    """One compilation; what it prints is kept for the case that it fails."""
+    """One compilation. Its output is kept, to be shown if it fails."""
 
     def __init__(self, directory: Path, mode: str, threads: int) -> None:
         self.mode, self.start = mode, time.monotonic()
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by `end`
         self.process = subprocess.Popen(
-            worker_command(directory, mode), stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
-            start_new_session=True, env={"TORCHINDUCTOR_COMPILE_THREADS": str(threads), **os.environ},
-        )  # fmt: skip
+            worker_command(directory, mode),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={"TORCHINDUCTOR_COMPILE_THREADS": str(threads), **os.environ},
+        )
 
     def failure(self) -> JetExportError | None:
-        """Of the process, which has ended."""
+        """The error of a process that has ended; None where it succeeded."""
         status = self.process.returncode
         if status == 0:
             return None
@@ -83,7 +89,7 @@ class _Process:
         return JetExportError("\n  ".join([f"the {self.mode} package does not compile ({how}).", *lines[-LAST_LINES:]]))
 
     def end(self) -> None:
-        """Nothing runs afterwards: neither the process nor the compilers that it started."""
+        """Kill the process, if it still runs, and the compilers that it started."""
         if self.process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -92,7 +98,8 @@ class _Process:
 
 
 def compile_side_by_side(directory: Path, modes: Sequence[str], emit: Callable[[str], None]) -> None:
-    """Compile all modes at once. Raises JetExportError with the last lines of the first that fails; others end."""
+    """Compile all modes at once. Raises JetExportError with the last lines of the first that fails, and ends the
+    others."""
     running: list[_Process] = []
     threads = max(2, (os.cpu_count() or 2) // len(modes))  # Inductor's own default is all cores, for each process
     try:

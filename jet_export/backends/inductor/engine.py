@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jet_export.backends.base import Engine, manifest_specs
-from jet_export.bundle.dtypes import torch_dtype
+from jet_export.backends.base import Engine
 from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.model.cache import PackedBatch
 from jet_export.utils.errors import JetExportError
@@ -18,8 +17,8 @@ from jet_export.utils.errors import JetExportError
 class Package:
     """One AOTInductor package, called with flat tensors.
 
-    torch's own loader, `aoti_load_package`, compiles and runs test programs to tell what the CPU can do, and parses the
-    package's call signature at every call; here the bundle's manifest has answered the first, and the second is fixed.
+    torch's own loader, `aoti_load_package`, compiles and runs test programs to find out what the CPU supports, and
+    parses the package's call signature at every call. Here the manifest was checked, and the signature is fixed.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -34,10 +33,10 @@ class Package:
         missing = sorted(set(names.values()) - weights.keys())
         if missing:
             raise JetExportError(f"{path}: weight {missing[0]} is not in {WEIGHTS}.", "Build the bundle again.")
-        constants = {fqn: weights[name].detach() for fqn, name in names.items()}  # tensors of ours over the same memory
-        # torch never gives back its reference to a tensor that it does not manage: the memory would stay for good.
-        weakref.finalize(self, let_go, list(constants.values())).atexit = False
-        # use_inactive, check_full_update, user_managed. torch's wrapper of this call imports torch's compiler.
+        constants = {fqn: weights[name].detach() for fqn, name in names.items()}  # our own tensors over the same memory
+        # torch never drops its reference to a tensor that it does not manage: the memory would never be freed.
+        weakref.finalize(self, release, list(constants.values())).atexit = False
+        # use_inactive, check_full_update, user_managed. torch's wrapper of this call would import torch's compiler.
         self.loader.load_constants(constants, False, True, True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -46,8 +45,8 @@ class Package:
 
 
 @torch.inference_mode()
-def let_go(tensors: list[Tensor]) -> None:
-    """Tensors without memory: what others hold of it stays."""
+def release(tensors: list[Tensor]) -> None:
+    """Detach the tensors from their memory, which is freed unless another tensor holds it."""
     for tensor in tensors:
         tensor.set_()  # type: ignore[call-overload]
 
@@ -57,8 +56,8 @@ class InductorEngine(Engine):
 
     def __init__(self, manifest: Manifest, weights: dict[str, Tensor], graphs: dict[str, Package]) -> None:
         self.config, self.limits, self.device = manifest.config, manifest.limits, manifest.device
-        self.dtype = torch_dtype(manifest.dtype)
-        self.specs = manifest_specs(manifest)
+        self.dtype = manifest.dtypes.model
+        self.specs = manifest.dtypes.specs(manifest.config)
         self.weights, self.graphs = weights, graphs  # kept alive: the packages hold pointers into the weights
 
     @classmethod
@@ -75,11 +74,11 @@ class InductorEngine(Engine):
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
-        alone = len(input_ids) == 1 and "decode_one" in self.graphs
-        return self.graphs["decode_one" if alone else "decode"](input_ids, *batch, *states)
+        one = len(input_ids) == 1 and "decode_one" in self.graphs
+        return self.graphs["decode_one" if one else "decode"](input_ids, *batch, *states)
 
 
 def package_paths(directory: Path) -> dict[str, Path]:
-    """A bundle's packages by mode; decode_one is not in a CPU's, nor in one of an earlier version."""
+    """A bundle's packages by mode; bundles for a CPU, and older ones, have no decode_one."""
     paths = {mode: directory / f"{mode}.pt2" for mode in ("prefill", "decode", "decode_one")}
     return {mode: path for mode, path in paths.items() if mode != "decode_one" or path.is_file()}

@@ -1,4 +1,7 @@
-"""AOTInductor packages: exported graphs, compiled without weights, and loaded once in another process as a check."""
+"""AOTInductor packages: a graph exported and compiled without weights, and a check that the packages load.
+
+A package is given its weights when it is loaded, one copy for all packages of a bundle.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,27 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from jet_export.backends.graph import ONE_ROW, EngineGraph, dynamic_shapes, example_inputs, quiet_inductor
+from jet_export.backends.graph import MODES, ONE_ROW, EngineGraph, dynamic_shapes, example_inputs, quiet_torch
 from jet_export.backends.inductor.workarounds import lasting_names
+from jet_export.bundle.dtypes import Dtypes
+from jet_export.bundle.limits import Limits
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.mode import graph_mode
 from jet_export.utils.compiler import compiler_words, find_compiler
 from jet_export.utils.errors import JetExportError
 
 
-def export_graph(
-    model: JetNemotronForCausalLM,
-    mode: str,
-    kv_dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    max_tokens: int,
-    max_batch: int,
-) -> ExportedProgram:
+def modes_for(device: str, decode_one: bool = True) -> tuple[str, ...]:
+    """The packages of a bundle. On a GPU also one that decodes a single sequence: reading the weights bounds it."""
+    return (*MODES, ONE_ROW) if device == "cuda" and decode_one else MODES
+
+
+def export_graph(model: JetNemotronForCausalLM, mode: str, dtypes: Dtypes, limits: Limits) -> ExportedProgram:
     """torch.export of one graph; `jet::` ops stay nodes."""
-    args = example_inputs(model, kv_dtype, state_dtype, mode)
-    shapes = dynamic_shapes(model, max_tokens, max_batch, mode)
+    args = example_inputs(model, dtypes, mode)
+    shapes = dynamic_shapes(model, limits, mode)
     graph = EngineGraph(model, decode=mode != "prefill").eval()
-    with torch.no_grad(), quiet_inductor(), graph_mode("inductor", one_row=mode == ONE_ROW):
+    with torch.no_grad(), quiet_torch(), graph_mode("inductor", one_row=mode == ONE_ROW):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 
 
@@ -43,14 +46,14 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
         # Round where the eager model rounds: a fused cast left out flips FP8 codes.
         "emulate_precision_casts": True,
     }
-    # Division within two units in the last place of fp32, where this torch would round it exactly by default: half the
-    # instructions of SiLU and quantisation. The option's name differs between versions of torch.
+    # Division to within two units in the last place, not exactly rounded: SiLU and quantisation take half the
+    # instructions. The option's name differs between versions of torch.
     options = torch._inductor.config._config  # type: ignore[attr-defined]
     configs |= {k: False for k in options if "divi" in k and k.endswith("rounding")}
     with (
         find_compiler("an Inductor package").executable() as cxx,
-        torch._inductor.config.patch({"cpp.cxx": (None, cxx)}),  # torch takes $CXX for one file's name
-        quiet_inductor(),
+        torch._inductor.config.patch({"cpp.cxx": (None, cxx)}),  # torch takes $CXX for the name of one file
+        quiet_torch(),
         lasting_names(),
     ):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
@@ -67,7 +70,7 @@ for path in sys.argv[2:]:
 
 
 def check_loads(directory: Path, device: str = "cpu") -> None:
-    """Load the packages in another process: code of an unfitting compiler can kill the one that loads it."""
+    """Load the packages in another process: code from an incompatible compiler can kill the one that loads it."""
     packages = sorted(str(p) for p in directory.glob("*.pt2"))
     probe = [sys.executable, "-c", LOAD_PROBE, device, *packages]
     done = subprocess.run(probe, capture_output=True, text=True, timeout=600)

@@ -1,11 +1,10 @@
-"""Names in AOTInductor's C++ that stay valid: a workaround for torch 2.11 to 2.13.
+"""A workaround for undeclared names in AOTInductor's C++, torch 2.11 to 2.13.
 
-Inductor remembers the name of an array of sizes by the array and an `id` of where its declaration was written
-(CppWrapperCpu.codegen_int_array_var): in 2.11 of the bound method `buffer.writeline`, which is a new object at every
-access, in 2.13 of the buffer, of which some are gone before the package is there. Where Python gives the id to another
-one, a name comes back whose declaration was never written there, and g++ stops at "'int_array_55' was not declared in
-this scope": now and then, with nothing else changed. Here a buffer has one bound method, and both live until the
-package is there.
+CppWrapperCpu.codegen_int_array_var caches the name of an array of sizes, keyed by the array and by the `id` of what its
+declaration was written to: in 2.11 the bound method `buffer.writeline`, a new object at every access; in 2.13 the
+buffer, which may be freed before the package is finished. When Python reuses such an id, the cache returns a name that
+was never declared in the new buffer, and g++ occasionally fails with "'int_array_55' was not declared in this scope".
+Here every buffer keeps one bound method, and both stay alive until the package is finished.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 @contextmanager
 def lasting_names() -> Iterator[None]:
-    """Inside, what names are remembered by is kept alive, one object for each buffer and graph."""
+    """Keep alive the objects whose ids key the cache of names, one for each buffer and graph."""
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
     original: Any = CppWrapperCpu.codegen_int_array_var
@@ -30,7 +29,7 @@ def lasting_names() -> Iterator[None]:
         owner = getattr(writeline, "__self__", writeline)  # lives as long as its method does
         one = writers.setdefault((id(owner), getattr(writeline, "__func__", None)), writeline)
         graphs[id(graph)] = graph
-        return original(self, int_array, one, known_statically, graph)
+        return str(original(self, int_array, one, known_statically, graph))
 
     CppWrapperCpu.codegen_int_array_var = keeping  # type: ignore[method-assign]
     try:

@@ -1,1 +1,1 @@
-"""ONNX: the exported graph, its evaluation node by node, and an engine over that."""
+"""ONNX: the exported graph, its node-by-node evaluator, and an engine over the evaluator."""

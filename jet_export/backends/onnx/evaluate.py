@@ -1,8 +1,8 @@
-"""ONNX evaluated node by node on torch tensors, on any device: what the graph means, without an ONNX runtime.
+"""Evaluates an ONNX graph node by node on torch tensors, on any device, without an ONNX runtime.
 
-`HANDLERS` is the whole table: one function an op type that jet_export.onnx_export emits, straight from the operator's
-definition (opset 21). The nodes of the domain `jet` are the ops of `jet_export.kernels` on copies of their states;
-other handlers, such as the plugin library's, can be given in their place.
+`HANDLERS` has one function for each op type that onnx/export.py emits, written from the operator's definition (opset
+21). Nodes of the domain `jet` run the ops of `jet_export.kernels` on copies of their states; other handlers, such as
+the plugin library's, can replace them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from jet_export.model.onnx_nodes import DOMAIN, VERSION
 from jet_export.utils.errors import JetExportError
 
 Attributes = dict[str, Any]
-Handler = Callable[..., Tensor | tuple[Tensor, ...]]  # (attributes, *inputs) -> its output, or all of them
-Observer = Callable[[str, Tensor], Tensor]  # (name, value) -> the value to go on with
+Handler = Callable[..., Tensor | tuple[Tensor, ...]]  # (attributes, *inputs) -> output, or outputs
+Observer = Callable[[str, Tensor], Tensor]  # (name, value) -> the value that later nodes read
 
 DTYPES = {
     1: torch.float32,
@@ -33,14 +33,14 @@ DTYPES = {
     10: torch.float16,
     16: torch.bfloat16,
     17: torch.float8_e4m3fn,
-}  # fmt: skip  TensorProto.DataType
+}  # of TensorProto.DataType
 FP8_MAX = 448.0
 
 
 class Node(NamedTuple):
     op: str  # "Gemm", "jet::JetBlock"
     name: str
-    inputs: tuple[str, ...]  # "" where an optional one is left out
+    inputs: tuple[str, ...]  # "": an omitted optional input
     outputs: tuple[str, ...]
     attributes: Attributes
 
@@ -65,11 +65,11 @@ def slice_(a: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor,
 
 def split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
     axis = a.get("axis", 0)
-    return x.split(sizes.tolist(), axis) if sizes is not None else x.chunk(a["num_outputs"], axis)
+    return torch.split(x, sizes.tolist(), axis) if sizes is not None else x.chunk(a["num_outputs"], axis)
 
 
 def gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
-    """Along axis 0, indices from the start: rows."""
+    """Rows: along axis 0, with indices that are not negative."""
     if a.get("axis", 0) != 0 or indices.dim() != 1:
         raise JetExportError("ONNX: only Gather of rows is emitted by jet-export.")
     return x.index_select(0, indices)
@@ -140,7 +140,7 @@ HANDLERS: dict[str, Handler] = {
 
 @dataclass
 class OnnxModel:
-    """A graph, ready to run. `inputs`, `outputs`: the names that `run` takes and gives, in the graph's order."""
+    """A graph, ready to run. `inputs`, `outputs`: the names that `run` takes and returns, in the graph's order."""
 
     inputs: list[str]
     outputs: list[str]
@@ -152,9 +152,10 @@ class OnnxModel:
     def load(
         cls, path: str | Path, device: torch.device | str = "cpu", handlers: Mapping[str, Handler] | None = None
     ) -> OnnxModel:
-        """Read a file; weights on a CPU stay mapped from disk. `handlers` replace or add op types ("jet::JetBlock").
+        """Read a file; on a CPU, weights stay mapped from disk. `handlers` replace or add op types ("jet::JetBlock").
 
-        Raises JetExportError for an op type without a handler, another version of the jet nodes, and without onnx.
+        Raises JetExportError for an op type without a handler, for another version of the jet nodes, and where onnx is
+        not installed.
         """
         onnx = _import_onnx()
         path, table = Path(path), {**HANDLERS, **(handlers or {})}
@@ -176,9 +177,9 @@ class OnnxModel:
 
     @torch.inference_mode()
     def run(self, feeds: Mapping[str, Tensor], observe: Observer | None = None) -> dict[str, Tensor]:
-        """Evaluate on `feeds`, all of `inputs` by name, which stay unchanged; returns `outputs` by name.
+        """Evaluate on `feeds` (each of `inputs` by name, left unchanged); returns `outputs` by name.
 
-        `observe` sees every node's results as they are made, and returns what later nodes are to read instead.
+        `observe` is called with every result, and returns the value that later nodes read in its place.
         """
         missing = [n for n in self.inputs if n not in feeds]
         if missing:
@@ -212,7 +213,7 @@ def _read_node(n: Any, value: Callable[[Any], Any]) -> Node:
 
 
 def _read_tensor(t: Any, directory: Path, onnx: Any) -> Tensor:
-    """An initializer: mapped from the file that it lies in, or from the graph itself."""
+    """An initializer: mapped from its external file, or copied from the graph."""
     if t.data_type not in DTYPES:
         raise JetExportError(f"ONNX: initializer {t.name} has data type {t.data_type}, which jet-export does not emit.")
     dtype = DTYPES[t.data_type]

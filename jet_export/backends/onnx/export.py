@@ -5,10 +5,10 @@ inputs    input_ids [tokens] int64, cu_seqlens [sequences + 1], slots, context_l
           the states by name, in the order of cache.state_specs: layers.3.conv_state [slots, W-1, D], ...
 outputs   logits [outputs, vocab], and each state after the step: layers.3.conv_state_out, ...
 
-Opset 21. The mixers' cores are nodes of the domain `jet` (model/onnx_nodes.py). Tokens and sequences are independent,
-so that the one graph serves prefill and decode: nodes tell them apart by shape. Values carry the names of the modules
-that make them (`layers.0.mlp.gate_up_proj`), inputs of projections `....input`; initializers those of the state dict.
-Products are named after their modules too, jet nodes `layers.0.self_attn.JetBlock`: TensorRT's layer reports repeat it.
+Opset 21. The mixers' cores are nodes of the domain `jet` (model/onnx_nodes.py). Tokens and sequences are independent
+dimensions, so one graph serves prefill and decode: nodes tell them apart by shape. A value is named after the module
+that computes it (`layers.0.mlp.gate_up_proj`), a projection's input `....input`, an initializer as in the state dict.
+Products are named after their modules, jet nodes `layers.0.self_attn.JetBlock`; TensorRT's layer reports repeat that.
 An FP8 projection is QuantizeLinear / DequantizeLinear in fp32 before a product in the model dtype.
 """
 
@@ -19,6 +19,7 @@ import copy
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jet_export.backends.graph import INPUTS, EngineGraph, dynamic_shapes, example_inputs, quiet_inductor
+from jet_export.backends.graph import INPUTS, EngineGraph, dynamic_shapes, example_inputs, quiet_torch
+from jet_export.bundle.dtypes import Dtypes
+from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS
-from jet_export.model.cache import state_specs
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM, RMSNorm
 from jet_export.model.mode import graph_mode
@@ -58,9 +60,16 @@ class OnnxGraph(EngineGraph):
         super().__init__(model, decode=False)
 
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, block_table: Tensor,
-        window_block_table: Tensor, logit_indices: Tensor, states: list[Tensor],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        slots: Tensor,
+        context_lens: Tensor,
+        block_table: Tensor,
+        window_block_table: Tensor,
+        logit_indices: Tensor,
+        states: list[Tensor],
+    ) -> tuple[Tensor, ...]:
         with graph_mode("onnx") as states_out:
             logits = super().forward(
                 input_ids, cu_seqlens, slots, context_lens, block_table, window_block_table, logit_indices, states
@@ -77,15 +86,9 @@ def require_onnx() -> None:
         raise JetExportError(f"--backend onnx needs {e.name}.", "pip install 'jet-export[onnx]'") from None
 
 
-def write_onnx(
-    model: JetNemotronForCausalLM,
-    directory: Path,  # holds WEIGHTS, written from this model
-    kv_dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    max_tokens: int,
-    max_batch: int,
-) -> Path:
-    """Write model.onnx beside the weights and check it. No weight is read or copied; the model may be on any device."""
+def write_onnx(model: JetNemotronForCausalLM, directory: Path, dtypes: Dtypes, limits: Limits) -> Path:
+    """Write model.onnx into `directory`, which holds this model's WEIGHTS, and check it. No weight is read or copied;
+    the model may be on any device."""
     require_onnx()
     import onnx
     import onnx_ir as ir
@@ -93,19 +96,24 @@ def write_onnx(
     fake = FakeTensorMode()
     model = structure_of(model, fake)
     with fake:
-        args = example_inputs(model, kv_dtype, state_dtype, "prefill")
-    shapes = dynamic_shapes(model, max_tokens, max_batch, "prefill")
+        args = example_inputs(model, dtypes, "prefill")
+    shapes = dynamic_shapes(model, limits, "prefill")
     with torch.no_grad(), quiet_exporter():
         program = torch.export.export(OnnxGraph(model).eval(), args, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
             custom_translation_table={torch.ops.aten.silu.default: silu},
-        )  # fmt: skip
+        )
     assert exported is not None
     graph_model = exported.model
     graph = graph_model.graph
-    name_states(graph, [s.name for s in state_specs(model.config, model.dtype)])
-    name_dimensions(graph, [s.rows for s in state_specs(model.config, model.dtype)])
+    specs = dtypes.specs(model.config)
+    name_states(graph, [s.name for s in specs])
+    name_dimensions(graph, [s.rows for s in specs])
     name_values(graph, model)
     set_zero_points(graph)
     simplify(graph_model)
@@ -117,8 +125,8 @@ def write_onnx(
 
 
 def structure_of(model: JetNemotronForCausalLM, fake: FakeTensorMode) -> JetNemotronForCausalLM:
-    """The model with tensors that have shapes and no values, on the CPU: a graph has no device, and there torch.onnx
-    makes the results of symbolic nodes, wherever their inputs are."""
+    """The model with fake tensors on the CPU, shapes without values: a graph has no device, and torch.onnx creates the
+    results of symbolic nodes on the CPU whatever their inputs' device."""
     memo: dict[int, Any] = {}  # tied weights stay one
     with fake:
         for t in (*model.parameters(), *model.buffers()):
@@ -140,15 +148,15 @@ def silu(x: Any) -> Any:
 
 
 @contextmanager
-def quiet_exporter():
-    """Leave torch's remarks about its own parts out of the build's output."""
+def quiet_exporter() -> Iterator[None]:
+    """`quiet_torch`, and torch.onnx's warnings about its own operators."""
     import logging
 
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with quiet_inductor(), warnings.catch_warnings():
+        with quiet_torch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -163,7 +171,7 @@ def name_states(graph: ir.Graph, names: list[str]) -> None:
 
 
 def name_dimensions(graph: ir.Graph, pool_rows: list[str]) -> None:
-    """`s37 + 1` becomes `sequences + 1`, wherever it stands."""
+    """Rename symbolic sizes throughout the graph: `s37 + 1` becomes `sequences + 1`."""
     import onnx_ir as ir
 
     names: dict[str, str] = {}
@@ -193,8 +201,8 @@ def module_path(node: ir.Node) -> str:
 
 
 def name_values(graph: ir.Graph, model: JetNemotronForCausalLM) -> None:
-    """Name the results of projections, norms and layers after them, and what projections read `<path>.input`; products
-    after their projections, jet nodes after their layers."""
+    """Name the results of projections, norms and layers after their modules, the inputs of projections `<path>.input`,
+    products after their projections, and jet nodes after their layers."""
     nodes: dict[str, list[ir.Node]] = {}
     for node in graph:
         path = module_path(node)
@@ -222,7 +230,7 @@ def name_values(graph: ir.Graph, model: JetNemotronForCausalLM) -> None:
 
 
 def set_zero_points(graph: ir.Graph) -> None:
-    """Q and DQ per tensor: scales are scalars, and QuantizeLinear's FP8 zero point says what it gives."""
+    """Make Q and DQ per tensor: scalar scales, and an FP8 zero point, which sets QuantizeLinear's output type."""
     import onnx_ir as ir
 
     pairs = [n for n in graph if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -242,7 +250,7 @@ def set_zero_points(graph: ir.Graph) -> None:
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold arithmetic on constants (slice bounds, axes), never on weights; drop what nothing reads."""
+    """Fold arithmetic on constants (slice bounds, axes) but not on weights, and drop unused nodes."""
     import onnx_ir.passes.common as passes
     from onnxscript.optimizer import fold_constants
 
@@ -258,7 +266,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def drop_metadata(model: ir.Model) -> None:
-    """Without torch's notes at nodes and values: stack traces, with the paths of this machine."""
+    """Remove torch's metadata from nodes and values: stack traces, with paths of the machine that builds."""
     model.producer_name, model.graph.name = "jet-export", "jet_nemotron"
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -271,7 +279,7 @@ def drop_metadata(model: ir.Model) -> None:
 
 
 def point_to_weights(graph: ir.Graph, file: Path) -> None:
-    """Initializers that are weights get the state dict's names and become external data in the safetensors file."""
+    """Give weights the state dict's names, and make them external data in the safetensors file."""
     import onnx_ir as ir
 
     with file.open("rb") as f:
@@ -287,6 +295,11 @@ def point_to_weights(graph: ir.Graph, file: Path) -> None:
         begin, end = entries[name]["data_offsets"]
         value.name = name
         value.const_value = ir.ExternalTensor(
-            file.name, 8 + size + begin, end - begin, value.const_value.dtype,
-            shape=ir.Shape(value.shape), name=name, base_dir=file.parent,
-        )  # fmt: skip
+            file.name,
+            offset=8 + size + begin,
+            length=end - begin,
+            dtype=value.const_value.dtype,
+            shape=ir.Shape(value.shape),
+            name=name,
+            base_dir=file.parent,
+        )

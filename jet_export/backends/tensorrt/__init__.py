@@ -1,9 +1,8 @@
-"""TensorRT engines: the ONNX graph and the plugin library become a plan, which the runtime runs behind Engine.
+"""TensorRT engines: a plan built from the ONNX graph and the plugin library, and the engine that runs it.
 
-flavors   TensorRT and TensorRT for RTX: everything in which they differ
-profiles  the shapes that each of the two optimisation profiles takes
-builder   parse and build, in a process of its own
-layers    the layer report of a built engine, and what it must show
-build     the steps of `jet-export build`
-engine    the runtime
+flavors   TensorRT and TensorRT for RTX: all differences between them
+profiles  the input shapes of the two optimisation profiles
+builder   parsing and building, in a process of its own
+layers    the layer report of a built engine, and its checks
+engine    runs a plan behind the engine interface
 """

@@ -1,10 +1,10 @@
-"""Parses the ONNX graph and builds the plan, in a process of its own: native code that dies takes nothing with it, and
-its memory is free again.
+"""Parses the ONNX graph and builds the plan, in a process of its own: a crash in native code ends only that process,
+whose memory is freed at its end.
 
     python -m jet_export.backends.tensorrt.builder SPEC.json DIRECTORY
 
-SPEC: {"backend", "graph", "library", "sms", "profiles", "embed"}. DIRECTORY gets engine.plan, result.json and, in
-layers.txt, what TensorRT says of the built engine's layers.
+SPEC holds a `BuildSpec`. Into DIRECTORY are written engine.plan, result.json, and TensorRT's dump of the built engine's
+layers, layers.txt.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,22 @@ RESULT = "result.json"
 LAYER_DUMP = ("Layers:\n", "Engine Layer Information:\n")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildSpec:
+    """What to build, as JSON."""
+
+    backend: str
+    graph: str
+    library: str
+    sms: list[int]
+    profiles: list[dict[str, list[tuple[int, ...]]]]  # see profiles.Shapes
+    embed: bool = True  # the plugin library, in the plan
+
+
 def make_logger(trt: Any) -> Any:
     """An ILogger that keeps errors, warnings and the dump of layers."""
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[misc]  # trt is Any
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -45,8 +58,8 @@ def make_logger(trt: Any) -> Any:
 
 
 def parse(trt: Any, builder: Any, graph: str, logger: Any) -> tuple[Any, Any]:
-    """The network, or None, and the parser, which holds its weights; the parser's own errors go to the logger."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # without it all networks are
+    """The network (None where parsing failed) and the parser, which owns the network's weights. Errors are logged."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where all networks are
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(graph):
@@ -55,13 +68,13 @@ def parse(trt: Any, builder: Any, graph: str, logger: Any) -> tuple[Any, Any]:
     return None, parser
 
 
-def configure(trt: Any, builder: Any, spec: dict[str, Any]) -> Any:
+def configure(trt: Any, builder: Any, spec: BuildSpec) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    FLAVORS[spec["backend"]].set_targets(trt, config, spec["sms"])
-    if spec["embed"]:
-        config.plugins_to_serialize = [spec["library"]]
-    for shapes in spec["profiles"]:
+    FLAVORS[spec.backend].set_targets(trt, config, spec.sms)
+    if spec.embed:
+        config.plugins_to_serialize = [spec.library]
+    for shapes in spec.profiles:
         profile = builder.create_optimization_profile()
         for name, (least, likely, most) in shapes.items():
             profile.set_shape(name, least, likely, most)
@@ -70,16 +83,16 @@ def configure(trt: Any, builder: Any, spec: dict[str, Any]) -> Any:
     return config
 
 
-def build(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Writes the plan and the dump; what happened goes into the result."""
-    trt = FLAVORS[spec["backend"]].load()
+def build(spec: BuildSpec, directory: Path) -> dict[str, Any]:
+    """Write the plan and the dump. Returns whether the build succeeded, with TensorRT's errors and warnings."""
+    trt = FLAVORS[spec.backend].load()
     logger = make_logger(trt)
     result: dict[str, Any] = {"version": trt.__version__, "built": False, "nodes": {}}
-    if trt.get_plugin_registry().load_library(spec["library"]) is None:
+    if trt.get_plugin_registry().load_library(spec.library) is None:
         logger.errors.append("the plugin library was not loaded")
         return result | {"errors": logger.errors, "warnings": logger.warnings}
     builder = trt.Builder(logger)
-    network, _parser = parse(trt, builder, spec["graph"], logger)
+    network, _parser = parse(trt, builder, spec.graph, logger)
     if network is not None:
         result["nodes"] = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
         try:
@@ -94,7 +107,7 @@ def build(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def main(spec: str, directory: str) -> int:
-    result = build(json.loads(Path(spec).read_text()), Path(directory))
+    result = build(BuildSpec(**json.loads(Path(spec).read_text())), Path(directory))
     (Path(directory) / RESULT).write_text(json.dumps(result))
     return 0
 

@@ -1,7 +1,7 @@
-"""A TensorRT plan behind the engine interface: two contexts, one a profile, over the caller's tensors.
+"""A TensorRT plan behind the engine interface: two execution contexts, one per profile, over the caller's tensors.
 
-Every state's input and output are bound to one address: the plugins update it in place. Addresses and shapes are set
-when they differ from the last call's. Nothing synchronises, so that a decode step can be captured in a CUDA graph.
+Every state's input and output are bound to one address, which the plugins update in place. Addresses and shapes are set
+only when they differ from the last call's. Nothing synchronises, so a decode step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jet_export.backends.base import Engine, manifest_specs
+from jet_export.backends.base import Engine
 from jet_export.backends.graph import feeds
 from jet_export.backends.tensorrt.builder import PLAN
 from jet_export.backends.tensorrt.flavors import FLAVORS, Flavor
 from jet_export.backends.tensorrt.profiles import NAMES
-from jet_export.bundle.dtypes import torch_dtype
-from jet_export.bundle.manifest import Manifest
-from jet_export.model.cache import PackedBatch, StateSpec
+from jet_export.bundle.manifest import Manifest, rebuild_hint
+from jet_export.model.cache import PackedBatch
 from jet_export.plugins.library import NAME as LIBRARY
 from jet_export.utils.errors import JetExportError
 
@@ -35,18 +34,19 @@ DTYPES = {
     torch.float8_e4m3fn: "FP8",
     torch.int32: "INT32",
     torch.int64: "INT64",
-}  # fmt: skip  trt.DataType
+}  # of trt.DataType
 KEPT_ERRORS = 8
 
 
 def make_logger(trt: Any) -> Any:
-    """TensorRT's messages as logging's; the last errors are kept for exceptions."""
+    """Forwards TensorRT's messages to logging, and keeps the last errors for exceptions."""
     levels = {
-        trt.ILogger.INTERNAL_ERROR: logging.ERROR, trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.ERROR: logging.ERROR,
         trt.ILogger.WARNING: logging.WARNING,
-    }  # fmt: skip
+    }
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[misc]  # trt is Any
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: deque[str] = deque(maxlen=KEPT_ERRORS)
@@ -61,7 +61,7 @@ def make_logger(trt: Any) -> Any:
 
 
 class Context:
-    """An execution context of one profile, and what is bound to it."""
+    """The execution context of one profile, and what is bound to it."""
 
     def __init__(self, name: str, context: Any) -> None:
         self.name, self.context = name, context
@@ -69,7 +69,7 @@ class Context:
 
 
 class TensorRTEngine(Engine):
-    """See the module. Raises JetExportError where the plan does not load or a call does not fit it."""
+    """Runs a plan. Raises JetExportError where the plan does not load, and for a call that does not fit it."""
 
     def __init__(
         self, trt: Any, flavor: Flavor, directory: Path, manifest: Manifest, device: torch.device | None = None
@@ -77,10 +77,10 @@ class TensorRTEngine(Engine):
         self.trt, self.flavor = trt, flavor
         self.config, self.limits = manifest.config, manifest.limits
         self.device = device or manifest.device
-        self.dtype = torch_dtype(manifest.dtype)
-        self.specs: list[StateSpec] = manifest_specs(manifest)
+        self.dtype = manifest.dtypes.model
+        self.specs = manifest.dtypes.specs(manifest.config)
         self.logger = make_logger(trt)
-        self.again = f"Build it again here: {manifest.rebuild_command} --force"
+        self.again = rebuild_hint(manifest)
         self.engine = self._deserialize(directory, bool(manifest.backend.get("library_in_plan")))
         self.dtypes = self._dtypes()
         self._check_bindings(directory)
@@ -89,12 +89,12 @@ class TensorRTEngine(Engine):
 
     @classmethod
     def open(cls, directory: Path, manifest: Manifest) -> TensorRTEngine:
-        """A bundle's, with the TensorRT that is installed."""
+        """Load a bundle's plan with the installed TensorRT."""
         flavor = FLAVORS[manifest.backend["name"]]
         return cls(flavor.load(), flavor, directory, manifest)
 
     def _deserialize(self, directory: Path, library_in_plan: bool) -> Any:
-        """The plan with its own copy of the plugin library where it has one; else, or if that fails, the bundle's."""
+        """Load the plan with the plugin library inside it, if any; otherwise, or if that fails, with the bundle's."""
         for library in (None, LIBRARY) if library_in_plan else (LIBRARY,):
             self.runtime = self.trt.Runtime(self.logger)
             self.runtime.engine_host_code_allowed = library_in_plan
@@ -112,13 +112,13 @@ class TensorRTEngine(Engine):
         return JetExportError(f"{what}{': ' + said if said else ''}.", todo)
 
     def _dtypes(self) -> dict[str, torch.dtype | None]:
-        """Of the engine's inputs and outputs, by name."""
+        """The dtypes of the engine's inputs and outputs, by name; None for one that no state has."""
         known = {getattr(self.trt.DataType, theirs): ours for ours, theirs in DTYPES.items()}
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         return {name: known.get(self.engine.get_tensor_dtype(name)) for name in names}
 
     def _check_bindings(self, directory: Path) -> None:
-        """The engine's states are the model's, in the dtypes that the pools have."""
+        """Raises JetExportError unless the engine's states are the model's, in the pools' dtypes."""
         wanted = {n: s.dtype for s in self.specs for n in (s.name, f"{s.name}_out")} | {"logits": self.dtype}
         for name, dtype in wanted.items():
             if name not in self.dtypes:
@@ -128,7 +128,7 @@ class TensorRTEngine(Engine):
                 raise JetExportError(f"{directory / PLAN}: {name} is {found}, the model's is {dtype}.", self.again)
 
     def _context(self, profile: int) -> Context:
-        """Both contexts run on one stream, one after the other, and share their activation memory."""
+        """The context of one profile. All share their activation memory, since they run on one stream in turn."""
         if profile == 0:
             count = self.engine.num_optimization_profiles
             if count != len(NAMES):
@@ -146,8 +146,8 @@ class TensorRTEngine(Engine):
 
     @contextmanager
     def _stream(self) -> Iterator[int]:
-        """A stream to enqueue on, ordered after and before the caller's work. TensorRT synchronises on the default
-        stream, so a stream beside it is used there."""
+        """A stream to enqueue on, ordered with the caller's work: a side stream in place of the default one, on which
+        TensorRT synchronises."""
         if self.device.type != "cuda":
             yield 0
             return
@@ -156,13 +156,13 @@ class TensorRTEngine(Engine):
             yield current.cuda_stream
             return
         if not hasattr(self, "side"):
-            self.side = torch.cuda.Stream(self.device)
+            self.side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.side.wait_stream(current)
         yield self.side.cuda_stream
         current.wait_stream(self.side)
 
     def _bind(self, c: Context, name: str, tensor: Tensor, shape: bool = True) -> None:
-        """Give a context a tensor, of which it knows the address and the shape alone; `shape`: it is an input."""
+        """Check a tensor and bind its address and, for an input (`shape`), its shape to a context."""
         if not tensor.is_contiguous():
             raise JetExportError(f"{c.name}: {name} is not contiguous (strides {tensor.stride()}).")
         if tensor.dtype != self.dtypes[name]:

@@ -1,8 +1,9 @@
-"""TensorRT and TensorRT for RTX, one API under two names: everything in which they differ stands here."""
+"""TensorRT and TensorRT for RTX: one API in two packages. All differences between them are in this file."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,9 +17,11 @@ from jet_export.plugins.targets import sm_name
 from jet_export.utils.errors import JetExportError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flavor:
-    backend: str  # as --backend has it; the name of the package and of the extra too
+    """One of the two TensorRTs."""
+
+    backend: str  # for --backend; also the name of the Python package and of our extra
     module: str  # what Python imports
     title: str
     minimum: tuple[int, int]
@@ -26,14 +29,14 @@ class Flavor:
     sms: tuple[int, ...] = ()  # that it builds for and runs on; empty: those of the GPUs it finds
 
     def version(self) -> str | None:
-        """Of the installed package, or None."""
+        """The installed package's version, or None."""
         try:
             return version(self.backend)
         except PackageNotFoundError:
             return None
 
     def require(self, what: str) -> str:
-        """The installed version. Raises JetExportError where there is none, or one too old. `what` needs it."""
+        """The installed version. Raises JetExportError, naming `what` needs it, where there is none or one too old."""
         found = self.version()
         pip = f"pip install 'jet-export[{self.backend}]'"
         if found is None or find_spec(self.module) is None:
@@ -44,7 +47,7 @@ class Flavor:
         return found
 
     def check_version(self, bundle: Path, built: str, again: str) -> None:
-        """Raises JetExportError where a plan of version `built` is not for the one installed: plans are exact."""
+        """Raises JetExportError unless `built` is the installed version: a plan loads in no other."""
         found = self.require(f"{bundle}")
         if found != built:
             raise JetExportError(
@@ -57,7 +60,7 @@ class Flavor:
         return import_module(self.module)
 
     def check_sms(self, sms: tuple[int, ...]) -> None:
-        """Raises JetExportError for an architecture that this TensorRT has no engines for."""
+        """Raises JetExportError for an architecture that this TensorRT does not support."""
         wrong = [sm_name(sm) for sm in sms if self.sms and sm not in self.sms]
         if wrong:
             known = ", ".join(sm_name(sm) for sm in self.sms)
@@ -67,7 +70,8 @@ class Flavor:
             )
 
     def set_targets(self, trt: Any, config: Any, sms: list[int]) -> None:
-        """Name the architectures to an IBuilderConfig, RuntimeError for an unknown one. TensorRT has its GPU's."""
+        """Set an IBuilderConfig's architectures; TensorRT always builds for its GPU. Raises RuntimeError for an unknown
+        one."""
         if self.needs_gpu:
             return
         config.num_compute_capabilities = len(sms)
@@ -77,11 +81,11 @@ class Flavor:
                 raise RuntimeError(f"it has no engines for SM {sm_name(sm)}")
 
     def create_context(self, trt: Any, engine: Any, decode: bool) -> Any:
-        """An IExecutionContext whose activation memory the caller gives.
+        """An IExecutionContext whose activation memory the caller provides.
 
-        TensorRT for RTX compiles kernels for the shapes it sees, by default in the background, which would swap kernels
-        under a captured graph and between two equal calls: here at once for decode, whose shapes are few, and never for
-        prefill, whose shapes are many.
+        TensorRT for RTX specialises kernels for the shapes it sees, by default in the background, which would change
+        kernels under a captured graph and between equal calls. Here it does so eagerly for decode, which has few
+        shapes, and never for prefill, which has many.
         """
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.needs_gpu:
@@ -93,11 +97,11 @@ class Flavor:
         return engine.create_execution_context(config)
 
     @contextmanager
-    def parser_environment(self):
-        """Environment variables of a process that parses.
+    def parser_environment(self) -> Iterator[dict[str, str]]:
+        """The environment variables of a process that parses.
 
-        The parser of TensorRT for RTX opens libtensorrt_rtx.so, the wheel holds libtensorrt_rtx.so.1 only; without the
-        first name the process is aborted.
+        The parser of TensorRT for RTX opens libtensorrt_rtx.so, but the wheel has only libtensorrt_rtx.so.1; without a
+        link the process aborts.
         """
         spec = find_spec("tensorrt_rtx_libs")
         if self.needs_gpu or spec is None or spec.origin is None:
@@ -113,7 +117,14 @@ class Flavor:
 FLAVORS = {
     f.backend: f
     for f in (
-        Flavor("tensorrt", "tensorrt", "TensorRT", (10, 14), needs_gpu=True),
-        Flavor("tensorrt-rtx", "tensorrt_rtx", "TensorRT for RTX", (1, 2), False, (80, 86, 89, 120)),
+        Flavor(backend="tensorrt", module="tensorrt", title="TensorRT", minimum=(10, 14), needs_gpu=True),
+        Flavor(
+            backend="tensorrt-rtx",
+            module="tensorrt_rtx",
+            title="TensorRT for RTX",
+            minimum=(1, 2),
+            needs_gpu=False,
+            sms=(80, 86, 89, 120),
+        ),
     )
 }

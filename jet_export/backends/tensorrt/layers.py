@@ -1,8 +1,8 @@
 """The layer report: what a built engine really runs, read from TensorRT's own dump (detailed profiling verbosity).
 
-Every layer of each profile with its tensors and the ONNX nodes it stands for. A kernel that only moves or casts is a
-copy. `check` holds the report against the graph: each jet node one plugin a profile, bound straight to its states and
-with no copy beside it; each product one GEMM, FP8 where the model's is.
+It lists every layer of each profile with its tensors and the ONNX nodes that it implements. A kernel that only moves or
+casts data is a copy. `check` compares the report with the graph: in each profile, each jet node must be one plugin,
+bound directly to its states and with no copy next to it, and each product one GEMM, FP8 where the model's is.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from typing import Any
 
 from jet_export.backends.tensorrt.profiles import NAMES
 
-# TensorRT's words -> ours
+REPORT = "layers.json"  # in a bundle
+
+# TensorRT's terms -> ours
 DTYPES = {"FP8": "fp8", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32", "Half": "fp16",
           "FP16": "fp16", "Int32": "int32", "INT32": "int32", "Int64": "int64", "INT64": "int64", "Bool": "bool",
           "UInt8": "uint8", "INT8": "int8", "Int8": "int8"}  # fmt: skip
 KINDS = {"custom_layer": "plugin", "pluginv3": "plugin", "gemm": "gemm", "matrixmultiply": "gemm", "kgen": "kernel",
          "signal": "sync", "wait": "sync", "reformat": "copy", "copy": "copy", "noop": "copy"}  # fmt: skip
-PRODUCTS = {"Fc", "Gemm", "Matm", "Dot"}  # steps that make a fused kernel a GEMM
-# Steps of a fused kernel, as its name joins them, that compute nothing.
+# A fused kernel's name lists its steps. Those that make it a GEMM:
+PRODUCTS = {"Fc", "Gemm", "Matm", "Dot"}
+# Those that compute nothing:
 MOVES = {"Cast", "Conc", "Copy", "Move", "Slic", "Tran", "Resh", "Repl", "Expa", "Pad", "Shuf", "Reform"}
 
 
@@ -38,33 +41,32 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Layer:
     name: str
-    kind: str  # plugin, gemm, kernel, copy, sync, or TensorRT's own word
+    kind: str  # plugin, gemm, kernel, copy, sync, or TensorRT's own term
     profile: int
-    inputs: tuple[TensorInfo, ...]  # constants apart
+    inputs: tuple[TensorInfo, ...]  # without constants
     constants: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     nodes: tuple[str, ...]  # of the ONNX graph
 
     @property
     def precision(self) -> str:
-        """Of a GEMM: "fp8 x fp8 -> bf16"."""
-        read = [t.dtype for t in self.inputs if len(t.dims) > 1]  # a residual that is added may be among them
+        """A GEMM's dtypes: "fp8 x fp8 -> bf16"."""
+        read = [t.dtype for t in self.inputs if len(t.dims) > 1]  # maybe with a residual to add
         x = "fp8" if "fp8" in read else read[0] if read else "?"
         w = next((t.dtype for t in self.constants if len(t.dims) > 1 and min(t.dims) > 1), read[-1] if read else "?")
         return f"{x} x {w} -> {self.outputs[0].dtype if self.outputs else '?'}"
 
     @property
     def named(self) -> list[str]:
-        """Its nodes that carry a module's name: projections and jet nodes."""
+        """Those of its nodes that are named after a module: projections and jet nodes."""
         return [n for n in (*self.nodes, self.name) if n.startswith(("layers.", "lm_head"))]
 
 
 @dataclass
 class LayerReport:
     layers: list[Layer]
-    bindings: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # name, output, host, dtype, dims, profiles: min opt max
+    # name, output, host, dtype, dims; profiles: min, opt, max
+    bindings: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {"layers": [asdict(layer) for layer in self.layers], "bindings": self.bindings}
@@ -87,17 +89,19 @@ class LayerReport:
 
 
 def read_dump(text: str) -> LayerReport:
-    """Of the text that TensorRT logs after a build. A report without layers where the text has none."""
+    """Parse the text that TensorRT logs after a build; a report without layers where the text has none."""
     lines = [line for line in text.splitlines() if line.startswith("Name: ") and ", LayerType: " in line]
     raw = [_read_layer(line) for line in lines]
-    by_group = {group: profile for _, group, profile in raw if group and profile}  # a fused region is of one profile
+    by_group = {
+        group: profile for _, group, profile in raw if group and profile
+    }  # a fused region belongs to one profile
     layers = [Layer(profile=profile or by_group.get(group, 0), **values) for values, group, profile in raw]
     bindings = [_read_binding(line) for line in text.splitlines() if ", IOMode: " in line]
     return LayerReport(layers, bindings)
 
 
 def _read_layer(line: str) -> tuple[dict[str, Any], str, int]:
-    """Its fields, the fused region that it belongs to ("" for none) and its profile, 0 where it names none."""
+    """A layer's fields, its fused region ("" for none), and its profile (0 where the line names none)."""
     full, word = _after(line, "Name: "), _after(line, "LayerType: ")
     tagged = re.search(r"\[profile (\d+)\]", line)
     region = re.search(r"_myl(\d+)_\d+$", full)
@@ -161,14 +165,14 @@ def _read_binding(line: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the graph asks of the engine."""
+    """What the graph requires of the engine."""
 
     plugins: dict[str, tuple[str, ...]]  # jet node -> the graph's inputs and outputs that are its states
     products: dict[str, bool]  # Gemm or MatMul node -> FP8
 
 
 def expected(graph: Path, fp8: Iterable[str]) -> Expected:
-    """`fp8`: the model's FP8 layers by their published names."""
+    """Read the requirements from the graph. `fp8`: published names of the model's FP8 layers."""
     import onnx
 
     g = onnx.load(graph, load_external_data=False).graph
@@ -184,10 +188,10 @@ def expected(graph: Path, fp8: Iterable[str]) -> Expected:
 
 
 def check(report: LayerReport, want: Expected) -> list[str]:
-    """What is not as it must be, a line each; empty where all is well."""
+    """One line for each requirement that the engine violates."""
     if not report.layers:
-        return ["TensorRT logged no layers, so that nothing can be said of the engine"]
-    hosts = [f"{b['name']} is bound on the host, which no call here does" for b in report.bindings if b["host"]]
+        return ["TensorRT logged no layers, so the engine cannot be checked"]
+    hosts = [f"{b['name']} is bound on the host, where no call binds it" for b in report.bindings if b["host"]]
     return hosts + [f for profile in range(len(NAMES)) for f in _check_profile(report, want, profile)]
 
 
@@ -213,7 +217,7 @@ def _check_profile(report: LayerReport, want: Expected, profile: int) -> Iterato
 
 
 def _beside(plugin: Layer, layers: list[Layer], states: tuple[str, ...]) -> Iterator[str]:
-    """What stands between a plugin and the layers that make its inputs or read its outputs."""
+    """Problems between a plugin and the layers that produce its inputs or read its outputs."""
     made = {t.name: x for x in layers for t in x.outputs}
     read = {t.name: x for x in layers for t in x.inputs}
     names = {t.name for t in (*plugin.inputs, *plugin.outputs)}
@@ -223,7 +227,7 @@ def _beside(plugin: Layer, layers: list[Layer], states: tuple[str, ...]) -> Iter
     for tensor in plugin.inputs:
         maker = made.get(tensor.name)
         if maker is not None and maker.kind == "copy":
-            yield f"a copy ({maker.name}) makes its input {tensor.name}"
+            yield f"a copy ({maker.name}) produces its input {tensor.name}"
     for tensor in plugin.outputs:
         reader = read.get(tensor.name)
         if reader is not None and reader.kind == "copy":
@@ -232,16 +236,16 @@ def _beside(plugin: Layer, layers: list[Layer], states: tuple[str, ...]) -> Iter
 
 @dataclass(frozen=True)
 class Row:
-    """Layers of the report that do the same, in the terms of the model."""
+    """Layers that do the same thing in different layers of the model."""
 
     what: str  # "GEMM", "plugin", ...
     name: str  # "mlp.down_proj"
     precision: str
-    counts: tuple[int, ...]  # a profile
+    counts: tuple[int, ...]  # by profile
 
 
 def rows(report: LayerReport) -> list[Row]:
-    """GEMMs by projection and precision, plugins by node, the rest by kind; copies always."""
+    """GEMMs by projection and precision, plugins by node, the rest by kind. Copies always have a row."""
     counts: dict[tuple[str, str, str], Counter[int]] = {("copies", "", ""): Counter()}
     titles = {"gemm": "GEMM", "kernel": "fused elementwise kernels", "copy": "copies", "sync": ""}
     for layer in report.layers:
@@ -254,6 +258,3 @@ def rows(report: LayerReport) -> list[Row]:
     order = {"plugin": 0, "GEMM": 1, "copies": 9}
     keys = sorted(counts, key=lambda k: (order.get(k[0], 5), k))
     return [Row(*k, tuple(counts[k][p] for p in range(len(NAMES)))) for k in keys]
-
-
-REPORT = "layers.json"

@@ -1,6 +1,7 @@
-"""The two optimisation profiles of the graph: which sizes its inputs may have in prefill and in decode.
+"""The two optimisation profiles of the graph: the sizes that its inputs may have in prefill and in decode.
 
-TensorRT fixes kernels, workspace and what a call may pass by (least, likeliest, most) of every size of every input.
+For every size of every input TensorRT takes (minimum, optimum, maximum), which determine kernels, workspace, and the
+shapes that a call may have.
 """
 
 from __future__ import annotations
@@ -8,27 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from jet_export.bundle.limits import Limits, max_prefill_tokens
+from jet_export.bundle.limits import Limits
 from jet_export.model.cache import pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
 
-Sizes = tuple[int, int, int]  # least, likeliest, most
-Shapes = dict[str, list[tuple[int, ...]]]  # input -> its least, likeliest and most shape
+Sizes = tuple[int, int, int]  # minimum, optimum, maximum
+Shapes = dict[str, list[tuple[int, ...]]]  # input -> its minimum, optimum and maximum shape
 
 NAMES = ("prefill", "decode")  # by number
-ROWS = 4  # verify's steps have so many sequences whatever the limits, and two pool rows of none
-POOLS = 8  # how many times the rows that the limits need a pool may have: for kept prefixes, --kv-tokens
-LOGITS = 128  # rows of logits that verify asks for, at most
+ROWS = 4  # sequences of verify's steps, whatever the limits
+POOLS = 8  # a pool may have so many times the rows that the limits need, for the prefix cache and --kv-tokens
+LOGITS = 128  # most rows of logits that verify asks for
 SMALL_TOKENS = 32
 
 
 def sizes(config: JetNemotronConfig, limits: Limits, decode: bool) -> dict[str, Sizes]:
-    """The sizes that the graph's inputs leave open, by the names that they have there."""
+    """The graph's dynamic sizes, by name."""
     n, chunk = limits.max_batch_size, limits.prefill_chunk
     rows = max(n, ROWS)
     pages, ring = pages_per_sequence(config, limits.max_seq_len, chunk)
-    tokens = max(max_prefill_tokens(n, chunk), SMALL_TOKENS)
-    out: dict[str, Sizes] = {
+    tokens = max(limits.max_prefill_tokens, SMALL_TOKENS)
+    return {
         "sequences": (1, n if decode else min(n, 4), rows),
         "tokens": (1, n, rows) if decode else (1, min(chunk, tokens), tokens),
         "outputs": (1, n, rows) if decode else (1, min(n, 4), min(tokens, max(chunk, rows, LOGITS))),
@@ -38,11 +39,10 @@ def sizes(config: JetNemotronConfig, limits: Limits, decode: bool) -> dict[str, 
         "pages": (1, n * pages, POOLS * rows * pages),
         "window_pages": (1, n * ring, POOLS * rows * ring),
     }
-    return out
 
 
 def graph_inputs(graph: Path) -> dict[str, list[int | str]]:
-    """Input -> its sizes, numbers or names ("sequences + 1")."""
+    """Input -> its sizes, as numbers or names ("sequences + 1")."""
     import onnx
 
     inputs = onnx.load(graph, load_external_data=False).graph.input
@@ -50,7 +50,7 @@ def graph_inputs(graph: Path) -> dict[str, list[int | str]]:
 
 
 def shapes(inputs: Mapping[str, list[int | str]], known: Mapping[str, Sizes]) -> Shapes:
-    """Every input's three shapes."""
+    """Each input's minimum, optimum and maximum shape."""
     out: Shapes = {}
     for name, dims in inputs.items():
         per_dim = [_size(d, known) for d in dims]
@@ -68,6 +68,6 @@ def _size(dim: int | str, known: Mapping[str, Sizes]) -> Sizes:
 
 
 def profiles(graph: Path, config: JetNemotronConfig, limits: Limits) -> list[Shapes]:
-    """Of each profile, in the order of NAMES."""
+    """The shapes of each profile, in the order of NAMES."""
     inputs = graph_inputs(graph)
     return [shapes(inputs, sizes(config, limits, decode=name == "decode")) for name in NAMES]

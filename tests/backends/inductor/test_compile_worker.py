@@ -12,7 +12,7 @@ from helpers.eager_bundle import write_mini_config
 
 from jet_export.backends.eager import load_eager
 from jet_export.backends.inductor import compile_worker
-from jet_export.backends.inductor.compile_worker import GPU_BYTES, HOST_BYTES, compile_side_by_side, side_by_side
+from jet_export.backends.inductor.compile_worker import GPU_BYTES, HOST_BYTES, CompileMemory, compile_side_by_side
 from jet_export.backends.load import check_bundle, load_engine
 from jet_export.build import build
 from jet_export.build.plan import BuildOptions, make_plan
@@ -38,7 +38,8 @@ MODES = ("prefill", "decode")
     ],
 )
 def test_side_by_side_where_every_copy_fits(device, processes, gpu_free, host_free, expected) -> None:
-    assert side_by_side(device, processes, JET_2B, gpu_free, host_free) is expected
+    memory = CompileMemory(device=device, weights=JET_2B, gpu_free=gpu_free, host_free=host_free)
+    assert memory.holds(processes) is expected
 
 
 @pytest.fixture

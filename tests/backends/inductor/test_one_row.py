@@ -1,13 +1,16 @@
 """Which package a decode step goes to: a bundle's third one, where it has it, for a single sequence."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.eager_bundle import mini_config
 
-from jet_export.backends import load as module
-from jet_export.backends.graph import MODES, ONE_ROW, modes_for
+from jet_export.backends.graph import MODES, ONE_ROW
+from jet_export.backends.inductor import engine as module
+from jet_export.backends.inductor.package import modes_for
+from jet_export.bundle.limits import Limits
+from jet_export.bundle.manifest import Manifest
 
 
 class Recorder:
@@ -26,13 +29,18 @@ class Recorder:
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "Package", Recorder)
-    monkeypatch.setattr(module, "manifest_specs", lambda manifest: [])
 
     def opened(*names: str) -> module.InductorEngine:
         for name in names:
             (tmp_path / f"{name}.pt2").touch()
-        manifest: Any = type(
-            "M", (), {"config": None, "limits": None, "device": torch.device("cuda"), "dtype": "bfloat16"}
+        manifest = Manifest(
+            model={"config": mini_config().to_dict()},
+            backend={"name": "inductor"},
+            target={"device": "cuda"},
+            dtype="bfloat16",
+            kv_cache_dtype="bfloat16",
+            state_dtype="float32",
+            limits=Limits(max_batch_size=4, max_seq_len=64, prefill_chunk=32),
         )
         return module.InductorEngine.open(tmp_path, manifest, {"w": torch.zeros(1)})
 

@@ -12,13 +12,14 @@ import torch
 from helpers.compare import relative_error, same_bits
 from helpers.fp8_models import CALIBRATION, model_of, to_fp8
 from helpers.golden import DATA, MINI_NAMES, load_golden
-from helpers.onnx_models import engines, export
+from helpers.onnx_models import GRAPH_LIMITS, engines, export
 from helpers.packed import Packed
 from helpers.paged import make_case
 
 from jet_export.backends.eager import EagerEngine
 from jet_export.backends.onnx.evaluate import HANDLERS, OnnxModel, attention, jet_block
 from jet_export.backends.onnx.export import write_onnx
+from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS
 from jet_export.model.cache import state_specs
@@ -123,10 +124,10 @@ def test_the_file_does_not_depend_on_the_models_device(fp8, tmp_path) -> None:
     elsewhere = copy.deepcopy(model).to("meta")
     elsewhere.lm_head.weight = elsewhere.embed_tokens.weight
     assert elsewhere.device.type == "meta"
-    args = (kv_dtype or model.dtype, torch.float32, 512, 8)
+    dtypes = Dtypes(model=model.dtype, kv_cache=kv_dtype or model.dtype)
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / WEIGHTS).write_bytes((tmp_path / "cpu" / WEIGHTS).read_bytes())
-    assert write_onnx(elsewhere, tmp_path / "meta", *args).read_bytes() == here
+    assert write_onnx(elsewhere, tmp_path / "meta", dtypes, GRAPH_LIMITS).read_bytes() == here
     assert elsewhere.device.type == "meta"  # and the model is as it was
 
 
@@ -208,7 +209,7 @@ def test_fp8_every_node_on_the_models_own_inputs(fp8_model, fp8_file, step) -> N
     graph = OnnxModel.load(fp8_file)
     eager = EagerEngine(fp8_model, LIMITS, kv_dtype=FP8, state_dtype=torch.float32)
     inputs = list(forced_steps(eager, 0))[step]
-    matches = teacher_forced(graph, eager, *inputs)
+    matches = teacher_forced(graph, eager, inputs)
     assert [m for m in matches if not m.relative <= forced_bound(eager, m.name)] == []
     exact = [m.name for m in matches if m.relative == 0]
     assert len(exact) > len(matches) // 2
@@ -220,7 +221,7 @@ def test_fp8_every_node_on_the_models_own_inputs(fp8_model, fp8_file, step) -> N
 
     name = "layers.2.mlp.down_proj.input_scale"  # a fault is found where it is, and nowhere else
     graph.constants[name] = graph.constants[name] * 1.5
-    wrong = [m.name for m in teacher_forced(graph, eager, *inputs) if not m.relative <= 3 * 2**-8]
+    wrong = [m.name for m in teacher_forced(graph, eager, inputs) if not m.relative <= 3 * 2**-8]
     assert wrong == ["layers.2.mlp.down_proj"]
 
 

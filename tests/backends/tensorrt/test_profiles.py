@@ -58,7 +58,9 @@ class Ranges(Engine):
 def test_every_call_fits(limits) -> None:
     engine = Ranges(limits)
     for scenario in scenarios(engine.config, limits):
-        layout = Layout(engine.config, scenario.tokens, scenario.longest_call, 0, engine.device)
+        layout = Layout(
+            engine.config, tokens=scenario.tokens, longest_call=scenario.longest_call, seed=0, device=engine.device
+        )
         trial = Trial(engine, layout, random_prompts(engine.config, scenario.tokens, 0))
         for call in [c for stage in scenario.stages for c in stage.calls]:
             trial.step(call)
@@ -78,6 +80,6 @@ def test_every_call_fits(limits) -> None:
 
 def test_a_table_wider_than_the_limits_is_outside() -> None:
     engine = Ranges(Limits(max_batch_size=1, max_seq_len=32, prefill_chunk=8))
-    layout = Layout(engine.config, 300, 8, 0, engine.device)
+    layout = Layout(engine.config, tokens=300, longest_call=8, seed=0, device=engine.device)
     with pytest.raises(AssertionError, match="block_table"):
         Trial(engine, layout, random_prompts(engine.config, 300, 0)).step(decode_step())

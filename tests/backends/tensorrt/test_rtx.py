@@ -8,6 +8,7 @@ import pytest
 from helpers.rtx_bundles import needs_rtx, rtx_bundle
 from onnx import TensorProto, helper
 
+from jet_export.backends.tensorrt.builder import BuildSpec
 from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.backends.tensorrt.layers import REPORT, LayerReport, check, expected, rows
 from jet_export.backends.tensorrt.profiles import profiles
@@ -22,12 +23,15 @@ LAYERS = {"jet-tiny bf16": "jjwjajj", "jet-tiny fp8": "jjwjajj", "jet-4b fp8, 2 
 
 
 def fp8_of(bundle) -> list[str]:
-    return list((Manifest.load(bundle).quantization or {}).get("fp8", {}))
+    return Manifest.load(bundle).fp8_layers
 
 
 def plan_of(bundle, directory, sm: int, graph=None) -> LayerReport:
     m, graph = Manifest.load(bundle), graph or bundle / "model.onnx"
-    return build_plan(RTX, graph, bundle / NAME, [sm], profiles(graph, m.config, m.limits), directory)
+    shapes = profiles(graph, m.config, m.limits)
+    library = str(bundle / NAME)
+    spec = BuildSpec(backend=RTX.backend, graph=str(graph), library=library, sms=[sm], profiles=shapes)
+    return build_plan(spec, directory)
 
 
 def assert_layers(report: LayerReport, bundle, kinds: str) -> None:
@@ -122,8 +126,8 @@ def unquantised(graph) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (copied_input, "prefill: layers.0.self_attn.JetBlock: a copy (__myl_SlicSlicConc) makes its input"),
-        (transposed_input, "prefill: layers.0.self_attn.JetBlock: a copy (__myl_Tran) makes its input"),
+        (copied_input, "prefill: layers.0.self_attn.JetBlock: a copy (__myl_SlicSlicConc) produces its input"),
+        (transposed_input, "prefill: layers.0.self_attn.JetBlock: a copy (__myl_Tran) produces its input"),
         (state_not_bound, "layers.0.recurrent_state is not bound to the plugin itself"),
         (unquantised, "prefill: layers.0.mlp.down_proj must be an FP8 GEMM, and is bf16 x "),
     ],
@@ -145,9 +149,9 @@ def test_the_check_wants_every_layer_once(tmp_path_factory) -> None:
     twice = check(LayerReport([*report.layers, plugins[-1]]), want)
     assert f"decode: {plugins[-1].name} is 2 plugin layers, not one" in twice
     assert "decode: 1 plugin layers more than the graph has jet nodes" in twice
-    assert check(LayerReport([]), want) == ["TensorRT logged no layers, so that nothing can be said of the engine"]
+    assert check(LayerReport([]), want) == ["TensorRT logged no layers, so the engine cannot be checked"]
     table = {**next(b for b in report.bindings if b["name"] == "slots"), "host": True}
-    assert check(LayerReport(report.layers, [table]), want) == ["slots is bound on the host, which no call here does"]
+    assert check(LayerReport(report.layers, [table]), want) == ["slots is bound on the host, where no call binds it"]
     fewer = expected(bundle / "model.onnx", fp8_of(bundle)[1:])
     assert [p.split(", and is")[0] for p in check(report, fewer)] == [
         f"{mode}: {fp8_of(bundle)[0].removeprefix('model.')} must not be an FP8 GEMM" for mode in ("prefill", "decode")
@@ -166,9 +170,7 @@ def test_what_tensorrt_says_is_repeated(tmp_path_factory, tmp_path) -> None:
     ):
         edit(bundle, tmp_path, wrong_field)
     with pytest.raises(JetExportError, match=r"built no engine:\n  it has no engines for SM 9\.0"):
-        m = Manifest.load(bundle)
-        graph = bundle / "model.onnx"
-        build_plan(RTX, graph, bundle / NAME, [90], profiles(graph, m.config, m.limits), tmp_path)
+        plan_of(bundle, tmp_path, 90)
 
 
 def test_without_the_other_name_of_its_library_the_parser_kills_the_process(tmp_path_factory, tmp_path, monkeypatch):

@@ -76,8 +76,8 @@ def test_torch_compile_makes_a_graph_a_phase_for_every_batch(ablation, phases, g
     eager = EagerEngine(
         model_of(torch.float32),
         Limits(max_batch_size=4, max_seq_len=128, prefill_chunk=64),
-        torch.float32,
-        torch.float32,
+        kv_dtype=torch.float32,
+        state_dtype=torch.float32,
     )
     runners = [Runner(engine, False) for engine in (eager, ablation.CompiledEngine(eager, phases))]
     for lengths in ([7], [1], [3, 5, 5, 64]):
@@ -99,7 +99,9 @@ def test_prefill_that_was_not_compiled_has_no_figure(ablation, monkeypatch) -> N
     limits = Limits(max_batch_size=2, max_seq_len=128, prefill_chunk=64)
     figures = ablation.Result("torch.compile", {"B1 64": 1.0}, {"B1 64": 2.0}, {"B1 64": "prefill"})
     monkeypatch.setattr(
-        ablation, "eager_engine", lambda *a: EagerEngine(model_of(), limits, torch.float32, torch.float32)
+        ablation,
+        "eager_engine",
+        lambda *a: EagerEngine(model_of(), limits, kv_dtype=torch.float32, state_dtype=torch.float32),
     )
     monkeypatch.setattr(ablation, "verify_engines", lambda *a: [])
     monkeypatch.setattr(ablation, "measure", lambda *a: figures)
