@@ -14,7 +14,6 @@ from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
-
 GRAPH_LIMITS = Limits(max_batch_size=8, max_seq_len=512, prefill_chunk=64)
 
 
