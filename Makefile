@@ -28,11 +28,16 @@ verify-tensorrt: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope $(TESTS)
 
-# mypy wants the packages where they are imported from, so kernels/, model/ and plugins/ are linked under jet_export/.
+# mypy wants modules where they are imported from, so everything is linked there: kernels/, model/ and plugins/ under
+# jet_export/, the tests' helpers and the scripts, whose names must differ, at the top.
+TESTED := $(filter-out $(CURDIR)/tests/helpers $(CURDIR)/tests/data,$(wildcard $(CURDIR)/tests/*))
 types: $(READY)
-	rm -rf build/types && mkdir -p build/types/jet_export
+	rm -rf build/types && mkdir -p build/types/jet_export build/types/tests
 	ln -s $(CURDIR)/jet_export/* $(CURDIR)/kernels $(CURDIR)/model $(CURDIR)/plugins build/types/jet_export/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p jet_export
+	ln -s $(TESTED) build/types/tests/
+	ln -s $(CURDIR)/tests/helpers $(CURDIR)/benchmarks/*/*.py $(CURDIR)/examples/*.py $(CURDIR)/examples/jet_tiny build/types/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../mypy .
+	cd build/types && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache $(CURDIR)/pyproject.toml
 
 lint: $(READY) types
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Sampling on this GPU: kernels/sampling.py beside plain torch that does all rows at once, and beside argmax.
 
-    python benchmarks/kernels/sampling.py [--batches 1,64,256] [--vocab 151936] [--output RESULTS.json]
+    python benchmarks/kernels/sampling.py [--batches 1,64,256] [--vocab 151936] [--output FILE]
 
 Correctness first: the tokens of a mix of rows are the specification's. Logits are random and bf16, like those of random
 weights: the filters' worst case, since nearly every token is likely. `peaked` scales them so that few tokens hold the
@@ -9,19 +9,17 @@ mass, as those of trained models do. Times are medians over CUDA graphs, in micr
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import lacks_gpu, output_of, parser_of
 from torch import Tensor
 
 from jet_export.bench import timer
 from jet_export.kernels.sampling_ref import RowSettings, sample_ref
 from jet_export.runtime.sampler import SlotSampler
-from jet_export.utils.environment import device_slug, write_result
+from jet_export.utils.environment import write_result
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 SETTINGS = {
     "greedy": RowSettings(),
     "temperature 1": RowSettings(temperature=1.0),
@@ -89,11 +87,12 @@ def measure(batch: int, vocab: int, scale: float) -> dict[str, dict[str, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "sampling")
     parser.add_argument("--batches", default="1,64,256")
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--output", type=Path, help="default: results/<gpu>/sampling.json")
     options = parser.parse_args()
+    if lacks_gpu("sampling.py"):
+        raise SystemExit(2)
     wrong = check(options.vocab)
     print(f"{wrong} of 28 tokens differ from the specification's")
     if wrong > 1:
@@ -107,7 +106,7 @@ def main() -> None:
                 print(
                     f"{shape:7} B{batch:<4} {name:26}", "  ".join(f"{k} {v:8.1f}" for k, v in row.items()), flush=True
                 )
-    output = options.output or RESULTS / device_slug() / "sampling.json"
+    output = output_of(options)
     write_result(output, {"vocab": options.vocab, "wrong_tokens": wrong, "cases": cases})
 
 
