@@ -68,7 +68,7 @@ class CompiledEngine(EagerEngine):
     """
 
     def __init__(self, eager: EagerEngine, phases: str = "all") -> None:
-        super().__init__(eager.model, eager.limits, eager.dtype, torch.float32)
+        super().__init__(eager.model, eager.limits, kv_dtype=eager.dtype, state_dtype=torch.float32)
         self.forward = torch.compile(eager.model.forward_packed, dynamic=True)
         self.compiles_prefill = phases == "all"
 

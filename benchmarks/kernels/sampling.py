@@ -9,6 +9,8 @@ mass, as those of trained models do. Times are medians over CUDA graphs, in micr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,9 +78,9 @@ def measure(batch: int, vocab: int, scale: float) -> dict[str, dict[str, float]]
     out = {}
     for name, row in SETTINGS.items():
         sampling, slots = sampler_of(row, batch, vocab)
-        variants = {"kernels": lambda s=sampling, i=slots: s.sample(logits, i)}
+        variants: dict[str, Callable[[], Any]] = {"kernels": partial(sampling.sample, logits, slots)}
         if row.repetition_penalty == 1:
-            variants["torch"] = lambda row=row: plain_torch(row, logits)
+            variants["torch"] = partial(plain_torch, row, logits)
         times = timer.compare(variants, graph=True, repeats=10)
         out[name] = {variant: round(1e3 * t.median, 1) for variant, t in times.items()}
     times = timer.compare({"topk": lambda: logits.float().topk(5)}, graph=True, repeats=10)

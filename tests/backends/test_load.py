@@ -65,8 +65,9 @@ def loaded(monkeypatch) -> list[str]:
 
 def test_packages_come_after_the_check_and_weights_beside_it(bundle, loaded, monkeypatch) -> None:
     """The check waits for the weights to be loaded: in sequence they would never end."""
-    weights_there, order = threading.Event(), []
-    check_files, load_weights = load.check_files, load.load_weights
+    weights_there = threading.Event()
+    order: list[str] = []
+    check_files, load_weights = load.__dict__["check_files"], load.__dict__["load_weights"]
 
     def check(directory, manifest) -> None:
         assert weights_there.wait(60)

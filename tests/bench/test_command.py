@@ -33,10 +33,15 @@ def bundle(tmp_path, monkeypatch):
     save_file({**tensors, "cos_sin": engine.model.cos_sin}, directory / "weights.safetensors")
     manifest = Manifest(
         model={"name": "mini", "source": "random weights, seed 0", "config": mini_config().to_dict()},
-        backend={"name": "inductor", "torch": torch.__version__}, target={"device": "cpu", "arch": "x86_64"},
-        dtype="float32", kv_cache_dtype="float32", state_dtype="float32", limits=LIMITS,
-        build={"command": ["jet-export", "build", "--model", "mini.json"]}, files=describe_files(directory),
-    )  # fmt: skip
+        backend={"name": "inductor", "torch": torch.__version__},
+        target={"device": "cpu", "arch": "x86_64"},
+        dtype="float32",
+        kv_cache_dtype="float32",
+        state_dtype="float32",
+        limits=LIMITS,
+        build={"command": ["jet-export", "build", "--model", "mini.json"]},
+        files=describe_files(directory),
+    )
     manifest.save(directory)
     monkeypatch.setattr(command, "load_engine", lambda path: (engine, manifest))
     peaks = Peaks(1e10, {torch.float32: 1e11})
@@ -100,7 +105,8 @@ def test_a_verdict_of_another_bundle_does_not_count(bundle, outcome) -> None:
 
 
 def test_rows_and_files(bundle, outcome, tmp_path) -> None:
-    out, lines = tmp_path / "out", []
+    out = tmp_path / "out"
+    lines: list[str] = []
     result = run(bundle, 32, 64, 512, output=out, lines=lines)
     written = json.loads((out / "bench.json").read_text())
     assert written == json.loads(json.dumps(result)) and written["complete"]
@@ -117,6 +123,12 @@ def test_rows_and_files(bundle, outcome, tmp_path) -> None:
     assert s["reason"] == "context 512 and 6 new tokens exceed max_seq_len 96"
     assert any("skipped: context 512" in line and "--max-seq-len 518" in line for line in lines)
     assert len((out / "bench.csv").read_text().splitlines()) == 3
+
+
+def test_without_git_the_commit_is_unknown(bundle, outcome, monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("JET_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(bundle, 32)["environment"]["commit"] == "unknown"
 
 
 def test_batch_auto_takes_the_bundles_limit(bundle, outcome) -> None:
@@ -144,8 +156,13 @@ def test_serving_takes_memory_for_its_own_requests_only(bundle, outcome, monkeyp
     from jet_export.runtime import batching
 
     seen = []
-    capacity = batching.capacity
-    monkeypatch.setattr(batching, "capacity", lambda *a: seen.append(capacity(*a)) or seen[-1])
+    capacity = batching.__dict__["capacity"]
+
+    def recorded(*args):
+        seen.append(capacity(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(batching, "capacity", recorded)
     run(bundle, 8, protocol="serving", batches=(3,))
     assert (seen[0].slots, seen[0].pages) == (3, 3)
 

@@ -13,8 +13,12 @@ def test_a_line_for_each_model_precision_and_batch() -> None:
 
 
 def test_more_lines_than_can_be_told_apart_become_two_a_model() -> None:
-    rows = [row(b, b, context=c, model=m) for m in ("jet-2b", "qwen3-1.7b") for c, most in ((8, 64), (4, 1024))
-            for b in (1, 2, 4, 8, 16, 32, 64, most)]  # fmt: skip
+    rows = [
+        row(b, b, context=c, model=m)
+        for m in ("jet-2b", "qwen3-1.7b")
+        for c, most in ((8, 64), (4, 1024))
+        for b in (1, 2, 4, 8, 16, 32, 64, most)
+    ]
     lines = series(rows, "decode")
     assert lines["jet-2b bf16, largest batch (1024, 64)"] == [(4, 1024), (8, 64)]
     assert lines["Qwen3-1.7B-shaped bf16, batch 1"] == [(4, 1), (8, 1)] and len(lines) == 4
@@ -24,11 +28,11 @@ def test_the_picture_names_the_source_of_every_reference(tmp_path, monkeypatch) 
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.axes import Axes
 
-    labels = []
+    labels: list[str] = []
     plot = Axes.plot
 
     def recorded(self, *args, **kwargs):
-        labels.append(kwargs.get("label"))
+        labels.append(str(kwargs.get("label")))
         return plot(self, *args, **kwargs)
 
     monkeypatch.setattr(Axes, "plot", recorded)

@@ -75,7 +75,7 @@ def test_the_batch_is_the_largest_within_the_time(table, tpot) -> None:
         return 0.5 + nbytes(batch, 65536) / 2.5e9 + 0.002 * batch
 
     want = max((b for b in range(1, 500) if ms(b) <= tpot), default=0)
-    assert p.batch == want and p.bound == "time" and p.memory.total > 0
+    assert p.batch == want and p.bound == "time" and p.memory is not None and p.memory.total > 0
     assert p.tokens_per_s == pytest.approx(1e3 * want / ms(want))
 
 
@@ -141,7 +141,7 @@ def test_a_step_of_one_sequence_is_explained(table) -> None:
         p = largest(faster, 65536, tpot)
         said = " ".join(lines(p, faster, target(65536, tpot)))
         assert "step of one sequence, fitted apart to 2 measured = 0.202 ms + 0.4 ms/GB; each predicted" in said
-        assert p.alone.seconds(nbytes(1, 65536)) == p.seconds and max(p.alone.errors) < 1e-6
+        assert p.alone is not None and p.alone.seconds(nbytes(1, 65536)) == p.seconds and max(p.alone.errors) < 1e-6
     several = largest(faster, 65536, 20)
     assert "one sequence" not in " ".join(lines(several, faster, target(65536, 20)))
 
@@ -151,13 +151,18 @@ def test_the_error_of_one_sequence_is_of_steps_left_out() -> None:
 
     points = [(1e9, 1, 1.5e-3), (2e9, 1, 2.6e-3), (2e9, 8, 9e-3)]
     alone = fit_alone(points, 1e-12)
-    assert alone.overhead == pytest.approx(0.55e-3) and alone.errors == pytest.approx((0.1 / 1.5, 0.1 / 2.6))
-    assert fit_alone(points[:1], 1e-12).errors == () and fit_alone(points[2:], 1e-12) is None
+    assert (
+        alone is not None
+        and alone.overhead == pytest.approx(0.55e-3)
+        and alone.errors == pytest.approx((0.1 / 1.5, 0.1 / 2.6))
+    )
+    single = fit_alone(points[:1], 1e-12)
+    assert single is not None and single.errors == () and fit_alone(points[2:], 1e-12) is None
 
 
 def test_memory_binds_where_time_does_not(table) -> None:
     p = largest(table, 65536, 1000, available=20e9)
-    assert p.bound == "memory" and p.memory.total <= 20e9
+    assert p.bound == "memory" and p.memory is not None and p.memory.total <= 20e9
     assert 0 < p.batch < largest(table, 65536, 1000, available=40e9).batch
 
 

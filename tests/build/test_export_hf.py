@@ -294,8 +294,14 @@ def test_jet_tiny_and_a_build_from_the_export(tmp_path) -> None:
     out = tmp_path / "out/checkpoint"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["checkpoint"]
     names = {p.name for p in out.iterdir()}
-    assert names == {"README.md", "config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json",
-                     "tokenizer_config.json"}  # fmt: skip
+    assert names == {
+        "README.md",
+        "config.json",
+        "hf_quant_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
     plan = make_plan(BuildOptions(model=str(out), device="cpu", kv_cache_dtype="fp8", max_seq_len=256))
     assert plan.fp8 and plan.output.name == "checkpoint-fp8-inductor"
@@ -320,7 +326,8 @@ def quantise_like(model: JetNemotronForCausalLM, text: Path) -> None:
     from jet_export.quantization.calibrate import calibration_tokens
     from jet_export.runtime.tokenizer import Tokenizer
 
-    batches = calibration_tokens(Tokenizer(JET_TINY_DIR / "tokenizer.json"), text.read_text(), model.config.vocab_size)
+    tokenizer = Tokenizer(JET_TINY_DIR / "tokenizer.json")
+    batches = calibration_tokens(tokenizer, text.read_text(), vocab_size=model.config.vocab_size)
     quantize_fp8(model, batches)
     calibrate_kv_scales(model, batches)
 
@@ -367,10 +374,12 @@ Q = "model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.input_scale": torch.tensor(-1.0)}), f"{Q}.input_scale is -1.*\nOnly one positive"),
         (lambda t: t.update({f"{Q}.weight_scale": torch.ones(3)}), f"{Q}.weight_scale has shape \\[3\\]"),
         (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].float()}), "weight is float32, and its scales are"),
-        (lambda t: [t.pop(n) for n in list(t) if n.endswith("put_scale") or n.endswith("ight_scale")],
-         "weight is float8_e4m3fn, and its scales are not"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if n.endswith("put_scale") or n.endswith("ight_scale")],
+            "weight is float8_e4m3fn, and its scales are not",
+        ),
     ],
-)  # fmt: skip
+)
 def test_damaged_scales_are_named(written, edit, message: str) -> None:
     change(written, edit)
     with pytest.raises(JetExportError, match=message):

@@ -1,6 +1,9 @@
 """The command line on bad input: one message saying what, where and what to do, exit status 2, nothing written."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest, describe_files
 from jet_export.bundle.target import host_target
 from jet_export.cli import app as cli
+from jet_export.utils.version import __version__
 
 
 def run(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
@@ -65,6 +69,41 @@ def edit(bundle: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_version(monkeypatch, capsys) -> None:
+    import torch
+    import triton
+
+    monkeypatch.setenv("JET_COMMIT", "abc123")
+    status, out, _ = run(monkeypatch, capsys, "--version")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    assert status == 0
+    first, second, third = out.splitlines()
+    assert first == f"jet-export {__version__} (commit abc123)"
+    assert second.startswith(f"torch {torch.__version__}, Triton {triton.__version__}, CUDA ")
+    assert third.startswith(f"GPU {gpu}, Python 3.")
+
+
+@pytest.mark.parametrize(("words", "expected"), [("", "verify"), ("ben", "bench"), ("build --ran", "--random-weights")])
+def test_shell_completion(words: str, expected: str) -> None:
+    """What bash asks for at a tab: the command again, with the line typed so far."""
+    line = ["jet-export", *(words.split() or [""])]
+    asked = {"_JET_EXPORT_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(line), "COMP_CWORD": str(len(line) - 1)}
+    done = in_process(**asked)
+    assert expected in done.stdout.split(), done.stderr
+
+
+def test_the_completion_script_is_shown() -> None:
+    done = in_process("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert done.returncode == 0 and "_JET_EXPORT_COMPLETE=complete_bash" in done.stdout
+
+
+def in_process(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, from which typer takes its name."""
+    code = "import sys; sys.argv[0] = 'jet-export'; from jet_export.cli.app import main; main()"
+    command, env = [sys.executable, "-c", code, *words], {**os.environ, **variables}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
 def test_help_of_each_command_shows_an_example(monkeypatch, capsys) -> None:
     for command in ("build", "verify", "generate", "inspect", "search"):
         status, out, _ = run(monkeypatch, capsys, command, "--help")
@@ -97,8 +136,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workdir, monkeypatch, capsys
     ],
 )
 def test_build_refuses(workdir, monkeypatch, capsys, args: list[str], message: str) -> None:
-    import re
-
     assert re.search(message, refused(monkeypatch, capsys, "build", *args))
     assert list(workdir.iterdir()) == []
 
@@ -131,7 +168,12 @@ def test_plan_of_a_hub_id_downloads_the_config_alone(workdir, monkeypatch, capsy
 
     config = write_mini_config(workdir)
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or str(config))
+
+    def download(*args) -> str:
+        asked.append(args)
+        return str(config)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("downloaded"))
     status, out, _ = run(monkeypatch, capsys, "build", "--model", "someone/jet-mini", "--dry-run")
     assert status == 0
@@ -266,8 +308,6 @@ def test_inspect_of_a_bundle_refuses(bundle, monkeypatch, capsys) -> None:
 
 def test_importing_is_light() -> None:
     """transformers, modelopt and tensorrt are imported only where they are used."""
-    import subprocess
-
     code = (
         "import sys, jet_export, jet_export.model.jet_nemotron\n"
         "import jet_export.runtime.llm, jet_export.build, jet_export.cli\n"

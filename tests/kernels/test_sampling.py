@@ -1,5 +1,7 @@
 """Sampling: the kernels against the float64 specification, exact supports, distributions, independence of the batch."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -76,7 +78,8 @@ def test_top_k_searches_the_row_where_its_list_overflows(device, monkeypatch, li
 def test_the_kernels_are_the_specification_for_any_mix_of_rows(device, ties) -> None:
     rng = torch.Generator().manual_seed(int(ties))
     prompts = torch.randint(V, (len(MIX), 20), generator=rng).tolist()
-    sampling, made = sampler(device, MIX, prompts), [[] for _ in MIX]
+    sampling = sampler(device, MIX, prompts)
+    made: list[list[int]] = [[] for _ in MIX]
     for _ in range(3):
         logits = torch.randn(len(MIX), V, generator=rng) * 3
         logits = (logits * 2).round() / 2 if ties else logits
@@ -119,7 +122,7 @@ def test_a_request_that_goes_on_elsewhere_draws_the_same(device) -> None:
 
 
 # Of probabilities 0.4, 0.2, 0.2, 0.12, 0.08.
-SUPPORTS = [
+SUPPORTS: list[tuple[dict[str, Any], Any]] = [
     (dict(top_k=2), {0, 1, 2}),  # 1 and 2 tie for the second place
     (dict(top_k=1), {0}),
     (dict(top_p=0.39), {0}),

@@ -17,7 +17,8 @@ from jet_export.kernels.common import INTERPRET
 from jet_export.ladder import climb, rungs
 from jet_export.ladder.climb import LadderOptions, in_own_process, run_rungs, summary, table
 from jet_export.ladder.inputs import RUNS, random_inputs
-from jet_export.ladder.rungs import RUNGS, Outcome, Site, Skipped
+from jet_export.ladder.rungs import RUNGS, Outcome, Skipped
+from jet_export.ladder.site import Site
 from jet_export.utils.errors import JetExportError
 from jet_export.verify.parity import Measure
 
@@ -63,8 +64,10 @@ def test_a_bundle_without_a_graph_has_its_model_exported_again(bundle, tmp_path)
             (other / file.name).symlink_to(file)
     again = Site(bundle=other, work=work).graph()
     assert again.parent == work
-    names = [{t.name for t in onnx.load(p, load_external_data=False).graph.initializer}
-             for p in (again, bundle / "model.onnx")]  # fmt: skip
+    names = [
+        {t.name for t in onnx.load(p, load_external_data=False).graph.initializer}
+        for p in (again, bundle / "model.onnx")
+    ]
     assert names[0] == names[1]
 
 

@@ -22,6 +22,7 @@ from jet_export.plugins.cases import (
 )
 from jet_export.plugins.kernel import Kernel
 from jet_export.plugins.symbolic import Scalar, Shape, Size, Trace
+from jet_export.utils.compiler import find_compiler
 from jet_export.utils.errors import JetExportError
 
 
@@ -150,14 +151,14 @@ def test_an_altered_wheel_is_refused(tmp_path, monkeypatch):
 def test_no_compiler_is_said(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(JetExportError, match=r"no-such-compiler is not on the PATH, and the plugin .*\nInstall g\+\+"):
-        library.find_compiler(library.PURPOSE)
+        find_compiler(library.PURPOSE)
 
 
 def test_the_library_is_cached(mini, monkeypatch):
     monkeypatch.setattr(library, "compile_kernels", lambda *args: pytest.fail("compiled again"))
     include = headers.find_headers()
     assert library.build_library(mini.cases, mini.sms, include) == mini.folder
-    spec, compiler = json.dumps([]), library.find_compiler(library.PURPOSE)
+    spec, compiler = json.dumps([]), find_compiler(library.PURPOSE)
     names = {library.digest(s, include, compiler) for s in (spec, spec + " ")}
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-g"))
     assert library.digest(spec, include, compiler) not in names and len(names) == 2

@@ -21,7 +21,7 @@ SM = 90
 @pytest.fixture(scope="module")
 def library(headers) -> Path:
     """Of the small model of `mini_config`, in fp32, which Triton's interpreter computes rightly."""
-    return library_for(mini_config(), [SM], "float32", "float32", "float32", headers)
+    return library_for(mini_config(), [SM], dtype="float32", cache_dtype="float32", headers=headers)
 
 
 @pytest.mark.skipif(
@@ -37,7 +37,7 @@ def test_the_plugins_own_launches_compute_the_graph(headers, tools, library, tmp
     config.save(tmp_path / "mini.json")
     found = run_job(job, tmp_path)
     prefill, decode = found["nodes"]
-    states = {s.name + "_out" for s in state_specs(config, torch.float32, torch.float32, torch.float32)}
+    states = {s.name + "_out" for s in state_specs(config, torch.float32)}
     assert states | {"logits", "layers.0.self_attn.o_proj.input"} <= prefill.keys() == decode.keys(), prefill.keys()
     assert max(max(step.values()) for step in (prefill, decode)) < 1e-5
     assert found["end_to_end"] < 1e-5
@@ -48,7 +48,7 @@ def test_the_plugins_own_launches_compute_the_graph(headers, tools, library, tmp
 def test_plugins_compute_what_their_references_do(headers, tools, library, tmp_path):
     """Prefill, chunks and decode, with a window, states in place and apart: then rows outside `slots` survive and no
     input changes. With meaningless batch tensors every load and store stays in the inputs, outputs and workspace."""
-    cases = model_cases(mini_config(), "float32")
+    cases = model_cases(mini_config(), dtype="float32")
     job = {"folder": str(library), "headers": str(headers), "sm": SM, "fake": str(tools[1]), "runs": SMALL_RUNS,
            "kinds": ["any", "near"], "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
     found = run_job(job, tmp_path)

@@ -5,6 +5,7 @@ tests/helpers/faults.py; faults of the TensorRT runtime are in tests/backends/te
 """
 
 import re
+from typing import Any
 
 import pytest
 from helpers.eager_bundle import mini_config
@@ -17,7 +18,7 @@ from helpers.replay import run_job
 from jet_export.bundle.limits import Limits
 from jet_export.kernels import common
 from jet_export.ladder import rungs
-from jet_export.ladder.rungs import Site
+from jet_export.ladder.site import Site
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.plugins.cases import case_to_dict, model_cases
 from jet_export.plugins.harness.build import harness_library
@@ -33,8 +34,8 @@ UNSEEN = {("wrong FP8 scale", "JetBlock")}  # it has none
 
 @pytest.mark.skipif(not common.INTERPRET, reason="the CPU's stand-in for the rung on a GPU")
 def test_plugin_outputs_catch(headers, tools, tmp_path):
-    library = library_for(mini_config(), [90], "float32", "float32", "float32", headers)
-    cases = model_cases(mini_config(), "float32")
+    library = library_for(mini_config(), [90], dtype="float32", cache_dtype="float32", headers=headers)
+    cases = model_cases(mini_config(), dtype="float32")
     job = {"folder": str(library), "headers": str(headers), "sm": 90, "fake": str(tools[1]), "faults": LAUNCHED,
            "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
     found = run_job(job, tmp_path)
@@ -46,8 +47,8 @@ def test_plugin_outputs_catch(headers, tools, tmp_path):
 
 def test_plugin_objects_catch_a_missing_reformat(headers, tmp_path, monkeypatch):
     """A plugin that takes any layout gets what it cannot read: TensorRT puts no reformat before it."""
-    cases = model_cases(mini_config(), "float32")
-    library = library_for(mini_config(), [90], "float32", "float32", "float32", headers)
+    cases = model_cases(mini_config(), dtype="float32")
+    library = library_for(mini_config(), [90], dtype="float32", cache_dtype="float32", headers=headers)
     site = Site(bundle=tmp_path, work=tmp_path, headers=headers)
     site.__dict__["cases"] = cases
     harness = Harness(harness_library(headers), library / NAME)
@@ -97,7 +98,7 @@ class WrongScale(FaultyEngine):
     def __init__(self, eager) -> None:
         super().__init__(eager)
         path = next(p for p, m in self.model.named_modules() if isinstance(m, Fp8Linear) and "down_proj" in p)
-        linear = self.model.get_submodule(path)
+        linear: Any = self.model.get_submodule(path)
         linear.input_scale = linear.input_scale * 1.05
 
 

@@ -83,7 +83,7 @@ def test_plugin_is_the_op(plugins, case, run, in_place):
     call = Call(harness, inputs, in_place)
     call()
     check(call, inputs.op(), exact)
-    kept = zip(call.inputs.tensors, inputs.tensors, strict=True)
+    kept = list(zip(call.inputs.tensors, inputs.tensors, strict=True))
     if in_place:
         kept = [pair for i, pair in enumerate(kept) if i not in STATES[inputs.node]]
     assert all(same_bits(a, b) for a, b in kept)

@@ -1,5 +1,6 @@
 """--sm, --tensorrt-headers and --fetch-headers: what they mean, and one message for each thing that cannot be."""
 
+import fcntl
 import json
 import os
 import stat
@@ -9,7 +10,9 @@ import pytest
 
 from jet_export.build.plan import BuildOptions, plugin_sms
 from jet_export.plugins import headers, library
+from jet_export.plugins.headers import find_headers
 from jet_export.plugins.targets import SHARED, check_fp8, parse_sms, sm_of_arch
+from jet_export.utils.compiler import find_compiler
 from jet_export.utils.errors import JetExportError
 
 
@@ -119,7 +122,7 @@ def test_a_compiler_too_old_is_said(monkeypatch, tmp_path):
     old = script(tmp_path / "old-g++", 'echo "error: unrecognized command line option -std=c++17" >&2; exit 1')
     monkeypatch.setenv("CXX", old)
     with pytest.raises(JetExportError, match=r"old-g\+\+ does not compile C\+\+17: error: unrecog.*\nInstall g\+\+ 7"):
-        library.find_compiler(library.PURPOSE)
+        find_compiler(library.PURPOSE)
     with pytest.raises(JetExportError, match=r"does not compile C\+\+17"):
         library.require_tools(None, fetch=True)
 
@@ -133,20 +136,20 @@ def test_progress_says_how_long_it_will_take():
 def test_who_comes_second_waits_and_finds_it_built(monkeypatch, headers, tmp_path):
     """The library appears while the lock is awaited: nothing is compiled a second time."""
     monkeypatch.setattr(library, "build_into", lambda *args: pytest.fail("compiled again"))
-    include, compiler = library.find_headers(headers), library.find_compiler(library.PURPOSE)
+    include, compiler = find_headers(headers), find_compiler(library.PURPOSE)
     spec = json.dumps({"cases": [], "sms": [90]}, sort_keys=True)
     folder = tmp_path / f"plugins-{library.digest(spec, include, compiler)}"
-    real, waited = library.fcntl.flock, []
+    real, waited = fcntl.flock, []
 
     def flock(lock, how):
-        if how & library.fcntl.LOCK_NB:
+        if how & fcntl.LOCK_NB:
             raise BlockingIOError
         folder.mkdir()
         (folder / library.NAME).touch()
         waited.append(how)
         real(lock, how)
 
-    monkeypatch.setattr(library.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     lines: list[str] = []
     assert library.build_library([], [90], include, cache=tmp_path, emit=lines.append) == folder
     assert waited and lines == ["another process is building this plugin library: waiting for it"]

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,7 @@ def test_logits_among_others_are_those_alone(llm) -> None:
     assert heard.tokens == alone.token_ids
     for output, logits in zip(heard, alone.logits, strict=True):
         p = logits.log_softmax(-1)
+        assert output.logprob is not None
         assert output.logprob.chosen == pytest.approx(float(p[output.token]), abs=1e-4)
         assert [v for _, v in output.logprob.top] == pytest.approx(p.topk(20).values.tolist(), abs=1e-4)
 
@@ -146,7 +148,7 @@ def test_prompts_are_chunked_by_the_budget_and_decode_goes_on(llm) -> None:
     assert steps == -(-200 // 15)
 
 
-def test_overlapped_steps_are_the_steps_that_are_due(llm, overlap) -> None:
+def test_overlapped_steps_are_the_steps_that_are_due(llm, overlap, monkeypatch) -> None:
     """With logits in one buffer, as a CUDA graph has them. Only a stop token costs a decode in vain."""
     rows = prompts(5, 9, 30)
     alone = [c.token_ids for c in llm.generate(rows, 12)]
@@ -158,7 +160,7 @@ def test_overlapped_steps_are_the_steps_that_are_due(llm, overlap) -> None:
         steps.append(len(slots))
         return buffer[: len(slots)].copy_(decode(slots, tokens))
 
-    engine.runner.decode = reused
+    monkeypatch.setattr(engine.runner, "decode", reused)
     heard = [ask(engine, row, max_new_tokens=12) for row in rows]
     finish(engine)
     assert [h.tokens for h in heard] == alone
@@ -170,9 +172,9 @@ def test_overlapped_steps_are_the_steps_that_are_due(llm, overlap) -> None:
     finish(engine)
     before = next(j for j in range(1, 12) if whole.tokens[j] not in whole.tokens[:j])
     steps.clear()
-    heard = ask(engine, rows[0], stop_ids=(whole.tokens[before],), **hot)
+    stopped = ask(engine, rows[0], stop_ids=(whole.tokens[before],), **hot)
     finish(engine)
-    assert heard.tokens == whole.tokens[: before + 1] and heard.reason == "stop" and unused(engine)
+    assert stopped.tokens == whole.tokens[: before + 1] and stopped.reason == "stop" and unused(engine)
     assert sum(steps) == before + overlap
 
 
@@ -367,7 +369,12 @@ def test_pools_have_the_pages_of_the_capacity(llm) -> None:
     rows = {"slots": 3, "pages": 4, "window_pages": c.window_pages}
     for spec, pool in zip(llm.engine.specs, engine.runner.states, strict=True):
         assert pool.shape[0] == rows[spec.rows]
-    wrong = {"slots": (0, 5), "token_budget": (0, 2, 10**6), "kv_tokens": (-1, 0), "wait_timeout": (0, float("nan"))}
+    wrong: dict[str, tuple[Any, ...]] = {
+        "slots": (0, 5),
+        "token_budget": (0, 2, 10**6),
+        "kv_tokens": (-1, 0),
+        "wait_timeout": (0, float("nan")),
+    }
     for bad in (Serving(**{name: value}) for name, values in wrong.items() for value in values):
         with pytest.raises(JetExportError):
             capacity(llm.engine, bad)
@@ -376,7 +383,8 @@ def test_pools_have_the_pages_of_the_capacity(llm) -> None:
 def test_a_graph_is_not_replayed_over_another_sequence() -> None:
     """After prefill or a reset, no graph takes its buffers for the next step."""
     runner = Runner(eager_engine(Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=16)))
-    graph = DecodeGraph(graph=None, input_ids=None, batch=None, step=None, logits=None)
+    nothing: Any = None
+    graph = DecodeGraph(graph=nothing, input_ids=nothing, batch=nothing, step=nothing, logits=nothing)
     for act in (lambda: runner.prefill([0], [[5]]), lambda: runner.reset(0)):
         graph.slots = [0]
         runner.graphs = {1: graph}

@@ -1,6 +1,7 @@
 """The compiled FP8 bundle: batch invariance, continued sessions and prefix hits, to the bit."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def test_a_saved_session_continues_to_the_bit(llm, bundle, tmp_path) -> None:
     (a,) = other.generate([[]], 5, return_logits=True, ignore_eos=True, session=session)
     (b,) = other.generate([[]], 7, return_logits=True, ignore_eos=True, session=session)
     assert a.token_ids + b.token_ids == whole.token_ids
+    assert a.logits is not None and b.logits is not None and whole.logits is not None
     assert torch.equal(torch.cat((a.logits, b.logits)), whole.logits)
     data = bytearray((tmp_path / "s").read_bytes())
     data[-1] ^= 1
@@ -70,7 +72,7 @@ def test_text_and_stop_strings_over_sessions(llm) -> None:
     (first,) = llm.generate("def mean(values):\n    ", 12, ignore_eos=True, session=session)
     (second,) = llm.generate("\n\ndef", 12, ignore_eos=True, session=session)
     assert llm.tokenizer.decode(session.tokens) == "def mean(values):\n    " + first.text + "\n\ndef" + second.text
-    heard = []
+    heard: list[Any] = []
     engine = batching(llm)
     engine.submit(llm.tokenizer.encode("def "), Params(40, stop=("(",)), heard.append)
     while engine.step():
@@ -80,7 +82,7 @@ def test_text_and_stop_strings_over_sessions(llm) -> None:
 
 def test_a_deleted_engine_frees_its_weights(bundle) -> None:
     """bench and search load several engines in one process. A tensor kept elsewhere stays valid."""
-    engine = LLM(bundle, check=False).engine
+    engine: Any = LLM(bundle, check=False).engine
     kept = engine.weights["layers.0.mlp.down_proj.weight"]
     values = kept.float().clone()
     storages = {n: w.untyped_storage() for n, w in engine.weights.items()}

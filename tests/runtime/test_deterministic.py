@@ -48,19 +48,26 @@ def test_generate_agrees_with_serving(device) -> None:
         while engine.step():
             pass
         assert a.token_ids == b.token_ids == served.tokens
+        assert a.logits is not None and b.logits is not None
         assert torch.equal(a.logits, b.logits) and torch.equal(a.logits, torch.stack(served.logits))
 
 
-def test_every_call_has_the_same_shape(device) -> None:
+def test_every_call_has_the_same_shape(device, monkeypatch) -> None:
     """Decode: max_batch_size rows, whatever runs. Prefill: one sequence, chunks that end at multiples of the chunk."""
     engine = eager_engine(LIMITS, device=device)
     decode, prefill = [], []
     run_decode, run_prefill = engine.decode, engine.prefill
-    engine.decode = lambda ids, batch, states: (decode.append(len(ids)), run_decode(ids, batch, states))[1]
-    engine.prefill = lambda ids, batch, *rest: (
-        prefill.append((len(batch.slots), int(batch.context_lens[0]), len(ids))),
-        run_prefill(ids, batch, *rest),
-    )[1]
+
+    def recorded_decode(ids, batch, states):
+        decode.append(len(ids))
+        return run_decode(ids, batch, states)
+
+    def recorded_prefill(ids, batch, *rest):
+        prefill.append((len(batch.slots), int(batch.context_lens[0]), len(ids)))
+        return run_prefill(ids, batch, *rest)
+
+    monkeypatch.setattr(engine, "decode", recorded_decode)
+    monkeypatch.setattr(engine, "prefill", recorded_prefill)
     batching = BatchingEngine(engine, ByteTokenizer(), -1, Serving(deterministic=True), cuda_graphs=False)
     among_others(batching, tokens(150, 0), [(tokens(n, n), 9) for n in (70, 5, 130)], 2)
     assert set(decode) == {LIMITS.max_batch_size}

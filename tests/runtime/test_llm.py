@@ -123,6 +123,7 @@ def test_cuda_graph_decode_equals_plain_decode(device) -> None:
     plain = eager_llm(limits, device=device, cuda_graphs=False)
     for a, b in zip(with_graphs, plain.generate(rows, max_new_tokens=20, return_logits=True), strict=True):
         assert a.token_ids == b.token_ids
+        assert a.logits is not None and b.logits is not None
         assert torch.allclose(a.logits, b.logits, rtol=1e-3, atol=1e-4)
 
 

@@ -1,6 +1,7 @@
 """The prefix cache: a prompt skips the prefix that it shares with an earlier one, and gets the same bits."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from jet_export.model.cache import PAGE
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
+from jet_export.runtime.prefix import PrefixCache
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.tokenizer import ByteTokenizer
@@ -20,7 +22,7 @@ from jet_export.utils.errors import JetExportError
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=5 * PAGE, prefill_chunk=64)
 MANY = 1 << 30
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": torch.float32},
     "fp8 kv": {"dtype": torch.bfloat16, "kv_dtype": torch.float8_e4m3fn},
 }
@@ -37,6 +39,12 @@ def tokens(n: int, seed: int) -> list[int]:
 
 def batching(engine, **serving) -> BatchingEngine:
     return BatchingEngine(engine, ByteTokenizer(), -1, Serving(**serving))
+
+
+def prefixes_of(engine: BatchingEngine) -> PrefixCache:
+    prefixes = engine.scheduler.prefixes
+    assert prefixes is not None
+    return prefixes
 
 
 def run(engine: BatchingEngine, prompts: list[list[int]], gaps: list[int]) -> list[RunningSequence]:
@@ -69,7 +77,7 @@ def test_a_hit_gives_the_bits_of_the_miss(engine) -> None:
     assert m.prompt_tokens == plain.metrics.prompt_tokens - m.prefix_tokens
     text = cached.render_metrics()
     assert f"jet_prefix_tokens_total {5 * PAGE}" in text and "jet_prefix_hits_total 3" in text
-    assert f"jet_prefix_cache_bytes {cached.scheduler.prefixes.size:g}" in text
+    assert f"jet_prefix_cache_bytes {prefixes_of(cached).size:g}" in text
     assert "jet_prefix_cache_bytes" not in plain.render_metrics()
 
 
@@ -90,7 +98,7 @@ def test_other_requests_and_cache_sizes_change_no_bit(engine, seed: int) -> None
     for prompt, among in zip(prompts, crowd, strict=True):
         (alone,) = run(plain, [prompt], [0])
         assert same(among, alone)
-    prefixes = cached.scheduler.prefixes
+    prefixes = prefixes_of(cached)
     assert prefixes.size <= prefixes.max_bytes
     assert cached.scheduler.pages.used == len(prefixes.held)
     while prefixes.evict():
@@ -101,16 +109,16 @@ def test_other_requests_and_cache_sizes_change_no_bit(engine, seed: int) -> None
 def test_the_cache_is_bounded_and_evicts_the_least_recently_used(engine) -> None:
     probe = batching(engine, prefix_cache_bytes=MANY)
     run(probe, [tokens(PAGE + 1, 0)], [0])
-    one = probe.scheduler.prefixes.size
+    one = prefixes_of(probe).size
     cached = batching(engine, prefix_cache_bytes=2 * one)
     a, b, c = (tokens(PAGE + 1, i) for i in range(3))
     for prompt in (a, b, a, c, a, b):
         run(cached, [prompt], [0])
-        assert cached.scheduler.prefixes.size <= 2 * one
-    assert cached.metrics.prefix_hits == 2 and cached.scheduler.prefixes.evictions == 2  # a twice; c, then b's last
+        assert prefixes_of(cached).size <= 2 * one
+    assert cached.metrics.prefix_hits == 2 and prefixes_of(cached).evictions == 2  # a twice; c, then b's last
     too_small = batching(engine, prefix_cache_bytes=one - 1)
     run(too_small, [a], [0])
-    assert not too_small.scheduler.prefixes.entries
+    assert not prefixes_of(too_small).entries
 
 
 def test_cancelling_around_the_first_step(engine) -> None:
@@ -159,6 +167,6 @@ def test_with_overlap_scheduling(engine) -> None:
         while batching.step():
             pass
         assert batching.metrics.prefix_hits > 2
-        assert batching.scheduler.pages.used == len(batching.scheduler.prefixes.held)
+        assert batching.scheduler.pages.used == len(prefixes_of(batching).held)
         generated.append([s.tokens for i, s in enumerate(running) if i != 3])
     assert generated[0] == generated[1]

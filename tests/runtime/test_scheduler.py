@@ -324,6 +324,7 @@ def test_a_prefix_is_found_shared_and_evicted() -> None:
         for r in sampled:
             if r.generated == 2:
                 s.finish(r)
+    assert s.prefixes is not None
     assert [e.end for e in s.prefixes.entries.values()] == [32, 64] and s.pages.used == 4
     second = submit(s, 65, 1, keys=prefix_keys(text[:65], 32))
     assert (second.held, len(second.pages), s.pages.used) == (64, 5, 5)
@@ -363,6 +364,7 @@ def test_the_entry_a_request_starts_from_is_not_evicted_for_it() -> None:
     run_prompt(s, old)
     run_prompt(s, new)
     request = submit(s, 40, 48, keys=prefix_keys([*old[:32], *range(8)], 32))  # the oldest entry, and 4 more pages
+    assert s.prefixes is not None
     assert (request.status, request.held, len(s.prefixes.entries)) == (Status.RUNNING, 32, 1)
     assert request.entry in s.prefixes.entries.values()
 

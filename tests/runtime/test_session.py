@@ -3,6 +3,7 @@
 import asyncio
 import json
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from jet_export.utils.errors import JetExportError
 
 LIMITS = Limits(max_batch_size=3, max_seq_len=400, prefill_chunk=48)
 FP8 = torch.float8_e4m3fn
-DTYPES = {
+DTYPES: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": torch.float32},
     "bf16": {"dtype": torch.bfloat16},
     "fp8 kv": {"dtype": torch.bfloat16, "kv_dtype": FP8},
@@ -240,6 +241,7 @@ def test_async_sessions(llm, tmp_path) -> None:
     async def turn(prompts: list[list[int]], sessions: list[Session]) -> list[list[int]]:
         generated: list[list[int]] = [[] for _ in prompts]
         async for i, output in served.stream(prompts, Params(4), sessions):
+            assert output.token is not None
             generated[i].append(output.token)
             with pytest.raises(JetExportError, match="in use"):
                 await anext(served.stream([[1]], Params(1), [sessions[i]]))

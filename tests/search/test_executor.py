@@ -45,7 +45,7 @@ def executor(tmp_path, monkeypatch) -> Iterator[SubprocessExecutor]:
     executable = tmp_path / "python"  # called as: python -m jet_export.search.worker measure
     executable.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$3"\n')
     executable.chmod(0o755)
-    monkeypatch.setattr(executor_module.sys, "executable", str(executable))
+    monkeypatch.setattr(sys, "executable", str(executable))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     setup = MeasurementSetup(
         machine={"device": "none"}, backend="inductor", dtype="float32", chunk=64, new_tokens=8, repeats=1, fill="auto"

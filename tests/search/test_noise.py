@@ -3,6 +3,7 @@
 import csv
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.fake_executor import SPACE, prepared, searched
@@ -114,7 +115,7 @@ def test_repeats_go_on_until_two_agree(decode, prefill, runs) -> None:
             peak_bytes=0,
         )
 
-    every = iter([run(d, p) for d, p in zip(decode, prefill, strict=True)])
+    every: Any = iter([run(d, p) for d, p in zip(decode, prefill, strict=True)])
     first = [next(every) for _ in range(min(3, len(decode)))]
     got = repeat_until_confirmed(first, lambda: [next(every)])
     assert next(every, None) is None

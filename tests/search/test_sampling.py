@@ -50,7 +50,7 @@ def test_the_grid_is_the_whole_space(tmp_path) -> None:
 
 
 def test_a_killed_study_is_resumed(tmp_path) -> None:
-    options = {"sampler": "tpe", "trials": 10, "whole": 0, "jobs": 2}
+    options: dict[str, Any] = {"sampler": "tpe", "trials": 10, "whole": 0, "jobs": 2}
     with pytest.raises(KeyboardInterrupt):
         searched(prepared(tmp_path, PLACED, **options), die_after=9)
     search = prepared(tmp_path, PLACED, resume=True, **options)

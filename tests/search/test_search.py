@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.eager_bundle import mini_config
@@ -305,7 +306,8 @@ def test_a_record_that_is_not_a_table_is_another_search(tmp_path) -> None:
 def test_options_out_of_range_are_named(tmp_path) -> None:
     for option, value in (("timeout", math.nan), ("timeout", -1.0), ("jobs", 0), ("trials", 0), ("whole", -1)):
         with pytest.raises(JetExportError, match=f"--{option} {value}: must be at least"):
-            prepared(tmp_path, **{option: value})
+            options: dict[str, Any] = {option: value}
+            prepared(tmp_path, **options)
 
 
 def strict(text: str) -> dict:
@@ -365,8 +367,8 @@ def test_no_point_beats_one_on_the_front(pairs: list[tuple[int, int]]) -> None:
     front = selector(0.0).pareto(es)
 
     def beaten(a: Evaluation, b: Evaluation) -> bool:
-        speed, score = (e.tokens_per_s(1, 1) for e in (a, b)), (a.score, b.score)
-        (va, vb), (sa, sb) = tuple(speed), score
+        va, vb, sa, sb = a.tokens_per_s(1, 1), b.tokens_per_s(1, 1), a.score, b.score
+        assert va is not None and vb is not None and sa is not None and sb is not None
         return vb >= va and sb >= sa and (vb > va or sb > sa)
 
     assert all(not any(beaten(a, b) for b in es) for a in front)

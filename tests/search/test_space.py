@@ -193,11 +193,12 @@ def test_the_bound_is_the_presets_at_the_points_precision(tmp_path) -> None:
     preset = jet_4b()
     space = space_of(tmp_path, text + "[measure]\nbatch = 2\ncontext = 4096", preset)
     constraints = Constraints(preset=preset, space=space, dtype=torch.bfloat16, device_bytes=None)
-    bounds = {}
+    bounds: dict[tuple[str, str], int] = {}
     for p in all_points(space, preset):
         assert constraints.refusal(p) is None
-        bounds[p.state_dtype, p.kv_cache_dtype] = constraints.allowed_cache_bytes(p)
-        assert constraints.cache_bytes(p.config(preset, space), p) == constraints.allowed_cache_bytes(p)
+        allowed = constraints.allowed_cache_bytes(p)
+        assert allowed is not None and constraints.cache_bytes(p.config(preset, space), p) == allowed
+        bounds[p.state_dtype, p.kv_cache_dtype] = allowed
     assert len(set(bounds.values())) == 4
     states = 26 * 16 * 128 * 256
     assert bounds["float32", "auto"] - bounds["bfloat16", "auto"] == 2 * states

@@ -199,7 +199,7 @@ def test_fp8_lm_head_is_refused(tmp_path) -> None:
     to_fp8(model, ids(64, 5)[None])
     from jet_export.model.fp8 import Fp8Linear
 
-    model.lm_head = Fp8Linear.from_linear(model.lm_head, 0.01, 0.01)
+    model.set_submodule("lm_head", Fp8Linear.from_linear(model.lm_head, 0.01, 0.01))
     save_unified(model, tmp_path, kv_fp8=False)
     with tensorrt_llm(), pytest.raises(JetExportError, match=r"lm_head is FP8.*\nExport without --fp8-lm-head"):
         load_model(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import date
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from jet_export.cli.app import app
 from jet_export.model.fp8 import FP8, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.quantization.calibrate import calibrate_kv_scales
+from jet_export.utils.environment import source_commit
 from jet_export.utils.errors import JetExportError
 from jet_export.verify import verify
 from jet_export.verify.parity import measure, reference_engine
@@ -84,7 +86,7 @@ def test_other_rounding_passes(tiny) -> None:
 
 def test_other_rounding_passes_in_fp32(mini) -> None:
     engine = other_rounding(mini)
-    assert isinstance(engine.model.layers[0].mlp.down_proj, SplitProducts)
+    assert isinstance(engine.model.get_submodule("layers.0.mlp.down_proj"), SplitProducts)
     assert not failures(engine, mini)
 
 
@@ -204,8 +206,8 @@ def test_empty_sequences_start_from_zero_in_noisy_pools(mini) -> None:
 @pytest.fixture(scope="module")
 def directory(mini, tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle")
-    save_file({**{k: v for k, v in mini.model.state_dict().items() if k != "lm_head.weight"},
-               "cos_sin": mini.model.cos_sin}, path / WEIGHTS)  # fmt: skip
+    tensors = {k: v for k, v in mini.model.state_dict().items() if k != "lm_head.weight"}
+    save_file({**tensors, "cos_sin": mini.model.cos_sin}, path / WEIGHTS)
     model = {"name": "mini", "source": "random weights, seed 0", "licence": None, "config": mini.config.to_dict()}
     dtype = dtype_name(torch.float32)
     manifest = Manifest(
@@ -236,6 +238,9 @@ def test_command_line(directory, monkeypatch, tmp_path, fault) -> None:
     report = json.loads((tmp_path / "v.json").read_text())
     assert report["passed"] is (fault is None)
     assert len(report["stages"]) == len(verify.STAGES)
+    assert {"gpu", "driver", "torch", "triton", "python"} <= report["environment"].keys()
+    assert report["environment"]["commit"] == source_commit()
+    assert date.fromisoformat(report["environment"]["date"]) <= date.today()
     if fault == "state not carried":
         assert "chunked prefill: layers.0.recurrent_state: relative error" in done.stdout
 

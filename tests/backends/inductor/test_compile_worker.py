@@ -18,6 +18,7 @@ from jet_export.build import build
 from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.bundle.manifest import Manifest
 from jet_export.cli import app as cli
+from jet_export.model.weights import save_tensors
 from jet_export.runtime.llm import LLM
 from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.utils.errors import JetExportError
@@ -50,11 +51,18 @@ def apart(monkeypatch):
 def test_a_bundle_compiled_side_by_side(apart, tmp_path) -> None:
     """FP8 projections and an FP8 KV cache are rebuilt from the manifest: the engine computes what the model does."""
     pytest.importorskip("modelopt")
-    output, lines = tmp_path / "out" / "bundle", []
+    output = tmp_path / "out" / "bundle"
+    lines: list[str] = []
     options = BuildOptions(
-        model=str(write_mini_config(tmp_path)), device="cpu", fp8=True, kv_cache_dtype="fp8", max_batch_size=2,
-        max_seq_len=128, random_weights=True, output=output,
-    )  # fmt: skip
+        model=str(write_mini_config(tmp_path)),
+        device="cpu",
+        fp8=True,
+        kv_cache_dtype="fp8",
+        max_batch_size=2,
+        max_seq_len=128,
+        random_weights=True,
+        output=output,
+    )
     build.run_build(make_plan(options), ["jet-export", "build"], lines.append)
     assert sum(line.startswith("  compile prefill, decode side by side: ") for line in lines) == 1
     assert {line.split(":")[0].strip() for line in lines if line.startswith("    ")} >= {*MODES}
@@ -62,7 +70,7 @@ def test_a_bundle_compiled_side_by_side(apart, tmp_path) -> None:
     manifest = Manifest.load(output)
     check_bundle(output, manifest)
     assert sorted(manifest.files) == ["decode.pt2", "prefill.pt2", "weights.safetensors"]
-    assert manifest.quantization["fp8"] and manifest.quantization["kv_scales"]
+    assert manifest.quantization and manifest.quantization["fp8"] and manifest.quantization["kv_scales"]
     prompts = [list(range(3, 60)), list(range(9))]
     engines = load_engine(output)[0], load_eager(output, manifest)
     compiled, eager = (
@@ -77,11 +85,13 @@ def test_a_failing_process_is_one_message_and_leaves_nothing(apart, tmp_path, mo
     def without_one(tensors, path: Path) -> None:
         save_tensors({k: v for k, v in tensors.items() if k != "layers.0.mlp.down_proj.weight"}, path)
 
-    save_tensors = build.save_tensors
     monkeypatch.setattr(build, "save_tensors", without_one)
     model, output = str(write_mini_config(tmp_path)), tmp_path / "out" / "bundle"
-    monkeypatch.setattr(sys, "argv", ["jet-export", "build", "--model", model, "--random-weights", "--device", "cpu",
-                                      "--output", str(output)])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["jet-export", "build", "--model", model, "--random-weights", "--device", "cpu", "--output", str(output)],
+    )
     with pytest.raises(SystemExit) as e:
         cli.main()
     assert e.value.code == 2

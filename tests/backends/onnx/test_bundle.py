@@ -32,9 +32,15 @@ def make(o: BuildOptions) -> list[str]:
 def options(tmp_path_factory) -> BuildOptions:
     directory = tmp_path_factory.mktemp("onnx")
     return BuildOptions(
-        model=str(write_mini_config(directory)), backend="onnx", device="cpu", random_weights=True, max_batch_size=4,
-        max_seq_len=48, prefill_chunk=24, output=directory / "bundle",
-    )  # fmt: skip
+        model=str(write_mini_config(directory)),
+        backend="onnx",
+        device="cpu",
+        random_weights=True,
+        max_batch_size=4,
+        max_seq_len=48,
+        prefill_chunk=24,
+        output=directory / "bundle",
+    )
 
 
 @pytest.fixture(scope="module")

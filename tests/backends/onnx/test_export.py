@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -86,8 +87,15 @@ def test_file(fp8_model, fp8_file) -> None:
     assert {o.domain: o.version for o in model.opset_import} == {"": 21, "jet": 1}
     specs = [s.name for s in state_specs(fp8_model.config, torch.bfloat16)]
     dims = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
-    assert list(dims)[:7] == ["input_ids", "cu_seqlens", "slots", "context_lens", "block_table",
-                              "window_block_table", "logit_indices"]  # fmt: skip
+    assert list(dims)[:7] == [
+        "input_ids",
+        "cu_seqlens",
+        "slots",
+        "context_lens",
+        "block_table",
+        "window_block_table",
+        "logit_indices",
+    ]
     assert list(dims)[7:] == specs
     assert [v.name for v in graph.output] == ["logits", *(f"{n}_out" for n in specs)]
     assert dims["input_ids"] == ["tokens"] and dims["cu_seqlens"] == ["sequences + 1"]
@@ -245,19 +253,28 @@ def test_quantize_linear_is_the_standards() -> None:
     from onnx.reference import ReferenceEvaluator
 
     F, F8 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT8E4M3FN
-    nodes = [onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-             onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])]  # fmt: skip
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
     value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(nodes, "g", [value("x", F, [None]), value("s", F, [])], [value("y", F, [None])],
-                                   [onnx.helper.make_tensor("z", F8, [], [0])])  # fmt: skip
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [value("x", F, [None]), value("s", F, [])],
+        [value("y", F, [None])],
+        [onnx.helper.make_tensor("z", F8, [], [0])],
+    )
     standard = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]))
     scale = torch.tensor(0.0371)
     exact = torch.arange(-480, 481, 0.0625)  # codes, halves between them, beyond the largest
     x = torch.cat([exact * scale, exact * 2**-9, torch.randn(500), torch.tensor([1e9, -1e9])])
     for s in (scale, torch.tensor(1.0), torch.tensor(2.0**-8)):
-        expected = torch.from_numpy(standard.run(None, {"x": x.numpy(), "s": s.numpy()})[0])
+        (standards,) = standard.run(None, {"x": x.numpy(), "s": s.numpy()})
+        expected = torch.from_numpy(np.asarray(standards))
         codes = HANDLERS["QuantizeLinear"]({}, x, s, torch.zeros((), dtype=FP8))
-        assert torch.equal(HANDLERS["DequantizeLinear"]({}, codes, s), expected)
+        dequantised = HANDLERS["DequantizeLinear"]({}, codes, s)
+        assert isinstance(dequantised, torch.Tensor) and torch.equal(dequantised, expected)
 
 
 # Errors

@@ -40,9 +40,14 @@ def bundle(backend, request, tmp_path_factory):
         pytest.skip("FP8 needs SM 8.9")
     output = tmp_path_factory.mktemp("trt") / "bundle"
     o = BuildOptions(
-        model="jet-tiny", backend=backend, fp8=request.param, fetch_headers=True, max_seq_len=1024, output=output,
+        model="jet-tiny",
+        backend=backend,
+        fp8=request.param,
+        fetch_headers=True,
+        max_seq_len=1024,
+        output=output,
         kv_cache_dtype="fp8" if request.param else "auto",
-    )  # fmt: skip
+    )
     run_build(make_plan(o), ["jet-export", "build"])
     return output
 

@@ -24,7 +24,7 @@ class Ranges(Engine):
         eager = eager_engine(limits)
         self.config, self.limits, self.specs = eager.config, limits, eager.specs
         self.dtype, self.device = eager.dtype, eager.device
-        pools = {s.name: [s.rows, *s.shape] for s in self.specs}
+        pools: dict[str, list[int | str]] = {s.name: [s.rows, *s.shape] for s in self.specs}
         known = [sizes(self.config, limits, decode=name == "decode") for name in NAMES]
         self.profiles = [shapes({**INPUTS, **pools}, k) for k in known]
         self.calls = [0, 0]

@@ -39,8 +39,12 @@ def assert_layers(report: LayerReport, bundle, kinds: str) -> None:
     table = {(r.what, r.name): r for r in rows(report)}
     jets, others, fp8 = kinds.count("j"), len(kinds) - kinds.count("j"), fp8_of(bundle)
     big = "fp8 x fp8 -> bf16" if fp8 else "bf16 x bf16 -> bf16"
-    wanted = {"self_attn.in_proj": jets, "self_attn.w2": jets, "self_attn.qkv_proj": others,
-              **dict.fromkeys(("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"), len(kinds))}  # fmt: skip
+    wanted = {
+        "self_attn.in_proj": jets,
+        "self_attn.w2": jets,
+        "self_attn.qkv_proj": others,
+        **dict.fromkeys(("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"), len(kinds)),
+    }
     for name, count in wanted.items():
         assert table["GEMM", name].counts == (count, count) and table["GEMM", name].precision == big
     for name, count in {"self_attn.ba_proj": jets, "lm_head": 1}.items():
@@ -89,8 +93,10 @@ def copied_input(graph) -> None:
     """The columns of a packed projection in another order, as by separate projections joined."""
     node = next(n for n in graph.node if n.op_type == "JetBlock")
     graph.initializer.append(helper.make_tensor("sizes", TensorProto.INT64, [2], [16, 1040]))
-    new = [helper.make_node("Split", [node.input[0], "sizes"], ["a", "b"], name="split", axis=1),
-           helper.make_node("Concat", ["b", "a"], ["c"], name="concat", axis=1)]  # fmt: skip
+    new = [
+        helper.make_node("Split", [node.input[0], "sizes"], ["a", "b"], name="split", axis=1),
+        helper.make_node("Concat", ["b", "a"], ["c"], name="concat", axis=1),
+    ]
     node.input[0] = "c"
     insert(graph, node, new)
 
@@ -98,8 +104,10 @@ def copied_input(graph) -> None:
 def transposed_input(graph) -> None:
     node = next(n for n in graph.node if n.op_type == "JetBlock")
     graph.initializer.append(helper.make_tensor("shape", TensorProto.INT64, [2], [8, -1]))
-    new = [helper.make_node("Reshape", [node.input[1], "shape"], ["a"], name="reshape"),
-           helper.make_node("Transpose", ["a"], ["b"], name="transpose", perm=[1, 0])]  # fmt: skip
+    new = [
+        helper.make_node("Reshape", [node.input[1], "shape"], ["a"], name="reshape"),
+        helper.make_node("Transpose", ["a"], ["b"], name="transpose", perm=[1, 0]),
+    ]
     node.input[1] = "b"
     insert(graph, node, new)
 

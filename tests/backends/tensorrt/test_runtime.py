@@ -109,9 +109,9 @@ class StaleContextLens(Faulty):
     """What the first call with as many sequences held."""
 
     def instead(self, name, tensor):
-        self.__dict__.setdefault("kept", {})
+        kept = self.__dict__.setdefault("kept", {})
         if name == "context_lens":
-            tensor = self.kept.setdefault(len(tensor), tensor.clone())
+            tensor = kept.setdefault(len(tensor), tensor.clone())
         return name, tensor
 
 
@@ -156,9 +156,14 @@ def test_wrong_profile(fake, bundle) -> None:
 
 
 def batch(engine, n: int = 2) -> PackedBatch:
-    i32 = {"dtype": torch.int32}
-    return PackedBatch(torch.arange(n + 1, **i32), torch.arange(n, **i32), torch.zeros(n, **i32),
-                       torch.zeros(n, 1, **i32), torch.zeros(n, 1, **i32))  # fmt: skip
+    zeros = torch.zeros(n, dtype=torch.int32)
+    return PackedBatch(
+        torch.arange(n + 1, dtype=torch.int32),
+        torch.arange(n, dtype=torch.int32),
+        zeros,
+        zeros[:, None],
+        zeros[:, None],
+    )
 
 
 def test_calls_that_do_not_fit(fake, bundle) -> None:
@@ -248,6 +253,7 @@ def test_of_another_gpu(tmp_path_factory) -> None:
 )
 def test_the_fake_refuses_what_the_bindings_lack(fake, bundle, call) -> None:
     engine, _ = load_engine(bundle)
+    assert isinstance(engine, TensorRTEngine)
     with pytest.raises(Refused):
         call(engine.contexts[0].context)
 

@@ -117,7 +117,12 @@ def test_every_part_runs_on_an_engine(load, tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(sys, "argv", ["serve_load.py", "b", "--output", str(tmp_path / "r.json"), *options.split()])
     kept: list[list[str]] = []
     write = load.write_result
-    monkeypatch.setattr(load, "write_result", lambda path, result: (kept.append(list(result)), write(path, result)))
+
+    def recorded(path, result) -> None:
+        kept.append(list(result))
+        write(path, result)
+
+    monkeypatch.setattr(load, "write_result", recorded)
     load.main()
     assert ["poisson" in k for k in kept] == [False, True, True, True]  # an interrupted run keeps its finished parts
     result = json.loads((tmp_path / "r.json").read_text())

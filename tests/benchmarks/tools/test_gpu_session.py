@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.paths import BENCHMARKS
@@ -73,7 +74,8 @@ def test_every_command_is_one_that_exists(session, tmp_path, monkeypatch) -> Non
 
     from jet_export.cli import app as cli
 
-    commands = typer.main.get_command(cli.app).commands
+    program: Any = typer.main.get_command(cli.app)
+    commands = program.commands
     for step in session.steps(tmp_path / "out", tmp_path / "bundles"):
         for command in step.commands.values():
             options = [w for w in command if w.startswith("--")]

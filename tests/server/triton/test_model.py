@@ -1,10 +1,13 @@
 """The model for Triton's Python backend, over a stand-in for the backend's module: how requests end."""
 
 import json
+import os
 import time
 
 import numpy as np
 import pytest
+
+from jet_export.utils.errors import JetExportError
 
 pytest.importorskip("pydantic")
 pytest.importorskip("uvicorn")
@@ -213,7 +216,7 @@ def test_metrics_follow_the_engines(model) -> None:
 def test_serving_options_are_read_from_the_configuration() -> None:
     parameters = {"bundle": "x", "slots": "3", "wait_timeout": "2.5"}
     assert triton.serving_options(parameters) == Serving(slots=3, wait_timeout=2.5)
-    with pytest.raises(triton.JetExportError, match=r"config.pbtxt: .*is not a number"):
+    with pytest.raises(JetExportError, match=r"config.pbtxt: .*is not a number"):
         triton.serving_options({"slots": "many"})
 
 
@@ -222,4 +225,4 @@ def test_one_gpu_per_instance(monkeypatch) -> None:
     for before, after in (("", "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
         triton.use_device(args, {})
-        assert triton.os.environ["CUDA_VISIBLE_DEVICES"] == after
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == after

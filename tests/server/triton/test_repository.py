@@ -74,7 +74,8 @@ def test_gpus(bundle, tmp_path, monkeypatch) -> None:
 
 
 def test_a_repository_is_kept_replaced_or_refused(bundle, tmp_path) -> None:
-    repo, lines = tmp_path / "repo", []
+    repo = tmp_path / "repo"
+    lines: list[str] = []
     other = repo / "other" / "1"
     other.mkdir(parents=True)
     (repo / "other" / "config.pbtxt").write_text("")

@@ -146,6 +146,7 @@ def test_streams_are_the_whole_in_parts(server, reference) -> None:
 
 def test_the_example_client(server, reference, capsys) -> None:
     spec = importlib.util.spec_from_file_location("triton_client", EXAMPLES / "triton_client.py")
+    assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     grpc, http = f"--grpc=127.0.0.1:{server.grpc}", f"--http=127.0.0.1:{server.http}"
