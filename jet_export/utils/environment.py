@@ -15,8 +15,11 @@ import triton
 
 from jet_export.utils.version import __version__
 
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, where the package runs from one
+
 
 def cpu_name() -> str:
+    """The CPU's model, or its architecture where the system does not name it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -25,18 +28,24 @@ def cpu_name() -> str:
     return next(named, platform.machine())
 
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout, where the package runs from one
+def is_checkout(root: Path) -> bool:
+    """Whether `root` is a checkout of this project."""
+    try:
+        project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return (root / ".git").exists() and 'name = "jet-export"' in project
 
 
 def source_commit() -> str:
     """The commit of the source: $JET_COMMIT, or that of the checkout that this package runs from.
 
-    "unknown" for an installed package, and without git. Git is asked only about our own checkout: a repository that
-    merely surrounds an installed package is another project's.
+    "unknown" for an installed package, and without git. Git is asked only about our own checkout: a repository around
+    an installed package is another project's.
     """
     if commit := os.environ.get("JET_COMMIT"):
         return commit
-    if not (ROOT / ".git").exists():
+    if not is_checkout(ROOT):
         return "unknown"
     env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
     env["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)

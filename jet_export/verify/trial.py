@@ -89,14 +89,16 @@ def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
     return [
         Scenario((Stage("prefill", (Call((0,), (min(chunk, room, config.window_size + 2 * PAGE + 37),)),)),)),
         Scenario((Stage("chunked prefill", tuple(Call((1,), (n,)) for n in split)),)),
-        Scenario((
-            Stage("ragged batch", ragged),
-            Stage("decode", decode),
-            Stage("decode, one sequence", tuple(Call((row,), (1,), True) for row in (2, 0, 2))),
-            Stage("one decode step", (decode_step(),), forced=True),
-            Stage("one prefill step", (prefill_step(limits),), forced=True),
-        )),
-    ]  # fmt: skip
+        Scenario(
+            (
+                Stage("ragged batch", ragged),
+                Stage("decode", decode),
+                Stage("decode, one sequence", tuple(Call((row,), (1,), True) for row in (2, 0, 2))),
+                Stage("one decode step", (decode_step(),), forced=True),
+                Stage("one prefill step", (prefill_step(limits),), forced=True),
+            )
+        ),
+    ]
 
 
 def chunk_sizes(tokens: int, chunk: int) -> list[int]:
