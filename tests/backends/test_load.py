@@ -91,7 +91,7 @@ def test_packages_come_after_the_check_and_weights_beside_it(bundle, loaded, mon
 @pytest.mark.parametrize("name", [WEIGHTS, "decode.pt2"])
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_the_check_reports_damage(bundle, loaded, name, damage) -> None:
-    """Also where the weights cannot be read at all."""
+    """Even where the weights cannot be read at all."""
     data = (bundle / name).read_bytes()
     if damage == "gone":
         (bundle / name).unlink()
@@ -112,7 +112,7 @@ def test_sha256(tmp_path, size) -> None:
 
 
 def test_the_runtime_does_not_import_torchs_compiler() -> None:
-    """A second of every start; engines of a GPU need none of it."""
+    """That takes a second at every start, and engines on a GPU do not need it."""
     code = (
         "import sys, jet_export.runtime.llm, jet_export.runtime.async_llm\n"
         "print([m for m in ('torch._dynamo', 'torch._inductor', 'sympy', 'triton') if m in sys.modules])"

@@ -1,4 +1,4 @@
-"""`jet-export bench`: correctness before speed, and what is measured, written and refused."""
+"""`jet-export bench`: verification comes first; what is measured, written and refused."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ LIMITS = Limits(max_batch_size=4, max_seq_len=96, prefill_chunk=32)
 
 @pytest.fixture
 def bundle(tmp_path, monkeypatch):
-    """A bundle directory whose engine is the eager model; verification is `outcome`'s."""
+    """A bundle directory whose engine is the eager model."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     directory = tmp_path / "mini"
     directory.mkdir()
@@ -51,7 +51,7 @@ def bundle(tmp_path, monkeypatch):
 
 @pytest.fixture
 def outcome(monkeypatch):
-    """What verify finds, and how often it was asked."""
+    """What verify finds, and how often it ran."""
     found = SimpleNamespace(failures=[], runs=0)
 
     def verify_bundle(*args):
@@ -71,7 +71,7 @@ def run(bundle, *contexts: int, output=None, lines=None, **asked):
     return run_bench(options, ["jet-export", "bench"], (lines if lines is not None else []).append)
 
 
-def test_red_verification_prints_no_speed(bundle, outcome, monkeypatch) -> None:
+def test_no_speed_where_verification_fails(bundle, outcome, monkeypatch) -> None:
     outcome.failures = ["prefill: logits: relative error 1, bound 0.1"]
     monkeypatch.setattr(command, "Subject", lambda **_: pytest.fail("measured"))
     with pytest.raises(JetExportError, match=r"verify fails \(1 failures, the first: prefill: logits.* no speed"):
@@ -216,7 +216,7 @@ def test_an_output_that_is_a_file_is_refused_before_anything_runs(bundle, outcom
     assert outcome.runs == 0 and (tmp_path / "file").read_text() == "mine"
 
 
-def test_what_is_refused_leaves_no_directory(bundle, outcome, tmp_path) -> None:
+def test_a_refusal_leaves_no_directory(bundle, outcome, tmp_path) -> None:
     for directory, asked in ((tmp_path / "nosuch", {}), (bundle, {"protocol": "paper"})):
         with pytest.raises(JetExportError):
             run(directory, 32, output=tmp_path / "out", **asked)

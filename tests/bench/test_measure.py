@@ -20,7 +20,7 @@ def engine():
     return eager_engine(LIMITS)
 
 
-def test_the_timer_tells_durations_on_a_cpu():
+def test_the_timer_measures_durations_on_a_cpu():
     times = timer.compare(
         {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, repeats=5, warmup=1, device="cpu"
     )
@@ -94,7 +94,7 @@ def test_auto_gives_up_filling(engine):
 
 
 def test_fills_are_repeated_while_the_time_allows(engine, monkeypatch):
-    """Each takes 4 s of this clock, 2 a call: one more is begun only if it would end in time."""
+    """Each takes 4 s of this clock, 2 s a call: another begins only if it would end in time."""
     clock = [0.0]
     monkeypatch.setattr("jet_export.bench.measure.time.monotonic", lambda: clock[0])
 

@@ -12,7 +12,7 @@ def test_a_line_for_each_model_precision_and_batch() -> None:
     assert len(series(rows, "prefill")) == 3 and series(rows, "prefill")["jet-2b fp8, batch 1"] == [(4096, 6)]
 
 
-def test_more_lines_than_can_be_told_apart_become_two_a_model() -> None:
+def test_too_many_lines_become_two_per_model() -> None:
     rows = [
         row(b, b, context=c, model=m)
         for m in ("jet-2b", "qwen3-1.7b")
@@ -45,8 +45,8 @@ def test_the_picture_names_the_source_of_every_reference(tmp_path, monkeypatch) 
 
 
 @pytest.mark.parametrize("speeds", [(82.0, 394.0), (82.0, 9e4), (3681.0, 4288.0), (5.0, 5.0)])
-def test_speeds_have_numbers_at_the_axis(speeds: tuple[float, float]) -> None:
-    """At least three, in tokens/s, as wide as what is drawn; from 0 unless it is over a factor of ten."""
+def test_the_speed_axis_has_numbers(speeds: tuple[float, float]) -> None:
+    """At least three ticks in tokens/s across the whole range; from 0 unless that spans a factor of ten."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     figure, axis = pyplot().subplots()
     axis.plot([256, 1024], speeds)

@@ -1,4 +1,4 @@
-"""The largest batch within a time per token, predicted from measured steps, and how wrong the prediction is."""
+"""The largest batch within a time per token, predicted from measured steps, and the prediction's error."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def table(tmp_path) -> StepTable:
     )
 
 
-def test_the_fit_finds_what_made_the_steps(table) -> None:
+def test_the_fit_recovers_the_terms_of_the_steps(table) -> None:
     fit = fit_steps([(r.step_bytes["total"], r.batch, r.ms_per_token * 1e-3) for r in table.rows])
     assert (fit.overhead, 1 / fit.byte, fit.each) == pytest.approx((0.5e-3, 2.5e12, 2e-6), rel=1e-6)
 
@@ -111,7 +111,7 @@ def test_files_of_one_bundle_and_device_are_one_table(table, tmp_path, monkeypat
 
 
 def test_a_table_that_cannot_tell_overhead_from_sequences_is_no_table(table, tmp_path, monkeypatch) -> None:
-    """Steps of one batch, or two, leave the cost of a sequence open, however many they are."""
+    """Steps of one batch or two, however many, do not determine the cost of a sequence."""
     from jet_export.bench import predict as module
 
     one = [measured(1, c) for c in (1024, 2048, 4096, 8192, 16384, 32768, 65536)]
@@ -133,7 +133,7 @@ def test_the_committed_tables_are_enough(model, precision) -> None:
 
 
 def test_a_step_of_one_sequence_is_explained(table) -> None:
-    """By a fit and an error of its own, where the answer is one sequence."""
+    """Its own fit and error are printed where the answer is one sequence."""
     quick = [dataclasses.replace(r, ms_per_token=r.ms_per_token - 0.3) if r.batch == 1 else r for r in table.rows]
     faster = dataclasses.replace(table, rows=tuple(quick))
     one = 0.2 + nbytes(1, 65536) / 2.5e9 + 0.002
@@ -166,7 +166,7 @@ def test_memory_binds_where_time_does_not(table) -> None:
     assert 0 < p.batch < largest(table, 65536, 1000, available=40e9).batch
 
 
-def test_what_cannot_be_met_is_said(table) -> None:
+def test_a_time_that_cannot_be_met(table) -> None:
     p = largest(table, 65536, 0.1, available=1e12)
     assert p.batch == 0 and p.memory is None
     assert "not reached: one sequence takes longer" in lines(p, table, target(65536, 0.1))[-1]
@@ -246,7 +246,7 @@ def test_memory_is_that_of_the_gpu_that_was_measured(table, tmp_path) -> None:
     assert read.available() == int(0.92 * 85_520_809_984) and read.device == GPU["gpu"]
 
 
-def test_files_that_are_no_tables(tmp_path, monkeypatch, capsys) -> None:
+def test_files_without_a_table(tmp_path, monkeypatch, capsys) -> None:
     from jet_export.bench.predict import find_table
 
     (tmp_path / "x.json").write_text('{"environment": {}}')

@@ -1,4 +1,4 @@
-"""Which cases run, which do not and what would allow them."""
+"""Which cases run, and what would allow the others."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""No ratio over a baseline that is slow by its own fault; and what the three comparisons compare."""
+"""No ratio is quoted over a slow baseline, and what the three comparisons compare."""
 
 import pytest
 from helpers.bench_rows import row

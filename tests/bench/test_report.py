@@ -15,7 +15,7 @@ def test_csv_has_every_figure(tmp_path) -> None:
     assert rows[0]["decode_tokens_per_s"] == "100.5" and rows[0]["step_bytes_total"] == "9" and rows[1]["batch"] == "2"
 
 
-def test_notes_say_what_was_made_up_and_what_means_nothing() -> None:
+def test_notes_name_synthetic_states_and_meaningless_text() -> None:
     plain = " ".join(footnotes([row(1, 1, ttft_samples=1000)]))
     assert not plain
     notes = " ".join(footnotes([row(1, 1, filled_by="synthetic", throughput_only=True)]))

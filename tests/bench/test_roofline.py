@@ -1,4 +1,4 @@
-"""Bytes and operations of a step, beside figures worked out by hand."""
+"""Bytes and operations of a step, against figures worked out by hand."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def sizes(config, fp8: bool = False) -> dict:
     return {**out, "cos_sin": (BF16, 1000, 2)}
 
 
-def test_jet_2b_at_64k_and_batch_128_moves_what_was_worked_out_by_hand() -> None:
+def test_jet_2b_at_64k_and_batch_128_moves_the_bytes_worked_out_by_hand() -> None:
     """KV 17.2 GB, fp32 states 7.25 (read and written), weights 3.9, windows 0.3: 28.7 GB, 13,500 tok/s at 3.02 TB/s."""
     c = jet_2b()
     device = roofline(count_weights(sizes(c)), Peaks(3.02e12, {}))

@@ -1,4 +1,4 @@
-"""The build's flow, with the compiler replaced by one that writes a few bytes: up to date, --force, no half bundles.
+"""The build's flow with a compiler that only writes a few bytes: up to date, --force, no half-written bundles.
 
 What the real compiler makes is tested in tests/verify.
 """
@@ -106,7 +106,7 @@ def test_failure_leaves_nothing_and_keeps_the_old_bundle(quick, tmp_path, monkey
     assert not (tmp_path / "other").exists()
 
 
-def test_output_that_is_no_bundle_is_left_alone(quick, tmp_path) -> None:
+def test_an_output_that_is_not_a_bundle_is_left_alone(quick, tmp_path) -> None:
     (tmp_path / "out/bundle").mkdir(parents=True)
     (tmp_path / "out/bundle/thesis.txt").write_text("mine")
     with pytest.raises(JetExportError, match="exists and is not a bundle"):
@@ -185,7 +185,7 @@ def test_every_seen_backend_names_a_committed_result() -> None:
 
 
 def test_memory_of_the_published_models() -> None:
-    """The states that the paper's sizes give: 28 MB a sequence for jet-2b in fp32, KV of two layers at 64K."""
+    """The states of the paper's sizes: 28 MB a sequence for jet-2b in fp32, KV of two layers at 64K."""
     c = jet_2b()
     limits = Limits(max_batch_size=128, max_seq_len=65536, prefill_chunk=2048)
     m = engine_memory(c, limits, Dtypes(model=torch.bfloat16, kv_cache=torch.bfloat16), weights=0)
@@ -236,7 +236,7 @@ def test_a_compiler_of_two_words_compiles_a_package(tmp_path, monkeypatch) -> No
 
 
 def test_compiler_whose_packages_crash_on_load(tmp_path) -> None:
-    """A library whose constructor aborts, in place of the compiled one, stands for an unfitting libstdc++."""
+    """A library whose constructor aborts stands in for one that an incompatible compiler built."""
     cxx = shutil.which("g++")
     if cxx is None:
         pytest.skip("no g++")

@@ -1,4 +1,4 @@
-"""export-hf: what is written is modelopt's unified format, and is read back to the same logits, bit for bit."""
+"""export-hf writes modelopt's unified format, which is read back to the same logits, bit for bit."""
 
 import json
 import subprocess
@@ -287,7 +287,7 @@ def export_options(tmp_path: Path, **changes) -> BuildOptions:
 
 
 def test_jet_tiny_and_a_build_from_the_export(tmp_path) -> None:
-    """The command on trained weights, by modelopt; what a build from it would compile is the same FP8 model."""
+    """The command on trained weights, with modelopt; a build from its output compiles the same FP8 model."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     run_export(export_options(tmp_path, fp8=True, kv_cache_dtype="fp8", calibration=text), emit=lambda line: None)
@@ -332,7 +332,7 @@ def quantise_like(model: JetNemotronForCausalLM, text: Path) -> None:
     calibrate_kv_scales(model, batches)
 
 
-def test_output_that_is_there(tmp_path) -> None:
+def test_an_output_that_exists(tmp_path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(JetExportError, match=r"--output .*: exists and is not a checkpoint\.\nChoose another place"):
         check_output(tmp_path, force=True)

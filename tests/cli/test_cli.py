@@ -42,7 +42,7 @@ def workdir(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def bundle(workdir) -> Path:
-    """A bundle whose engine is never reached: every check comes before native code."""
+    """A bundle whose engine is never loaded: all checks come before native code."""
     import torch
 
     directory = workdir / "bundle"
@@ -85,7 +85,7 @@ def test_version(monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize(("words", "expected"), [("", "verify"), ("ben", "bench"), ("build --ran", "--random-weights")])
 def test_shell_completion(words: str, expected: str) -> None:
-    """What bash asks for at a tab: the command again, with the line typed so far."""
+    """At a tab, bash runs the command with the line typed so far in its environment."""
     line = ["jet-export", *(words.split() or [""])]
     asked = {"_JET_EXPORT_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(line), "COMP_CWORD": str(len(line) - 1)}
     done = in_process(**asked)

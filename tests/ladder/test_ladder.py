@@ -1,4 +1,4 @@
-"""`jet-export verify --ladder`: what runs here passes, what cannot is skipped, not passed; the first failure stops."""
+"""`jet-export verify --ladder`: rungs that run here pass, others are skipped, and the first failure stops."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ def test_jet_tiny_climbs_as_far_as_a_cpu_goes(bundle, headers, tmp_path, capsys)
 
 
 def test_a_bundle_without_a_graph_has_its_model_exported_again(bundle, tmp_path):
-    """Tied embeddings stay one tensor; the graph is the one that the bundle was built with."""
+    """Tied embeddings stay one tensor, and the graph is that of the bundle."""
     other, work = tmp_path / "other", tmp_path / "work"
     other.mkdir(), work.mkdir()
     for file in bundle.iterdir():
@@ -72,7 +72,7 @@ def test_a_bundle_without_a_graph_has_its_model_exported_again(bundle, tmp_path)
 
 
 def spoil(bundle: Path, to: Path) -> Path:
-    """A copy whose graph has one JetBlock with another eps: the manifest's hashes are those of the spoilt files."""
+    """A copy whose graph has one JetBlock with another eps, with the hashes of its files in the manifest."""
     to.mkdir()
     for file in bundle.iterdir():
         (to / file.name).symlink_to(file)
@@ -103,7 +103,7 @@ def test_a_rung_that_dies_has_failed(bundle, tmp_path):
 
 
 def run_all(monkeypatch, outcomes: dict) -> dict:
-    """Rungs that do what is said, in this process."""
+    """Run rungs with these outcomes in this process."""
     seen = []
 
     def in_process(name, site, emit):
@@ -154,7 +154,7 @@ def test_a_wrong_kernel_fails_the_first_rung(monkeypatch, tmp_path):
 
 
 def test_failures_of_an_engine_go_to_their_rung(tmp_path):
-    """States to the layers' rung, logits and text to the last one."""
+    """Those of states to the layers' rung, those of logits and text to the last one."""
 
     def measure(what: str) -> Measure:
         return Measure(

@@ -1,4 +1,4 @@
-"""FP8 models: modelopt's calibration, what is replaced and kept, and the model rebuilt from its report."""
+"""FP8 models: modelopt's calibration, which layers are replaced, and the model rebuilt from its report."""
 
 import copy
 import gc
@@ -71,7 +71,7 @@ class TestQuantizeFp8:
         assert "request" in reasons["lm_head"] and "embedding" in reasons["model.embed_tokens"]
         assert report.calibration_tokens == 3 * 64
 
-    def test_modelopt_is_gone(self, quantised) -> None:
+    def test_modelopt_leaves_no_trace(self, quantised) -> None:
         model, _ = quantised
         assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch", "jet_export"}
         assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.embed_tokens.weight
@@ -135,7 +135,7 @@ class TestQuantizeFp8:
         assert torch.isfinite(logits(model)).all()
 
     def test_published_goldens_stay_close(self, tmp_path) -> None:
-        """E4M3 rounds each factor by up to 2^-4; over four layers that leaves the logits' direction."""
+        """E4M3 rounds each factor by up to 2^-4; after four layers the logits still point the same way."""
         golden = load_golden(DATA / "mini-bfloat16-b2-100-d6.safetensors")
         model = golden.model(tmp_path)
         ids = golden.input_ids[:, : golden.outputs["logits.prefill"].shape[1]]

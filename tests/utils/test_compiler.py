@@ -1,4 +1,4 @@
-"""$CXX: one word, several, empty, and what cannot be."""
+"""$CXX: one word, several words, empty, and invalid."""
 
 import shutil
 import subprocess
@@ -46,7 +46,7 @@ def test_several_words_run_as_one_executable(monkeypatch, tmp_path: Path) -> Non
         ("g++ '", r"CXX=g\+\+ ': No closing quotation"),
     ],
 )
-def test_what_cannot_be_is_one_message(monkeypatch, value, message) -> None:
+def test_an_invalid_compiler_is_one_message(monkeypatch, value, message) -> None:
     monkeypatch.setenv("CXX", value)
     with pytest.raises(JetExportError, match=message):
         find_compiler("a test")

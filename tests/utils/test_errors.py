@@ -1,4 +1,4 @@
-"""A GPU whose memory runs out is bad input: one message and exit status 2, in the process itself and from a worker."""
+"""Running out of GPU memory is one message and exit status 2, in the process itself and from a worker."""
 
 import sys
 
@@ -27,11 +27,11 @@ MORE = " Process 673 has 714.00 MiB memory in use. See documentation for Memory 
         ("out of memory, says a comment", None),
     ],
 )
-def test_the_sentence_that_says_so(text, said) -> None:
+def test_the_sentence_about_memory_is_found(text, said) -> None:
     assert out_of_gpu_memory(text) == said
 
 
-def test_the_command_line_says_so(monkeypatch, capsys) -> None:
+def test_the_command_line_reports_it(monkeypatch, capsys) -> None:
     def app() -> None:
         raise torch.OutOfMemoryError(SAID + MORE)
 
@@ -52,7 +52,7 @@ def test_other_errors_are_not_hidden(monkeypatch) -> None:
         cli.main()
 
 
-def test_a_worker_says_so(monkeypatch, tmp_path) -> None:
+def test_a_worker_reports_it(monkeypatch, tmp_path) -> None:
     code = f"import sys; print('Traceback'); sys.exit('torch.OutOfMemoryError: {SAID}{MORE}')"
     monkeypatch.setattr(compile_worker, "worker_command", lambda directory, mode: [sys.executable, "-c", code])
     with pytest.raises(JetExportError) as e:

@@ -1,4 +1,4 @@
-"""A bundle's engine beside the eager model with the same weights, a test a stage; any backend, any device."""
+"""A bundle's engine compared with the eager model of the same weights, one test per stage; any backend and device."""
 
 import math
 

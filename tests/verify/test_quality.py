@@ -1,4 +1,4 @@
-"""Bits per byte, KL and recall: figures of the trained jet-tiny through the eager engine, and laws of the counting."""
+"""Bits per byte, KL and recall: figures of the trained jet-tiny in the eager engine, and laws of the measure."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_a_damaged_engine_is_worse(trained) -> None:
 
 
 def test_bits_per_byte_is_that_of_one_call() -> None:
-    """A text of one window: the mean over one plain forward pass."""
+    """For a text of one window, it is the mean over one forward pass."""
     e, text = engine(), TEXT[:600]
     q = measure_quality(e, manifest("random weights, seed 0"), JET_TINY_DIR, text)
     ids = torch.tensor([[0, *Tokenizer.from_file(str(JET_TINY_DIR / "tokenizer.json")).encode(text).ids]])
@@ -103,7 +103,7 @@ def test_random_weights_have_no_checkpoint() -> None:
     assert unquantised_engine(manifest("random weights, seed 0")) is None
 
 
-def test_another_checkpoint_is_not_compared_with() -> None:
+def test_a_changed_checkpoint_is_not_compared() -> None:
     other = manifest()
     other.build["inputs"]["weights"] = {"model.safetensors": "0" * 64}
     assert unquantised_engine(other) is None

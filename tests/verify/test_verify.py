@@ -1,4 +1,4 @@
-"""verify passes engines that only round differently, and names the stage and layer of each seeded fault."""
+"""verify passes engines that only round differently, and names the stage and layer of every seeded fault."""
 
 import json
 import math
@@ -40,7 +40,7 @@ LIMITS = Limits(max_batch_size=4, max_seq_len=1024, prefill_chunk=512)
 
 
 def failures(engine, eager, seed: int = 0) -> list[str]:
-    """Of the first stage that has any: enough for a fault, and all stages where there is none."""
+    """The failures of the first stage that has any; where there are none, all stages have run."""
     return next((s.failures for s in verify_engines(engine, eager, seed=seed) if s.failures), [])
 
 
@@ -129,7 +129,7 @@ def test_scenarios_cross_what_they_should() -> None:
 
 
 def test_zeroed_states_move_the_logits_beyond_the_bound() -> None:
-    """With random weights too, as the published initialisation of A_log and dt_bias makes states that matter."""
+    """With random weights too: the published initialisation of A_log and dt_bias makes the states matter."""
     config = JetNemotronForCausalLM.from_pretrained("jet-tiny").config
     model = random_model(config, max_positions=LIMITS.max_seq_len)
     eager = EagerEngine(model, LIMITS, kv_dtype=torch.bfloat16, state_dtype=torch.float32)
@@ -139,7 +139,7 @@ def test_zeroed_states_move_the_logits_beyond_the_bound() -> None:
             assert logits.what == "logits" and logits.relative > 2 * logits.relative_bound
 
 
-def test_a_write_into_a_strange_row_is_noticed(mini) -> None:
+def test_a_write_to_an_unused_row_is_noticed(mini) -> None:
     class Spills(FaultyEngine):
         def decode(self, input_ids, batch, states):
             logits = super().decode(input_ids, batch, states)
@@ -157,7 +157,7 @@ def test_a_write_into_a_strange_row_is_noticed(mini) -> None:
     assert failures(WritesPadding(mini), mini)
 
 
-def test_step_that_is_not_deterministic_is_noticed(mini) -> None:
+def test_a_nondeterministic_step_is_noticed(mini) -> None:
     class Noisy(FaultyEngine):
         def decode(self, input_ids, batch, states):
             logits = super().decode(input_ids, batch, states)

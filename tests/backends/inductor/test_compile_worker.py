@@ -1,4 +1,4 @@
-"""Packages compiled side by side: when, that they are what this process would have compiled, and failures."""
+"""Packages compiled side by side: when, that they equal those compiled in this process, and failures."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ MODES = ("prefill", "decode")
         ("cpu", 2, 80_000_000_000, 64_000_000_000, False),
     ],
 )
-def test_side_by_side_where_every_copy_fits(device, processes, gpu_free, host_free, expected) -> None:
+def test_side_by_side_if_every_copy_of_the_weights_fits(device, processes, gpu_free, host_free, expected) -> None:
     memory = CompileMemory(device=device, weights=JET_2B, gpu_free=gpu_free, host_free=host_free)
     assert memory.holds(processes) is expected
 
@@ -148,7 +148,7 @@ def test_a_process_that_is_killed(tmp_path, monkeypatch) -> None:
 
 
 def test_a_worker_of_another_parent_does_nothing(tmp_path) -> None:
-    """As one whose parent has ended before it could ask to end with it."""
+    """Like one whose parent ended before the worker could ask to end with it."""
     command = [*compile_worker.worker_command(tmp_path, "prefill")[:-1], str(os.getpid() + 1)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")

@@ -1,4 +1,4 @@
-"""Which package a decode step goes to: a bundle's third one, where it has it, for a single sequence."""
+"""The package of a decode step: decode_one for a single sequence, in a bundle that has it."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from jet_export.bundle.manifest import Manifest
 
 
 class Recorder:
-    """Stands in for a package; answers with the name of its file."""
+    """Stands in for a package; returns the name of its file."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.name = path.stem
@@ -57,6 +57,6 @@ def test_one_sequence_goes_to_its_own_package(opened) -> None:
     assert all(p.weights is engine.weights for p in engine.graphs.values())
 
 
-def test_a_bundle_without_it_decodes_all_the_same(opened) -> None:
+def test_a_bundle_without_it_decodes_with_the_other(opened) -> None:
     assert step(opened(*MODES), 1) == ("decode", 1)
     assert modes_for("cpu") == MODES

@@ -1,4 +1,4 @@
-"""A name that Inductor gives an array is declared in the buffer that it is used in, however short buffers live."""
+"""An array's name is declared in every buffer that uses it, however short-lived buffers are."""
 
 from itertools import count
 
@@ -11,7 +11,7 @@ from jet_export.backends.inductor.workarounds import lasting_names
 
 
 def by_method(self, int_array, writeline, known_statically=False, graph=None):
-    """Names remembered as torch 2.11 does."""
+    """Caches names as torch 2.11 does."""
     key, names = (int_array, id(writeline), known_statically, id(graph)), self.codegen_int_array_var_cache
     if key not in names:
         names[key] = self._codegen_int_array_var_impl(int_array, writeline, known_statically)
@@ -25,7 +25,7 @@ def torchs(request, monkeypatch) -> None:
 
 
 def generator() -> CppWrapperCpu:
-    """As much of a code generator as naming arrays takes."""
+    """The parts of a code generator that name arrays."""
     wrapper = CppWrapperCpu.__new__(CppWrapperCpu)
     wrapper.int_array_id, wrapper.declared_int_array_vars = count(), OrderedSet()
     wrapper.codegen_int_array_var_cache = {}
@@ -33,7 +33,7 @@ def generator() -> CppWrapperCpu:
 
 
 def undeclared(wrapper: CppWrapperCpu, buffers: int = 200) -> int:
-    """How many of so many short-lived buffers lack the declaration of the name that they are given."""
+    """How many of these short-lived buffers lack the declaration of a name that they use."""
     found = 0
     for _ in range(buffers):
         buffer = IndentedBuffer()
@@ -49,14 +49,14 @@ def test_every_name_is_declared_where_it_is_used(torchs) -> None:
         assert undeclared(generator()) == 0
 
 
-def test_a_buffer_that_lives_on_has_one_declaration_an_array(torchs) -> None:
+def test_a_long_lived_buffer_declares_an_array_once(torchs) -> None:
     with lasting_names():
         wrapper, buffer = generator(), IndentedBuffer()
         names = {wrapper.codegen_int_array_var("{2L, 3L}", buffer.writeline, True) for _ in range(5)}
     assert len(names) == 1 and buffer.getvalue().count("int_array_") == 1
 
 
-def test_torch_is_as_it_was_afterwards() -> None:
+def test_torch_is_unchanged_afterwards() -> None:
     before = CppWrapperCpu.codegen_int_array_var
     with pytest.raises(ValueError), lasting_names():
         assert CppWrapperCpu.codegen_int_array_var is not before
@@ -64,6 +64,6 @@ def test_torch_is_as_it_was_afterwards() -> None:
     assert CppWrapperCpu.codegen_int_array_var is before
 
 
-def test_these_buffers_do_show_the_fault(monkeypatch) -> None:
+def test_these_buffers_show_the_fault_without_the_workaround(monkeypatch) -> None:
     monkeypatch.setattr(CppWrapperCpu, "codegen_int_array_var", by_method)
     assert undeclared(generator()) > 0

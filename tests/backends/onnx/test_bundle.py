@@ -67,7 +67,7 @@ def test_engine_passes_verify(bundle) -> None:
 
 
 def test_command_line_verify(bundle) -> None:
-    """With the stage that only ONNX bundles have, which finds a fault at its node."""
+    """Includes the stage that only ONNX bundles have, which finds a fault at its node."""
     result = verify_bundle(bundle, None, 0, lambda line: None)
     assert result.passed and result.stages[-1].name == FORCED and result.stages[-1].tokens == 15
     engine, manifest = load_engine(bundle)

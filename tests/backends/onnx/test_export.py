@@ -1,4 +1,4 @@
-"""The ONNX file: what it holds, and that its graph computes what the model does, prefill, chunks and decode."""
+"""The ONNX file: its contents, and that its graph computes what the model does in prefill, chunks and decode."""
 
 import copy
 import subprocess
@@ -123,7 +123,7 @@ def test_file(fp8_model, fp8_file) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_file_does_not_depend_on_the_models_device(fp8, tmp_path) -> None:
-    """A model that is not on the CPU, where torch.onnx makes what symbolic nodes give: the same bytes."""
+    """The same bytes from another device, though torch.onnx creates the results of symbolic nodes on the CPU."""
     model = model_of()
     if fp8:
         to_fp8(model, CALIBRATION[0])
@@ -195,7 +195,7 @@ STEPS = [
 
 @pytest.mark.parametrize(("call", "held"), STEPS)
 def test_tiny_ragged_steps(tiny, tmp_path, call, held) -> None:
-    """Padding rows, sequences without a past, states to the bf16 rounding."""
+    """With padding rows and empty sequences; states within the bf16 rounding."""
     engine, eager = engines(tiny, tmp_path, LIMITS)
     ids, batch, states = trial_batch(tiny, call, held, eager)
     rows = torch.arange(len(ids), dtype=torch.int32)
@@ -213,7 +213,7 @@ def test_tiny_ragged_steps(tiny, tmp_path, call, held) -> None:
 
 @pytest.mark.parametrize("step", [0, 1], ids=["prefill", "decode"])
 def test_fp8_every_node_on_the_models_own_inputs(fp8_model, fp8_file, step) -> None:
-    """Each projection, norm, core and sum, within its own roundings; what holds no FP8 product, mostly to the bit."""
+    """Projections, norms, cores and sums are within their own roundings; without FP8 products mostly to the bit."""
     graph = OnnxModel.load(fp8_file)
     eager = EagerEngine(fp8_model, LIMITS, kv_dtype=FP8, state_dtype=torch.float32)
     inputs = list(forced_steps(eager, 0))[step]
@@ -234,7 +234,7 @@ def test_fp8_every_node_on_the_models_own_inputs(fp8_model, fp8_file, step) -> N
 
 
 def test_fp8_end_to_end(fp8_model, tmp_path) -> None:
-    """Codes may flip, so what is compared is the distribution."""
+    """Codes may flip, so the distributions are compared."""
     engine, eager = engines(fp8_model, tmp_path, LIMITS, FP8)
     runners = [Runner(e) for e in (engine, eager)]
     prompts = random_prompts(fp8_model.config, 80, 0)
@@ -248,8 +248,8 @@ def test_fp8_end_to_end(fp8_model, tmp_path) -> None:
     assert kl_divergence(b, a).mean() < 1e-4
 
 
-def test_quantize_linear_is_the_standards() -> None:
-    """Q and DQ beside onnx.reference: ties, subnormals, both sides of the largest number, and far beyond it."""
+def test_quantize_linear_is_the_standard_operator() -> None:
+    """Q and DQ equal onnx.reference: ties, subnormals, both sides of the largest number, and far beyond it."""
     from onnx.reference import ReferenceEvaluator
 
     F, F8 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT8E4M3FN

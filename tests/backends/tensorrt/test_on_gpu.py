@@ -59,7 +59,7 @@ def test_the_build_verified_it(bundle) -> None:
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_first_tokens_are_the_models(bundle, cuda_graphs) -> None:
-    """Later ones may part where two logits are a rounding apart; how far logits may differ is verify's matter."""
+    """Later tokens may differ where two logits are a rounding apart; verify bounds the logits."""
     ours = LLM(bundle, cuda_graphs=cuda_graphs)
     theirs = LLM.over(load_eager(bundle, ours.manifest), ours.tokenizer, ours.eos, cuda_graphs=False)
     a, b = (x.generate(PROMPTS, max_new_tokens=1) for x in (ours, theirs))

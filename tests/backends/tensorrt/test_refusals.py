@@ -1,4 +1,4 @@
-"""What a TensorRT build refuses before it begins, with one message; and what becomes of an engine that fails verify."""
+"""What a TensorRT build refuses with one message before it begins, and what happens when its engine fails verify."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def options(**values) -> BuildOptions:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with a GPU of SM 9.0, as far as planning looks."""
+    """A machine that looks to the plan as if it had a GPU of SM 9.0."""
     monkeypatch.setattr(plans, "target_device", lambda requested: torch.device("cuda"))
     monkeypatch.setattr(plans, "host_target", lambda device: {"device": "cuda", "arch": "sm_90", "gpu": "a GPU"})
 
@@ -122,7 +122,7 @@ def test_full_tensorrt_is_not_installed_here(gpu, monkeypatch) -> None:
 
 @pytest.fixture
 def quick(tmp_path_factory, monkeypatch, tmp_path):
-    """A build whose engine is one that was built before, on a machine that has its GPU."""
+    """A build that reuses an engine built before, on a machine with its GPU."""
     built = rtx_bundle(tmp_path_factory, "jet-tiny bf16")
 
     def write_engine(plan, tmp, progress, fp8) -> None:
@@ -138,7 +138,7 @@ def quick(tmp_path_factory, monkeypatch, tmp_path):
 @needs_rtx
 @pytest.mark.parametrize("passes", [True, False])
 def test_an_engine_is_verified_where_its_gpu_is(quick, monkeypatch, passes) -> None:
-    """Before the bundle is put in place, and not put in place where that fails."""
+    """Before the bundle is moved into place, which does not happen where verification fails."""
 
     def verify_bundle(bundle: Path, text, seed, emit) -> verify.Verification:
         assert Manifest.load(bundle).files and (bundle / WEIGHTS).exists() and bundle != quick / "bundle"

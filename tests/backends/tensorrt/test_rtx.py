@@ -1,4 +1,4 @@
-"""TensorRT for RTX, on the CPU: parses and builds whole models for SM 8.9 and 12.0; its layer reports say what."""
+"""TensorRT for RTX on the CPU: parses and builds whole models for SM 8.9 and 12.0; the layer reports are checked."""
 
 import json
 from collections import Counter
@@ -35,7 +35,7 @@ def plan_of(bundle, directory, sm: int, graph=None) -> LayerReport:
 
 
 def assert_layers(report: LayerReport, bundle, kinds: str) -> None:
-    """As the model has them, in both profiles; nothing else but elementwise kernels, and no copy."""
+    """Check for the model's layers in both profiles, and apart from them elementwise kernels only, no copies."""
     table = {(r.what, r.name): r for r in rows(report)}
     jets, others, fp8 = kinds.count("j"), len(kinds) - kinds.count("j"), fp8_of(bundle)
     big = "fp8 x fp8 -> bf16" if fp8 else "bf16 x bf16 -> bf16"
@@ -58,7 +58,7 @@ def assert_layers(report: LayerReport, bundle, kinds: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_whole_models_build(name, tmp_path_factory, tmp_path) -> None:
-    """As the bundle was - jet-tiny for both SMs at once - and for each SM alone."""
+    """For the bundle's SMs (jet-tiny: both at once), and for each SM alone."""
     bundle = rtx_bundle(tmp_path_factory, name)
     m = Manifest.load(bundle)
     sms = [89] if "4b" in name else [89, 120]
@@ -74,7 +74,7 @@ def test_whole_models_build(name, tmp_path_factory, tmp_path) -> None:
 
 
 def edit(bundle, tmp_path, change) -> LayerReport:
-    """The report of a graph that `change` altered: it is given the node list and the graph."""
+    """The report of a graph after `change`, a function of the node list and the graph."""
     (tmp_path / "weights.safetensors").symlink_to(bundle / "weights.safetensors")
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     change(model.graph)
@@ -90,7 +90,7 @@ def insert(graph, before, nodes) -> None:
 
 
 def copied_input(graph) -> None:
-    """The columns of a packed projection in another order, as by separate projections joined."""
+    """The columns of a packed projection in another order, as if separate projections were joined."""
     node = next(n for n in graph.node if n.op_type == "JetBlock")
     graph.initializer.append(helper.make_tensor("sizes", TensorProto.INT64, [2], [16, 1040]))
     new = [
@@ -146,7 +146,7 @@ def test_the_check_finds(change, message, tmp_path_factory, tmp_path) -> None:
     assert any(message in p for p in problems), problems
 
 
-def test_the_check_wants_every_layer_once(tmp_path_factory) -> None:
+def test_the_check_requires_every_layer_once(tmp_path_factory) -> None:
     bundle = rtx_bundle(tmp_path_factory, "jet-tiny fp8")
     report, want = LayerReport.load(bundle / REPORT), expected(bundle / "model.onnx", fp8_of(bundle))
     assert check(report, want) == []
@@ -166,7 +166,7 @@ def test_the_check_wants_every_layer_once(tmp_path_factory) -> None:
     ]
 
 
-def test_what_tensorrt_says_is_repeated(tmp_path_factory, tmp_path) -> None:
+def test_tensorrts_errors_are_repeated(tmp_path_factory, tmp_path) -> None:
     bundle = rtx_bundle(tmp_path_factory, "jet-tiny bf16")
 
     def wrong_field(graph) -> None:
@@ -181,8 +181,8 @@ def test_what_tensorrt_says_is_repeated(tmp_path_factory, tmp_path) -> None:
         plan_of(bundle, tmp_path, 90)
 
 
-def test_without_the_other_name_of_its_library_the_parser_kills_the_process(tmp_path_factory, tmp_path, monkeypatch):
-    """Why the builder has a process of its own, and an environment; the message says what died."""
+def test_without_the_link_to_its_library_the_parser_aborts(tmp_path_factory, tmp_path, monkeypatch):
+    """Why the builder has a process and an environment of its own; the message says how it died."""
     from contextlib import nullcontext
 
     bundle = rtx_bundle(tmp_path_factory, "jet-tiny bf16")

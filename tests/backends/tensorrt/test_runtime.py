@@ -39,7 +39,7 @@ both = pytest.mark.parametrize("bundle", ["bf16", "fp8"], indirect=True)
 
 
 def failures(engine, bundle) -> list[str]:
-    """Of the first stage that has any."""
+    """The failures of the first stage that has any."""
     stages = verify_engines(engine, load_eager(bundle, Manifest.load(bundle)))
     return next((s.failures for s in stages if s.failures), [])
 
@@ -53,7 +53,7 @@ def test_verifies(fake, bundle) -> None:
 
 @both
 def test_generates_as_the_graph_and_the_model_do(fake, bundle) -> None:
-    """In FP8 the graph, read literally, may choose another token than the model."""
+    """In FP8 the graph, evaluated literally, may choose another token than the model."""
     llm = LLM(bundle)
     prompts = [[5, 7, 11, 2], list(range(90)), [3]]
     others = [OnnxEngine.open(bundle, llm.manifest, {}), load_eager(bundle, llm.manifest)]
@@ -74,8 +74,8 @@ def test_a_state_has_one_address(fake, bundle) -> None:
     assert [c.profile for c in fake.contexts] == [0, 1]
 
 
-def test_both_kinds_of_tensorrt_run_the_same_code(fake, bundle) -> None:
-    """They differ in how a context is made; RTX is told when to compile kernels for the shapes that it sees."""
+def test_both_tensorrts_run_the_same_code(fake, bundle) -> None:
+    """They differ in how a context is created: RTX is told when to specialise kernels for the shapes that it sees."""
     m, logits = Manifest.load(bundle), []
     for flavor in FLAVORS.values():
         runner = Runner(TensorRTEngine(fake, flavor, bundle, m))
@@ -106,7 +106,7 @@ class SwappedStates(Faulty):
 
 
 class StaleContextLens(Faulty):
-    """What the first call with as many sequences held."""
+    """Reads the lengths of the first call with as many sequences."""
 
     def instead(self, name, tensor):
         kept = self.__dict__.setdefault("kept", {})
@@ -116,7 +116,7 @@ class StaleContextLens(Faulty):
 
 
 class TransposedStride(TensorRTEngine):
-    """A state whose memory lies the other way round than the engine reads it."""
+    """A state in a memory layout that the engine does not expect."""
 
     def _run(self, profile, inputs):
         real = inputs["layers.0.recurrent_state"]
@@ -137,7 +137,7 @@ def test_verify_notices(fake, bundle, kind) -> None:
 
 
 def test_verify_notices_a_transposed_state(fake, bundle) -> None:
-    """Prefill leaves the state as it is; decode takes it for its transpose."""
+    """Prefill leaves the state as it is; decode reads it transposed."""
 
     class Lost(TransposedStride):
         def _run(self, profile, inputs):
@@ -187,7 +187,7 @@ def test_calls_that_do_not_fit(fake, bundle) -> None:
 
 
 def test_library_in_the_plan_or_beside_it(fake, bundle, tmp_path) -> None:
-    """A plan without the library takes the bundle's; what is not this library does not load."""
+    """A plan without the library uses the bundle's; another file in its place does not load."""
     m = Manifest.load(bundle)
     m.backend["library_in_plan"] = False
     flavor = FLAVORS["tensorrt-rtx"]
@@ -260,7 +260,7 @@ def test_the_fake_refuses_what_the_bindings_lack(fake, bundle, call) -> None:
 
 @pytest.mark.parametrize("library_in_plan", [True, False])
 def test_the_real_bindings_up_to_the_gpu(tmp_path_factory, library_in_plan) -> None:
-    """Logger, registry, library and mapped plan go to TensorRT for RTX itself, which then misses a driver."""
+    """Logger, registry, library and mapped plan go to TensorRT for RTX itself, which then finds no driver."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     bundle = rtx_bundle(tmp_path_factory, "jet-tiny bf16")
