@@ -42,13 +42,13 @@ class InferenceResponse:
 
 class MetricFamily:
     COUNTER, GAUGE = "counter", "gauge"
-    made: dict = {}  # noqa: RUF012
+    created: dict = {}  # noqa: RUF012
 
     def __init__(self, name, description, kind):
         self.name, self.kind = name, kind
 
     def Metric(self, labels):
-        self.made[self.name, str(labels)] = self
+        self.created[self.name, str(labels)] = self
         self.value = 0.0
         return self
 
@@ -207,7 +207,7 @@ def test_metrics_follow_the_engines(model) -> None:
     run(model, request)
     request.wait()
     model.metrics.update(model.batching.render_metrics())
-    values = {k: v.value for k, v in MetricFamily.made.items() if "mini" in k[1]}
+    values = {k: v.value for k, v in MetricFamily.created.items() if "mini" in k[1]}
     label = str({"model": "mini", "instance": "mini_0"})
     assert values["jet_tokens_total", label] == 5 and values["jet_slots", label] == 4
     assert values["jet_ttft_seconds_count", label] == 1

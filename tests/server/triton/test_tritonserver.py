@@ -218,7 +218,7 @@ def prompts_of(reference, n: int, seed: int = 0) -> list[list[int]]:
     return [text[i % 40 : i % 40 + 1 + chosen.randrange(1 + 3 * i)] for i in range(n)]
 
 
-async def crowd(server, prompts: list[list[int]], lengths: list[int], leaving: set[int]) -> list:
+async def burst(server, prompts: list[list[int]], lengths: list[int], leaving: set[int]) -> list:
     async def one(i: int):
         client = aioclient.InferenceServerClient(f"127.0.0.1:{server.grpc}")
         try:
@@ -240,7 +240,7 @@ def test_sixty_four_streams_at_once(server, reference) -> None:
     with ThreadPoolExecutor(4) as pool:
         whole = [pool.submit(server.generate, input_ids=prompts[i], max_tokens=5, ignore_eos=True) for i in range(8)]
         bad = [pool.submit(server.generate, input_ids=[10**6], max_tokens=5) for _ in range(8)]
-        answers = asyncio.run(crowd(server, prompts, lengths, leaving))
+        answers = asyncio.run(burst(server, prompts, lengths, leaving))
     same = total = 0
     for i, answer in enumerate(answers):
         if i in leaving:
@@ -268,13 +268,13 @@ def test_clients_that_disconnect_free_their_slots(server) -> None:
     server.wait_for("jet_requests_total", before + 6, 'reason="cancelled"')
     body = b'{"text_input": "a", "max_tokens": 900, "stream": true, "ignore_eos": true}'
     head = f"POST /v2/models/{server.model}/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.http)) as gone:
-        gone.sendall(head.encode() + body)
-        assert gone.recv(4096)
+    with socket.create_connection(("127.0.0.1", server.http)) as connection:
+        connection.sendall(head.encode() + body)
+        assert connection.recv(4096)
     server.wait_for("jet_requests_total", before + 7, 'reason="cancelled"')
     for sent in (b"", b"POST", head.encode() + body[:20], b"\x16\x03\x01\x00\xff" * 50):
-        with socket.create_connection(("127.0.0.1", server.http)) as gone:
-            gone.sendall(sent)
+        with socket.create_connection(("127.0.0.1", server.http)) as connection:
+            connection.sendall(sent)
     assert server.client.get(f"http://127.0.0.1:{server.http}/v2/health/ready").status_code == 200
 
 
@@ -397,10 +397,10 @@ def test_two_instances_share_the_work_and_stop_in_time(bundle, reference) -> Non
             labels = [f"{server.model}_0_{i}" for i in (0, 1)]
             return [server.total("jet_requests_total", label, 'reason="length"') for label in labels]
 
-        first = [asyncio.run(crowd(server, [p], [8], set()))[0] for p in prompts[:2]]
+        first = [asyncio.run(burst(server, [p], [8], set()))[0] for p in prompts[:2]]
         server.wait_for("jet_requests_total", 2, 'reason="length"')
         assert done() == [1, 1]
-        answers = asyncio.run(crowd(server, prompts, [8] * 24, set()))
+        answers = asyncio.run(burst(server, prompts, [8] * 24, set()))
         server.wait_for("jet_requests_total", 2 + 24, 'reason="length"')
         assert min(done()) > 1, done()
         assert all((len(tokens), reason) == (8, "length") for tokens, reason in answers + first)
