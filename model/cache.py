@@ -17,11 +17,11 @@ from torch import Tensor
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
-PAGE = 128  # tokens a KV page
+PAGE = 128  # tokens per KV page
 
 
 class PackedBatch(NamedTuple):
-    """Which tokens belong to which sequence, and where its states are. N sequences, T packed tokens."""
+    """Which tokens belong to which sequence, and where that sequence's states are. N sequences, T packed tokens."""
 
     cu_seqlens: Tensor  # [N + 1] int32
     slots: Tensor  # [N] int32; < 0: a padding row
@@ -32,7 +32,7 @@ class PackedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One pool: `rows` says what its first dimension counts ("slots", "pages" or "window_pages")."""
+    """One pool. `rows`: what its first dimension counts ("slots", "pages" or "window_pages")."""
 
     name: str
     layer: int
@@ -55,6 +55,7 @@ def cdiv(a: int, b: int) -> int:
 def state_specs(
     config: JetNemotronConfig,
     dtype: torch.dtype,
+    *,
     kv_dtype: torch.dtype | None = None,
     state_dtype: torch.dtype = torch.float32,
 ) -> list[StateSpec]:
@@ -98,6 +99,7 @@ class Cache:
 
     def __init__(
         self,
+        *,
         states: list[Tensor],
         block_table: Tensor,
         window_block_table: Tensor,
@@ -118,6 +120,7 @@ class Cache:
     def allocate(
         cls,
         config: JetNemotronConfig,
+        *,
         batch_size: int,
         max_seq_len: int,
         prefill_chunk: int,
@@ -128,10 +131,16 @@ class Cache:
     ) -> Cache:
         pages, ring = pages_per_sequence(config, max_seq_len, prefill_chunk)
         rows = {"slots": batch_size, "pages": batch_size * pages, "window_pages": batch_size * ring}
-        states = allocate_states(state_specs(config, dtype, kv_dtype, state_dtype), rows, device)
+        states = allocate_states(state_specs(config, dtype, kv_dtype=kv_dtype, state_dtype=state_dtype), rows, device)
         table = torch.arange(batch_size * pages, dtype=torch.int32, device=device).reshape(batch_size, pages)
         window = torch.arange(batch_size * ring, dtype=torch.int32, device=device).reshape(batch_size, ring)
-        return cls(states, table, window, max_seq_len, prefill_chunk)
+        return cls(
+            states=states,
+            block_table=table,
+            window_block_table=window,
+            max_seq_len=max_seq_len,
+            prefill_chunk=prefill_chunk,
+        )
 
     def check_room(self, batch_size: int, tokens: int) -> None:
         if batch_size != self.batch_size:
@@ -151,7 +160,7 @@ class Cache:
             ends = torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.slots.device) * tokens
         else:
             ends = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        # context_lens is cloned: ops read it while the cache's own is advanced in place afterwards.
+        # context_lens is cloned, because `advance` changes the cache's own in place.
         return PackedBatch(ends, self.slots, self.context_lens.clone(), self.block_table, self.window_block_table)
 
     def advance(self, batch: PackedBatch) -> None:

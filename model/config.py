@@ -42,8 +42,8 @@ class JetNemotronConfig:
 
     `layer_types` names each layer's mixer: `jet` (JetBlock), `attn` (full attention) or `swa` (sliding window).
     `jet_num_heads`, `head_k_dim` (K) and `head_v_dim` (V) describe the JetBlocks, except those that `jet_layers` gives
-    sizes of their own; `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the attention layers. `raw`
-    keeps the fields of the config.json that were read and are not used here, so that writing returns them.
+    other sizes; `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the attention layers. `raw` keeps
+    all fields that were read from config.json, so that writing preserves those that are not used here.
     """
 
     hidden_size: int
@@ -98,7 +98,7 @@ class JetNemotronConfig:
         return dict(self.jet_layers).get(layer, shared)
 
     def with_jet_dims(self, dims: Mapping[int, JetDims]) -> JetNemotronConfig:
-        """This architecture with these JetBlocks, a layer each: what most of them have is the shared configuration."""
+        """This architecture with these JetBlock sizes by layer; the most common become the shared configuration."""
         if not dims:
             return replace(self, jet_layers=())
         shared = Counter(dims.values()).most_common(1)[0][0]
@@ -238,7 +238,7 @@ class JetNemotronConfig:
 
 
 def expand_v_of(dims: JetDims) -> float:
-    """The published form of V: the ratio for which int(head_dim * expand_v) is V, to ten digits where those do."""
+    """The published form of V: the ratio for which int(head_dim * expand_v) is V, with ten digits if those suffice."""
     ratio = round(dims.head_v_dim / dims.head_k_dim, 10)
     while int(dims.head_k_dim * ratio) < dims.head_v_dim:
         ratio = math.nextafter(ratio, math.inf)
@@ -256,7 +256,7 @@ def _jet_layers(layers: dict[str, dict[str, Any]]) -> tuple[tuple[int, JetDims],
 
 
 def _token_id(value: Any, default: int) -> int:
-    """config.json may hold one id, a list of ids (the first counts) or null."""
+    """config.json may hold one id, a list of ids (the first is used) or null."""
     if isinstance(value, list):
         value = value[0] if value else None
     return default if value is None else int(value)
@@ -270,7 +270,7 @@ def _rope_theta(values: dict[str, Any], where: str) -> float:
 
 
 def check_config(c: JetNemotronConfig) -> None:
-    """Refuse sizes that the kernels do not compute. Raises JetExportError naming the field and what fits."""
+    """Refuse sizes that the kernels do not support. Raises JetExportError naming the field and the valid values."""
     for i, kind in enumerate(c.layer_types):
         if kind not in LAYER_TYPES:
             raise JetExportError(f"config: layer_types[{i}] is {kind!r}.", f"Known: {', '.join(LAYER_TYPES)}.")
@@ -310,28 +310,51 @@ def _layout(layers: int, attn: tuple[int, ...], swa: tuple[int, ...]) -> tuple[s
 def jet_2b() -> JetNemotronConfig:
     """jet-ai/Jet-Nemotron-2B; vocabulary, RoPE and tokens are the class's defaults."""
     return JetNemotronConfig(
-        hidden_size=1536, intermediate_size=8960, layer_types=_layout(28, (14, 19), (20, 21)),
-        num_attention_heads=12, num_key_value_heads=2, head_dim=128,
-        jet_num_heads=12, head_k_dim=96, expand_v=2.6666666667, window_size=1152,
+        hidden_size=1536,
+        intermediate_size=8960,
+        layer_types=_layout(28, (14, 19), (20, 21)),
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        head_dim=128,
+        jet_num_heads=12,
+        head_k_dim=96,
+        expand_v=2.6666666667,
+        window_size=1152,
         max_position_embeddings=131072,
-    )  # fmt: skip
+    )
 
 
 def jet_4b() -> JetNemotronConfig:
     """jet-ai/Jet-Nemotron-4B; vocabulary, RoPE and tokens are the class's defaults."""
     return JetNemotronConfig(
-        hidden_size=2048, intermediate_size=11008, layer_types=_layout(36, (17, 20, 32), (5, 16, 19, 21, 22, 25, 27)),
-        num_attention_heads=16, num_key_value_heads=2, head_dim=128,
-        jet_num_heads=16, head_k_dim=128, expand_v=2.0, window_size=2048,
+        hidden_size=2048,
+        intermediate_size=11008,
+        layer_types=_layout(36, (17, 20, 32), (5, 16, 19, 21, 22, 25, 27)),
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=128,
+        jet_num_heads=16,
+        head_k_dim=128,
+        expand_v=2.0,
+        window_size=2048,
         max_position_embeddings=32768,
-    )  # fmt: skip
+    )
 
 
 def qwen3_1_7b() -> JetNemotronConfig:
     """Sizes of Qwen/Qwen3-1.7B-Base, the paper's baseline: full attention alone. For comparisons of speed, with random
     weights: its own checkpoints are of another model type. The jet sizes are not used."""
     return JetNemotronConfig(
-        hidden_size=2048, intermediate_size=6144, layer_types=("attn",) * 28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, qk_norm=True, qkv_bias=False,
-        jet_num_heads=1, head_k_dim=32, expand_v=2.0, max_position_embeddings=32768,
-    )  # fmt: skip
+        hidden_size=2048,
+        intermediate_size=6144,
+        layer_types=("attn",) * 28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        qk_norm=True,
+        qkv_bias=False,
+        jet_num_heads=1,
+        head_k_dim=32,
+        expand_v=2.0,
+        max_position_embeddings=32768,
+    )

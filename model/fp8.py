@@ -5,8 +5,8 @@
 
 Products are summed in fp32, scaled and biased there, and cast once to x.dtype. A scale is amax / 448, 448 being E4M3's
 largest number: values beyond the calibrated amax saturate (before torch 2.12, a bare cast makes them NaN). On a GPU
-this is one `torch._scaled_mm`; on a CPU the same arithmetic, the FP8 codes widened to fp32. Which one is decided by the
-device of x when the layer is traced.
+this is one `torch._scaled_mm`; on a CPU the same arithmetic, with the FP8 codes widened to fp32. The device of x at
+tracing decides.
 
 Source: the static per-tensor FP8 scheme of nvidia-modelopt's FP8_DEFAULT_CFG; E4M3: arXiv 2209.05433.
 """
@@ -22,7 +22,7 @@ from jet_export.model.onnx_nodes import fp8_linear_node
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 FP8_PROJECTIONS = ("in_proj", "w2", "o_proj", "qkv_proj", "gate_up_proj", "down_proj")  # the large ones, by name
-ALIGNMENT = 16  # FP8 tensor cores take K and N in multiples of this
+ALIGNMENT = 16  # FP8 tensor cores need K and N to be multiples of this
 ROWS = 4096  # rows quantised at a time: bounds the fp32 temporaries of a large matrix
 
 
@@ -32,7 +32,7 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def widen(codes: Tensor) -> Tensor:
-    """The fp32 values of E4M3 codes without NaN: ten times as fast as `.float()` on a CPU, and as exact.
+    """The fp32 values of E4M3 codes, none of them NaN: exact, and ten times as fast as `.float()` on a CPU.
 
     fp16 has one exponent bit more and 7 fraction bits more: seeee mmm << 7 (sign kept, the new bit cleared) is an
     fp16 number 2^-8 times the code's, subnormals included, since the exponent biases are 15 and 7.
@@ -43,10 +43,12 @@ def widen(codes: Tensor) -> Tensor:
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), x [T, K] -> [T, N], of a linear layer: in the graph of one token a GEMV, as Fp8Linear's own."""
+    """layer(x), x [T, K] -> [T, N], of a linear layer; in the graph of one token a GEMV, as in Fp8Linear."""
     if one_row_mode() and isinstance(layer, nn.Linear):
-        return torch.ops.jet.gemv(x, layer.weight, None, None, layer.bias, x.dtype)
-    return layer(x)
+        y: Tensor = torch.ops.jet.gemv(x, layer.weight, None, None, layer.bias, x.dtype)
+    else:
+        y = layer(x)
+    return y
 
 
 class Fp8Linear(nn.Module):
@@ -97,17 +99,24 @@ class Fp8Linear(nn.Module):
         if onnx_mode():
             return fp8_linear_node(x, self.weight, self.weight_scale, self.input_scale, self.bias)
         q = quantize(x, self.input_scale)
+        y: Tensor
         if one_row_mode():
-            return torch.ops.jet.gemv(q, self.weight, self.input_scale, self.weight_scale, self.bias, x.dtype)
+            y = torch.ops.jet.gemv(q, self.weight, self.input_scale, self.weight_scale, self.bias, x.dtype)
+            return y
         if x.device.type == "cpu":
             y = torch.mm(q.float(), widen(self.weight).t()) * (self.input_scale * self.weight_scale)
             return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
         # The library takes no bias for fp32 outputs, and sums in fp32 only without fast accumulation.
         fused_bias = None if x.dtype == torch.float32 else self.bias
         y = torch._scaled_mm(
-            q, self.weight.t(), self.input_scale, self.weight_scale,
-            bias=fused_bias, out_dtype=x.dtype, use_fast_accum=False,
-        )  # fmt: skip
+            q,
+            self.weight.t(),
+            self.input_scale,
+            self.weight_scale,
+            bias=fused_bias,
+            out_dtype=x.dtype,
+            use_fast_accum=False,
+        )
         return y if self.bias is None or fused_bias is not None else y + self.bias
 
     def extra_repr(self) -> str:

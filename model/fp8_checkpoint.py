@@ -5,8 +5,8 @@
     hf_quant_config.json                 producer, quantization: quant_algo, kv_cache_quant_algo, exclude_modules
     config.json, quantization_config     the same, as compressed-tensors spells it
 
-Our projections are fused and have one scale each; the tensors that they are published as repeat it. That is why
-reading them back is exact: the fused codes and scales are the very ones that were written.
+Our projections are fused and have one scale each, which the published tensors repeat. Reading them back is therefore
+exact: the fused codes and scales are those that were written.
 Source: nvidia-modelopt 0.47, torch/export/unified_export_hf.py, quant_utils.py and convert_hf_config.py.
 """
 
@@ -46,9 +46,9 @@ def scale_names(weight: str) -> tuple[str, ...]:
 
 
 def quantised_modules(param_of: Mapping[str, str], names: Iterable[str], where: str) -> list[str]:
-    """Our modules that a checkpoint holds in FP8, by the scales in it. `param_of`: published tensor -> our parameter.
+    """Our modules that a checkpoint holds in FP8, told by its scales. `param_of`: published tensor -> our parameter.
 
-    Raises JetExportError where a fused projection is FP8 in part, or a scale is missing.
+    Raises JetExportError if only part of a fused projection is FP8, or a scale is missing.
     """
     present, parts = set(names), dict[str, list[str]]()
     for name, param in param_of.items():
@@ -91,7 +91,7 @@ def scale_value(tensor: Tensor, name: str, file: Path) -> float:
 
 
 def check_quant_algo(directory: Path, config: JetNemotronConfig) -> None:
-    """Raise JetExportError for a checkpoint quantised in another way than FP8 per tensor."""
+    """Raise JetExportError for a checkpoint with any quantisation other than FP8 per tensor."""
     described: list[tuple[str, dict[str, Any]]] = []
     in_config = config.raw.get("quantization_config")
     if isinstance(in_config, dict):
@@ -111,7 +111,7 @@ def check_quant_algo(directory: Path, config: JetNemotronConfig) -> None:
 
 
 def is_fp8_checkpoint(config: JetNemotronConfig) -> bool:
-    """By its config.json alone."""
+    """Judged by its config.json alone."""
     return (config.raw.get("quantization_config") or {}).get("quant_algo") == "FP8"
 
 

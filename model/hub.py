@@ -1,4 +1,4 @@
-"""What `--model` names: a preset, a directory or a Hugging Face hub id; and where its files are."""
+"""Resolves `--model`: a preset, a directory or a Hugging Face hub id."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRESETS: dict[str, Callable[[], JetNemotronConfig]] = {
     "jet-tiny": lambda: JetNemotronConfig.from_json_file(JET_TINY_DIR / "config.json"),
     "jet-2b": jet_2b,
     "jet-4b": jet_4b,
-    "qwen3-1.7b": qwen3_1_7b,  # a shape to compare speeds with, no checkpoint
+    "qwen3-1.7b": qwen3_1_7b,  # an architecture to compare speeds with, without a checkpoint
 }
 CARD = "README.md"
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
@@ -49,7 +49,7 @@ def load_config(name: str) -> JetNemotronConfig:
 
 
 def licence_files(directory: Path) -> list[Path]:
-    """Files that a copy of the weights takes along: LICENSE and NOTICE, or the model card where it alone names one."""
+    """Files to copy with the weights: LICENSE and NOTICE, or the model card if only that names a licence."""
     texts = _licence_texts(directory)
     return texts if texts or _card_licence(directory) is None else [directory / CARD]
 
@@ -81,9 +81,9 @@ def hub_id_of(name: str) -> str | None:
 
 
 def resolve_checkpoint(name: str) -> Path:
-    """The directory with the weights of `name`, downloaded from the hub where it is not local.
+    """The directory with the weights of `name`, downloaded from the hub if it is not local.
 
-    Raises JetExportError for an unknown name and where the hub cannot be reached.
+    Raises JetExportError for an unknown name, or if the hub cannot be reached.
     """
     import huggingface_hub
 
@@ -94,7 +94,7 @@ def resolve_checkpoint(name: str) -> Path:
 
 
 def hub_config(name: str) -> JetNemotronConfig:
-    """The architecture of a hub id, of which config.json alone is downloaded. Raises as `resolve_checkpoint`."""
+    """The architecture of a hub id; downloads only its config.json. Raises as `resolve_checkpoint`."""
     import huggingface_hub
 
     path = _from_hub(name, lambda i: huggingface_hub.hf_hub_download(i, "config.json"))

@@ -87,9 +87,8 @@ class Attention(nn.Module):
 
     def __init__(self, c: JetNemotronConfig, window: int) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim, self.window = (
-            c.num_attention_heads, c.num_key_value_heads, c.head_dim, window,
-        )  # fmt: skip
+        self.num_heads, self.num_kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.window = window
         self.k_scale = self.v_scale = 1.0  # of an FP8 KV cache
         heads = c.num_attention_heads + 2 * c.num_key_value_heads
         self.qkv_proj = nn.Linear(c.hidden_size, heads * c.head_dim, bias=c.qkv_bias)
@@ -111,11 +110,11 @@ class Attention(nn.Module):
         return project(self.o_proj, o)
 
     def normed(self, qkv: Tensor) -> Tensor:  # [T, (Hq + 2 Hkv) * Dh]
-        """With qk-norm (Qwen3): every head of q and of k normalised over head_dim. Without: qkv itself."""
+        """qkv with every head of q and k normalised over head_dim, in a model with qk-norm (Qwen3); else qkv itself."""
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(heads, 1)  # [T, heads, Dh]
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        q, k, v = torch.split(torch.unflatten(qkv, 1, (-1, self.head_dim)), heads, 1)  # [T, heads, Dh]
         return torch.cat([self.q_norm(q), self.k_norm(k), v], 1).flatten(1)
 
 
@@ -137,7 +136,8 @@ class DecoderLayer(nn.Module):
             h = h + self.self_attn(x, batch, state, decode)
         else:
             h = h + self.self_attn(x, cos_sin, batch, state, decode)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return out
 
 
 class PackedOutput(NamedTuple):
@@ -203,12 +203,20 @@ class JetNemotronForCausalLM(WeightedModel):
         kv_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> Cache:
-        """States of `batch_size` empty sequences of up to `max_seq_len` tokens, at most `prefill_chunk` (default: any
-        number) of them a call: sliding-window layers keep only their window and one chunk."""
+        """States of `batch_size` empty sequences of up to `max_seq_len` tokens.
+
+        One call takes at most `prefill_chunk` tokens (default: any number) of a sequence, since sliding-window layers
+        keep only their window and one chunk."""
         return Cache.allocate(
-            self.config, batch_size, max_seq_len, prefill_chunk or max_seq_len,
-            self.dtype, kv_dtype or self.dtype, state_dtype, self.device,
-        )  # fmt: skip
+            self.config,
+            batch_size=batch_size,
+            max_seq_len=max_seq_len,
+            prefill_chunk=prefill_chunk or max_seq_len,
+            dtype=self.dtype,
+            kv_dtype=kv_dtype or self.dtype,
+            state_dtype=state_dtype,
+            device=self.device,
+        )
 
     def forward(
         self,
@@ -216,10 +224,10 @@ class JetNemotronForCausalLM(WeightedModel):
         cache: Cache | None = None,
         attention_mask: Tensor | None = None,  # [B, T], 0 for left padding
     ) -> Tensor:
-        """Logits [B, T, vocab], continuing from `cache` and updating it: prefill, chunked prefill and decode alike.
+        """Logits [B, T, vocab] of prefill, chunked prefill or decode, continuing from `cache` and updating it.
 
-        With `attention_mask`, padded positions (on the left) are left out: they touch no state and their logits are 0.
-        Raises JetExportError where the tokens do not fit the cache (not checked inside torch.compile).
+        With `attention_mask`, padded positions (on the left) are left out: they change no state; their logits are 0.
+        Raises JetExportError if the tokens do not fit the cache (not checked inside torch.compile).
         """
         B, T = input_ids.shape
         if cache is None:
@@ -246,7 +254,7 @@ class JetNemotronForCausalLM(WeightedModel):
         decode: bool,
         hidden_states: bool = False,
     ) -> PackedOutput:
-        """One step over packed tokens. `decode` promises one token a sequence (T == N)."""
+        """One step over packed tokens. `decode` promises one token per sequence (T == N)."""
         h = self.embed_tokens(input_ids)
         kept = []
         for layer, state in zip(self.layers, states_per_layer(self.config, states), strict=True):
@@ -272,7 +280,7 @@ KEEP_FP32 = ("A_log", "dt_bias")
 def empty_model(
     config: JetNemotronConfig, dtype: torch.dtype, device: torch.device, max_positions: int | None = None
 ) -> JetNemotronForCausalLM:
-    """A model whose parameters are allocated on `device` and not yet filled; its RoPE table is."""
+    """A model with uninitialised parameters on `device`, and its RoPE table."""
     with torch.device("meta"):
         model = JetNemotronForCausalLM(config, max_positions)
     model.requires_grad_(False)

@@ -1,8 +1,8 @@
-"""For which engine the model is being traced: one switch, consulted in JetBlock, Attention and the linear layers only.
+"""The kind of engine that the model is being traced for: read in JetBlock, Attention and the linear layers only.
 
 eager, inductor   the ops of `jet_export.kernels`, which update the states in place
 onnx              nodes of an ONNX graph, states in and states out (onnx_nodes.py)
-one_row           the graph is only ever given one token: linear layers are jet::gemv
+one_row           the graph always gets one token: linear layers are jet::gemv
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ def one_row_mode() -> bool:
 
 
 def keep_states(*states: Tensor) -> None:
-    """Called by a node, layer by layer: these are its states after the step."""
+    """Record a node's states after the step; called layer by layer."""
     _states_out.extend(states)

@@ -1,14 +1,14 @@
-"""What JetBlock, Attention and Fp8Linear are in an ONNX graph. Symbolic: traced by torch.onnx, never computed here.
+"""JetBlock, Attention and Fp8Linear as nodes of an ONNX graph. Symbolic: traced by torch.onnx, never computed.
 
-    jet::JetBlock     jet_block without `decode` (T == N says it), states in and states out
-    jet::JetAttention attention likewise (TensorRT takes any node named Attention for ONNX's own)
+    jet::JetBlock     jet_block without `decode` (implied by T == N), states in and states out
+    jet::JetAttention the same for attention (TensorRT takes any node named Attention for ONNX's own)
     Fp8Linear         y = cast(DQ(Q(x))) @ cast(DQ(weight))^T + bias with FP8 weights as initializers; Q and DQ are
                       ONNX's QuantizeLinear and DequantizeLinear, per tensor, in fp32; the casts are to x.dtype
 
 QuantizeLinear divides by the scale, rounds to nearest even and saturates at 448, as fp8.quantize does: the codes are
 the model's own. Read literally, a bf16 product's operands are codes times scale rounded to bf16, a rounding that
-Fp8Linear does not have. TensorRT for RTX 1.7.1 makes the pattern one FP8 product of the codes with bf16 results;
-without the casts its results are fp32, and a kernel after every projection casts them.
+Fp8Linear does not have. TensorRT for RTX 1.7.1 turns the pattern into one FP8 product of the codes with bf16
+results; without the casts the results are fp32, and a kernel after every projection casts them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def jet_block_node(
     conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
     num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float,
 ) -> Tensor:  # fmt: skip
-    """[T, D]; arguments as jet_block's. The states after the step go to the graph's outputs."""
+    """[T, D]; arguments as for jet_block. The states after the step become outputs of the graph."""
     inputs = [qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens]
     attrs: dict[str, Any] = {
         "num_heads": num_heads,
@@ -52,7 +52,7 @@ def attention_node(
     cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
     num_heads: int, num_kv_heads: int, head_dim: int, window: int, k_scale: float, v_scale: float,
 ) -> Tensor:  # fmt: skip
-    """[T, Hq * Dh]; arguments as attention's. The cache after the step goes to the graph's outputs."""
+    """[T, Hq * Dh]; arguments as for attention. The cache after the step becomes an output of the graph."""
     attrs: dict[str, Any] = {
         "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "window": window,
         "k_scale": k_scale, "v_scale": v_scale,
@@ -70,7 +70,7 @@ def attention_node(
 def fp8_linear_node(
     x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """[T, N] in x.dtype; arguments as Fp8Linear's. The exporter makes the scales scalars and adds the zero points."""
+    """[T, N] in x.dtype; arguments as for Fp8Linear. The exporter makes the scales scalars and adds the zero points."""
     codes = torch.onnx.ops.symbolic(
         "QuantizeLinear", [x.float(), input_scale], dtype=torch.float8_e4m3fn, shape=x.shape
     )

@@ -42,14 +42,14 @@ class Slice(NamedTuple):
 
 
 class WeightedModel(nn.Module):
-    """What a checkpoint fills and is read from: JetNemotronForCausalLM's base."""
+    """The part of JetNemotronForCausalLM that loading and saving a checkpoint need."""
 
     config: JetNemotronConfig
     layers: nn.ModuleList
 
 
 def checkpoint_layout(c: JetNemotronConfig) -> dict[str, Slice]:
-    """Published tensor name -> the rows of our parameter that it is."""
+    """Published tensor name -> the rows of our parameter that it fills."""
     out: dict[str, Slice] = {}
 
     def fused(param: str, parts: list[tuple[str, int]], *tail: int) -> None:
@@ -141,7 +141,7 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def _tensors(files: CheckpointFiles, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors one at a time, file by file: no more than one is in memory."""
+    """The named tensors, file by file, with one at a time in memory."""
     by_file: dict[Path, list[str]] = {}
     for name in names:
         by_file.setdefault(files.file_of[name], []).append(name)
@@ -157,8 +157,9 @@ def _tensors(files: CheckpointFiles, names: list[str]) -> Iterator[tuple[str, Te
 
 
 def check_tensors(files: CheckpointFiles) -> list[str]:
-    """The modules that the checkpoint holds in FP8. Raises JetExportError naming a tensor that is missing, or a format
-    that is not read: before a model takes memory."""
+    """The modules that the checkpoint holds in FP8.
+
+    Raises JetExportError naming a missing tensor or an unsupported format, before a model is allocated."""
     layout = checkpoint_layout(files.config)
     missing = [name for name in layout if name not in files.file_of]
     if missing:
@@ -202,7 +203,7 @@ def _check_tensor(file: Path, name: str, tensor: Tensor, shape: tuple[int, ...],
 
 
 def _load_scales(model: WeightedModel, files: CheckpointFiles, layout: dict[str, Slice], fp8: list[str]) -> None:
-    """The scales of FP8 projections, which their published parts must agree on, and of an FP8 KV cache."""
+    """Fill the scales of FP8 projections, on which their published parts must agree, and of an FP8 KV cache."""
     filled: dict[tuple[str, str], tuple[str, float]] = {}
     targets = {
         scale: (s.param.removesuffix(".weight"), scale.rpartition(".")[2])

@@ -1,6 +1,6 @@
-"""The plugin nodes of a model as cases - dimensions and dtypes - and the launches each of them makes.
+"""The plugin nodes of a model as cases - dimensions and dtypes - and the launches that each of them makes.
 
-A case is what one cubin set serves: a JetBlock of given H, K, V, conv_size, dtype and state dtype; an attention core of
+One set of cubins serves one case: a JetBlock of given H, K, V, conv_size, dtype and state dtype; an attention core of
 given heads, head_dim, page, window, dtype and cache dtype. Tokens, sequences, pages and pool rows stay free.
 """
 
@@ -75,7 +75,7 @@ class AttentionCase:
         with tracing(modules, num_sms=lambda device: SMS) as trace:
             tensors = inputs_of(
                 trace, ((T, (Hq + 2 * Hkv) * Dh), dtype), ((P, Dh), dtype),
-                ((Size("p.S"), 2, Hkv, self.page, Dh), cache), ((N, M), INT),
+                ((Size("p.pages"), 2, Hkv, self.page, Dh), cache), ((N, M), INT),
                 ((N + 1,), INT), ((N,), INT), ((N,), INT), states={2: 1},
             )  # fmt: skip
             sizes = Hq, Hkv, Dh, self.window, Scalar("p.k_scale"), Scalar("p.v_scale")
@@ -91,7 +91,7 @@ Case = JetBlockCase | AttentionCase
 
 
 def label(case: Case) -> str:
-    """For people: "JetBlock 12 x 96 x 256, bfloat16, state float32"."""
+    """Human-readable: "JetBlock 12 x 96 x 256, bfloat16, state float32"."""
     if isinstance(case, JetBlockCase):
         sizes = f"{case.num_heads} x {case.head_k_dim} x {case.head_v_dim}, convolution {case.conv_size}"
         return f"JetBlock {sizes}, {case.dtype}, state {case.state_dtype}"
@@ -100,7 +100,7 @@ def label(case: Case) -> str:
     return f"Attention {heads}, pages of {case.page}, {window}, {case.dtype}, cache {case.cache_dtype}"
 
 
-def inputs_of(trace: Trace, *inputs: tuple[tuple, torch.dtype], states: dict[int, int]) -> list[Any]:
+def inputs_of(trace: Trace, *inputs: tuple[tuple[Any, ...], torch.dtype], states: dict[int, int]) -> list[Any]:
     """Stand-ins for the node's inputs; states are read and written at the output's address."""
     return [
         Shape(f"p.out({states[i]})" if i in states else f"p.in({i})", shape, dtype, trace)
@@ -110,12 +110,13 @@ def inputs_of(trace: Trace, *inputs: tuple[tuple, torch.dtype], states: dict[int
 
 def model_cases(
     config: JetNemotronConfig,
+    *,
     dtype: str = "bfloat16",
     state_dtype: str = "float32",
     cache_dtype: str = "",
     page: int = 128,
 ) -> list[Case]:
-    """The cases of a model, each once. `cache_dtype`: default dtype."""
+    """The cases of a model, each once. `cache_dtype` defaults to `dtype`."""
     cases: list[Case] = []
     sizes = (config.jet_dims(i) if kind == "jet" else None for i, kind in enumerate(config.layer_types))
     for layer, dims in dict.fromkeys(zip(config.layer_types, sizes, strict=True)):

@@ -2,9 +2,9 @@
 
     python -m jet_export.plugins.compile_kernels SPEC.json DIRECTORY        (with Triton's interpreter off)
 
-SPEC holds {"cases": [...], "sms": [90, ...]}; DIRECTORY gets kernels.inc (the table and the launches), kernels.json,
-kernels.md (the table for people) and one .cubin a kernel and SM. A kernel that needs more shared memory than an SM has
-is compiled with fewer pipeline stages for that SM; if one stage is too many, the build fails.
+SPEC holds {"cases": [...], "sms": [90, ...]}. Written to DIRECTORY: kernels.inc (the table and the launches),
+kernels.json, kernels.md (a readable table) and one .cubin per kernel and SM. A kernel that needs more shared memory
+than an SM has is compiled with fewer pipeline stages for that SM; if even one stage does not fit, the build fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCRATCH = 2  # Triton appends two pointers, to global and to profiling scratch
 
 
 def stages_of(kernel: Kernel) -> list[Kernel]:
-    """The kernel as its launcher configures it, then with one pipeline stage fewer each, down to one."""
+    """The kernel as its launcher configures it, then variants with one pipeline stage less each, down to one."""
     constants, options = dict(kernel.constexprs), dict(kernel.options)
     most = max(constants.get("STAGES", 1), options.get("num_stages", 3))
     found = [kernel]
@@ -40,7 +40,7 @@ def stages_of(kernel: Kernel) -> list[Kernel]:
 
 
 def compile_image(function: Any, kernel: Kernel, sm: int) -> Image:
-    """The kernel for one SM; raises JetExportError naming both when it cannot be."""
+    """The kernel compiled for one SM. Raises JetExportError naming both if that is not possible."""
     if sm not in SHARED:
         raise JetExportError(f"SM {sm_name(sm)}: its shared memory is not known here.", f"Known: {known_sms()}.")
     if sm < FIRST_FP8 and any(kind == "*fp8e4nv" for _, kind in kernel.signature):
@@ -85,7 +85,7 @@ def expected_sizes(kernel: Kernel) -> list[int]:
 
 
 def check_layout(kernel: Kernel, cubin: bytes) -> None:
-    """Raises if the cubin's parameters are not those that the launches pass."""
+    """Raises JetExportError unless the cubin's parameters have the sizes that the launches pass."""
     found = [size for _, size in parameters(cubin, kernel.name)]
     if found != expected_sizes(kernel):
         raise JetExportError(
@@ -94,7 +94,7 @@ def check_layout(kernel: Kernel, cubin: bytes) -> None:
 
 
 def compile_cases(cases: list[Any], sms: list[int], folder: Path, progress: Any = None) -> None:
-    """Writes DIRECTORY's files for these cases (cases.Case)."""
+    """Writes the files of the module's docstring for these cases (cases.Case)."""
     functions: dict[Kernel, Any] = {}
     traces = []
     for case in cases:

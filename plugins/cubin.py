@@ -1,7 +1,7 @@
-"""What a cubin says of its kernel: the sizes and offsets of its parameters, read from the ELF sections.
+"""The sizes and offsets of a kernel's parameters, read from its cubin's ELF sections.
 
-The driver copies as many bytes of each argument as the cubin states, so a launcher whose idea of the layout differs
-reads or passes garbage without an error. Section `.nv.info.<kernel>` is a list of records (format u8, attribute u8,
+The driver copies as many bytes of each argument as the cubin states, so a launcher that assumes another layout passes
+garbage without an error. Section `.nv.info.<kernel>` is a list of records (format u8, attribute u8,
 length u16); EIATTR_KPARAM_INFO (0x17) holds index u32, ordinal u16, offset u16 and flags u32, whose top 14 bits are the
 size.
 Source: the layout that cuobjdump -elf prints.

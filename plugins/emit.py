@@ -11,13 +11,15 @@ from jet_export.plugins.kernel import Image, Kernel, kernel_of
 from jet_export.plugins.symbolic import Trace
 
 DTYPES = {
-    "bfloat16": "DataType::kBF16", "float16": "DataType::kHALF", "float32": "DataType::kFLOAT",
+    "bfloat16": "DataType::kBF16",
+    "float16": "DataType::kHALF",
+    "float32": "DataType::kFLOAT",
     "float8_e4m3fn": "DataType::kFP8",
-}  # fmt: skip
+}
 
 
 def emit(traces: list[tuple[Case, list[Trace]]], images: dict[Kernel, list[Image]]) -> str:
-    """kernels.inc. Cubins stand at its end, behind what is worth reading."""
+    """kernels.inc. The cubins come last, after the readable part."""
     index = {kernel: i for i, kernel in enumerate(images)}
     cubins, table = [], []
     for kernel, i in index.items():

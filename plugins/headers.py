@@ -1,4 +1,4 @@
-"""Where the TensorRT headers come from: a folder given, an installed TensorRT or, only when asked for, a pinned wheel.
+"""Finds the TensorRT headers: in a given folder, an installed TensorRT or, only when asked for, a pinned wheel.
 
 The plugin ABI is the same for headers of 10.14, 11.1 and TensorRT for RTX. CUDA's own headers come with triton.
 """
@@ -45,7 +45,7 @@ def installed_headers() -> Path | None:
 
 
 def find_headers(given: str | Path | None = None) -> Path:
-    """A folder with NvInferRuntime.h: `given`, else an installed one, else what fetch_headers() brought."""
+    """A folder with NvInferRuntime.h: `given`, else an installed one, else the one that fetch_headers() unpacked."""
     if given is not None:
         if not (Path(given) / "NvInferRuntime.h").is_file():
             raise JetExportError(
@@ -72,7 +72,7 @@ def headers_for(given: str | Path | None, fetch: bool, emit: Callable[[str], Non
 
 
 def fetch_headers(emit: Callable[[str], None] = print) -> Path:
-    """Downloads the wheel with pip, checks its hash, unpacks its headers, and tells source and licence."""
+    """Downloads the wheel with pip, checks its hash, unpacks its headers, and reports source and licence."""
     folder = fetched_headers()
     if not (folder / "NvInferRuntime.h").is_file():
         downloads = cache_dir() / "downloads"
@@ -92,7 +92,7 @@ def fetch_headers(emit: Callable[[str], None] = print) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """The headers of the wheel into a folder, which appears complete or not at all."""
+    """Unpack the wheel's headers into a folder, which appears complete or not at all."""
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != SHA256:
         raise JetExportError(f"{wheel}: sha256 {found} is not the pinned {SHA256}.", "Delete it and try again.")

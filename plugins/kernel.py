@@ -1,4 +1,4 @@
-"""A kernel in one configuration, and what it became for one SM: the rows of the generated table."""
+"""A kernel in one configuration, and its images for the SMs: the rows of the generated table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the table holds of one kernel in one configuration."""
+    """A kernel in one configuration: a row of the generated table."""
 
     name: str
     signature: tuple[tuple[str, str], ...]
@@ -37,6 +37,9 @@ class Kernel:
 
 def kernel_of(launch: Launch) -> Kernel:
     return Kernel(
-        launch.kernel.__name__, tuple(launch.signature.items()), tuple(launch.constexprs.items()), launch.divisible,
+        launch.kernel.__name__,
+        tuple(launch.signature.items()),
+        tuple(launch.constexprs.items()),
+        launch.divisible,
         tuple(launch.options.items()),
-    )  # fmt: skip
+    )

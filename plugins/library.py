@@ -33,6 +33,7 @@ Emit = Callable[[str], None]
 def library_for(
     config: JetNemotronConfig,
     sms: tuple[int, ...] | list[int],
+    *,
     dtype: str = "bfloat16",
     state_dtype: str = "float32",
     cache_dtype: str = "bfloat16",
@@ -42,14 +43,15 @@ def library_for(
 ) -> Path:
     """The folder of a model's plugin library (its file: NAME), built unless the cache holds it.
 
-    dtypes: names as torch has them, of the model, the recurrent state and the KV cache; `headers`, `fetch`: as
-    --tensorrt-headers and --fetch-headers; `emit` is given a line a step. Raises JetExportError as `build_library`."""
+    dtypes: torch's names, of the model, the recurrent state and the KV cache; `headers`, `fetch`: as --tensorrt-headers
+    and --fetch-headers; `emit` is called with one line per step. Raises JetExportError as `build_library`."""
     include = headers_for(headers, fetch, emit)
-    return build_library(model_cases(config, dtype, state_dtype, cache_dtype), list(sms), include, emit=emit)
+    cases = model_cases(config, dtype=dtype, state_dtype=state_dtype, cache_dtype=cache_dtype)
+    return build_library(cases, list(sms), include, emit=emit)
 
 
 def require_tools(headers: str | Path | None, fetch: bool) -> None:
-    """Raises JetExportError where a library could not be built: no headers and none asked for, no C++17 compiler."""
+    """Raises JetExportError if a library cannot be built: no headers and no download asked for, or no C++ compiler."""
     if not fetch:
         find_headers(headers)
     find_compiler(PURPOSE)
@@ -64,7 +66,7 @@ def build_library(
 ) -> Path:
     """The folder with libjet_plugins.so, kernels.inc, kernels.json and the cubins, built unless the cache holds it.
 
-    `sms`: 80, 86, 89, 90, ...: the architectures to hold cubins for. Raises JetExportError when headers or a compiler
+    `sms`: the architectures to compile for: 80, 86, 89, 90, ... Raises JetExportError when headers or a compiler
     are missing or a kernel does not fit an SM."""
     include = find_headers(headers)
     compiler = find_compiler(PURPOSE)
@@ -81,7 +83,7 @@ def build_library(
 
 @contextmanager
 def one_at_a_time(folder: Path, emit: Emit) -> Iterator[None]:
-    """Other processes that want the same folder wait. The lock goes with the process that holds it."""
+    """Other processes that need the same folder wait. The lock is released when the process that holds it ends."""
     path = folder.parent / f".{folder.name}.lock"
     with path.open("w") as lock:
         try:
@@ -112,7 +114,7 @@ def build_into(folder: Path, spec: str, compiler: Compiler, include: Path, emit:
 
 
 def digest(spec: str, include: Path, compiler: Compiler) -> str:
-    """Names a build: the cases, every source that decides it, headers, flags, compiler and Triton."""
+    """Identifies a build: the cases, every source that affects it, headers, flags, compiler and Triton."""
     h = hashlib.sha256()
     for text in (spec, triton.__version__, *FLAGS, str(compiler), compiler.version()):
         h.update(text.encode() + b"\0")
@@ -147,13 +149,13 @@ def compile_kernels(spec: str, folder: Path, emit: Emit) -> None:
         except BaseException:
             process.kill()
             raise
-    said = errors.read_text().strip()
+    message = errors.read_text().strip()
     errors.unlink()
     if process.returncode == 2:
-        what, *rest = said.splitlines()
+        what, *rest = message.splitlines()
         raise JetExportError(what, "\n".join(rest))
     if process.returncode:
-        raise JetExportError(f"Compiling the kernels failed:\n{said[-2000:]}")
+        raise JetExportError(f"Compiling the kernels failed:\n{message[-2000:]}")
 
 
 def with_eta(line: str, seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""Runs a kernel launcher on shapes without values, and keeps its launches as C++ expressions.
+"""Runs a kernel launcher on symbolic shapes and records its launches as C++ expressions.
 
-The launchers of kernels/ are the only place where grids, scratch tensors, strides and configurations are written. Here
-they are called with stand-ins: sizes that are expressions (`Size`), floats that are names (`Scalar`), tensors without
+Grids, scratch tensors, strides and configurations are written in the launchers of kernels/ and nowhere else. Here these
+are called with stand-ins: sizes that are expressions (`Size`), floats that are names (`Scalar`), tensors without
 storage (`Shape`). A launcher that branched on a size would fail: a `Size` has no truth value.
 """
 
@@ -17,9 +17,12 @@ from unittest.mock import patch
 import torch
 
 POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.float8_e4m3fn: "*fp8e4nv", torch.int32: "*i32",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32",
+}
 
 
 class Size:
@@ -62,7 +65,7 @@ class Size:
     __hash__ = object.__hash__
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Size:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Size:
         names = {torch.sym_min: "std::min<int64_t>", torch.sym_max: "std::max<int64_t>"}
         return Size(f"{names[func]}({code_of(args[0])}, {code_of(args[1])})")
 
@@ -89,7 +92,7 @@ def code_of(value: Any) -> str:
 
 @dataclass(eq=False)
 class Shape:
-    """What a launcher asks of a contiguous tensor. `name`: how the C++ side calls its address."""
+    """The part of a contiguous tensor's interface that launchers use. `name`: the C++ expression of its address."""
 
     name: str
     shape: tuple[Any, ...]
@@ -125,14 +128,14 @@ class Launch:
 
 
 class Trace:
-    """Stands in for `wrap` while a launcher runs."""
+    """Replaces `wrap` while a launcher runs."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[str, str]] = []  # name, bytes
         self.launches: list[Launch] = []
         self.output = ""
 
-    def allocate(self, shape: tuple, dtype: torch.dtype) -> Shape:
+    def allocate(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Shape:
         size: Any = dtype.itemsize * math.prod(n for n in shape if not isinstance(n, Size))
         for n in shape:
             size = n * size if isinstance(n, Size) else size
@@ -148,7 +151,7 @@ class Trace:
 
         return Recorder()
 
-    def record(self, kernel: Any, grid: tuple, args: tuple, options: dict) -> None:
+    def record(self, kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
         names, params = kernel.arg_names, kernel.params
         given = dict(zip(names, args, strict=False)) | {n: options.pop(n) for n in names if n in options}
         signature, constexprs, divisible, arguments = {}, {}, [], []
@@ -172,7 +175,7 @@ class Trace:
         self.launches.append(Launch(kernel, signature, constexprs, tuple(divisible), options, (x, y, z), arguments))
 
 
-def divides(value: Any, kernel: Any, name: str) -> bool:
+def divides(value: Size | int, kernel: Any, name: str) -> bool:
     """Whether Triton's launcher would specialise this int to a multiple of 16."""
     if isinstance(value, Size):
         if not value.divisible:
@@ -185,7 +188,7 @@ def divides(value: Any, kernel: Any, name: str) -> bool:
 
 @contextmanager
 def tracing(modules: list[Any], **replaced: Any) -> Iterator[Trace]:
-    """A Trace in place of `wrap` in these modules, and of what else is named there."""
+    """A Trace in place of `wrap` in these modules; `replaced`: other names of theirs to replace."""
     trace = Trace()
     with ExitStack() as stack:
         for module in modules:

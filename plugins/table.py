@@ -1,4 +1,4 @@
-"""The table that people read: which kernels a plugin library holds, for which nodes, and what each takes of an SM."""
+"""kernels.md: which kernels a plugin library holds, for which nodes, and the resources that each needs of an SM."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def known_sms() -> str:
 
 
 def parse_sms(text: str) -> tuple[int, ...]:
-    """ "8.0,8.9,9.0" -> (80, 89, 90), sorted, each once. Raises JetExportError for what is no SM or not known."""
+    """ "8.0,8.9,9.0" -> (80, 89, 90), sorted, each once. Raises JetExportError for a malformed or unknown SM."""
     found = set()
     for part in text.split(","):
         major, dot, minor = part.strip().partition(".")
@@ -41,7 +41,7 @@ def sm_of_arch(arch: str) -> int | None:
 
 
 def check_fp8(sms: tuple[int, ...], what: str) -> None:
-    """Raises JetExportError where an SM has no FP8 arithmetic. `what`: the option that asks for it."""
+    """Raises JetExportError if an SM has no FP8 arithmetic. `what`: the option that asks for it."""
     lacking = [sm_name(sm) for sm in sms if sm < FIRST_FP8]
     if lacking:
         raise JetExportError(

@@ -1,9 +1,9 @@
-"""The one place that knows TensorRT-LLM's versions, and what its hybrid-model code takes for granted.
+"""The one module that depends on TensorRT-LLM's versions and on the assumptions of its hybrid-model code.
 
-What is hard-coded there, and how this model meets it:
+What is hard-coded there, and how this model complies:
 
 - Which models have recurrent states. `config_utils.is_nemotron_hybrid(config)` is "the config has a non-empty
-  `hybrid_override_pattern`", `is_qwen3_next` an architecture name; every other model gets a KV cache alone. The
+  `hybrid_override_pattern`", `is_qwen3_next` an architecture name; every other model gets only a KV cache. The
   config (config.py) therefore carries the fields of a Nemotron-H config, `hybrid_fields`: "M" is a layer with states,
   "*" one with a KV cache, and the sizes give exactly our states:
       ssm state  [mamba_num_heads, mamba_head_dim, ssm_state_size]                       = [H, V, K]
@@ -11,12 +11,12 @@ What is hard-coded there, and how this model meets it:
   n_groups is 0: JetBlock convolves its values only. No function of TensorRT-LLM is replaced.
 - The state's dtype. "auto" is the model dtype in 1.2, and the config's `mamba_ssm_cache_dtype` in 1.3. JetBlock needs
   fp32, so anything else is refused (`check_model_config`) with the option to set.
-- Where the rows of the states are. 1.2: `kv_cache_manager.get_state_indices()`. 1.3: that function takes the
+- Where the states' row indices are. 1.2: `kv_cache_manager.get_state_indices()`. 1.3: that function takes the
   requests, and `attn_metadata.mamba_metadata.state_indices` holds its result, filled before the model runs.
 - Names in `exclude_modules` are those of the published checkpoint; a fused projection is excluded with its parts
   (`excluded_modules`), since TensorRT-LLM does that for qkv_proj and gate_up_proj only.
 
-A version that was not read is refused with one message; JET_EXPORT_TRTLLM_ANY_VERSION=1 tries it all the same.
+An unknown version is refused with one message; JET_EXPORT_TRTLLM_ANY_VERSION=1 tries it anyway.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def hybrid_fields(c: JetNemotronConfig) -> dict[str, Any]:
 
 
 def check_model_config(model_config: ModelConfigLike, version: str) -> None:
-    """Refuse what this model does not do, before weights are loaded. Raises JetExportError."""
+    """Refuse unsupported options before weights are loaded. Raises JetExportError."""
     version_line(version)
     m, quant = model_config.mapping, model_config.quant_config
     if m.tp_size != 1 or m.pp_size != 1 or m.enable_attention_dp:
@@ -102,11 +102,12 @@ def state_slots(metadata: AttentionMetadataLike, line: str) -> Tensor:
             "JetNemotronForCausalLM: attn_metadata.mamba_metadata is not there.",
             "Early 1.3 release candidates lack it: use 1.2.1 or a later one.",
         )
-    return mamba.state_indices[: metadata.num_seqs]
+    slots: Tensor = mamba.state_indices[: metadata.num_seqs]
+    return slots
 
 
 def excluded_modules(c: JetNemotronConfig, exclude: list[str] | None) -> list[str] | None:
-    """`exclude_modules` with the fused modules whose published parts are all in it. None stays None."""
+    """`exclude_modules` and the fused modules whose published parts are all in it. None stays None."""
     if exclude is None:
         return None
     parts: dict[str, list[str]] = {}
@@ -128,6 +129,6 @@ def excluded_modules(c: JetNemotronConfig, exclude: list[str] | None) -> list[st
 
 
 def architecture(pretrained: Any) -> JetNemotronConfig:
-    """Our config of TensorRT-LLM's `pretrained_config` (config.py keeps the published fields in it)."""
+    """Our config from TensorRT-LLM's `pretrained_config`, in which config.py keeps the published fields."""
     fields: Mapping[str, Any] = pretrained.jet_nemotron
     return JetNemotronConfig.from_dict(dict(fields), where="config.json")

@@ -1,10 +1,10 @@
-"""Compare this folder's code with interfaces.toml, by AST; with --source, the list with a TensorRT-LLM's source.
+"""Check this package against interfaces.toml, by AST; with --source, interfaces.toml against TensorRT-LLM's source.
 
     python -m jet_export.trtllm.check_interfaces [--source DIR_OF_tensorrt_llm_OR_A_CLONE]
 
-Checked without tensorrt_llm: every import of it is listed; every call of what is imported, of its attributes and of
-`super()` in a class derived from it fits the listed signature; every attribute used of it is listed; our methods that
-it calls take the arguments it passes; protocols.py has the listed members, with their arguments.
+Checked without tensorrt_llm: every import of it is listed; every call of an imported name, of its attributes and of
+`super()` in a derived class fits the listed signature; every attribute that is used is listed; our methods that it
+calls accept the arguments it passes; protocols.py has the listed members, with their arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FOREIGN = ("tensorrt_llm", "transformers")
 
 @dataclass
 class Interfaces:
-    """The list, by name; a name can be a class, the hooks of it and a protocol at once."""
+    """The list, by name; one name can be a class, have hooks and be a protocol."""
 
     callables: dict[str, Signature] = field(default_factory=dict)  # classes, functions, methods
     hooks: dict[str, Signature] = field(default_factory=dict)
@@ -68,9 +68,8 @@ def _signature(a: ast.arguments, skip_self: bool = False) -> Signature:
     positional = [*a.posonlyargs, *a.args]
     defaults: list[Any] = [Parameter.empty] * (len(positional) - len(a.defaults)) + [None] * len(a.defaults)
     out = [
-        Parameter(p.arg, Parameter.POSITIONAL_OR_KEYWORD, default=d)
-        for p, d in zip(positional, defaults, strict=True)
-    ][int(skip_self) :]  # fmt: skip
+        Parameter(p.arg, Parameter.POSITIONAL_OR_KEYWORD, default=d) for p, d in zip(positional, defaults, strict=True)
+    ][int(skip_self) :]
     if a.vararg:
         out.append(Parameter(a.vararg.arg, Parameter.VAR_POSITIONAL))
     for p, d in zip(a.kwonlyargs, a.kw_defaults, strict=True):
@@ -87,7 +86,7 @@ def _member(text: str) -> tuple[str, Signature | None]:
 
 
 def bind(signature: Signature, call: ast.Call) -> BoundArguments | None:
-    """Raises TypeError where the call does not fit. *args and **kwargs in the call fill what is not given."""
+    """Raises TypeError if the call does not fit. *args and **kwargs in the call stand for any missing arguments."""
     args = [a for a in call.args if not isinstance(a, ast.Starred)]
     kwargs = {k.arg: k.value for k in call.keywords if k.arg is not None}
     loose = len(args) < len(call.args) or len(kwargs) < len(call.keywords)
@@ -95,13 +94,13 @@ def bind(signature: Signature, call: ast.Call) -> BoundArguments | None:
 
 
 class Module(ast.NodeVisitor):
-    """One file of ours: what it imports, calls, reads and overrides. `problems` names what does not fit."""
+    """One file of ours: its imports, calls, attributes and overrides. `problems` describes what does not fit."""
 
     def __init__(self, path: Path, interfaces: Interfaces) -> None:
         self.path, self.known = path, interfaces
         self.problems: list[str] = []
         self.used: set[str] = set()
-        self.names: dict[str, set[str]] = {}  # local name -> what it may stand for
+        self.names: dict[str, set[str]] = {}  # local name -> the full names that it may stand for
         self.bases: list[list[str]] = []
         self.visit(ast.parse(path.read_text(encoding="utf-8")))
 
@@ -126,7 +125,7 @@ class Module(ast.NodeVisitor):
             self.names.setdefault(alias.asname or alias.name, set()).add(name)
 
     def resolve(self, node: ast.AST) -> set[str]:
-        """Full names that an expression like A.b.c stands for; empty for what is not TensorRT-LLM's."""
+        """The full names that an expression like A.b.c may stand for; empty if it is not TensorRT-LLM's."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, set())
         if isinstance(node, ast.Attribute):
@@ -185,7 +184,7 @@ class Module(ast.NodeVisitor):
 
 
 def check_protocols(path: Path, interfaces: Interfaces) -> list[str]:
-    """Every Protocol and the listed members of the same name agree."""
+    """Differences between each Protocol and the listed members of the same name."""
     problems, seen = [], set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if not (
@@ -223,7 +222,7 @@ def _protocol_members(node: ast.ClassDef) -> Iterator[tuple[str, Signature | Non
 
 
 def check(folder: Path = HERE, interfaces: Interfaces | None = None) -> list[str]:
-    """Everything that does not fit, in words; listed interfaces that nothing uses included."""
+    """A description of each problem, including listed interfaces that are not used."""
     known = interfaces or Interfaces.load()
     problems, used = check_protocols(folder / "protocols.py", known), set[str]()
     for path in sorted(folder.glob("*.py")):
@@ -237,7 +236,7 @@ def check(folder: Path = HERE, interfaces: Interfaces | None = None) -> list[str
 
 
 def compare_source(source: Path, interfaces: Interfaces) -> tuple[list[str], list[str]]:
-    """(one line a found interface, with its exact place; what differs) for an installed tensorrt_llm or a clone."""
+    """(a line per interface found, with its location; the differences) for an installed tensorrt_llm or a clone."""
     root = source if source.name != "tensorrt_llm" else source.parent
     found, problems = [], []
     for entry in interfaces.entries:

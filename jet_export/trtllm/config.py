@@ -1,4 +1,4 @@
-"""config.json for TensorRT-LLM: the published fields, and those by which its hybrid-model code goes (adapt.py)."""
+"""config.json for TensorRT-LLM: the published fields, and those that its hybrid-model code reads (adapt.py)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jet_export.trtllm.adapt import excluded_modules, hybrid_fields
 from jet_export.trtllm.protocols import ModelConfigLike
 from jet_export.utils.errors import JetExportError
 
-# Not for transformers: it knows other layer types, and takes a null rope_scaling for a request to change it.
+# Kept from transformers: it expects other layer types, and treats a null rope_scaling as a request to change it.
 OWN = ("layer_types", "efficient_attention_config", "model_type", "rope_scaling")
 
 
 class JetNemotronHfConfig(PretrainedConfig):
-    """What AutoConfig makes of a checkpoint's config.json; `jet_nemotron` keeps the published fields."""
+    """AutoConfig's class for a checkpoint's config.json; `jet_nemotron` keeps the published fields."""
 
     model_type = "jet_nemotron"
 
     def __init__(self, **kwargs: Any) -> None:
-        """No arguments: an empty config, which transformers makes to print differences from it."""
+        """Without arguments an empty config, which transformers creates to print differences from it."""
         fields = kwargs.pop("jet_nemotron", None) or kwargs
         self.jet_nemotron: dict[str, Any] = {}
         if "layer_types" in fields:
@@ -46,7 +46,7 @@ class JetNemotronHfConfig(PretrainedConfig):
 @register_config_loader("jet_nemotron")
 class JetNemotronConfigLoader(BaseConfigLoader):
     """For `LLM(checkpoint_loader=HfCheckpointLoader(config_loader=JetNemotronConfigLoader()))`; trtllm-serve's default
-    loader gets to the same config through AutoConfig, and the model makes the same corrections."""
+    loader reaches the same config through AutoConfig, and the model applies the same corrections."""
 
     def load(self, checkpoint_dir: str, **kwargs: Any) -> ModelConfig:
         config = ModelConfig.from_pretrained(checkpoint_dir, **kwargs)
@@ -57,7 +57,7 @@ class JetNemotronConfigLoader(BaseConfigLoader):
 
 
 def correct_exclusions(config: ModelConfigLike) -> None:
-    """`quant_config.exclude_modules` by this model's fused names, in place."""
+    """Rewrite `quant_config.exclude_modules` to this model's fused names, in place."""
     c = JetNemotronConfig.from_dict(config.pretrained_config.jet_nemotron, where="config.json")
     config.quant_config.exclude_modules = excluded_modules(c, config.quant_config.exclude_modules)
 

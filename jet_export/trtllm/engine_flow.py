@@ -31,7 +31,7 @@ LEGACY = (
     "Legacy: for TensorRT-LLM's engine flow (1.2.1 to 1.3.0rc20), which needs a model by --model_cls_file; "
     "not run against TensorRT-LLM. See docs/tensorrt-llm.md."
 )
-LAYER = {  # ours -> its layer's names
+LAYER = {  # our module -> TensorRT-LLM's name
     "input_layernorm": "input_layernorm",
     "post_attention_layernorm": "post_layernorm",
     "mlp.down_proj": "mlp.proj",
@@ -51,7 +51,7 @@ def save_engine_flow(model: JetNemotronForCausalLM, directory: Path, kv_fp8: boo
 
 
 def engine_flow_config(model: JetNemotronForCausalLM, kv_fp8: bool) -> dict[str, Any]:
-    """What PretrainedConfig.from_json_file reads; the published fields are kept under `jet_nemotron`."""
+    """The config that PretrainedConfig.from_json_file reads; the published fields are under `jet_nemotron`."""
     c = model.config
     fp8 = any(isinstance(m, Fp8Linear) for m in model.modules())
     attention = [kind for kind in c.layer_types if kind != "jet"]
@@ -81,7 +81,7 @@ def engine_flow_config(model: JetNemotronForCausalLM, kv_fp8: bool) -> dict[str,
             "exclude_modules": excluded(model) if fp8 else None,
         },
         **recurrent_fields(c),
-        # what the runtime's --max_attention_window takes: one for each attention layer
+        # for the runtime's --max_attention_window: one per attention layer
         "max_attention_window": [c.window_size if kind == "swa" else c.max_position_embeddings for kind in attention],
         "jet_nemotron": {k: v for k, v in c.to_dict().items() if k not in ("quantization_config", "auto_map")},
     }
@@ -101,13 +101,13 @@ def recurrent_fields(c: JetNemotronConfig) -> dict[str, Any]:
 
 
 def engine_flow_tensors(model: JetNemotronForCausalLM, kv_fp8: bool) -> dict[str, Tensor]:
-    """Our parameters under its names; an FP8 layer has `weights_scaling_factor` and `activation_scaling_factor`."""
+    """Our parameters under TensorRT-LLM's names; FP8 layers also have a weight and an activation scaling factor."""
     out = {
         "transformer.vocab_embedding.weight": model.embed_tokens.weight.detach(),
         "transformer.ln_f.weight": model.norm.weight.detach(),
     }
     tied = getattr(model.lm_head, "weight", None) is model.embed_tokens.weight
-    _put(out, "lm_head", model.lm_head, slice(None), copy=tied)  # it has no tied form
+    _put(out, "lm_head", model.lm_head, slice(None), copy=tied)  # TensorRT-LLM has no tied embeddings here
     for i, kind in enumerate(model.config.layer_types):
         layer: Any = model.layers[i]
         prefix = f"transformer.layers.{i}"
@@ -123,7 +123,7 @@ def engine_flow_tensors(model: JetNemotronForCausalLM, kv_fp8: bool) -> dict[str
             _put(out, f"{prefix}.{name}", layer.mlp.gate_up_proj, rows)
         if kind == "jet":
             out.update({f"{prefix}.recurrent.{p}": getattr(attn, p).detach() for p in ("A_log", "dt_bias", "o_norm")})
-        elif kv_fp8:  # it has one scale for keys and values
+        elif kv_fp8:  # TensorRT-LLM has one scale for keys and values
             out[f"{prefix}.attention.kv_cache_scaling_factor"] = torch.tensor([max(attn.k_scale, attn.v_scale)])
     return out
 
@@ -145,7 +145,7 @@ def _put(out: dict[str, Tensor], name: str, module: Any, rows: slice, copy: bool
 
 
 def excluded(model: JetNemotronForCausalLM) -> list[str]:
-    """Its names of the linear layers that are not FP8, and of the embedding."""
+    """TensorRT-LLM's names of the embedding and of the linear layers that are not FP8."""
     tensors = engine_flow_tensors(model, kv_fp8=False)
     weights = [n.removesuffix(".weight") for n in tensors if n.endswith(".weight") and tensors[n].dim() == 2]
     return [n for n in weights if f"{n}.weights_scaling_factor" not in tensors]

@@ -1,4 +1,4 @@
-"""Published tensors to this model's modules: [q | k | v | g | w1] is `in_proj`, [b | a] is `ba_proj`.
+"""Joins published tensors for this model's modules: [q | k | v | g | w1] is `in_proj`, [b | a] is `ba_proj`.
 
 qkv_proj and gate_up_proj keep their published parts: TensorRT-LLM's own mapper joins those.
 """
@@ -53,7 +53,7 @@ def fuse_weights(weights: Mapping[str, Any], c: JetNemotronConfig) -> dict[str, 
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
-    """Rows under each other; FP8 as bytes, for which everything is implemented."""
+    """Concatenated rows; FP8 as bytes, since torch does not concatenate FP8 tensors."""
     if len(tensors) == 1:
         return tensors[0]
     dtypes = {t.dtype for t in tensors}

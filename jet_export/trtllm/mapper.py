@@ -14,7 +14,7 @@ from jet_export.trtllm.fuse import fuse_weights
 
 @register_mapper("HF", "JetNemotronForCausalLM")
 class JetNemotronWeightMapper(HfWeightMapper):
-    """Joins what modeling.py fuses; qkv_proj and gate_up_proj are joined by the base class."""
+    """Joins the projections that modeling.py fuses; the base class joins qkv_proj and gate_up_proj."""
 
     def preprocess_weights(self, weights: dict[str, Any]) -> dict[str, Tensor]:
         return fuse_weights(weights, architecture(self.config.pretrained_config))

@@ -51,38 +51,68 @@ class JetBlock(nn.Module):
         dtype, quant = model_config.pretrained_config.torch_dtype, model_config.get_quant_config()
         skip = model_config.skip_create_weights_in_init
         self.in_proj = Linear(
-            c.hidden_size, 2 * H * K + 2 * D + R, bias=False, dtype=dtype, quant_config=quant, reduce_output=False,
+            c.hidden_size,
+            2 * H * K + 2 * D + R,
+            bias=False,
+            dtype=dtype,
+            quant_config=quant,
+            reduce_output=False,
             skip_create_weights_in_init=skip,
-        )  # fmt: skip
+        )
         self.ba_proj = Linear(  # small, and never FP8
             c.hidden_size, 2 * H, bias=False, dtype=dtype, reduce_output=False, skip_create_weights_in_init=skip
         )
         self.w2 = Linear(
-            R, D * c.conv_size, bias=True, dtype=dtype, quant_config=quant, reduce_output=False,
+            R,
+            D * c.conv_size,
+            bias=True,
+            dtype=dtype,
+            quant_config=quant,
+            reduce_output=False,
             skip_create_weights_in_init=skip,
-        )  # fmt: skip
+        )
         self.A_log = nn.Parameter(torch.empty(H, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(H, dtype=torch.float32), requires_grad=False)
         self.o_norm = nn.Parameter(torch.empty(V, dtype=dtype), requires_grad=False)
         self.o_proj = Linear(
-            D, c.hidden_size, bias=False, dtype=dtype, quant_config=quant, reduce_output=False,
+            D,
+            c.hidden_size,
+            bias=False,
+            dtype=dtype,
+            quant_config=quant,
+            reduce_output=False,
             skip_create_weights_in_init=skip,
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor, metadata: AttentionMetadataLike, step: Step) -> Tensor:  # [T, hidden]
         manager = metadata.kv_cache_manager
-        assert manager is not None  # step_of has refused it
+        assert manager is not None  # checked by step_of
         conv, ssm = manager.get_conv_states(self.layer_idx), manager.get_ssm_states(self.layer_idx)
         pools = pools_of(conv, ssm, step.slots, self.sizes)
         H, K, V, _ = self.sizes
         qkuz = self.in_proj(x)
         kappa = self.w2(F.silu(qkuz[:, -self.generator_dim :]))
         o = torch.ops.jet.jet_block(
-            qkuz, self.ba_proj(x), kappa, self.A_log, self.dt_bias, self.o_norm, pools.conv_state,
-            pools.recurrent_state, step.cu_seqlens, pools.slots, step.context_lens, H, K, V, self.norm_eps, step.decode,
-        )  # fmt: skip
+            qkuz,
+            self.ba_proj(x),
+            kappa,
+            self.A_log,
+            self.dt_bias,
+            self.o_norm,
+            pools.conv_state,
+            pools.recurrent_state,
+            step.cu_seqlens,
+            pools.slots,
+            step.context_lens,
+            H,
+            K,
+            V,
+            self.norm_eps,
+            step.decode,
+        )
         write_back(pools, conv, ssm, step.slots)
-        return self.o_proj(o)
+        out: Tensor = self.o_proj(o)
+        return out
 
 
 class JetAttention(Attention):
@@ -92,17 +122,28 @@ class JetAttention(Attention):
         hf = model_config.pretrained_config
         rope = PositionalEmbeddingParams(type=PositionEmbeddingType.rope_gpt_neox, rope=RopeParams.from_config(hf))
         super().__init__(
-            hidden_size=c.hidden_size, num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings, bias=True,
-            pos_embd_params=rope, layer_idx=layer_idx, dtype=hf.torch_dtype, dense_bias=False, config=model_config,
-        )  # fmt: skip
+            hidden_size=c.hidden_size,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            max_position_embeddings=c.max_position_embeddings,
+            bias=True,
+            pos_embd_params=rope,
+            layer_idx=layer_idx,
+            dtype=hf.torch_dtype,
+            dense_bias=False,
+            config=model_config,
+        )
         self.window = window or None
 
     def forward(self, position_ids: Tensor | None, hidden_states: Tensor, attn_metadata: Any, **kwargs: Any) -> Tensor:
-        return super().forward(
-            position_ids=position_ids, hidden_states=hidden_states, attn_metadata=attn_metadata,
-            attention_window_size=self.window, **kwargs,
-        )  # fmt: skip
+        out: Tensor = super().forward(
+            position_ids=position_ids,
+            hidden_states=hidden_states,
+            attn_metadata=attn_metadata,
+            attention_window_size=self.window,
+            **kwargs,
+        )
+        return out
 
 
 class JetNemotronLayer(nn.Module):
@@ -116,9 +157,13 @@ class JetNemotronLayer(nn.Module):
             JetBlock(model_config, c, layer_idx) if kind == "jet" else JetAttention(model_config, c, layer_idx, window)
         )
         self.mlp = GatedMLP(
-            hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, bias=False, dtype=dtype,
-            config=model_config, layer_idx=layer_idx,
-        )  # fmt: skip
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            bias=False,
+            dtype=dtype,
+            config=model_config,
+            layer_idx=layer_idx,
+        )
 
     def forward(self, position_ids: Tensor | None, h: Tensor, metadata: AttentionMetadataLike, step: Step) -> Tensor:
         x = self.input_layernorm(h)
@@ -126,7 +171,8 @@ class JetNemotronLayer(nn.Module):
             h = h + self.self_attn(x, metadata, step)
         else:
             h = h + self.self_attn(position_ids=position_ids, hidden_states=x, attn_metadata=metadata)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return out
 
 
 class JetNemotronModel(DecoderModel):
@@ -134,9 +180,13 @@ class JetNemotronModel(DecoderModel):
         super().__init__(model_config)
         c, dtype = architecture(model_config.pretrained_config), model_config.pretrained_config.torch_dtype
         self.embed_tokens = Embedding(
-            c.vocab_size, c.hidden_size, dtype=dtype, mapping=model_config.mapping,
-            tensor_parallel_mode=TensorParallelMode.COLUMN, gather_output=True,
-        )  # fmt: skip
+            c.vocab_size,
+            c.hidden_size,
+            dtype=dtype,
+            mapping=model_config.mapping,
+            tensor_parallel_mode=TensorParallelMode.COLUMN,
+            gather_output=True,
+        )
         self.layers = nn.ModuleList(JetNemotronLayer(model_config, c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(hidden_size=c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
 
@@ -156,7 +206,8 @@ class JetNemotronModel(DecoderModel):
         step = step_of(attn_metadata, LINE)
         for layer in self.layers:
             h = layer(position_ids, h, attn_metadata, step)
-        return self.norm(h)
+        out: Tensor = self.norm(h)
+        return out
 
 
 @register_auto_model("JetNemotronForCausalLM")

@@ -1,4 +1,4 @@
-"""What is used of TensorRT-LLM's objects that are handed to the model, for mypy; checked against interfaces.toml."""
+"""The members of TensorRT-LLM's objects that the model uses, for mypy; checked against interfaces.toml."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""TensorRT-LLM's batch and states, as jet::jet_block takes them.
+"""TensorRT-LLM's batch and states, in the form that jet::jet_block takes.
 
-Its cache manager keeps, for each layer, an ssm pool [slots, H, V, K] and a conv pool [slots, D, W - 1]; a slot's
-numbers are ours alone to lay out, so they are read as [slots, H, K, V] and [slots, W - 1, D]: the same memory, no copy.
-Where a pool is not contiguous (states inside the KV cache's blocks), the batch's rows are gathered and written back.
+Its cache manager keeps, for each layer, an ssm pool [slots, H, V, K] and a conv pool [slots, D, W - 1]. Only this model
+reads a slot's numbers, so the pools are viewed as [slots, H, K, V] and [slots, W - 1, D], without a copy. If a pool is
+not contiguous (states inside the KV cache's blocks), the batch's rows are gathered and written back.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ class Step(NamedTuple):
 
     cu_seqlens: Tensor  # [N + 1] int32
     slots: Tensor  # [N] int32
-    context_lens: Tensor  # [N] int32; only "zero or not" counts: zero starts from a zero state
-    decode: bool  # one token a sequence
+    context_lens: Tensor  # [N] int32; only zero or non-zero matters: zero starts from a zero state
+    decode: bool  # one token per sequence
 
 
 def step_of(metadata: AttentionMetadataLike, line: str) -> Step:
-    """Generation sequences hold tokens by definition, so in a captured decode step nothing is read from the host."""
+    """The step of TensorRT-LLM's batch.
+
+    Generation sequences always hold tokens, so a captured decode step reads nothing from the host."""
     slots, lens = state_slots(metadata, line), metadata.seq_lens_cuda[: metadata.num_seqs]
     cu_seqlens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
     held = torch.ones_like(slots)
@@ -66,7 +68,7 @@ def pools_of(conv: Tensor, ssm: Tensor, slots: Tensor, sizes: tuple[int, int, in
 
 
 def write_back(pools: Pools, conv: Tensor, ssm: Tensor, slots: Tensor) -> None:
-    """The new states of a gathered batch to their rows; nothing to do where the pools were used in place."""
+    """Write the new states of a gathered batch to their rows; pools used in place need nothing."""
     if pools.gathered:
         conv[slots.long()] = pools.conv_state.view(-1, *conv.shape[1:])
         ssm[slots.long()] = pools.recurrent_state.view(-1, *ssm.shape[1:])

@@ -1,1 +1,1 @@
-"""Drives the plugin objects with no TensorRT library: for the tests and for `jet-export verify --ladder`."""
+"""Drives the plugin objects without TensorRT, for the tests and `jet-export verify --ladder`."""

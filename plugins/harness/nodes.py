@@ -2,9 +2,9 @@
 
     graph = OnnxModel.load("model.onnx", "cuda", plugin_handlers(library_for(config, [90], ...)))
 
-Nothing of TensorRT runs: the C harness creates the plugin objects, asks them for shapes and workspace, and enqueues
-them on torch tensors. States come back in tensors of their own, as the evaluator wants them, so that every call also
-takes the path on which a plugin copies a pool.
+TensorRT is not involved: the C harness creates the plugin objects, asks them for shapes and workspace, and enqueues
+them on torch tensors. States are returned in separate tensors, as the evaluator expects, so every call also takes the
+path on which a plugin copies a pool.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from jet_export.plugins.harness.build import harness_library
-from jet_export.plugins.harness.objects import NODES, Harness
+from jet_export.plugins.harness.objects import NODES, Harness, Shapes
 from jet_export.plugins.library import NAME
 from jet_export.utils.errors import JetExportError
 
-Shapes = list[tuple[str, list[int]]]  # dtype, shape
-ALIGNMENT = 16  # bytes; what the plugins ask of an address
+ALIGNMENT = 16  # bytes, of the addresses that the plugins accept
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def described(tensors: list[Tensor]) -> Shapes:
 
 
 class PluginNode:
-    """One plugin object of a node's attributes. `launched` is called after every enqueue, for stand-ins of a GPU."""
+    """One plugin object with a node's attributes. `launched` is called after every enqueue, for simulated GPUs."""
 
     def __init__(
         self, harness: Harness, node: str, attributes: dict[str, Any], launched: Callable[[], None] | None = None
@@ -69,14 +68,22 @@ class PluginNode:
             workspace = self.workspace(inputs)
         cuda = inputs[0].device.type == "cuda"
         stream = torch.cuda.current_stream(inputs[0].device).cuda_stream if cuda else 0
-        addresses = [t.data_ptr() for t in inputs], [t.data_ptr() for t in outputs]
-        if self.harness.enqueue(self.node, self._made, shapes, *addresses, workspace.data_ptr(), stream):
+        status = self.harness.enqueue(
+            self.node,
+            self._made,
+            shapes,
+            addresses=[t.data_ptr() for t in inputs],
+            outputs=[t.data_ptr() for t in outputs],
+            workspace=workspace.data_ptr(),
+            stream=stream,
+        )
+        if status:
             self._refused()
         if self.launched:
             self.launched()
 
     def workspace(self, inputs: list[Tensor]) -> Tensor:
-        """As much as the plugin declares for these sizes, on the inputs' device."""
+        """Workspace of the size that the plugin declares for these inputs, on their device."""
         size = self.harness.workspace(self.node, self._made, described(inputs))
         return torch.empty(max(size, 1), dtype=torch.uint8, device=inputs[0].device)
 
@@ -93,10 +100,10 @@ class PluginNode:
 def plugin_handlers(
     library: str | Path, headers: str | Path | None = None, launched: Callable[[], None] | None = None
 ) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
-    """Handlers of the two nodes. `library`: the folder that `library_for` gives, or the file itself."""
+    """Handlers of the two nodes. `library`: the folder that `library_for` returns, or the file itself."""
     path = Path(library)
     harness = Harness(harness_library(headers), path / NAME if path.is_dir() else path)
-    made: dict[tuple, PluginNode] = {}
+    made: dict[tuple[Any, ...], PluginNode] = {}
 
     def handler(node: str) -> Callable[..., tuple[Tensor, ...]]:
         def run(attributes: dict[str, Any], *inputs: Tensor) -> tuple[Tensor, ...]:

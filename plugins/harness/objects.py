@@ -12,6 +12,9 @@ INT32, FLOAT32, FLOAT64 = 5, 1, 2  # nvinfer1::PluginFieldType
 NODES = {"JetBlock": (11, 3), "Attention": (7, 2), "JetAttention": (7, 2)}  # inputs, outputs
 
 
+Shapes = list[tuple[str, list[int]]]  # dtype, shape
+
+
 class Tensor(ctypes.Structure):
     _fields_ = (("type", c_int32), ("format", c_int32), ("rank", c_int32), ("dims", c_int64 * 8))
 
@@ -23,7 +26,7 @@ class Tensor(ctypes.Structure):
         return next(k for k, v in TYPES.items() if v == self.type), list(self.dims[: self.rank])
 
 
-def tensors_of(descs: list[tuple[str, list[int]]], room: int = 0) -> ctypes.Array:
+def tensors_of(descs: Shapes, room: int = 0) -> ctypes.Array[Tensor]:
     return (Tensor * (len(descs) + room))(*(Tensor.of(*d) for d in descs))
 
 
@@ -53,10 +56,11 @@ class Harness:
             function.restype, function.argtypes = result, arguments
 
     def messages(self) -> str:
-        return self.c.messages_taken().decode()
+        text: bytes = self.c.messages_taken()
+        return text.decode()
 
     def creator(self, node: str) -> int:
-        creator = self.c.open_creator(self.library.encode(), node.encode())
+        creator: int | None = self.c.open_creator(self.library.encode(), node.encode())
         assert creator, self.messages()
         return creator
 
@@ -65,8 +69,8 @@ class Harness:
         self.c.field_names(self.creator(node), text)
         return text.value.decode()
 
-    def create(self, node: str, fields: dict, runtime: bool = False) -> int | None:
-        """The plugin, or None; ints are passed as int32, floats as fp32, (type, value) as said."""
+    def create(self, node: str, fields: dict[str, Any], runtime: bool = False) -> int | None:
+        """The plugin, or None; ints are passed as int32, floats as fp32, a (type, value) pair as that type."""
         values: list[Any] = []
         types: list[int] = []
         for value in fields.values():
@@ -76,35 +80,49 @@ class Harness:
         n = len(values)
         names = (c_char_p * n)(*(name.encode() for name in fields))
         data = (c_void_p * n)(*(ctypes.addressof(v) for v in values))
-        return self.c.create(
+        plugin: int | None = self.c.create(
             self.creator(node), n, names, data, (c_int32 * n)(*types), (c_int32 * n)(*[1] * n), int(runtime)
         )
+        return plugin
 
     def round_trip(self, node: str, plugin: int, alter: str = "") -> int | None:
-        return self.c.round_trip(self.creator(node), plugin, alter.encode())
+        made: int | None = self.c.round_trip(self.creator(node), plugin, alter.encode())
+        return made
 
-    def outputs(self, node: str, plugin: int, inputs: list) -> list[tuple[str, list[int]]]:
+    def outputs(self, node: str, plugin: int, inputs: Shapes) -> Shapes:
         tensors = tensors_of(inputs, room=4)
         count = self.c.outputs_of(plugin, tensors, len(inputs))
         return [tensors[len(inputs) + i].dtype_shape() for i in range(count)]
 
-    def with_outputs(self, node: str, plugin: int, inputs: list) -> list:
+    def with_outputs(self, node: str, plugin: int, inputs: Shapes) -> Shapes:
         return [*inputs, *self.outputs(node, plugin, inputs)]
 
-    def supports(self, node: str, plugin: int, pos: int, descs: list, layout: int = 0) -> bool:
-        """Whether tensor `pos` may come so; `layout`: its nvinfer1::TensorFormat, 0 is linear."""
+    def supports(self, node: str, plugin: int, pos: int, descs: Shapes, layout: int = 0) -> bool:
+        """Whether the plugin accepts tensor `pos` as described; `layout`: its nvinfer1::TensorFormat, 0 is linear."""
         tensors = tensors_of(descs)
         tensors[pos].format = layout
         return bool(self.c.supports(plugin, pos, tensors, *NODES[node]))
 
-    def configure(self, node: str, plugin: int, inputs: list) -> int:
-        return self.c.configure(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])
+    def configure(self, node: str, plugin: int, inputs: Shapes) -> int:
+        status: int = self.c.configure(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])
+        return status
 
-    def workspace(self, node: str, plugin: int, inputs: list) -> int:
-        return self.c.workspace(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])
+    def workspace(self, node: str, plugin: int, inputs: Shapes) -> int:
+        size: int = self.c.workspace(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])
+        return size
 
-    def enqueue(self, node: str, plugin: int, inputs: list, addresses: list[int], outputs: list[int], workspace: int,
-                stream: int = 0) -> int:  # fmt: skip
+    def enqueue(
+        self,
+        node: str,
+        plugin: int,
+        inputs: Shapes,
+        *,
+        addresses: list[int],
+        outputs: list[int],
+        workspace: int,
+        stream: int = 0,
+    ) -> int:
         descs = tensors_of(self.with_outputs(node, plugin, inputs))
         args = (c_void_p * len(addresses))(*addresses), (c_void_p * len(outputs))(*outputs)
-        return self.c.enqueue(plugin, descs, *NODES[node], *args, workspace, stream)
+        status: int = self.c.enqueue(plugin, descs, *NODES[node], *args, workspace, stream)
+        return status

@@ -10,7 +10,7 @@
 namespace jet {
 
 constexpr int kMaxDevices = 64;
-constexpr int kMaxSms = 256;  // what workspace is declared for: an engine may be built on another machine
+constexpr int kMaxSms = 256;  // assumed when declaring workspace: an engine may be built on another machine
 
 // One kernel compiled for one SM.
 struct Image {
@@ -31,7 +31,7 @@ struct Loaded {
     Image const* image;
 };
 
-// What is loaded of one kernel, by device; written once, under a lock.
+// One kernel as loaded on each device; each entry is written once, under a lock.
 struct KernelCache {
     std::atomic<Loaded const*> loaded[kMaxDevices];
 };

@@ -80,8 +80,8 @@ class Attention final : public Plugin {
     int64_t expected(int i, int input, int axis) const override {
         int64_t const Hq = at(i).num_heads, Hkv = at(i).num_kv_heads, Dh = at(i).head_dim;
         int64_t const shapes[7][5] = {
-            {any(kT), (Hq + 2 * Hkv) * Dh}, {any(kP), Dh}, {any(kS), 2, Hkv, at(i).page, Dh}, {any(kN), any(kM)},
-            {any(kN1)}, {any(kN)}, {any(kN)},
+            {any(kT), (Hq + 2 * Hkv) * Dh}, {any(kP), Dh}, {any(kPAGES), 2, Hkv, at(i).page, Dh},
+            {any(kN), any(kM)}, {any(kN1)}, {any(kN)}, {any(kN)},
         };
         return shapes[input][axis];
     }

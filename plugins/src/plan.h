@@ -1,4 +1,4 @@
-// The launches of one enqueue: sizes and addresses, and what the generated functions of kernels.inc ask of them.
+// The launches of one enqueue: sizes and addresses, as the generated functions of kernels.inc use them.
 #pragma once
 
 #include "driver.h"
@@ -15,8 +15,9 @@ struct Arg {
 };
 
 struct Plan {
-    // sizes: tokens, sequences, columns of qkuz, columns of block_table, positions, pool rows or pages, multiprocessors
-    int64_t T = 0, N = 0, columns = 0, M = 0, P = 0, S = 0, sms = 0;
+    // sizes: tokens, sequences, columns of qkuz, columns of block_table, positions, rows of the state pools, pages of the
+    // KV cache, multiprocessors
+    int64_t T = 0, N = 0, columns = 0, M = 0, P = 0, S = 0, pages = 0, sms = 0;
     double eps = 0, k_scale = 1, v_scale = 1;  // attributes
     // addresses
     void const* const* inputs = nullptr;

@@ -112,6 +112,7 @@ bool Plugin::fits(int i, Dims const* dims, Plan& plan, Error& error) const {
     plan.M = symbols[kM];
     plan.P = symbols[kP];
     plan.S = symbols[kS];
+    plan.pages = symbols[kPAGES];
     if (symbols[kN1] != plan.N + 1)
         error.set("cu_seqlens has %lld entries, N + 1 = %lld expected", (long long)symbols[kN1], (long long)plan.N + 1);
     else if (plan.N < 1 || plan.T < plan.N)
@@ -147,7 +148,7 @@ int32_t Plugin::configurePlugin(
     return fail(error);
 }
 
-// The most any T <= max T and N <= max N need. A decode step's splits fall as N rises, so every N is tried.
+// The maximum over all T <= max T and N <= max N. A decode step's splits decrease as N grows, so every N is evaluated.
 size_t Plugin::getWorkspaceSize(
     DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept {
     Error error;

@@ -1,5 +1,5 @@
-// What JetBlock and Attention share: an IPluginV3 over a table of cases. A node states its tensors, its attributes and
-// which case serves given shapes; everything TensorRT asks follows from that.
+// The common part of JetBlock and Attention: an IPluginV3 over a table of cases. A node states its tensors, its
+// attributes and which case serves given shapes; the answers to TensorRT follow from that.
 #pragma once
 
 #include "table.h"
@@ -37,7 +37,7 @@ struct NodeSpec {
     int num_attributes;
 };
 
-// The case that serves a node, in the terms of any node.
+// The case that serves a node, independent of the kind of node.
 struct CaseView {
     DataType dtype, state_dtype;
     Form prefill, decode;
@@ -89,7 +89,7 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
     virtual int64_t expected(int i, int input, int axis) const = 0;  // size, or -1 - symbol for one of Symbol
     virtual void describe(int i, char* text, size_t size) const = 0;
 
-    enum Symbol { kT, kN, kN1, kCOLUMNS, kM, kP, kS, kSYMBOLS };
+    enum Symbol { kT, kN, kN1, kCOLUMNS, kM, kP, kS, kPAGES, kSYMBOLS };
     static constexpr int64_t any(Symbol s) { return -1 - int64_t(s); }
 
   private:

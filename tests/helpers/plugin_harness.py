@@ -68,8 +68,15 @@ def run_job(path: Path) -> dict:
     def enqueue(step: dict) -> int:
         plugin = harness.create(step["node"], step["fields"])
         assert plugin is not None, harness.messages()
-        args = (step["inputs"], step["addresses"], step["outputs"], step["workspace"], step.get("stream", 77))
-        return harness.enqueue(step["node"], plugin, *args)
+        return harness.enqueue(
+            step["node"],
+            plugin,
+            step["inputs"],
+            addresses=step["addresses"],
+            outputs=step["outputs"],
+            workspace=step["workspace"],
+            stream=step.get("stream", 77),
+        )
 
     if gpu and job.get("threads"):  # ctypes lets them run at once
         gpu.c.fake_context(all(step.get("context", True) for step in job["steps"]))

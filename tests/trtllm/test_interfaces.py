@@ -37,7 +37,7 @@ FAULTS = [
     ("modeling.py", "hidden_size=hf.hidden_size, ", "", "missing a required argument: 'hidden_size'"),
     ("modeling.py", "TensorParallelMode.COLUMN", "TensorParallelMode.ROW", "TensorParallelMode.ROW is not listed"),
     ("modeling.py", "import GatedMLP", "import GatedMLP, swiglu", "gated_mlp.swiglu is not listed"),
-    ("modeling.py", "position_ids=position_ids, hidden", "1, position_ids=1, hidden", "multiple values for argument"),
+    ("modeling.py", "            position_ids=position_ids,\n", "1, position_ids=1,\n", "multiple values for argument"),
     ("modeling.py", "bias=True,\n", "biases=True,\n", "missing a required argument: 'bias'|unexpected keyword"),
     ("modeling.py", "        **kwargs: Any,\n    ) -> Tensor:  # [T", "    ) -> Tensor:  # [T", "is called with"),
     ("modeling.py", "tensorrt_llm.__version__", "tensorrt_llm.version", "tensorrt_llm.version is not listed"),
