@@ -129,7 +129,7 @@ def kernel_launches(fn: Callable[[], Any]) -> dict[str, list[float]]:
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             found.setdefault(event.name, []).append(event.device_time_total / 1e3)
     return found
 

@@ -14,13 +14,19 @@ from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.inductor import room_apart, write_packages
 from jet_export.build.inputs import build_inputs, up_to_date
 from jet_export.build.plan import BuildPlan
-from jet_export.build.steps import check_requirements, copy_side_files, load_model, quantize_model, versions
+from jet_export.build.steps import (
+    check_requirements,
+    copy_side_files,
+    fetch_checkpoint,
+    load_model,
+    quantize_model,
+    require_backend,
+    versions,
+)
 from jet_export.bundle.dtypes import dtype_name
 from jet_export.bundle.manifest import WEIGHTS, Manifest, describe_files
 from jet_export.bundle.memory import free_cached
 from jet_export.bundle.target import host_target
-from jet_export.model.config import JetNemotronConfig
-from jet_export.model.hub import resolve_checkpoint
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.weights import save_tensors
 from jet_export.plugins.targets import sm_name, sm_of_arch
@@ -34,18 +40,8 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
 
     `command` is recorded in the manifest. Raises JetExportError; the output is then as it was.
     """
-    if plan.download_bytes:
-        check_requirements(plan)
-        resolved = resolve_checkpoint(plan.options.model)
-        plan.directory, plan.config = resolved, JetNemotronConfig.from_json_file(resolved / "config.json")
-    if plan.backend.name == "onnx":
-        from jet_export.backends.onnx.export import require_onnx
-
-        require_onnx()
-    if plan.backend.name in FLAVORS:
-        from jet_export.build.tensorrt import require
-
-        require(plan)
+    fetch_checkpoint(plan)
+    require_backend(plan)
     inputs = build_inputs(plan)
     if up_to_date(plan, inputs):
         emit(f"{plan.output} is up to date.")

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from jet_export.build.plan import BuildOptions, BuildPlan, make_plan
-from jet_export.build.steps import check_requirements, copy_side_files, load_model, quantize_model
-from jet_export.model.config import JetNemotronConfig
+from jet_export.build.steps import check_requirements, copy_side_files, fetch_checkpoint, load_model, quantize_model
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.fp8_checkpoint import (
     HF_QUANT_CONFIG,
@@ -30,7 +29,6 @@ from jet_export.model.fp8_checkpoint import (
     kv_scale_tensors,
     quantization_config,
 )
-from jet_export.model.hub import resolve_checkpoint
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.weights import checkpoint_layout, published_tensors, save_shards
 from jet_export.quantization.quantize import linear_paths
@@ -55,9 +53,7 @@ def run_export(options: BuildOptions, target: str = "hf", emit: Callable[[str], 
     plan = make_plan(options)
     check_output(options.output, options.force)
     check_requirements(plan)
-    if plan.download_bytes:
-        resolved = resolve_checkpoint(options.model)
-        plan.directory, plan.config = resolved, JetNemotronConfig.from_json_file(resolved / "config.json")
+    fetch_checkpoint(plan)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     tmp = options.output.parent / f".{options.output.name}.{os.getpid()}.tmp"
     tmp.mkdir()

@@ -13,8 +13,9 @@ import torch
 from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.plan import BuildPlan
 from jet_export.bundle.manifest import TOKENIZER
+from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import holds_kv_scales
-from jet_export.model.hub import checkpoint_licence, licence_files
+from jet_export.model.hub import checkpoint_licence, licence_files, resolve_checkpoint
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.model.weights import CheckpointFiles
 from jet_export.utils.compiler import find_compiler
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
 
 
 def versions(backend: str) -> dict[str, str]:
+    """The versions that a bundle depends on."""
     import triton
 
     out = {"jet_export": __version__, "torch": torch.__version__, "triton": triton.__version__}
@@ -52,7 +54,30 @@ def check_requirements(plan: BuildPlan) -> None:
         raise JetExportError("--fp8 needs nvidia-modelopt, which is not installed.", "pip install 'jet-export[fp8]'")
 
 
+def require_backend(plan: BuildPlan) -> None:
+    """Checked before the inputs of a build, which include versions. Raises JetExportError where ONNX or TensorRT, or
+    what a plugin library is compiled with, is missing."""
+    if plan.backend.name == "onnx":
+        from jet_export.backends.onnx.export import require_onnx
+
+        require_onnx()
+    if plan.backend.name in FLAVORS:
+        from jet_export.build.tensorrt import require
+
+        require(plan)
+
+
+def fetch_checkpoint(plan: BuildPlan) -> None:
+    """Download the plan's checkpoint, if it is not here yet, once everything else that the build needs is."""
+    if not plan.download_bytes:
+        return
+    check_requirements(plan)
+    plan.directory = resolve_checkpoint(plan.options.model)
+    plan.config = JetNemotronConfig.from_json_file(plan.directory / "config.json")
+
+
 def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
+    """The checkpoint, or random weights, on the build's device."""
     device = plan.build_device
     if plan.options.random_weights:
         return random_model(plan.config, plan.dtypes.model, device, plan.options.seed, plan.limits.max_seq_len)

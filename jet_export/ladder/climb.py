@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -25,9 +25,6 @@ from jet_export.ladder.site import Site
 from jet_export.utils.environment import environment
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.version import __version__
-
-if TYPE_CHECKING:
-    from jet_export.build.plan import BuildPlan
 
 Emit = Callable[[str], None]
 PACKAGES = ("tensorrt", "tensorrt-rtx", "onnx", "onnxscript", "nvidia-modelopt", "numpy")
@@ -140,6 +137,7 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
 
     from jet_export.build.build import run_build
     from jet_export.build.plan import BuildOptions, make_plan
+    from jet_export.build.steps import check_requirements, require_backend
 
     backend, why = tensorrt_here()
     fp8 = find_spec("modelopt") is not None
@@ -152,7 +150,8 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
     start = time.monotonic()
     rung: dict[str, Any] = {"rung": "build", "figures": {"model": "jet-tiny", "backend": backend, "fp8": fp8}}
     plan = make_plan(options)
-    require(plan)  # a missing requirement is the user's to install, not a failed rung
+    require_backend(plan)  # a missing requirement is the user's to install, not a failed rung
+    check_requirements(plan)
     try:
         run_build(plan, ["jet-export", "build", "--backend", backend], emit)
     except JetExportError as e:
@@ -161,18 +160,6 @@ def build_tiny(work: Path, headers: Path | None, fetch: bool, emit: Emit) -> tup
     if backend == "onnx":
         return out, {**rung, "status": "skipped", "reason": f"no TensorRT engine: {why}", "seconds": seconds}
     return out, {**rung, "status": PASSED, "seconds": seconds}
-
-
-def require(plan: BuildPlan) -> None:
-    """Raises JetExportError naming what the build needs and this machine lacks."""
-    from jet_export.backends.onnx.export import require_onnx
-    from jet_export.build.steps import check_requirements
-    from jet_export.build.tensorrt import require as require_tensorrt
-
-    require_onnx()
-    check_requirements(plan)
-    if plan.sms:
-        require_tensorrt(plan)
 
 
 def tensorrt_here() -> tuple[str, str]:

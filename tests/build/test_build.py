@@ -21,7 +21,7 @@ from jet_export.backends.inductor import package
 from jet_export.backends.inductor.engine import Package
 from jet_export.backends.load import check_bundle
 from jet_export.build import backend_choice as backends
-from jet_export.build import build, inductor
+from jet_export.build import inductor, steps
 from jet_export.build.build import run_build
 from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.bundle.dtypes import Dtypes
@@ -209,7 +209,7 @@ def test_no_modelopt(quick, tmp_path, monkeypatch) -> None:
 
 
 def test_requirements_come_before_a_download(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(build, "resolve_checkpoint", lambda name: pytest.fail("downloaded"))
+    monkeypatch.setattr(steps, "resolve_checkpoint", lambda name: pytest.fail("downloaded"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(JetExportError, match="no-such-compiler"):
         make(BuildOptions(model="jet-2b", device="cpu", output=tmp_path / "out"))
