@@ -1,4 +1,4 @@
-"""Writes jet_export/data/recall.jsonl: held-out code with key-value lines in it, which `jet-export verify` asks for.
+"""Writes jet_export/data/recall.jsonl: held-out code with key-value lines in it, for `jet-export verify`.
 
     python examples/make_recall_prompts.py
 
@@ -23,7 +23,7 @@ def main() -> None:
     with (DATA / "recall.jsonl").open("w", encoding="utf-8") as out:
         for row in RecallTask(tokenizer).rows(code, ROWS, ROW_TOKENS, SEED):
             text = tokenizer.decode(row.tokens.tolist(), skip_special_tokens=False)
-            assert tokenizer.encode(text).ids == row.tokens.tolist(), "the text is read back as other tokens"
+            assert tokenizer.encode(text).ids == row.tokens.tolist(), "the text does not tokenise to the same tokens"
             out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 

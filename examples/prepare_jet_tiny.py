@@ -3,7 +3,7 @@
     python examples/prepare_jet_tiny.py                          # rebuild jet_export/data (needs CPython 3.11.7's)
     python examples/prepare_jet_tiny.py --snapshot corpus.tar.xz # only pack the listed files, for train_jet_tiny.py
 
-The committed files came from CPython 3.11.7; another version makes another list, hence another model.
+The committed files came from CPython 3.11.7; another version gives another list, and so another model.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Turns a Qwen2.5 checkpoint and a searched best.json into a Jet model, and begins to train its JetBlocks.
+"""Turns a Qwen2.5 checkpoint and a search's best.json into a Jet model, and trains its JetBlocks for some steps.
 
     python examples/retrofit.py --checkpoint Qwen2.5-1.5B --config best.json --text corpus.txt --output out --steps 1000
     python examples/retrofit.py --toy out     # makes a toy checkpoint and config first; seconds on a CPU
 
 As in the paper (arXiv 2508.15884) the MLPs, embeddings, norms and the attention of the layers that keep it are copied
-and frozen; JetBlocks replace the other layers' attention, are initialised as published, and alone are trained, on next
-tokens. `--output` is then a checkpoint in the published layout, for `jet-export build --model out`.
-docs/retrofit.md says what a full run needs.
+and frozen. JetBlocks replace the other layers' attention, are initialised as published, and are the only trained
+parameters (next-token loss). `--output` is a checkpoint in the published layout, for `jet-export build --model out`.
+docs/retrofit.md describes a full run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SAME = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_valu
 
 
 def check_fits(source: dict, config: JetNemotronConfig, where: Path) -> None:
-    """Refuse a checkpoint that is no Qwen2.5, or whose sizes are not those of the Jet config."""
+    """Refuse a checkpoint that is not Qwen2.5, or whose sizes differ from the Jet config's."""
     if source.get("model_type") != "qwen2":
         raise JetExportError(f"{where}: model_type is {source.get('model_type')!r}, not 'qwen2'.")
     ours = {name: getattr(config, name) for name in SAME}
@@ -61,7 +61,7 @@ def check_fits(source: dict, config: JetNemotronConfig, where: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Raises JetExportError where it is none."""
+    """Raises JetExportError if it cannot be read or is not a JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -74,8 +74,8 @@ def read_json(path: Path) -> dict:
 
 
 def copied(name: str, config: JetNemotronConfig) -> bool:
-    """Whether the Jet model's tensor is the checkpoint's: all but JetBlocks. q_proj, k_proj, v_proj and o_proj of a
-    JetBlock have Qwen2.5's names and other meanings."""
+    """Whether the tensor is copied from the checkpoint: all but the JetBlocks', whose q_proj, k_proj, v_proj and o_proj
+    have Qwen2.5's names but other meanings."""
     parts = name.split(".")
     return not (parts[1] == "layers" and parts[3] == "self_attn" and config.layer_types[int(parts[2])] == "jet")
 
@@ -115,7 +115,7 @@ def retrofit(checkpoint: Path, config: JetNemotronConfig, dtype: torch.dtype, se
 
 
 def batches(text: Path | None, checkpoint: Path, config: JetNemotronConfig, rows: int, length: int, seed: int):
-    """Endless [rows, length + 1] token ids: stretches of the text, or rows that count in steps through 16 tokens."""
+    """Endless [rows, length + 1] token ids: excerpts of the text, or arithmetic sequences modulo 16."""
     rng = torch.Generator().manual_seed(seed)
     if text is None:
         while True:
@@ -140,7 +140,7 @@ def loss_of(model: JetTiny, ids: Tensor) -> Tensor:
 
 
 def train(model: JetTiny, data: Iterator[Tensor], steps: int, lr: float, device: str) -> list[float]:
-    """AdamW on the JetBlocks; every step's loss before it."""
+    """AdamW on the JetBlocks; returns the loss before each step."""
     model.to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -170,19 +170,34 @@ def save(model: JetTiny, config: JetNemotronConfig, checkpoint: Path, output: Pa
 
 
 TOY: dict[str, Any] = {
-    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 128, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True, "max_position_embeddings": 512,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+}
 
 
 def toy_config() -> JetNemotronConfig:
-    """What a search would have left: one attention layer kept, one with a window, JetBlocks of two sizes."""
+    """As a search might choose: one attention layer kept, one with a window, JetBlocks of two sizes."""
     same = {name: TOY[name] for name in (*SAME, "rope_theta", "rms_norm_eps", "max_position_embeddings")}
     config = JetNemotronConfig(
-        **same, layer_types=("jet", "attn", "jet", "swa"), head_dim=16, jet_num_heads=2, head_k_dim=16, expand_v=2.0,
-        window_size=32, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        **same,
+        layer_types=("jet", "attn", "jet", "swa"),
+        head_dim=16,
+        jet_num_heads=2,
+        head_k_dim=16,
+        expand_v=2.0,
+        window_size=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return config.with_jet_dims({0: JetDims(2, 16, 32), 2: JetDims(4, 16, 16)})
 
 
@@ -204,10 +219,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="best.json of jet-export search, or any Jet config.json")
     parser.add_argument("--output", type=Path, help="the Jet checkpoint")
     parser.add_argument("--toy", type=Path, metavar="DIR", help="make a toy checkpoint and config there, and use them")
-    parser.add_argument("--text", type=Path, help="UTF-8 text to train on; without it, rows that count")
+    parser.add_argument("--text", type=Path, help="UTF-8 text to train on; without it, arithmetic sequences")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=4, help="rows a step")
-    parser.add_argument("--length", type=int, default=128, help="tokens a row")
+    parser.add_argument("--batch", type=int, default=4, help="rows per step")
+    parser.add_argument("--length", type=int, default=128, help="tokens per row")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -74,7 +74,7 @@ def train(config: JetNemotronConfig, data: Data, args: argparse.Namespace, start
     probe = probe.to(args.device)
     curve: list[dict[str, float]] = []
     step, first, saved_midway = 0, None, False
-    steady, steady_step = time.perf_counter(), 0  # from here tokens a second are counted
+    steady, steady_step = time.perf_counter(), 0  # tokens per second are counted from here
     while True:
         now = time.perf_counter() - started
         first = now if first is None else first
@@ -188,18 +188,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-seconds", type=float, default=360, help="from start to last step, compilation included")
     parser.add_argument("--max-steps", type=int, default=1_000_000)
-    parser.add_argument("--batch", type=int, default=32, help="rows a step")
-    parser.add_argument("--length", type=int, default=2048, help="tokens a row")
+    parser.add_argument("--batch", type=int, default=32, help="rows per step")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=250, help="steps")
-    parser.add_argument("--recall-pool", type=int, default=12288, help="recall rows made beforehand")
+    parser.add_argument("--recall-pool", type=int, default=12288, help="recall rows generated in advance")
     parser.add_argument("--eval-rows", type=int, default=RECALL_EVAL_ROWS, help="recall rows of the evaluation")
     parser.add_argument("--max-files", type=int, help="of each split")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
-    parser.add_argument("--commit", help="recorded in training.json where git does not tell it")
-    parser.add_argument("--evaluate", type=Path, metavar="WEIGHTS", help="no training: eval.json of these weights")
-    parser.add_argument("--smoke", action="store_true", help="a few small steps, to see that all of it runs")
+    parser.add_argument("--commit", help="recorded in training.json if git does not give it")
+    parser.add_argument("--evaluate", type=Path, metavar="WEIGHTS", help="only evaluate these weights into eval.json")
+    parser.add_argument("--smoke", action="store_true", help="a few small steps, to check that everything runs")
     args = parser.parse_args()
     if args.smoke:
         args.batch, args.length, args.max_steps, args.log_every = 4, 256, 12, 6

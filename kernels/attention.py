@@ -157,8 +157,22 @@ def attention_cpu(
 
 
 @attention_cpu.register_fake
-def _(qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
-      num_heads, num_kv_heads, head_dim, window, k_scale, v_scale, decode):  # fmt: skip
+def _(
+    qkv,
+    cos_sin,
+    kv_cache,
+    block_table,
+    cu_seqlens,
+    slots,
+    context_lens,
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    window,
+    k_scale,
+    v_scale,
+    decode,
+):
     return qkv.new_empty(qkv.shape[0], num_heads * head_dim)
 
 

@@ -23,7 +23,8 @@ TABLE = Path(__file__).with_name("configs.json")
 # the GPU runs at the same time, one per multiprocessor; a batch of more uses the rule with many_heads.
 OPS: dict[str, tuple[set[str], set[str]]] = {
     "attention_decode": (
-        {"dtype", "cache_dtype", "head_dim", "group"}, {"BN", "num_warps", "num_stages", "programs_per_sm"},
+        {"dtype", "cache_dtype", "head_dim", "group"},
+        {"BN", "num_warps", "num_stages", "programs_per_sm"},
     ),
     "attention_prefill": ({"dtype", "cache_dtype", "head_dim", "group"}, {"BM", "BN", "num_warps", "num_stages"}),
     "rope_append": ({"dtype", "cache_dtype", "head_dim"}, {"BT", "num_warps"}),
@@ -33,7 +34,7 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),
     "gemv": ({"dtype", "out_features", "in_features"}, {"BN", "BK", "STAGES", "num_warps"}),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

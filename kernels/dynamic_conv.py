@@ -180,9 +180,14 @@ def conv_state_kernel(
 
 
 def dynamic_conv_triton(
-    u: Tensor, kappa: Tensor, conv_state: Tensor,
-    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, off_u: int = 0,
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    kappa: Tensor,
+    conv_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    off_u: int = 0,
+) -> Tensor:
     """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous.
 
     off_u: u's first column in the rows of its tensor."""

@@ -133,9 +133,17 @@ def packed_gated_delta_rule_ref(
 
 
 def gated_delta_rule_triton(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
-    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, decode: bool,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    recurrent_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    decode: bool,
+) -> Tensor:
     """Launches the kernels; arguments as `packed_gated_delta_rule_ref`."""
     q, k, v, beta, g = (rows(x) for x in (q, k, v, beta, g))
     head_dims = (q.shape[1], q.shape[2], v.shape[2])
@@ -146,9 +154,17 @@ def gated_delta_rule_triton(
 
 @torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args={"recurrent_state"})
 def gated_delta_rule_cpu(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
-    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, decode: bool,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    recurrent_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    decode: bool,
+) -> Tensor:
     o = packed_gated_delta_rule_ref(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode)
     return o.to(v.dtype).contiguous()
 
@@ -160,9 +176,17 @@ def _(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
 
 @torch.library.triton_op("jet::gated_delta_rule", mutates_args={"recurrent_state"})
 def gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
-    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, decode: bool,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    recurrent_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    decode: bool,
+) -> Tensor:
     """o [T, H, V] in v's dtype; recurrent_state is updated in place. See the module's equations."""
     if q.device.type == "cpu":
         return torch.ops.jet.gated_delta_rule_cpu(

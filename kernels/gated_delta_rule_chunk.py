@@ -242,10 +242,19 @@ def chunk_config(dtype: torch.dtype, head_k_dim: int, head_v_dim: int) -> tuple[
 
 
 def chunk_delta_rule_triton(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
-    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor, head_dims: tuple[int, int, int],
-    offsets: tuple[int, int, int] = (0, 0, 0), raw_gates: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    recurrent_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    head_dims: tuple[int, int, int],
+    offsets: tuple[int, int, int] = (0, 0, 0),
+    raw_gates: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """o [T, H, V] in q's dtype; recurrent_state is updated in place.
 
     `head_dims`: H, K, V; `offsets`: the first column of q, k, g in the rows of their tensors. A JetBlock passes

@@ -106,12 +106,20 @@ def decode_config(state: Tensor, head_k_dim: int, head_v_dim: int) -> dict:
 
 
 def decode_delta_rule_triton(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, recurrent_state: Tensor,
-    slots: Tensor, context_lens: Tensor, head_dims: tuple[int, int, int],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    recurrent_state: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    head_dims: tuple[int, int, int],
     offsets: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0),
-    conv: tuple[Tensor, Tensor] | None = None, raw_gates: tuple[Tensor, Tensor] | None = None,
+    conv: tuple[Tensor, Tensor] | None = None,
+    raw_gates: tuple[Tensor, Tensor] | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """o [N, H, V] in q's dtype, or with `norm` the gated norm of o; states are updated in place.
 
     `head_dims`: H, K, V; `offsets`: the first column of q, k, v, g, gate in the rows of their tensors. A JetBlock

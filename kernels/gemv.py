@@ -59,9 +59,13 @@ def gemv_kernel(
 
 
 def gemv_triton(
-    x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Launches the kernel; arguments as `gemv_ref`, contiguous."""
     N, K = weight.shape
     use = lookup("gemv", dtype=weight.dtype, out_features=N, in_features=K)
@@ -75,9 +79,13 @@ def gemv_triton(
 
 @torch.library.custom_op("jet::gemv_cpu", mutates_args=())
 def gemv_cpu(
-    x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return gemv_ref(x, weight, x_scale, w_scale, bias, out_dtype)
 
 
@@ -88,9 +96,13 @@ def _(x, weight, x_scale, w_scale, bias, out_dtype):
 
 @torch.library.triton_op("jet::gemv", mutates_args=())
 def gemv(
-    x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """[1, N] in out_dtype. See the module's equation."""
     if x.device.type == "cpu":
         return torch.ops.jet.gemv_cpu(x, weight, x_scale, w_scale, bias, out_dtype)

@@ -58,10 +58,23 @@ def jet_block_ref(
 
 
 def jet_block_triton(
-    qkuz: Tensor, ba: Tensor, kappa: Tensor, A_log: Tensor, dt_bias: Tensor, w_o: Tensor,
-    conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
-    num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float, decode: bool,
-) -> Tensor:  # fmt: skip
+    qkuz: Tensor,
+    ba: Tensor,
+    kappa: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    w_o: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    norm_eps: float,
+    decode: bool,
+) -> Tensor:
     """Launches the kernels: one for decode, for prefill those of the three ops. Arguments as `jet_block_ref`."""
     H, K, V = num_heads, head_k_dim, head_v_dim
     qkuz, ba, kappa = rows(qkuz), rows(ba), rows(kappa)
@@ -85,10 +98,23 @@ def jet_block_triton(
 
 @torch.library.custom_op("jet::jet_block_cpu", mutates_args={"conv_state", "recurrent_state"})
 def jet_block_cpu(
-    qkuz: Tensor, ba: Tensor, kappa: Tensor, A_log: Tensor, dt_bias: Tensor, w_o: Tensor,
-    conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
-    num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float, decode: bool,
-) -> Tensor:  # fmt: skip
+    qkuz: Tensor,
+    ba: Tensor,
+    kappa: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    w_o: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    norm_eps: float,
+    decode: bool,
+) -> Tensor:
     return jet_block_ref(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
         num_heads, head_k_dim, head_v_dim, norm_eps, decode,
@@ -96,17 +122,46 @@ def jet_block_cpu(
 
 
 @jet_block_cpu.register_fake
-def _(qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-      num_heads, head_k_dim, head_v_dim, norm_eps, decode):  # fmt: skip
+def _(
+    qkuz,
+    ba,
+    kappa,
+    A_log,
+    dt_bias,
+    w_o,
+    conv_state,
+    recurrent_state,
+    cu_seqlens,
+    slots,
+    context_lens,
+    num_heads,
+    head_k_dim,
+    head_v_dim,
+    norm_eps,
+    decode,
+):
     return qkuz.new_empty(qkuz.shape[0], num_heads * head_v_dim)
 
 
 @torch.library.triton_op("jet::jet_block", mutates_args={"conv_state", "recurrent_state"})
 def jet_block(
-    qkuz: Tensor, ba: Tensor, kappa: Tensor, A_log: Tensor, dt_bias: Tensor, w_o: Tensor,
-    conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
-    num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float, decode: bool,
-) -> Tensor:  # fmt: skip
+    qkuz: Tensor,
+    ba: Tensor,
+    kappa: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    w_o: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    norm_eps: float,
+    decode: bool,
+) -> Tensor:
     """[T, D] in qkuz's dtype; both states are updated in place. Arguments as `jet_block_ref`."""
     if qkuz.device.type == "cpu":
         return torch.ops.jet.jet_block_cpu(

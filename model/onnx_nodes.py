@@ -25,10 +25,22 @@ DOMAIN, VERSION = "jet", 1
 
 
 def jet_block_node(
-    qkuz: Tensor, ba: Tensor, kappa: Tensor, A_log: Tensor, dt_bias: Tensor, w_o: Tensor,
-    conv_state: Tensor, recurrent_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
-    num_heads: int, head_k_dim: int, head_v_dim: int, norm_eps: float,
-) -> Tensor:  # fmt: skip
+    qkuz: Tensor,
+    ba: Tensor,
+    kappa: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    w_o: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    norm_eps: float,
+) -> Tensor:
     """[T, D]; arguments as for jet_block. The states after the step become outputs of the graph."""
     inputs = [qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens]
     attrs: dict[str, Any] = {
@@ -48,15 +60,29 @@ def jet_block_node(
 
 
 def attention_node(
-    qkv: Tensor, cos_sin: Tensor, kv_cache: Tensor, block_table: Tensor,
-    cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor,
-    num_heads: int, num_kv_heads: int, head_dim: int, window: int, k_scale: float, v_scale: float,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    k_scale: float,
+    v_scale: float,
+) -> Tensor:
     """[T, Hq * Dh]; arguments as for attention. The cache after the step becomes an output of the graph."""
     attrs: dict[str, Any] = {
-        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "window": window,
-        "k_scale": k_scale, "v_scale": v_scale,
-    }  # fmt: skip
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "window": window,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
     o, cache = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::JetAttention", [qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens], attrs,
         dtypes=[qkv.dtype, kv_cache.dtype],

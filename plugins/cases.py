@@ -48,10 +48,20 @@ class JetBlockCase:
         S = Size("p.S")
         with tracing(modules) as trace:
             inputs = inputs_of(
-                trace, ((T, COLUMNS), dtype), ((T, 2 * H), dtype), ((T, H * V * W), dtype), ((H,), fp32), ((H,), fp32),
-                ((V,), dtype), ((S, W - 1, H * V), dtype), ((S, H, K, V), state), ((N + 1,), INT), ((N,), INT),
-                ((N,), INT), states={6: 1, 7: 2},
-            )  # fmt: skip
+                trace,
+                ((T, COLUMNS), dtype),
+                ((T, 2 * H), dtype),
+                ((T, H * V * W), dtype),
+                ((H,), fp32),
+                ((H,), fp32),
+                ((V,), dtype),
+                ((S, W - 1, H * V), dtype),
+                ((S, H, K, V), state),
+                ((N + 1,), INT),
+                ((N,), INT),
+                ((N,), INT),
+                states={6: 1, 7: 2},
+            )
             launcher: Any = jet_block.jet_block_triton
             trace.output = launcher(*inputs, H, K, V, Scalar("p.eps"), decode).name
         return trace
@@ -74,10 +84,16 @@ class AttentionCase:
         modules = [rope_append, attention_prefill, attention_decode]
         with tracing(modules, num_sms=lambda device: SMS) as trace:
             tensors = inputs_of(
-                trace, ((T, (Hq + 2 * Hkv) * Dh), dtype), ((P, Dh), dtype),
-                ((Size("p.pages"), 2, Hkv, self.page, Dh), cache), ((N, M), INT),
-                ((N + 1,), INT), ((N,), INT), ((N,), INT), states={2: 1},
-            )  # fmt: skip
+                trace,
+                ((T, (Hq + 2 * Hkv) * Dh), dtype),
+                ((P, Dh), dtype),
+                ((Size("p.pages"), 2, Hkv, self.page, Dh), cache),
+                ((N, M), INT),
+                ((N + 1,), INT),
+                ((N,), INT),
+                ((N,), INT),
+                states={2: 1},
+            )
             sizes = Hq, Hkv, Dh, self.window, Scalar("p.k_scale"), Scalar("p.v_scale")
             launcher: Any = (
                 attention_decode.attention_decode_triton if decode else attention_prefill.attention_prefill_triton

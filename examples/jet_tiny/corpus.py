@@ -67,7 +67,7 @@ def build_list(root: Path) -> dict:
             files[path] = data
     lines = {path: line_set(data) for path, data in files.items()}
     held_out = {path for path in files if is_held_out(path)}
-    # A training file that shares more than half of a held-out file's longer lines would give it away.
+    # A training file that shares more than half of a held-out file's longer lines would leak it.
     near = {
         path
         for path in files.keys() - held_out
@@ -133,7 +133,7 @@ def read_list(path: Path) -> dict:
 
 
 def format_list(listing: dict) -> str:
-    """JSON, one file a line."""
+    """JSON, one file per line."""
     head = json.dumps({k: v for k, v in listing.items() if k != "files"}, indent=1)
     files = ",\n".join("  " + json.dumps(entry) for entry in listing["files"])
     return head.removesuffix("\n}") + f',\n "files": [\n{files}\n ]\n}}\n'

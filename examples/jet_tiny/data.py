@@ -27,7 +27,7 @@ class Data:
 
 
 def load_data(folder: Path, where: Path, max_files: int | None = None) -> Data:
-    """The files of `folder`/corpus.json found at `where`, a directory or a tar. Names those that are not as listed."""
+    """The files of `folder`/corpus.json found at `where`, a directory or a tar; prints those that differ."""
     listing = corpus.read_list(folder / "corpus.json")
     files, wrong = corpus.load(listing, where)
     if wrong:

@@ -1,12 +1,14 @@
 """The gated delta rule in a form that trains: parallel over chunks of C tokens, differentiable, plain torch.
 
-Per head, with state S [K, V], natural-log decay g and write strength beta (Gated DeltaNet, arXiv 2412.06464):
-    S_t = exp(g_t) S_{t-1} + k_t delta_t^T,   delta_t = beta_t (v_t - exp(g_t) S_{t-1}^T k_t),   o_t = S_t^T q_t
-Within a chunk that starts from S, G = cumsum(g), D_ij = exp(G_i - G_j) for i >= j:
-    A = tril(beta k k^T * D, -1),  T = (I + A)^-1,  U = T (beta v),  W = T (beta exp(G) k)
-    delta = U - W S,   o = (exp(G) q) S + (q k^T * D) delta,   S' = exp(G_C) S + (exp(G_C - G) k)^T delta
-S' is affine in S, S' = M S + B with M = exp(G_C) I - (exp(G_C - G) k)^T W and B = (exp(G_C - G) k)^T U, so that
-everything but the recurrence over chunks S -> M S + B runs for all chunks at once.
+Per head, with state [K, V], natural-log decay g and write strength beta (Gated DeltaNet, arXiv 2412.06464):
+    state_t = exp(g_t) state_{t-1} + k_t delta_t^T,   o_t = state_t^T q_t
+    delta_t = beta_t (v_t - exp(g_t) state_{t-1}^T k_t)
+Within a chunk, with G = cumsum(g) and D_ij = exp(G_i - G_j) for i >= j:
+    A = tril(beta k k^T * D, -1),   inverse = (I + A)^-1,   U = inverse (beta v),   W = inverse (beta exp(G) k)
+    delta = U - W state,   o = (exp(G) q) state + (q k^T * D) delta
+    state' = exp(G_C) state + (exp(G_C - G) k)^T delta
+state' is affine in the state: state' = M state + B with M = exp(G_C) I - (exp(G_C - G) k)^T W and
+B = (exp(G_C - G) k)^T U. Only this recurrence runs chunk by chunk, everything else for all chunks at once.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def delta_rule_recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tenso
 class UnitLowerInverse(torch.autograd.Function):
     """X = (I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two.
 
-    Blocks double: X_1 = I, X_2s = X_s - X_s (A * off-diagonal blocks of size s) X_s. Unlike the Neumann product
+    Block sizes double: X_1 = I, X_2s = X_s - X_s (A * off-diagonal blocks of size s) X_s. Unlike the Neumann product
     (I - A)(I + A^2)(I + A^4)..., whose terms overflow for parallel keys, no intermediate exceeds a block's inverse.
     Backward: dA = -X^T dX X^T, strictly lower.
     """
@@ -63,25 +65,25 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 class ChunkScan(torch.autograd.Function):
-    """S_0 = 0, S_{c+1} = M_c S_c + B_c: m [N, C, K, K], b [N, C, K, V] -> the states each chunk starts from, as b."""
+    """state_0 = 0, state_{c+1} = M_c state_c + B_c: m [N, C, K, K], b [N, C, K, V] -> each chunk's initial state."""
 
     @staticmethod
     def forward(ctx: Any, m: Tensor, b: Tensor) -> Tensor:
-        states = [torch.zeros_like(b[:, 0])]
+        initial = [torch.zeros_like(b[:, 0])]
         for c in range(b.shape[1] - 1):
-            states.append(torch.baddbmm(b[:, c], m[:, c], states[-1]))
-        s = torch.stack(states, 1)
-        ctx.save_for_backward(m, s)
-        return s
+            initial.append(torch.baddbmm(b[:, c], m[:, c], initial[-1]))
+        states = torch.stack(initial, 1)
+        ctx.save_for_backward(m, states)
+        return states
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        m, s = ctx.saved_tensors
+        m, states = ctx.saved_tensors
         carried = [torch.zeros_like(grad[:, 0])]  # gradient of the state that leaves each chunk, last chunk first
         for c in range(grad.shape[1] - 1, 0, -1):
             carried.append(torch.baddbmm(grad[:, c], m[:, c].mT, carried[-1]))
         d_b = torch.stack(carried[::-1], 1)
-        return d_b @ s.mT, d_b
+        return d_b @ states.mT, d_b
 
 
 def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What jet-tiny's eval.json reports: bits per byte beside xz, gzip and a unigram; recall by distance; a continuation.
+"""The figures of jet-tiny's eval.json: bits per byte beside xz, gzip and a unigram; recall by distance; a continuation.
 
 Bits per byte = sum of -log2 p(token) over every token of the held-out files / their bytes. Each file is preceded by
 <|endoftext|> and read in windows of `WINDOW` tokens, half a window apart; a token is scored once, in the window that
-gives it the most context. xz and gzip compress all the same files in one stream, which helps them.
+gives it the most context. xz and gzip compress the same files as one stream, to their advantage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jet_tiny.recall import ANSWER_TOKENS, RecallRow
 
 WINDOW = 2048
 BINS = (0, 64, 128, 256, 512, 1024, 2048)
-RESET = 128  # tokens, in the "what is carried" ablations
+RESET = 128  # tokens between resets, in the ablations of carried states
 
 
 def windows(ids: list[int], size: int = WINDOW) -> Iterator[tuple[list[int], list[int]]]:
@@ -78,7 +78,7 @@ def recall(model: JetTiny, rows: list[RecallRow], device: str, batch: int = 16) 
     for i in range(0, len(rows), batch):
         group = rows[i : i + batch]
         tokens = torch.from_numpy(np.stack([row.tokens for row in group])).long().to(device)
-        right = (model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]).cpu().numpy()  # right[:, t]: token t+1 foretold
+        right = (model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]).cpu().numpy()  # right[:, t]: token t+1 predicted
         for row, hits in zip(group, right, strict=True):
             for position, distance in row.answers:
                 answer = hits[position - 1 : position - 1 + ANSWER_TOKENS]
@@ -98,7 +98,7 @@ def recall(model: JetTiny, rows: list[RecallRow], device: str, batch: int = 16) 
 
 @contextmanager
 def forgetting(model: JetTiny, kind: str, layer_types: tuple[str, ...]) -> Iterator[None]:
-    """The layers of one kind start anew every RESET tokens: no carried state, window or cache reaches further back."""
+    """Layers of one kind restart every RESET tokens: no carried state, window or cache reaches further back."""
 
     def reset(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The recall task: key-value lines scattered over real code, each asked for once, further down.
+"""The recall task: key-value lines scattered over real code, each queried once further down.
 
     K72=9183        (somewhere; the value is four random digits)
     K72?9183        (later: the model must give the four digits)

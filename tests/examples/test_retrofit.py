@@ -1,4 +1,4 @@
-"""examples/retrofit.py on the toy checkpoint that it makes: what is copied, what is trained, what is saved."""
+"""examples/retrofit.py on its toy checkpoint: which tensors are copied, trained and saved."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def test_ten_steps_learn(run) -> None:
         assert retrofit.loss_of(after, ids) < retrofit.loss_of(before, ids) - 0.05
 
 
-def test_what_is_not_a_jetblock_is_the_checkpoints_to_the_bit(run) -> None:
+def test_other_tensors_equal_the_checkpoints_bit_for_bit(run) -> None:
     source = load_file(run[0] / "toy-qwen" / "model.safetensors")
     ours = load_file(run[0] / "jet" / "model.safetensors")
     kinds = JetNemotronConfig.from_json_file(run[0] / "jet" / "config.json").layer_types
@@ -51,7 +51,7 @@ def test_what_is_not_a_jetblock_is_the_checkpoints_to_the_bit(run) -> None:
         assert torch.equal(ours[name], source[name]), name
 
 
-def test_jetblocks_are_trained_alone(run) -> None:
+def test_only_jetblocks_are_trained(run) -> None:
     import retrofit
 
     config = JetNemotronConfig.from_json_file(run[0] / "best.json")

@@ -1,4 +1,4 @@
-"""The training form is the published model; the chunked delta rule is the recurrence; the data are what they claim."""
+"""The training form equals the published model, the chunked delta rule the recurrence; the data match their list."""
 
 import argparse
 import json
@@ -138,7 +138,7 @@ def test_every_token_is_scored_once(length: int) -> None:
         assert all(t in (-100, i + 1) for i, t in zip(inputs, targets, strict=True))
 
 
-def test_the_split_follows_from_the_path_alone() -> None:
+def test_the_split_depends_on_the_path_alone() -> None:
     files = corpus.read_list(FOLDER / "corpus.json")["files"]
     assert all((e["split"] == "heldout") == corpus.is_held_out(e["path"]) for e in files)
     assert len({e["sha256"] for e in files}) == len(files)  # no file twice, so none on both sides
@@ -165,9 +165,18 @@ def test_training_lowers_the_loss(tokenizer: Tokenizer, held_out_ids: np.ndarray
     raw["efficient_attention_config"]["jet"].update(num_heads=2, head_dim=32)
     data = Data(tokenizer, held_out_ids, held_out_ids, [])
     args = argparse.Namespace(
-        device="cpu", seed=0, compile=False, dropout=0.0, batch=4, length=128, recall_pool=8, max_seconds=30.0,
-        max_steps=24, log_every=8, output=tmp_path,
-    )  # fmt: skip
+        device="cpu",
+        seed=0,
+        compile=False,
+        dropout=0.0,
+        batch=4,
+        length=128,
+        recall_pool=8,
+        max_seconds=30.0,
+        max_steps=24,
+        log_every=8,
+        output=tmp_path,
+    )
     _, record = train(JetNemotronConfig.from_dict(raw), data, args, time.perf_counter())
     losses = [point["loss"] for point in record["curve"]]
     assert losses[-1] < losses[0] - 0.3

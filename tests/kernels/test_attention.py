@@ -16,7 +16,7 @@ RAGGED = [([5, 1, 40, 3], [0, 0, 21, 63]), ([1, 1, 1], [0, 16, 47]), ([33], [0])
 @pytest.mark.parametrize("window", [0, 1, 7, 20])
 @pytest.mark.parametrize("lens, context", RAGGED)
 def test_reference_is_the_definition(lens, context, window, cache_dtype):
-    """With an FP8 cache: every key and value is rounded to FP8 on its way, the current token's too."""
+    """With an FP8 cache every key and value is rounded to FP8, the current token's included."""
     c = make_case(lens, context, window=window, cache_dtype=cache_dtype, k_scale=0.02, v_scale=0.5)
     assert relative_error(attention_ref(*c.args()), oracle(c)) < 1e-6
 

@@ -1,4 +1,4 @@
-"""The kernels of jet::attention: kernel = reference, and the laws of a cache. Interpreted where there is no GPU."""
+"""The kernels of jet::attention: kernel = reference, and the laws of a cache. Interpreted without a GPU."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def test_kernel_is_reference_in_any_size(form, options):
     "options", [{}, {"window": 7}, {"cache_dtype": FP8, "k_scale": 0.02, "v_scale": 0.02}], ids=str
 )
 def test_chunks_are_the_whole(form, options):
-    """Also in FP8: the whole prompt reads its keys back from the cache, as its parts do."""
+    """In FP8 too, since a whole prompt reads its keys back from the cache just as its chunks do."""
     c = make_case([26, 26], [0, 9], heads=(2, 1), **options)
     whole, _ = c.run(form, DEVICE)
     for steps in ([1, 2, 3, 20], [25, 1]):
@@ -107,7 +107,7 @@ def test_page_order_is_irrelevant(form):
 
 @pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
 def test_padding_rows_are_inert(form):
-    """Nothing read (their pages are NaN), nothing written, zeros out, and the other rows do not notice."""
+    """Nothing is read (their pages are NaN) or written, outputs are zero, and the other rows are unaffected."""
     c = make_case(*(DECODE if form == "decode" else RAGGED))
     live = [0, *range(2, len(c.slots))]
     c.slots[1] = -1
@@ -130,8 +130,8 @@ def test_positions_beyond_the_table_stay_in_their_pages(form):
 
 @pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
 @pytest.mark.parametrize("off", [-1, 1])
-def test_a_window_off_by_one_is_seen(form, off):
-    """These tests can fail: one key more or less moves the output a thousand times their tolerance."""
+def test_a_window_off_by_one_is_detected(form, off):
+    """The comparisons above can fail: one key more or less changes the output by a thousand times their tolerance."""
     c = make_case(*(DECODE if form == "decode" else RAGGED), window=8)
     o, _ = replace(c, window=8 + off).run(form, DEVICE)
     assert relative_error(o, c.run("ref")[0]) > 2e-3

@@ -1,4 +1,4 @@
-"""The committed table of configurations: what it gives, and that it gives it to the kernels."""
+"""The committed table of configurations: its lookups, and that the kernels use them."""
 
 import itertools
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def committed(op: str) -> list[configs.Rule]:
     return [r for r in configs.table() if r.op == op and r.sm is None]
 
 
-# What the kernels chose before there was a table: rules for any SM must go on choosing it.
+# The kernels' choices before there was a table; rules for any SM must keep giving them.
 
 
 def old_attention_decode(head_dim, dtype, cache_dtype, page):
@@ -105,7 +105,7 @@ def test_the_other_kernels_are_configured_as_before_the_table(any_sm) -> None:
     assert configs.lookup("rope_append", dtype=BF16, cache_dtype=FP8, head_dim=128) == {"BT": 16, "num_warps": 4}
 
 
-def test_every_op_ends_with_a_rule_that_asks_for_nothing() -> None:
+def test_every_op_ends_with_a_rule_without_conditions() -> None:
     assert all(not committed(op)[-1].where for op in configs.OPS)
 
 
@@ -118,7 +118,7 @@ def found(rules: list[dict], sm: int | None, **facts) -> int:
     return configs.find(configs.parse(rules), "gated_rms_norm", sm, facts).use["BR"]
 
 
-def test_rules_of_the_sm_come_before_those_of_any_and_the_first_counts() -> None:
+def test_rules_of_the_sm_come_before_those_of_any_sm_and_the_first_applies() -> None:
     rules = [rule(), rule(sm=90, where={"head_v_dim": 64}, use={"BR": 2}), rule(sm=90, where={}, use={"BR": 4})]
     assert [found(rules, sm, head_v_dim=v) for sm, v in ((90, 64), (90, 65), (89, 64), (None, 64))] == [2, 4, 8, 8]
 

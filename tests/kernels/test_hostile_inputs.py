@@ -1,4 +1,5 @@
-"""Whatever cu_seqlens, slots, context_lens and block_table hold, no kernel leaves its tensors or loops without bound.
+"""Whatever cu_seqlens, slots, context_lens and block_table hold, no kernel accesses memory outside its tensors or
+loops without bound.
 
 A TensorRT builder may time the plugins on meaningless inputs. Here every load and store of the interpreted kernels is
 checked; on a GPU benchmarks/kernels/hostile_enqueues.py enqueues the plugins under compute-sanitizer.
@@ -27,7 +28,7 @@ SMALL, LARGE = -(2**31), 2**31 - 1
 
 
 def integers(kind: str, shape: tuple[int, ...], like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Hostile int32 values: of any size, around what is valid, or all the same extreme."""
+    """Hostile int32 values: of any size, close to the valid ones, or all the same extreme."""
     gen = torch.Generator().manual_seed(seed)
     if kind == "any":
         return torch.randint(SMALL, LARGE, shape, generator=gen).int()
@@ -45,7 +46,7 @@ BATCH = ["cu_seqlens", "slots", "context_lens"]
 
 
 def spoilt(kind: str, names: list) -> list[list]:
-    """All together, and for one kind each alone."""
+    """All inputs together, and for one kind each input alone."""
     return [names, *([name] for name in names if kind == "any")]
 
 
@@ -80,11 +81,14 @@ def run_attention(args: list, decode: bool, limit: int = 1 << 40) -> int:
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
-@pytest.mark.parametrize("kind, window, dtype", [
-    *((kind, 0, torch.float32) for kind in KINDS),
-    *((kind, 20, torch.float32) for kind in ("any", "near", "largest")),
-    ("any", 20, FP8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, window, dtype",
+    [
+        *((kind, 0, torch.float32) for kind in KINDS),
+        *((kind, 20, torch.float32) for kind in ("any", "near", "largest")),
+        ("any", 20, FP8),
+    ],
+)
 def test_attention_stays_inside(kind, dtype, window, decode, monkeypatch):
     interpreter_fp8(monkeypatch)
     M, lens = 2, [1] * N if decode else LENS

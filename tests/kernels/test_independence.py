@@ -1,4 +1,4 @@
-"""jet::jet_block and jet::attention: a sequence's bits are the same alone and among others, wherever it stands."""
+"""Batch invariance of jet::jet_block and jet::attention: the same bits alone and anywhere in a batch."""
 
 import itertools
 

@@ -101,14 +101,20 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(got, want) and all(torch.equal(eager[i], compiled[i]) for i in STATES)
 
 
-@pytest.mark.parametrize("models", [
-    ["2b-bfloat16-float32", "4b-bfloat16-float32"],
-    pytest.param(["4b-bfloat16-bfloat16", "2x256x288-bfloat16-float32", "2x128x576-bfloat16-float32",
-                  "4b-float32-float32"], marks=pytest.mark.slow),
-], ids=["published", "others"])  # fmt: skip
+@pytest.mark.parametrize(
+    "models",
+    [
+        ["2b-bfloat16-float32", "4b-bfloat16-float32"],
+        pytest.param(
+            ["4b-bfloat16-bfloat16", "2x256x288-bfloat16-float32", "2x128x576-bfloat16-float32", "4b-float32-float32"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["published", "others"],
+)
 def test_kernels_fit_sm_90(models):
-    """Compiled ahead of time: Hopper's shared memory suffices, no global scratch, which no plugin would supply,
-    and no fp64 arithmetic, which Inductor's typing of Python floats would bring in."""
+    """Compiled ahead of time: within Hopper's shared memory, without global scratch (plugins provide none) and without
+    fp64 arithmetic (which Inductor's typing of Python floats would introduce)."""
     report = compile_report([f"{model}-{mode}" for model in models for mode in ("prefill", "decode")])
     two_forms = sum("bfloat16-" in m and "x256x288" not in m for m in models)  # of the scan, with K up to 128
     assert len(report) == len(models) * (5 + 1) + two_forms

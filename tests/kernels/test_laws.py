@@ -1,5 +1,6 @@
-"""Laws of every kernel: all outputs written, the same bits every time, and each sequence by itself. Interpreted where
-there is no GPU; the problems are those that benchmarks/kernels/sanitize.py runs under compute-sanitizer."""
+"""Laws of every kernel: all outputs are written, bits repeat, and sequences are independent. Interpreted without a GPU.
+
+The problems are those that benchmarks/kernels/sanitize.py runs under compute-sanitizer."""
 
 import functools
 
@@ -41,7 +42,7 @@ def once(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_results_repeat_bit_for_bit_and_rows_of_nobody_stay(name: str) -> None:
+def test_results_repeat_bit_for_bit_and_unused_rows_are_unchanged(name: str) -> None:
     p = SMALL[name]
     (a, after_a), (b, after_b) = once(name), p.run()
     live = kp.live_tokens(p.inputs)

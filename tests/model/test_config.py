@@ -1,4 +1,4 @@
-"""JetNemotronConfig: the published config.json read and written, the presets' sizes, and what is refused."""
+"""JetNemotronConfig: reading and writing the published config.json, the presets' sizes, and refusals."""
 
 import json
 

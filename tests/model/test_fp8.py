@@ -1,4 +1,4 @@
-"""Fp8Linear computes exactly what its module says: static E4M3 codes, fp32 sums, one cast; compiled or not."""
+"""Fp8Linear equals its definition: static E4M3 codes, fp32 sums, one cast; compiled or not."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_nan_stays_nan() -> None:
 
 
 def test_the_scale_is_static() -> None:
-    """A large token does not change its neighbours, and small inputs are rounded as the fixed scale says."""
+    """A large token does not change its neighbours, and small inputs are rounded by the fixed scale."""
     _, layer = make(32, 16, False, torch.float32)
     x = torch.randn(4, 32)
     loud = x.clone()
@@ -157,7 +157,7 @@ def test_exports_with_any_number_of_tokens() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_traces_for_cuda_to_one_scaled_mm(dtype: torch.dtype) -> None:
-    """Needs no GPU: fake tensors say where they would be. The weight goes in as it is stored."""
+    """Needs no GPU: fake tensors carry the device. The weight is passed as it is stored."""
     with FakeTensorMode():
         layer = Fp8Linear.empty(64, 48, True, dtype, "cuda")
         x = torch.empty(5, 64, dtype=dtype, device="cuda")

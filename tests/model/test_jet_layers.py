@@ -1,4 +1,4 @@
-"""JetBlocks with sizes of their own, layer by layer: read, written, run and exported as the shared ones are."""
+"""JetBlocks whose sizes differ by layer: read, written, run and exported like those with shared sizes."""
 
 import json
 

@@ -18,9 +18,16 @@ TOLERANCE = 2e-5  # fp32
 @pytest.fixture(scope="module")
 def config() -> JetNemotronConfig:
     return dataclasses.replace(
-        qwen3_1_7b(), layer_types=("attn",) * 3, vocab_size=199, max_position_embeddings=512, hidden_size=64,
-        intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-    )  # fmt: skip
+        qwen3_1_7b(),
+        layer_types=("attn",) * 3,
+        vocab_size=199,
+        max_position_embeddings=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +94,18 @@ def test_equals_qwen3_of_transformers(model, ids) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     c = model.config
     theirs = transformers.Qwen3Config(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
-        tie_word_embeddings=True, max_position_embeddings=512, rope_theta=c.rope_theta,
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.rms_norm_eps,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        rope_theta=c.rope_theta,
+    )
     if hasattr(theirs, "rope_parameters"):
         theirs.rope_parameters = {"rope_type": "default", "rope_theta": c.rope_theta}
     qwen = transformers.Qwen3ForCausalLM(theirs).eval()

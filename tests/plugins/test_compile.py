@@ -187,6 +187,8 @@ def test_the_table_for_people_agrees_with_the_cubins(mini):
             assert ("fewer" in cell) == bool(image["fewer_stages"])
     text = (mini.folder / "kernels.inc").read_text()
     for n, case in enumerate(mini.cases):
-        launched = [re.findall(r"p.launch\(kernels\[(\d+)\]", text.split(f"void case_{n}_{form}(")[1].split("\n}")[0])
-                    for form in ("prefill", "decode")]  # fmt: skip
+        launched = [
+            re.findall(r"p.launch\(kernels\[(\d+)\]", text.split(f"void case_{n}_{form}(")[1].split("\n}")[0])
+            for form in ("prefill", "decode")
+        ]
         assert f"| {label(case)} | {' | '.join(', '.join(found) for found in launched)} |" in lines

@@ -32,8 +32,14 @@ def test_the_plugins_own_launches_compute_the_graph(headers, tools, library, tmp
     Triton's interpreter: every value is the model's own, prefill and decode, and a decode step end to end."""
     config = mini_config()
     model = random_model(config, torch.float32, "cpu", 0, 256)
-    job = {"config": str(tmp_path / "mini.json"), "folder": str(library), "headers": str(headers), "sm": SM,
-           "fake": str(tools[1]), "graph": str(export(model, tmp_path / "graph"))}  # fmt: skip
+    job = {
+        "config": str(tmp_path / "mini.json"),
+        "folder": str(library),
+        "headers": str(headers),
+        "sm": SM,
+        "fake": str(tools[1]),
+        "graph": str(export(model, tmp_path / "graph")),
+    }
     config.save(tmp_path / "mini.json")
     found = run_job(job, tmp_path)
     prefill, decode = found["nodes"]
@@ -49,8 +55,15 @@ def test_plugins_compute_what_their_references_do(headers, tools, library, tmp_p
     """Prefill, chunks and decode, with a window, states in place and apart: then rows outside `slots` survive and no
     input changes. With meaningless batch tensors every load and store stays in the inputs, outputs and workspace."""
     cases = model_cases(mini_config(), dtype="float32")
-    job = {"folder": str(library), "headers": str(headers), "sm": SM, "fake": str(tools[1]), "runs": SMALL_RUNS,
-           "kinds": ["any", "near"], "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
+    job = {
+        "folder": str(library),
+        "headers": str(headers),
+        "sm": SM,
+        "fake": str(tools[1]),
+        "runs": SMALL_RUNS,
+        "kinds": ["any", "near"],
+        "cases": [case_to_dict(case) for case in cases],
+    }
     found = run_job(job, tmp_path)
     assert len(found["errors"]) == found["hostile"] == 2 * len(cases) * len(SMALL_RUNS)
     assert max(found["errors"].values()) < 1e-5, found["errors"]

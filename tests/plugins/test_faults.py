@@ -36,8 +36,14 @@ UNSEEN = {("wrong FP8 scale", "JetBlock")}  # it has none
 def test_plugin_outputs_catch(headers, tools, tmp_path):
     library = library_for(mini_config(), [90], dtype="float32", cache_dtype="float32", headers=headers)
     cases = model_cases(mini_config(), dtype="float32")
-    job = {"folder": str(library), "headers": str(headers), "sm": 90, "fake": str(tools[1]), "faults": LAUNCHED,
-           "cases": [case_to_dict(case) for case in cases]}  # fmt: skip
+    job = {
+        "folder": str(library),
+        "headers": str(headers),
+        "sm": 90,
+        "fake": str(tools[1]),
+        "faults": LAUNCHED,
+        "cases": [case_to_dict(case) for case in cases],
+    }
     found = run_job(job, tmp_path)
     assert max(found.pop("").values()) < 1e-5
     for fault, errors in found.items():
@@ -111,8 +117,10 @@ def test_the_engine_rung_and_a_wrong_fp8_scale(fp8_engines):
     for module in large.model.modules():
         if isinstance(module, Fp8Linear):
             module.weight_scale = module.weight_scale * 4
-    first = {name: next((s for s in verify_engines(e, eager) if s.failures), None) for name, e in
-             (("small", small), ("large", large))}  # fmt: skip
+    first = {
+        name: next((s for s in verify_engines(e, eager) if s.failures), None)
+        for name, e in (("small", small), ("large", large))
+    }
     assert first["large"] is not None
     assert first["small"] is None
 

@@ -36,9 +36,16 @@ from jet_export.plugins.cases import JetBlockCase
 from jet_export.plugins.harness.objects import Harness
 from jet_export.plugins.symbolic import POINTERS
 
-MODULES = [dynamic_conv, gated_delta_rule_chunk, gated_delta_rule_decode, gated_rms_norm,
-           rope_append, attention_prefill, attention_decode]  # fmt: skip
-WORKSPACE, OUTPUTS, INPUTS = 1 << 32, 1 << 40, 1 << 44  # addresses nobody reads
+MODULES = [
+    dynamic_conv,
+    gated_delta_rule_chunk,
+    gated_delta_rule_decode,
+    gated_rms_norm,
+    rope_append,
+    attention_prefill,
+    attention_decode,
+]
+WORKSPACE, OUTPUTS, INPUTS = 1 << 32, 1 << 40, 1 << 44  # addresses that are never read
 SHAPES = [(1, 1), (64, 1), (65, 2), (3, 3), (40, 40), (300, 7), (2048, 16)]  # T, N
 
 
@@ -104,13 +111,20 @@ class Expectation:
         self.built, self.case, self.sm = built, case, stored_sm
         self.kernels = json.loads((built.folder / "kernels.json").read_text())
         self.inputs = inputs_of(case, T, N)
-        configured = built.sms[0] if len(built.sms) == 1 else None  # as compile_kernels has it
+        configured = built.sms[0] if len(built.sms) == 1 else None  # as in compile_kernels
         self.launches, self.tensors, self.output = launched(case, self.inputs, T, N, device[2], configured)
         self.addresses = [INPUTS + (i << 36) for i in range(len(self.inputs))]
         self.states = [6, 7] if node == "JetBlock" else [2]
         self.outputs = [OUTPUTS, *(self.addresses[i] if in_place else OUTPUTS + ((i + 1) << 36) for i in self.states)]
-        self.step = {"node": node, "fields": fields_of(case), "inputs": self.inputs, "addresses": self.addresses,
-                     "outputs": self.outputs, "workspace": WORKSPACE, "device": device}  # fmt: skip
+        self.step = {
+            "node": node,
+            "fields": fields_of(case),
+            "inputs": self.inputs,
+            "addresses": self.addresses,
+            "outputs": self.outputs,
+            "workspace": WORKSPACE,
+            "device": device,
+        }
         self.in_place = in_place
 
     def check(self, found: dict, workspace: int) -> None:
@@ -191,7 +205,7 @@ def test_launches_are_those_of_the_ops(model, request, tmp_path):
         assert plugin is not None
         want.check(got, harness.workspace(node, plugin, want.inputs))
     kernels = json.loads((built.folder / "kernels.json").read_text())
-    assert found["loads"] == len(kernels)  # each once, however many plugins
+    assert found["loads"] == len(kernels)  # once each, for any number of plugins
 
 
 def test_threads_share_what_is_loaded(mini, tmp_path):
@@ -237,14 +251,14 @@ def test_a_failing_driver_call_is_reported(mini, tmp_path, call, what):
     assert failing["status"] != 0
     assert f"jet::JetBlock: {call} failed for {what}" in failing["message"]
     assert "CUDA_ERROR_INVALID_VALUE (1, invalid argument)" in failing["message"]
-    assert after["status"] == 0 and after["message"] == "" and after["launches"]  # nothing was left half loaded
+    assert after["status"] == 0 and after["message"] == "" and after["launches"]  # no kernel was left half loaded
 
 
 PUSHED_AND_POPPED = [[1077, 0], 0]  # the context of stream 77
 
 
 def test_a_thread_without_a_context_is_given_the_streams(mini, tmp_path):
-    """For as long as the enqueue takes; one that has a context keeps it, whatever the stream."""
+    """For the duration of the enqueue; a thread that has a context keeps it, whatever the stream."""
     wanted = [Expectation(mini, node_of(c), c, T, 3, False) for c in mini.cases for T in (3, 70)]
     steps = [w.step | {"context": False} for w in wanted]
     for want, got in zip(wanted, run_steps(mini, steps, tmp_path)["results"], strict=True):
@@ -288,7 +302,7 @@ def test_what_was_pushed_is_popped_whatever_fails(mini, tmp_path, call, contexts
     assert after["status"] == 0 and after["contexts"] == PUSHED_AND_POPPED
 
 
-def test_only_a_missing_context_is_made_up_for(mini, tmp_path):
+def test_only_a_missing_context_is_replaced(mini, tmp_path):
     step = Expectation(mini, "JetBlock", mini.cases[0], 5, 2, True).step
     (found,) = run_steps(mini, [step | {"fail": "cuCtxGetDevice"}], tmp_path)["results"]
     assert found["status"] != 0 and found["contexts"] == [[], 0]

@@ -1,4 +1,4 @@
-"""jet-2b and jet-4b compile for every SM that can hold them, with what shared memory each has."""
+"""jet-2b and jet-4b compile for every supported SM, within its shared memory."""
 
 import json
 

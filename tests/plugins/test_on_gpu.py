@@ -77,7 +77,7 @@ def check(call: Call, wanted: list[torch.Tensor], exact: bool) -> None:
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_plugin_is_the_op(plugins, case, run, in_place):
-    """Apart, the states come out whole: the rows that `slots` names updated, the others as they went in."""
+    """With separate outputs, states are returned whole: the rows in `slots` updated, the others unchanged."""
     harness, exact = plugins
     inputs = random_inputs(case, *RUNS[run], "cuda")
     call = Call(harness, inputs, in_place)
@@ -121,7 +121,7 @@ def test_captured_in_a_graph_and_on_two_streams(plugins, case):
 
 
 def test_captured_by_a_thread_without_a_context(plugins):
-    """Its first use of CUDA is the enqueue, amid a capture: the stream may be asked for its context then too."""
+    """Its first use of CUDA is the enqueue, during a capture: the stream can be asked for its context even then."""
     harness, exact = plugins
     inputs = random_inputs(CASES[0], *RUNS["decode"], "cuda")
     call = Call(harness, inputs, in_place=True)
@@ -140,7 +140,7 @@ def test_captured_by_a_thread_without_a_context(plugins):
 
 
 def test_several_contexts_on_several_threads(plugins):
-    """A plugin object a thread and stream, as TensorRT clones one a context; all at once, many times."""
+    """One plugin object per thread and stream, as TensorRT clones one per context; all at once, many times."""
     harness, exact = plugins
     runs = [list(RUNS)[i % len(RUNS)] for i in range(STREAMS)]
     for case in CASES:
@@ -181,14 +181,14 @@ def test_meaningless_inputs_do_no_harm(plugins, case, run):
         call()
         torch.cuda.synchronize()
         assert time.perf_counter() - start < 20 * (n + 1) * usual + 0.05, kind
-    again = Call(harness, inputs, in_place=True)  # the process is as it was
+    again = Call(harness, inputs, in_place=True)  # the process still works
     again()
     check(again, inputs.op(), exact)
 
 
 @pytest.mark.parametrize("cache", [BF16, FP8])
 def test_the_graph_with_plugins_is_the_model(headers, tmp_path, cache):
-    """jet-tiny's exported graph, its jet nodes run by the plugin library: every value the model's own, forced."""
+    """jet-tiny's exported graph, with plugins for its jet nodes: teacher-forced, every value is the model's."""
     major, minor = torch.cuda.get_device_capability()
     from jet_export.bundle.limits import Limits
 

@@ -178,13 +178,18 @@ def test_a_library_needs_neither_driver_nor_tensorrt(mini):
     assert needed and not any(word in line for line in needed for word in ("cuda", "nvinfer", "cudart"))
 
 
-def test_enqueue_without_a_driver_says_so(mini, tmp_path):
+def test_enqueue_without_a_driver_is_reported(mini, tmp_path):
     if Path("/proc/driver/nvidia").exists():
         pytest.skip("this machine has a driver")
     case = case_of(mini, "JetBlock")
-    step = {"node": "JetBlock", "fields": fields_of(case), "workspace": 4096,
-            "inputs": inputs_of(case, T=8, N=2),
-            "addresses": [4096 * (i + 1) for i in range(11)], "outputs": [4096 * 20] * 3}  # fmt: skip
+    step = {
+        "node": "JetBlock",
+        "fields": fields_of(case),
+        "workspace": 4096,
+        "inputs": inputs_of(case, T=8, N=2),
+        "addresses": [4096 * (i + 1) for i in range(11)],
+        "outputs": [4096 * 20] * 3,
+    }
     job = {"harness": str(mini.harness), "library": str(mini.library), "fake": "", "kernels": [], "steps": [step]}
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job))
@@ -195,6 +200,6 @@ def test_enqueue_without_a_driver_says_so(mini, tmp_path):
     assert "jet::JetBlock: the NVIDIA driver was not found" in found["message"]
 
 
-def test_reading_something_else_than_a_cubin():
+def test_reading_a_file_that_is_not_a_cubin():
     with pytest.raises(ValueError, match="not an ELF64 file"):
         parameters(struct.pack("<Q", 0), "kernel")

@@ -1,4 +1,4 @@
-"""--sm, --tensorrt-headers and --fetch-headers: what they mean, and one message for each thing that cannot be."""
+"""--sm, --tensorrt-headers and --fetch-headers: their meaning, and one message for each invalid use."""
 
 import fcntl
 import json
@@ -32,7 +32,7 @@ def test_sms_are_read_sorted_and_once():
         ("8.9,7.0", r"--sm 8.9,7.0: SM 7.0 is not known here.\nKnown: 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 12.0."),
     ],
 )
-def test_what_is_no_sm_is_refused(text, message):
+def test_an_invalid_sm_is_refused(text, message):
     with pytest.raises(JetExportError, match=message):
         parse_sms(text)
 
@@ -103,7 +103,7 @@ def test_headers_are_fetched_only_when_asked_for(monkeypatch, tmp_path):
     assert headers.headers_for(None, fetch=True) == installed and len(asked) == 1
 
 
-def test_source_and_licence_are_told(monkeypatch, tmp_path):
+def test_source_and_licence_are_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("JET_EXPORT_CACHE", str(tmp_path))
     folder_of_headers(headers.fetched_headers())
     lines: list[str] = []
@@ -118,7 +118,7 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_compiler_too_old_is_said(monkeypatch, tmp_path):
+def test_a_compiler_that_is_too_old_is_reported(monkeypatch, tmp_path):
     old = script(tmp_path / "old-g++", 'echo "error: unrecognized command line option -std=c++17" >&2; exit 1')
     monkeypatch.setenv("CXX", old)
     with pytest.raises(JetExportError, match=r"old-g\+\+ does not compile C\+\+17: error: unrecog.*\nInstall g\+\+ 7"):
@@ -127,14 +127,14 @@ def test_a_compiler_too_old_is_said(monkeypatch, tmp_path):
         library.require_tools(None, fetch=True)
 
 
-def test_progress_says_how_long_it_will_take():
+def test_progress_estimates_the_time_left():
     assert library.with_eta("[3/9] a_kernel", 6.0) == "[3/9] a_kernel: 6 s, about 12 s left"
     assert library.with_eta("[9/9] a_kernel", 18.0) == "[9/9] a_kernel: 18 s"
     assert library.with_eta("a warning", 1.0) == "a warning"
 
 
-def test_who_comes_second_waits_and_finds_it_built(monkeypatch, headers, tmp_path):
-    """The library appears while the lock is awaited: nothing is compiled a second time."""
+def test_the_second_process_waits_and_finds_the_library_built(monkeypatch, headers, tmp_path):
+    """The library appears while waiting for the lock: nothing is compiled a second time."""
     monkeypatch.setattr(library, "build_into", lambda *args: pytest.fail("compiled again"))
     include, compiler = find_headers(headers), find_compiler(library.PURPOSE)
     spec = json.dumps({"cases": [], "sms": [90]}, sort_keys=True)

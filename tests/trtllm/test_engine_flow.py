@@ -44,22 +44,37 @@ def test_names_and_shapes(model, tmp_path) -> None:
     h, f, D, R = c.hidden_size, c.intermediate_size, c.jet_value_dim, c.generator_dim
     HK, q, kv = c.jet_num_heads * c.head_k_dim, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fp8 = {"mlp.fc": (f, h), "mlp.gate": (f, h), "mlp.proj": (h, f)}
-    jet = {"recurrent.in_proj": (2 * HK + 2 * D + R, h), "recurrent.w2": (D * c.conv_size, R),
-           "recurrent.o_proj": (h, D)}  # fmt: skip
+    jet = {
+        "recurrent.in_proj": (2 * HK + 2 * D + R, h),
+        "recurrent.w2": (D * c.conv_size, R),
+        "recurrent.o_proj": (h, D),
+    }
     attn = {"attention.qkv": (q + 2 * kv, h), "attention.dense": (h, q)}
     H, V = c.jet_num_heads, c.head_v_dim
-    plain = {"recurrent.ba_proj.weight": (2 * H, h), "recurrent.w2.bias": (D * c.conv_size,), "recurrent.A_log": (H,),
-             "recurrent.dt_bias": (H,), "recurrent.o_norm": (V,)}  # fmt: skip
-    expected = {"transformer.vocab_embedding.weight": (c.vocab_size, h), "transformer.ln_f.weight": (h,),
-                "lm_head.weight": (c.vocab_size, h)}  # fmt: skip
+    plain = {
+        "recurrent.ba_proj.weight": (2 * H, h),
+        "recurrent.w2.bias": (D * c.conv_size,),
+        "recurrent.A_log": (H,),
+        "recurrent.dt_bias": (H,),
+        "recurrent.o_norm": (V,),
+    }
+    expected = {
+        "transformer.vocab_embedding.weight": (c.vocab_size, h),
+        "transformer.ln_f.weight": (h,),
+        "lm_head.weight": (c.vocab_size, h),
+    }
     for i, kind in enumerate(c.layer_types):
         prefix = f"transformer.layers.{i}."
         for name, shape in {**fp8, **(jet if kind == "jet" else attn)}.items():
-            expected |= {f"{prefix}{name}.weight": shape, f"{prefix}{name}.weights_scaling_factor": (1,),
-                         f"{prefix}{name}.activation_scaling_factor": (1,)}  # fmt: skip
+            expected |= {
+                f"{prefix}{name}.weight": shape,
+                f"{prefix}{name}.weights_scaling_factor": (1,),
+                f"{prefix}{name}.activation_scaling_factor": (1,),
+            }
             assert tensors[f"{prefix}{name}.weight"].dtype == FP8
-        extra = plain if kind == "jet" else {"attention.qkv.bias": (q + 2 * kv,),
-                                             "attention.kv_cache_scaling_factor": (1,)}  # fmt: skip
+        extra = (
+            plain if kind == "jet" else {"attention.qkv.bias": (q + 2 * kv,), "attention.kv_cache_scaling_factor": (1,)}
+        )
         extra = {**extra, "input_layernorm.weight": (h,), "post_layernorm.weight": (h,)}
         expected |= {prefix + name: shape for name, shape in extra.items()}
     assert {n: tuple(t.shape) for n, t in tensors.items()} == expected
@@ -122,9 +137,11 @@ def test_quantisation_and_windows(model, tmp_path) -> None:
     config, _ = saved(model, tmp_path)
     assert config["quantization"]["quant_algo"] == config["quantization"]["kv_cache_quant_algo"] == "FP8"
     assert config["quantization"]["exclude_modules"] == [
-        "transformer.vocab_embedding", "lm_head",
-        "transformer.layers.0.recurrent.ba_proj", "transformer.layers.3.recurrent.ba_proj",
-    ]  # fmt: skip
+        "transformer.vocab_embedding",
+        "lm_head",
+        "transformer.layers.0.recurrent.ba_proj",
+        "transformer.layers.3.recurrent.ba_proj",
+    ]
     assert config["max_attention_window"] == [CONFIG.max_position_embeddings, CONFIG.window_size]
     assert JetNemotronConfig.from_dict(config["jet_nemotron"]) == CONFIG
     plain = model_of()

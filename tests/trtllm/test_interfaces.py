@@ -1,5 +1,5 @@
-"""The code keeps to the list of TensorRT-LLM's interfaces, the stand-ins have the listed signatures, and the check
-that says so can fail."""
+"""The code agrees with the list of TensorRT-LLM's interfaces, the stand-ins have the listed signatures, and the check
+can fail."""
 
 import ast
 import inspect
@@ -21,11 +21,11 @@ from jet_export.trtllm.check_interfaces import HERE, Interfaces, check, compare_
 INTERFACES = Interfaces.load()
 
 
-def test_the_code_keeps_to_the_list() -> None:
+def test_the_code_agrees_with_the_list() -> None:
     assert check() == []
 
 
-def test_every_entry_says_where_it_was_read() -> None:
+def test_every_entry_names_its_source() -> None:
     for entry in INTERFACES.entries:
         assert entry["versions"] and entry["file"].endswith(".py") and entry["line"] >= 0
         if entry["name"].startswith("tensorrt_llm"):
@@ -45,13 +45,21 @@ FAULTS = [
     ("mapper.py", 'register_mapper("HF", "Jet', 'register_mapper("HF", 1, "Jet', "too many positional arguments"),
     ("mapper.py", "def preprocess_weights(self, weights:", "def preprocess_weights(self, w:", "missing a required"),
     ("config.py", "def load(self, checkpoint_dir: str, **kwargs: Any)", "def load(self)", "is called with"),
-    ("config.py", "ModelConfig.from_pretrained(checkpoint_dir, **kwargs)", "ModelConfig.from_file(checkpoint_dir)",
-     "from_file is not listed"),
+    (
+        "config.py",
+        "ModelConfig.from_pretrained(checkpoint_dir, **kwargs)",
+        "ModelConfig.from_file(checkpoint_dir)",
+        "from_file is not listed",
+    ),
     ("protocols.py", "tp_size: int", "tp_sizes: int", "MappingLike.tp_size is not in protocols.py"),
-    ("protocols.py", "def get_conv_states(self, layer_idx: int)", "def get_conv_states(self, layer: int)",
-     "get_conv_states takes \\['layer'\\]"),
+    (
+        "protocols.py",
+        "def get_conv_states(self, layer_idx: int)",
+        "def get_conv_states(self, layer: int)",
+        "get_conv_states takes \\['layer'\\]",
+    ),
     ("protocols.py", "class MappingLike(Protocol)", "class MapLike(Protocol)", "MapLike is not listed"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("file", "old", "new", "message"), FAULTS)
@@ -65,15 +73,22 @@ def test_seeded_faults_are_found(tmp_path, file: str, old: str, new: str, messag
 
 
 STAND_INS: dict[str, Any] = {
-    "Linear": fake_layers.Linear, "Embedding": fake_layers.Embedding, "RMSNorm": fake_layers.RMSNorm,
-    "GatedMLP": fake_layers.GatedMLP, "Attention": fake_layers.Attention, "forward": fake_layers.Attention.forward,
-    "RopeParams.from_config": fake_layers.RopeParams.from_config, "register_mapper": fake_models.register_mapper,
-    "register_auto_model": fake_models.register_auto_model, "DecoderModel": fake_models.DecoderModel,
+    "Linear": fake_layers.Linear,
+    "Embedding": fake_layers.Embedding,
+    "RMSNorm": fake_layers.RMSNorm,
+    "GatedMLP": fake_layers.GatedMLP,
+    "Attention": fake_layers.Attention,
+    "forward": fake_layers.Attention.forward,
+    "RopeParams.from_config": fake_layers.RopeParams.from_config,
+    "register_mapper": fake_models.register_mapper,
+    "register_auto_model": fake_models.register_auto_model,
+    "DecoderModel": fake_models.DecoderModel,
     "register_config_loader": fake_models.register_config_loader,
     "DecoderModelForCausalLM": fake_models.DecoderModelForCausalLM,
     "load_weights": fake_models.DecoderModelForCausalLM.load_weights,
-    "from_pretrained": fake_models.ModelConfig.from_pretrained, "register": fake_models.AutoConfig.register,
-}  # fmt: skip
+    "from_pretrained": fake_models.ModelConfig.from_pretrained,
+    "register": fake_models.AutoConfig.register,
+}
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -93,11 +108,13 @@ def test_stand_ins_have_the_listed_signatures(name: str) -> None:
 
 def test_stand_ins_have_the_protocols_members() -> None:
     for protocol, item in {
-        "MappingLike": fake_layers.Mapping(), "QuantConfigLike": fake_layers.QuantConfig(),
-        "ModelConfigLike": fake_models.ModelConfig(), "CacheManagerLike": fake_runtime.MambaHybridCacheManager,
+        "MappingLike": fake_layers.Mapping(),
+        "QuantConfigLike": fake_layers.QuantConfig(),
+        "ModelConfigLike": fake_models.ModelConfig(),
+        "CacheManagerLike": fake_runtime.MambaHybridCacheManager,
         "KVCacheParamsLike": fake_layers.KVCacheParams(True),
         "MambaMetadataLike": fake_runtime.MambaMetadata(torch.zeros(0)),
-    }.items():  # fmt: skip
+    }.items():
         for member in INTERFACES.protocols[protocol]:
             assert hasattr(item, member), f"{protocol}.{member}"
 

@@ -112,17 +112,20 @@ def test_jet_tiny(tmp_path) -> None:
 
 FAULTS = {
     "slots of another sequence": ("states", "state_slots", lambda f: lambda m, line: f(m, line).flip(0)),
-    "state never carried": ("states", "step_of", lambda f: lambda m, line: f(m, line)._replace(
-        context_lens=torch.zeros_like(f(m, line).context_lens))),
+    "state never carried": (
+        "states",
+        "step_of",
+        lambda f: lambda m, line: f(m, line)._replace(context_lens=torch.zeros_like(f(m, line).context_lens)),
+    ),
     "decode form for prompts": ("states", "step_of", lambda f: lambda m, line: f(m, line)._replace(decode=True)),
     "window not passed": ("modeling", "JetAttention.window", None),
     "gathered states not written back": ("modeling", "write_back", lambda f: lambda *a: None),
     "fused rows in another order": ("fuse", "_join", lambda f: lambda t: f(t[::-1])),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_seeded_faults_are_seen(fp32, monkeypatch, fault: str) -> None:
+def test_seeded_faults_are_detected(fp32, monkeypatch, fault: str) -> None:
     """Each fault makes the comparison above fail, or the stand-ins refuse it."""
     model, directory = fp32
     module, name, wrap = FAULTS[fault]
@@ -157,7 +160,7 @@ def test_seeded_faults_are_seen(fp32, monkeypatch, fault: str) -> None:
         ({"lora_config": object()}, "LoRA is not supported"),
     ],
 )
-def test_what_is_not_done_is_refused(fp32, changes: dict, message: str) -> None:
+def test_unsupported_options_are_refused(fp32, changes: dict, message: str) -> None:
     with tensorrt_llm(), pytest.raises(JetExportError, match=message):
         load_model(fp32[1], **changes)
 
