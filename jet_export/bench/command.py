@@ -20,6 +20,7 @@ from jet_export.bench.roofline import Peaks, Roofline, bundle_weights, measure_p
 from jet_export.bench.rows import Row, Subject, precision_of
 from jet_export.bench.serving import ServingRow, serve_burst
 from jet_export.bench.verified import Verdict, require_verified
+from jet_export.bundle.dtypes import dtype_name
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import available_memory, free_cached
@@ -71,7 +72,7 @@ class BundleRun:
             "verify": {"passed": self.verdict.passed, "date": self.verdict.date},
             "load_seconds": round(self.load_seconds, 2),
             "copy_bytes_per_s": self.peaks.copy,
-            "matmul_flop_per_s": {str(d).removeprefix("torch."): s for d, s in self.peaks.matmul.items()},
+            "matmul_flop_per_s": {dtype_name(d): s for d, s in self.peaks.matmul.items()},
             "rows": [asdict(r) for r in self.rows],
             "serving": [asdict(r) for r in self.serving],
             "skipped": [asdict(s) for s in self.skipped],
@@ -121,6 +122,26 @@ def run_bundle(
     options: BenchOptions, bundle: Path, sweep: bool, emit: Emit, keep: Callable[[BundleRun], None]
 ) -> BundleRun:
     """Verify and measure one bundle. `keep` is called with the results so far after every case."""
+    subject, run = load_subject(bundle, emit)
+    cases, run.skipped, run.notes = plan_cases(options.asked, subject.room)
+    if options.asked.protocol == "serving":
+        for case in cases:
+            run.serving.append(serve_case(subject, case))
+            keep(run)
+        return run
+    for case in with_sweep(cases, run.skipped, subject.room, options.asked.new_tokens) if sweep else cases:
+        try:
+            run.rows.append(subject.measure(case, options.fill_seconds, emit))
+        except torch.OutOfMemoryError:
+            run.skipped.append(skip(case, "out of memory", "a smaller --batch"))
+        keep(run)
+    del subject
+    free_cached(run.manifest.device)
+    return run
+
+
+def load_subject(bundle: Path, emit: Emit) -> tuple[Subject, BundleRun]:
+    """A verified bundle, loaded, and the device's speeds; its results are still to come."""
     verdict = require_verified(bundle, emit)
     begin = time.monotonic()
     engine, manifest = load_engine(bundle)  # checks the files' hashes too: the verdict may be an older one
@@ -130,31 +151,19 @@ def run_bundle(
     available = available_memory(engine.device) + weights.resident
     room = Room.of(manifest, weights=weights.resident, available=available)
     peaks = measure_peaks(engine.device, product_dtypes(manifest))
-    run = BundleRun(bundle=bundle, manifest=manifest, verdict=verdict, peaks=peaks, load_seconds=load_seconds)
     emit(
         f"loaded in {load_seconds:.1f} s; copy {peaks.copy / 1e9:,.1f} GB/s, products "
-        + ", ".join(f"{str(d).removeprefix('torch.')} {s / 1e12:.3g} TFLOP/s" for d, s in peaks.matmul.items())
+        + ", ".join(f"{dtype_name(d)} {s / 1e12:.3g} TFLOP/s" for d, s in peaks.matmul.items())
     )
-    cases, run.skipped, run.notes = plan_cases(options.asked, room)
-    if options.asked.protocol == "serving":
-        for case in cases:
-            row = serve_burst(
-                engine, load_tokenizer(bundle), context=case.context, new_tokens=case.new_tokens, slots=case.batch
-            )
-            run.serving.append(row)
-            keep(run)
-        return run
     roofline = Roofline(config=engine.config, dtype=engine.dtype, specs=engine.specs, weights=weights, peaks=peaks)
-    subject = Subject(bundle=bundle, engine=engine, room=room, roofline=roofline)
-    for case in with_sweep(cases, run.skipped, room, options.asked.new_tokens) if sweep else cases:
-        try:
-            run.rows.append(subject.measure(case, options.fill_seconds, emit))
-        except torch.OutOfMemoryError:
-            run.skipped.append(skip(case, "out of memory", "a smaller --batch"))
-        keep(run)
-    del engine, subject
-    free_cached(manifest.device)
-    return run
+    run = BundleRun(bundle=bundle, manifest=manifest, verdict=verdict, peaks=peaks, load_seconds=load_seconds)
+    return Subject(bundle=bundle, engine=engine, room=room, roofline=roofline), run
+
+
+def serve_case(subject: Subject, case: Case) -> ServingRow:
+    """A burst of requests in as many slots as the case has sequences."""
+    tokenizer = load_tokenizer(subject.bundle)
+    return serve_burst(subject.engine, tokenizer, context=case.context, new_tokens=case.new_tokens, slots=case.batch)
 
 
 def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, new_tokens: int) -> list[Case]:

@@ -90,16 +90,11 @@ def _verify(plan: BuildPlan, tmp: Path, emit: Callable[[str], None]) -> dict[str
     return {"passed": True, "device": result.device, "seconds": round(result.seconds, 1)}
 
 
-def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
-    """Every file of the bundle but the manifest, which is returned."""
-    with progress.stage("load weights"):
-        model = load_model(plan)
-        licence = copy_side_files(plan, tmp)
-    quantization = quantize_model(plan, model, tmp, progress)
-    backend: dict[str, Any] = {"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)}
-    manifest = Manifest(
+def _manifest(plan: BuildPlan, licence: str | None, quantization: dict[str, Any] | None) -> Manifest:
+    """What is known before the engine is built."""
+    return Manifest(
         model={"name": plan.options.model, "source": plan.source, "licence": licence, "config": plan.config.to_dict()},
-        backend=backend,
+        backend={"name": plan.backend.name, "reason": plan.backend.reason, **versions(plan.backend.name)},
         target=plan.target,
         dtype=dtype_name(plan.dtypes.model),
         kv_cache_dtype=dtype_name(plan.dtypes.kv_cache),
@@ -108,6 +103,14 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         quantization=quantization,
         warnings=plan.warnings,
     )
+
+
+def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
+    """Every file of the bundle but the manifest, which is returned."""
+    with progress.stage("load weights"):
+        model = load_model(plan)
+        licence = copy_side_files(plan, tmp)
+    manifest = _manifest(plan, licence, quantize_model(plan, model, tmp, progress))
     with progress.stage("write weights"):
         tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
         save_tensors({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
@@ -125,7 +128,7 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         del model, tensors  # TensorRT reads the weights from their file
         free_cached(plan.build_device)
         write_engine(plan, tmp, progress, manifest.fp8_layers)
-        backend["library_in_plan"] = True
+        manifest.backend["library_in_plan"] = True
     return manifest
 
 
