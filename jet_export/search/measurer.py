@@ -69,7 +69,8 @@ class Measurer:
         total, notified = len(pending), False
         while pending:
             with self.claimed(pending, self.jobs) as mine:
-                self.build_and_measure([c for c in mine if self.missing(c)], total, total - len(pending))
+                missing = [c for c in mine if self.missing(c)]
+                self.build_and_measure(missing, total=total, before=total - len(pending))
             if not mine:
                 if not notified:
                     self.emit(f"  waiting for another search, which measures {len(pending)} of the engines")
@@ -115,7 +116,7 @@ class Measurer:
                 if mine:
                     self.executor.discard(cell)
 
-    def build_and_measure(self, cells: list[Cell], total: int, before: int) -> None:
+    def build_and_measure(self, cells: list[Cell], *, total: int, before: int) -> None:
         """Build these together, then measure one after the other; `before` of `total` cells are done already."""
         if not cells:
             return

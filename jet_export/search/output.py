@@ -23,7 +23,7 @@ from jet_export.utils.files import write_atomically
 
 
 def write_results(search: Search) -> None:
-    """Each file is written atomically."""
+    """Write all files, each atomically."""
     results, output = results_dict(search), search.spec.output
     write_atomically(output / "best.json", json.dumps(best_config(search), indent=2) + "\n")
     write_atomically(output / "points.csv", csv_text(point_rows(search)))
@@ -35,7 +35,7 @@ def write_results(search: Search) -> None:
 
 
 def build_command(search: Search, e: Evaluation) -> str:
-    """Builds the point from random weights, at the target's limits."""
+    """The command that builds the point from random weights, with limits for the target."""
     p, spec = e.point, search.spec
     limits = {
         "--max-batch-size": spec.space.target_batch,
