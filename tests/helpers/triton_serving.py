@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from jet_export.server.triton.tritonserver import find_server
+from jet_export.server.triton.installation import find_server
 from jet_export.utils.errors import JetExportError
 
 TYPES = {"text_input": ("BYTES", object), "sampling_parameters": ("BYTES", object), "stop_words": ("BYTES", object),

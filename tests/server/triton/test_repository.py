@@ -15,12 +15,14 @@ from helpers.eager_bundle import mini_config
 
 from jet_export.cli import app as cli
 from jet_export.runtime.capacity import Serving
+from jet_export.server.triton import installation as installed
 from jet_export.server.triton import tritonserver
+from jet_export.server.triton.installation import PYTHON, Installation, check_stub, find_server
 from jet_export.server.triton.metrics import samples
 from jet_export.server.triton.repository import Repository, gpu_indices, write_repository
 from jet_export.server.triton.request import RequestFields, parse_request
 from jet_export.server.triton.tensors import INPUTS, OUTPUTS
-from jet_export.server.triton.tritonserver import Installation, Ports, check_stub, find_server, reserve
+from jet_export.server.triton.tritonserver import Ports, reserve
 from jet_export.utils.errors import JetExportError
 
 
@@ -171,7 +173,7 @@ def installation(tmp_path, stub: str) -> Installation:
 
 
 def test_a_stub_for_another_python_or_numpy_is_refused(tmp_path, monkeypatch) -> None:
-    ours = f"# libpython{tritonserver.PYTHON} numpy._core\nexit 1\n"
+    ours = f"# libpython{PYTHON} numpy._core\nexit 1\n"
     check_stub(installation(tmp_path / "ok", ours))
     with pytest.raises(JetExportError, match=r"is for Python 3.6, and this is Python"):
         check_stub(installation(tmp_path / "python", "# libpython3.6m.so numpy._core\n"))
@@ -185,7 +187,7 @@ def test_a_stub_for_another_python_or_numpy_is_refused(tmp_path, monkeypatch) ->
 
 
 def test_where_a_server_is_found(tmp_path, monkeypatch) -> None:
-    server = installation(tmp_path, f"# libpython{tritonserver.PYTHON} numpy._core\nexit 1\n")
+    server = installation(tmp_path, f"# libpython{PYTHON} numpy._core\nexit 1\n")
     server.binary.parent.mkdir()
     server.binary.write_text("#!/bin/sh\n")
     server.binary.chmod(0o755)
@@ -193,7 +195,7 @@ def test_where_a_server_is_found(tmp_path, monkeypatch) -> None:
     assert find_server(tmp_path / "scratch") == server
     assert server.environment()["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(tritonserver, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
     with pytest.raises(JetExportError, match=r"no tritonserver is installed.*\n.*jet-export\[serve\].*--openai"):
         find_server(tmp_path)
 

@@ -13,8 +13,9 @@ pytest.importorskip("pydantic")
 from helpers.triton_serving import alive
 
 from jet_export.server.triton import tritonserver
+from jet_export.server.triton.installation import Installation
 from jet_export.server.triton.repository import Repository
-from jet_export.server.triton.tritonserver import Installation, Ports, run_triton
+from jet_export.server.triton.tritonserver import Ports, run_triton
 from jet_export.utils.errors import JetExportError
 
 STAND_IN = '''
