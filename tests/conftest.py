@@ -1,6 +1,7 @@
 """Fixtures shared by all tests; without a GPU the Triton kernels run in Triton's interpreter."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -23,3 +24,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture(scope="session")
+def headers() -> Path:
+    """TensorRT's headers; fetched where none are, as CI does."""
+    from jet_export.plugins.headers import fetch_headers, find_headers
+    from jet_export.utils.errors import JetExportError
+
+    try:
+        return find_headers()
+    except JetExportError:
+        try:
+            return fetch_headers()
+        except JetExportError as e:
+            pytest.skip(f"no TensorRT headers, and none to be had: {e}")

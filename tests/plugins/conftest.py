@@ -12,9 +12,8 @@ from helpers.plugin_nodes import JET_TINY, MINI
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plugins.cases import Case, model_cases
 from jet_export.plugins.harness.build import harness_library
-from jet_export.plugins.headers import cache_dir, fetch_headers, find_headers
+from jet_export.plugins.headers import cache_dir
 from jet_export.plugins.library import NAME, build_library
-from jet_export.utils.errors import JetExportError
 
 
 @dataclass
@@ -25,18 +24,6 @@ class Built:
     fake: Path
     cases: list[Case]
     sms: list[int]
-
-
-@pytest.fixture(scope="session")
-def headers() -> Path:
-    """TensorRT's headers; fetched where none are, as CI does."""
-    try:
-        return find_headers()
-    except JetExportError:
-        try:
-            return fetch_headers()
-        except JetExportError as e:
-            pytest.skip(f"no TensorRT headers, and none to be had: {e}")
 
 
 @pytest.fixture(scope="session")
