@@ -26,29 +26,14 @@ sorting-free sampling, arXiv 2501.01005).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-PENALTIES, BIAS, MASK = 1, 2, 4  # bits of `flags`
-MAX_BLOCKED = 24  # tokens that min_tokens keeps away: end-of-sequence and stop tokens
-FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+from jet_export.kernels.sampling_ref import MAX_BLOCKED, SamplerState
+
 LISTED = 4096  # tokens that top_k may leave for a list
-INTS = ("seed", "position", "choice", "top_k", "min_tokens", "flags")
-
-
-class SamplerState(NamedTuple):
-    """The settings of S slots, and what their requests have made; the last three are [1, 1] until a slot needs them."""
-
-    floats: Tensor  # [S, 6] fp32: FLOATS
-    ints: Tensor  # [S, 6] int64: INTS
-    blocked: Tensor  # [S, MAX_BLOCKED] int32, -1: none
-    counts: Tensor  # [S, V] int32: how often each token is in the output
-    seen: Tensor  # [S, V] int8: whether it is in the prompt
-    bias: Tensor  # [S, V] fp32
 
 
 @triton.jit
@@ -271,7 +256,7 @@ def room_of(total, top_p):
 @triton.jit
 def sample_rows_kernel(
     slots, floats, ints, counts, values, tokens, y_of_best, y_max, raw_max, raw_sum, bad, y_out, part_max,
-    listed, listed_token, out, out_lse,
+    listed, listed_token, last_tokens, out, out_lse,
     V: tl.constexpr, NUM_TILES: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
@@ -336,6 +321,7 @@ def sample_rows_kernel(
     total_raw = tl.sum(tl.load(raw_sum + at, mask=m_t, other=0.0) * tl.exp(b_top - raw), 0)
     tl.store(out_lse + i_n, raw + tl.log(total_raw))
     tl.store(out + i_n, tl.where(wrong, -1, token).to(tl.int64))
+    tl.store(last_tokens + slot, tl.maximum(tl.where(wrong, 0, token), 0).to(tl.int64))
     tl.store(p_i + 1, position + 1)
     if ((tl.load(p_i + 5) & 1) != 0) & (not wrong):
         tl.store(counts + slot * V + token, tl.load(counts + slot * V + token) + 1)
@@ -370,7 +356,7 @@ def sample_triton(
     )  # fmt: skip
     sample_rows_kernel[(N,)](
         slots, state.floats, state.ints, state.counts, values, index[0], y_of_best, y_max, raw_max, raw_sum, index[1],
-        y_out, part_max, listed, listed_token, out, lse,
+        y_out, part_max, listed, listed_token, state.last_tokens, out, lse,
         V=V, NUM_TILES=tiles, PARTS=parts, LISTED=LISTED, BT=triton.next_power_of_2(tiles),
         BV=min(8192, 4 * groups), BG=min(1024, groups), BL=2048, num_warps=16,
     )  # fmt: skip

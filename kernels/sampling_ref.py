@@ -1,13 +1,31 @@
-"""The specification of sampling.py in NumPy, float64: what the kernels are held against, and what runs on a CPU."""
+"""Sampling: its settings, and the specification of sampling.py in NumPy, float64, which is also what runs on a CPU."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 GREEDY_BELOW = 1e-5  # temperatures
+PENALTIES, BIAS, MASK = 1, 2, 4  # bits of `flags`
+MAX_BLOCKED = 24  # tokens that min_tokens keeps away: end-of-sequence and stop tokens
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+INTS = ("seed", "position", "choice", "top_k", "min_tokens", "flags")
+
+
+class SamplerState(NamedTuple):
+    """The settings of S slots, and what their requests have made. counts, seen and bias are [1, 1] until used."""
+
+    floats: Tensor  # [S, 6] fp32: FLOATS
+    ints: Tensor  # [S, 6] int64: INTS
+    blocked: Tensor  # [S, MAX_BLOCKED] int32, -1: none
+    counts: Tensor  # [S, V] int32: how often each token is in the output
+    seen: Tensor  # [S, V] int8: whether it is in the prompt
+    bias: Tensor  # [S, V] fp32
+    last_tokens: Tensor  # [S] int64: the token that was sampled last, 0 for -1
 
 
 @dataclass(frozen=True, kw_only=True)

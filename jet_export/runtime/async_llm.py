@@ -9,6 +9,7 @@ from pathlib import Path
 from jet_export.backends.load import load_engine
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.mailbox import Mailbox
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sequence import Keep, OnOutput, RunningSequence
 from jet_export.runtime.sessions import Session, Sessions
@@ -27,12 +28,14 @@ class AsyncLLM(Sessions):
         self.fingerprint = manifest.fingerprint
         tokenizer, eos = load_tokenizer(bundle), manifest.config.eos_token_id
         self.batching = BatchingEngine(self.engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)
+        self.mailbox = Mailbox(self.batching)
 
     @classmethod
     def over(cls, batching: BatchingEngine, fingerprint: str = "") -> AsyncLLM:
         """An AsyncLLM over a BatchingEngine. `fingerprint` identifies its bundle, for sessions."""
         llm = cls.__new__(cls)
         llm.batching, llm.engine, llm.fingerprint = batching, batching.engine, fingerprint
+        llm.mailbox = Mailbox(batching)
         return llm
 
     def start(self) -> None:
@@ -69,14 +72,10 @@ class AsyncLLM(Sessions):
         the prompt and the completion too; the session of a request that was cancelled or failed stays as it was.
         Raises JetExportError for a prompt that could never run, QueueFull if too many requests wait; then none runs.
         """
-        loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
 
         def forward(i: int) -> OnOutput:
-            def put(output: Output) -> None:
-                loop.call_soon_threadsafe(outputs.put_nowait, (i, output))
-
-            return put
+            return self.mailbox.sender(asyncio.get_running_loop(), outputs, i)
 
         claimed = self._claim(sessions, len(prompts))
         submitted: list[RunningSequence] = []

@@ -18,7 +18,7 @@ from jet_export.model.cache import pages_per_sequence
 from jet_export.runtime.capacity import Serving, capacity
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.metrics import Gauges, Metrics
-from jet_export.runtime.params import Output, Params
+from jet_export.runtime.params import Logprob, Output, Params
 from jet_export.runtime.prefix import prefix_keys
 from jet_export.runtime.runner import PoolSize, Runner
 from jet_export.runtime.scheduler import Plan, QueueFull, Request, Scheduler
@@ -34,8 +34,7 @@ log = logging.getLogger(__name__)
 class BatchingEngine:
     """Runs requests on an engine. Its sequences share the KV pages of `capacity`; no slot has pages set aside for it.
 
-    `overlap` (overlap scheduling): launch the next decode step before the tokens of this one are read; by default on a
-    GPU only.
+    `overlap` (overlap scheduling): launch the next step before the tokens of this one are read; by default on a GPU.
     """
 
     def __init__(
@@ -59,13 +58,15 @@ class BatchingEngine:
         self.runner = Runner(engine, cuda_graphs, pools=pools, deterministic=c.whole_chunks)
         self.scheduler = Scheduler(c)
         self.metrics = Metrics()
-        self.executor = Executor(engine, self.runner, self.metrics)
+        self.executor = Executor(engine, self.runner, self.metrics, eos)
         self.sequences: dict[Request, RunningSequence] = {}
         self.lock = threading.RLock()
         self.work = threading.Condition(self.lock)
         self.thread: threading.Thread | None = None
         self.stopping = False
         self.next_step: InFlightStep | None = None  # launched while the step before it still ran
+        self.delivering = False  # the outputs of a step are being delivered; `after_step` follows
+        self.after_step: Callable[[], None] = lambda: None
 
     @property
     def failure(self) -> Exception | None:
@@ -141,66 +142,62 @@ class BatchingEngine:
     def step(self) -> bool:
         """Run one step; False if there is nothing to run.
 
-        With overlap scheduling the next decode step is launched before the tokens of this one are read, so that the
-        device does not wait for the host. A sequence found to have ended is then decoded once more, in vain: nothing
-        that uses its slot or pages next can run before that step, as all work goes to one stream.
+        With overlap scheduling the next step is planned and launched before the tokens of this one are read, so that
+        the device does not wait for the host. A sequence found to have ended is then decoded once more, in vain;
+        nothing that uses its slot or pages next can run before that step, as all work goes to one stream.
         """
         with self.lock:
             for request in self.scheduler.expire(self.clock()):
                 self.cancel(self.sequences[request], "timeout")
         step, self.next_step = self.next_step, None
         if step is None:
-            with self.lock:
-                plan = self.scheduler.plan()
-                inputs = self.executor.collect(plan, self.sequences)
-            if plan.empty:
-                return False
-            step = self._launch(plan, inputs)
-        if step is not None:
-            if self.overlap:
-                self.next_step = self._launch_next(step)
-            self._finish(step)
+            step, idle = self._launch()
+            if step is None:
+                return not idle
+        if self.overlap and not step.blocks_overlap:
+            self.next_step, _ = self._launch()
+        self._finish(step)
         return True
 
-    def _launch(self, plan: Plan, inputs: StepInputs) -> InFlightStep | None:
-        """Launch a step. None if that fails; its requests have then ended with an error."""
+    def _launch(self) -> tuple[InFlightStep | None, bool]:
+        """Plan and launch a step. (None, True) if there is nothing to run, (None, False) if the launch fails: its
+        requests have then ended with an error."""
+        with self.lock:
+            plan = self.scheduler.plan()
+            if plan.empty:
+                return None, True
+            inputs = self.executor.collect(plan, self.sequences)
         try:
-            return self.executor.launch(plan, inputs)
+            step = self.executor.launch(plan, inputs)
         except Exception as e:
             self._fail(inputs, e)
-            return None
-
-    def _launch_next(self, step: InFlightStep) -> InFlightStep | None:
-        """Launch the decode step after `step`, which still runs. None if that step cannot be known yet."""
+            return None, False
         with self.lock:
-            plan = self.scheduler.plan_overlap(step.plan)
-            decoding = set(plan.decode)
-            rows = [i for i, s in enumerate(step.inputs.sampled) if s.request in decoding]
-            if not rows or any(s.reads_logits for s in step.inputs.sampled):
-                return None
-            slots = [step.inputs.sampled[i].request.slot for i in rows]
-        return self._launch(plan, step.next_decode(rows, slots))
+            self.scheduler.advance(plan)
+            self._cache_prefixes(plan)
+        return step, False
 
     def _finish(self, step: InFlightStep) -> None:
         """Wait for the tokens of a step and hand them out."""
         try:
-            tokens = step.tokens()
+            tokens, logprobs = step.tokens(), step.logprobs()
         except Exception as e:
             self._fail(step.inputs, e)
             return
         with self.lock:
-            sampled = self.scheduler.advance(step.plan)
-            self._cache_prefixes(step.plan)
-            now = self.clock()
-            self.metrics.step(now, prompt_tokens=step.plan.prefill_tokens, tokens=len(sampled))
-            row_of = {s.request: i for i, s in enumerate(step.inputs.sampled)}
-            for request in sampled:
-                if request in self.sequences:  # otherwise a callback has just cancelled it
-                    sequence, row = self.sequences[request], row_of[request]
-                    if step.kept_logits is not None and sequence.keep_logits:
-                        sequence.logits.append(step.kept_logits[row])
-                    logits = step.logits[row] if sequence.reads_logits else None
-                    self._add_token(sequence, tokens[row], logits, now)
+            now, delivered = self.clock(), 0
+            self.delivering = True
+            try:
+                for row, sequence in enumerate(step.inputs.sampled):
+                    if sequence.finish_reason is None:  # otherwise it ended or was cancelled after the launch
+                        if step.kept_logits is not None and sequence.keep_logits:
+                            sequence.logits.append(step.kept_logits[row])
+                        self._add_token(sequence, tokens[row], logprobs.get(row), step.prompt_logits.get(row), now)
+                        delivered += 1
+                self.metrics.step(now, prompt_tokens=step.plan.prefill_tokens, tokens=delivered)
+            finally:
+                self.delivering = False
+                self.after_step()
 
     def _cache_prefixes(self, plan: Plan) -> None:
         """Add the states at the end of prompt chunks to the prefix cache."""
@@ -216,22 +213,21 @@ class BatchingEngine:
             for sequence in inputs.sequences:
                 self._end(sequence, Output(None, finish_reason="error"))
 
-    def _add_token(self, sequence: RunningSequence, token: int, logits: Tensor | None, now: float) -> None:
-        """Deliver a sampled token, and end the request if it is the last. `logits`: if the sequence reads them."""
+    def _add_token(
+        self, sequence: RunningSequence, token: int, logprob: Logprob | None, prompt_logits: Tensor | None, now: float
+    ) -> None:
+        """Deliver a sampled token, and end the request if it is the last."""
         if token < 0:
             self._end(sequence, Output(None, finish_reason="error"))
             return
         if sequence.keep == "prompt":
-            assert logits is not None
-            sequence.snapshot = self.executor.snapshot(sequence, logits.clone())
+            sequence.snapshot = self.executor.snapshot(sequence, prompt_logits)
             self._end(sequence, Output(None, finish_reason="length"))
             return
         text, reason = sequence.append(token, self.eos)
         if len(sequence.tokens) == 1:
             sequence.first_token_at = now
             self.metrics.ttft.observe(now - sequence.request.arrival)
-        assert sequence.sampler is not None
-        logprob = None if logits is None else sequence.sampler.logprob(logits, token)
         output = Output(token, text, logprob, reason)
         if reason:
             if sequence.keep == "end":

@@ -5,29 +5,30 @@ Only the stepping thread calls it, since only that thread may use the device: it
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from jet_export.backends.base import Engine
+from jet_export.runtime.logprobs import launch_logprobs
 from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.runner import Runner
+from jet_export.runtime.sampler import SlotSampler
 from jet_export.runtime.scheduler import Plan, Request
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
 from jet_export.runtime.step import InFlightStep, StepInputs, copy_to_host
-from jet_export.runtime.token_sampler import TokenSampler
-
-log = logging.getLogger(__name__)
 
 
 class Executor:
     """See the module."""
 
-    def __init__(self, engine: Engine, runner: Runner, metrics: Metrics) -> None:
-        self.engine, self.runner, self.metrics = engine, runner, metrics
+    def __init__(self, engine: Engine, runner: Runner, metrics: Metrics, eos: int) -> None:
+        self.engine, self.runner, self.metrics, self.eos = engine, runner, metrics, eos
+        slots, vocab = len(runner.context_lens), engine.config.vocab_size
+        self.sampler = SlotSampler(slots, vocab, engine.device, last_tokens=runner.last_tokens)
+        self.sampler.warm_up(engine.dtype)
         self.failure: Exception | None = None  # the last one
 
     def collect(self, plan: Plan, sequences: Mapping[Request, RunningSequence]) -> StepInputs:
@@ -50,23 +51,27 @@ class Executor:
         for request in plan.decode:
             sequence = self._prepared(sequences[request])
             inputs.decode_slots.append(request.slot)
-            inputs.decode_tokens.append(sequence.last_token)
             inputs.sampled.append(sequence)
             inputs.sequences.append(sequence)
+        inputs.sampled_slots = [s.request.slot for s in inputs.sampled]
         return inputs
 
+    @torch.inference_mode()
     def launch(self, plan: Plan, inputs: StepInputs) -> InFlightStep:
         """Launch a step; returns before its tokens are known. Raises whatever the engine raises."""
+        sampled = inputs.sampled
         logits = self._run(inputs)
-        tokens = self._sample(inputs.sampled, logits)
-        kept = logits.float().cpu() if any(s.keep_logits for s in inputs.sampled) else None
+        slots = torch.tensor(inputs.sampled_slots, dtype=torch.int32)
+        tokens, lse = self.sampler.sample(logits, self.runner.to_device(slots))
+        top = {i: s.params.logprobs for i, s in enumerate(sampled) if s.params.logprobs is not None}
+        on_host = copy_to_host(tokens)
         return InFlightStep(
             plan=plan,
             inputs=inputs,
-            logits=logits,
-            device_tokens=tokens,
-            tokens=copy_to_host(tokens),
-            kept_logits=kept,
+            tokens=lambda: on_host().tolist(),
+            logprobs=launch_logprobs(logits, tokens, lse, top),
+            prompt_logits={i: logits[i].clone() for i, s in enumerate(sampled) if s.keep == "prompt"},
+            kept_logits=logits.float().cpu() if any(s.keep_logits for s in sampled) else None,
         )
 
     def snapshot(self, sequence: RunningSequence, logits: Tensor | None = None) -> Snapshot:
@@ -77,7 +82,8 @@ class Executor:
 
     def _prepared(self, sequence: RunningSequence) -> RunningSequence:
         """Before a sequence's first step: give its slot the pages it owns and the states it starts from."""
-        if sequence.sampler is None:
+        if not sequence.prepared:
+            sequence.prepared = True
             request = sequence.request
             self.runner.assign(request.slot, request.pages, request.window_pages)
             if sequence.start is not None and request.start:
@@ -87,8 +93,9 @@ class Executor:
             if request.keys:
                 self.metrics.prefix(request.entry.end if request.entry else 0)
             request.entry = None
-            vocab = self.engine.config.vocab_size
-            sequence.sampler = TokenSampler(sequence.params, sequence.prompt, vocab, self.engine.device)
+            self.sampler.begin(request.slot, sequence.row_settings(self.eos), sequence.prompt, sequence.tokens)
+            if not request.in_prompt and request.generated:  # decodes the token that its session sampled last
+                self.runner.last_tokens[request.slot] = sequence.prompt[-1]
         return sequence
 
     def _run(self, inputs: StepInputs) -> Tensor:
@@ -96,33 +103,14 @@ class Executor:
         rows: list[Tensor] = []
         if inputs.prefill_slots:
             logits = self.runner.prefill(inputs.prefill_slots, inputs.prefill_tokens)
-            if inputs.prompt_ends:
-                whole = len(inputs.prompt_ends) == len(logits)
-                rows.append(logits if whole else logits[torch.tensor(inputs.prompt_ends, device=logits.device)])
+            if len(inputs.prompt_ends) == len(logits):
+                rows.append(logits)
+            elif inputs.prompt_ends:
+                rows.append(logits[self.runner.to_device(torch.tensor(inputs.prompt_ends))])
         if inputs.saved_logits:
             rows.append(torch.stack(inputs.saved_logits))
         if inputs.decode_slots:
-            tokens = inputs.device_tokens
-            if tokens is None:
-                tokens = torch.tensor(inputs.decode_tokens, dtype=torch.int64, device=self.engine.device)
-            rows.append(self.runner.decode(inputs.decode_slots, tokens))
+            rows.append(self.runner.decode(inputs.decode_slots))
         if not rows:
             return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-    def _sample(self, sequences: list[RunningSequence], logits: Tensor) -> Tensor:
-        """The next token of each sequence, [n] int64; -1 where sampling failed (the model gave NaN)."""
-        tokens = logits.argmax(-1)  # all rows in one launch
-        for i, sequence in enumerate(sequences):
-            assert sequence.sampler is not None
-            if not sequence.sampler.is_argmax:
-                tokens[i] = self._sample_one(sequence.sampler, logits[i])
-        return tokens
-
-    def _sample_one(self, sampler: TokenSampler, logits: Tensor) -> Tensor:
-        try:
-            return sampler(logits)[0]
-        except RuntimeError as e:
-            log.exception("sampling failed; the request ends with an error")
-            self.failure = e
-            return torch.tensor(-1, device=logits.device)

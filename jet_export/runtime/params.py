@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import KW_ONLY, dataclass, field
 
+from jet_export.kernels.sampling_ref import MAX_BLOCKED
 from jet_export.runtime.sampling import Sampling
 from jet_export.utils.errors import JetExportError
 
@@ -24,12 +25,25 @@ class Params:
     stop_ids: tuple[int, ...] = ()  # in addition to the model's end-of-sequence token
     ignore_eos: bool = False
     logprobs: int | None = None  # log probability of each token, and of this many most likely tokens
+    presence_penalty: float = 0.0  # taken from the logits of tokens in the output
+    frequency_penalty: float = 0.0  # the same, times how often they are in it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
+    min_tokens: int = 0  # before so many are generated, neither the end-of-sequence token nor stop_ids are
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise JetExportError(f"max_new_tokens is {self.max_new_tokens}.", "Ask for at least 1.")
         if not 0 < self.repetition_penalty < math.inf:
             raise JetExportError(f"repetition_penalty {self.repetition_penalty} is not a number > 0.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise JetExportError(f"{name} {getattr(self, name)} is not a number.")
+        if any(math.isnan(bias) for _, bias in self.logit_bias):
+            raise JetExportError("logit_bias: not a number.")
+        if self.min_tokens < 0:
+            raise JetExportError(f"min_tokens {self.min_tokens} is negative.")
+        if self.min_tokens and len(self.stop_ids) >= MAX_BLOCKED:
+            raise JetExportError(f"min_tokens with {len(self.stop_ids)} stop_ids: at most {MAX_BLOCKED - 1}.")
         if len(self.stop) > MAX_STOPS or any(not 1 <= len(s) <= MAX_STOP_CHARS for s in self.stop):
             raise JetExportError(f"stop: at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters.")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
+
+ALIGNED = 4  # int32s of 16 bytes
 
 
 def pad_rows(batch: PackedBatch, rows: int) -> PackedBatch:
@@ -76,6 +78,7 @@ class Runner:
         rows = {"slots": n, "pages": pools.pages, "window_pages": pools.window_pages}
         self.states = allocate_states(engine.specs, rows, self.device)
         self.context_lens = [0] * n
+        self.last_tokens = torch.zeros(n, dtype=torch.int64, device=self.device)  # what each slot decodes next
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
         self.graphs: dict[int, DecodeGraph] = {}
         self.graph_pool: Any = None  # memory pool shared by the buckets' graphs
@@ -97,21 +100,16 @@ class Runner:
         self.window_block_table[slot, : len(window_pages)] = self._i32(window_pages)
 
     def batch(self, slots: list[int], lens: list[int]) -> PackedBatch:
-        ends = [0]
-        for n in lens:
-            ends.append(ends[-1] + n)
-        rows = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        held = [self.context_lens[s] for s in slots]
-        return PackedBatch(
-            self._i32(ends), rows.int(), self._i32(held), self.block_table[rows], self.window_block_table[rows]
-        )
+        ends, held = list(accumulate(lens, initial=0)), [self.context_lens[s] for s in slots]
+        cu_seqlens, rows, context_lens = self._i32_lists(ends, slots, held)
+        return PackedBatch(cu_seqlens, rows, context_lens, self.block_table[rows], self.window_block_table[rows])
 
     def prefill(self, slots: list[int], tokens: list[list[int]], all_logits: bool = False) -> Tensor:
         """Run the next tokens of each slot, at most `prefill_chunk`; logits of each row's last token, or of all."""
         if self.deterministic and len(slots) > 1:
             return torch.cat([self.prefill([s], [t], all_logits) for s, t in zip(slots, tokens, strict=True)])
         batch = self.batch(slots, [len(t) for t in tokens])
-        ids = torch.frombuffer(array("q", chain.from_iterable(tokens)), dtype=torch.int64).to(self.device)
+        ids = self.to_device(torch.frombuffer(array("q", chain.from_iterable(tokens)), dtype=torch.int64))
         last = batch.cu_seqlens[1:] - 1
         rows = torch.arange(len(ids), dtype=torch.int32, device=self.device) if all_logits else last
         logits = self.engine.prefill(ids, batch, rows, self.states)
@@ -119,8 +117,10 @@ class Runner:
         self._invalidate()
         return logits
 
-    def decode(self, slots: list[int], tokens: Tensor) -> Tensor:
-        """Run one token per slot: tokens [n] int64 on the device -> logits [n, vocab]."""
+    def decode(self, slots: list[int], tokens: Tensor | None = None) -> Tensor:
+        """Run one token per slot: tokens [n] int64 on the device, by default `last_tokens` -> logits [n, vocab]."""
+        if tokens is None and not self.cuda_graphs:
+            tokens = self.last_tokens[self._i32(slots)]
         if self.cuda_graphs:
             logits = self._replay(slots, tokens)
         elif self.deterministic:
@@ -146,14 +146,24 @@ class Runner:
                 g.slots = None
 
     def _i32(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+        return self.to_device(torch.tensor(values, dtype=torch.int32))
+
+    def _i32_lists(self, *lists: Sequence[int]) -> list[Tensor]:
+        """Several lists by one copy, each at an aligned address: the kernels load whole vectors."""
+        padded = [[*x, *[0] * (-len(x) % ALIGNED)] for x in lists]
+        parts = self._i32([v for x in padded for v in x]).split([len(x) for x in padded])
+        return [part[: len(x)] for part, x in zip(parts, lists, strict=True)]
+
+    def to_device(self, host: Tensor) -> Tensor:
+        """On a GPU without waiting for what runs there: from pinned memory, which torch keeps until it is copied."""
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
     def _bucket(self, n: int) -> int:
         if self.deterministic:
             return max(self.limits.max_batch_size, n)
         return min(1 << (n - 1).bit_length(), max(self.limits.max_batch_size, n))
 
-    def _replay(self, slots: list[int], tokens: Tensor) -> Tensor:
+    def _replay(self, slots: list[int], tokens: Tensor | None) -> Tensor:
         n = len(slots)
         bucket = self._bucket(n)
         g = self.graphs.get(bucket) or self._capture(bucket)
@@ -166,7 +176,10 @@ class Runner:
             g.step[:n].fill_(1)
             g.slots = list(slots)
         self._invalidate(but=g)
-        g.input_ids[:n].copy_(tokens)
+        if tokens is None:
+            torch.index_select(self.last_tokens, 0, g.batch.slots[:n], out=g.input_ids[:n])
+        else:
+            g.input_ids[:n].copy_(tokens)
         g.graph.replay()
         return g.logits[:n]
 

@@ -7,26 +7,34 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from jet_export.kernels.sampling import (
+from jet_export.kernels.sampling_ref import (
     BIAS,
     FLOATS,
     INTS,
     MASK,
     MAX_BLOCKED,
     PENALTIES,
+    RowSettings,
     SamplerState,
-    sample_triton,
+    sample_ref,
 )
-from jet_export.kernels.sampling_ref import RowSettings, sample_ref
 
 
 class SlotSampler:
     """One a BatchingEngine. `begin` gives a slot to a request; `sample` draws for a step's rows, whatever their mix."""
 
-    def __init__(self, slots: int, vocab: int, device: torch.device, kernels: bool | None = None) -> None:
-        """`kernels`: launch them; by default on a GPU."""
+    def __init__(
+        self,
+        slots: int,
+        vocab: int,
+        device: torch.device,
+        kernels: bool | None = None,
+        last_tokens: Tensor | None = None,
+    ) -> None:
+        """`kernels`: launch them; by default on a GPU. `last_tokens` [slots] int64 is given every sampled token too."""
         self.kernels = device.type == "cuda" if kernels is None else kernels
         self.slots, self.vocab, self.device = slots, vocab, device
+        self.last_tokens = torch.zeros(slots, dtype=torch.int64, device=device) if last_tokens is None else last_tokens
         self.state = SamplerState(
             floats=torch.zeros(slots, len(FLOATS), device=device),
             ints=torch.zeros(slots, len(INTS), dtype=torch.int64, device=device),
@@ -34,8 +42,15 @@ class SlotSampler:
             counts=torch.zeros(1, 1, dtype=torch.int32, device=device),
             seen=torch.zeros(1, 1, dtype=torch.int8, device=device),
             bias=torch.zeros(1, 1, device=device),
+            last_tokens=self.last_tokens,
         )
         self.on_host: dict[int, tuple[RowSettings, list[int], list[int]]] = {}  # on a CPU: settings, prompt, output
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile the kernels for logits of this dtype, so that no request waits for it. Leaves slot 0 to be begun."""
+        if self.kernels:
+            logits = torch.zeros(1, self.vocab, dtype=dtype, device=self.device)
+            self.sample(logits, torch.zeros(1, dtype=torch.int32, device=self.device))
 
     def begin(self, slot: int, row: RowSettings, prompt: list[int], made: list[int], masked: bool = False) -> None:
         """A request takes the slot, having made some tokens already. `masked`: its steps bring a token mask."""
@@ -58,8 +73,8 @@ class SlotSampler:
             self._begin_bias(slot, row.logit_bias)
 
     def _upload(self, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return host.to(self.device, non_blocking=True)
+        host = torch.tensor(values, dtype=dtype)
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
     def _begin_counts(self, slot: int, prompt: list[int], made: list[int]) -> None:
         if self.state.counts.numel() == 1:
@@ -96,6 +111,8 @@ class SlotSampler:
         """
         if not self.kernels:
             return self._sample_on_host(logits, slots, allowed)
+        from jet_export.kernels.sampling import sample_triton  # imports Triton, which a CPU does without
+
         return sample_triton(self.state, logits, slots, allowed)
 
     def _sample_on_host(self, logits: Tensor, slots: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,7 +122,9 @@ class SlotSampler:
             mask = None if allowed is None else unpacked(allowed[i], self.vocab)
             tokens.append(sample_ref(logits[i].double().numpy(), row, prompt, made, mask))
             made.append(tokens[-1])
-        return torch.tensor(tokens, dtype=torch.int64), logits.float().logsumexp(-1)
+        out = torch.tensor(tokens, dtype=torch.int64)
+        self.last_tokens[slots.long()] = out.clamp_min(0)
+        return out, logits.float().logsumexp(-1)
 
 
 def unpacked(words: Tensor, vocab: int) -> npt.NDArray[np.bool_]:

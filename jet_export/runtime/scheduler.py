@@ -7,7 +7,10 @@ in order of admission (a mixed step). Requests never overtake each other, so non
 long the requests before it run. Pages that only the prefix cache (prefix.py) holds are evicted when a request
 needs them.
 
-    plan() -> run the step -> advance(plan) -> finish() the requests that have ended; finish() cancels one at any time.
+    plan() -> launch the step -> advance(plan) -> finish() the requests that its tokens end, or cancels, at any time
+
+The next step may be planned once this one is launched (overlap scheduling): advance() counts what is launched. A
+request whose last token has been launched is in no plan any more, and owns its slot until finish().
 """
 
 from __future__ import annotations
@@ -192,7 +195,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step; empty if nothing runs."""
         self._admit()
-        ready = [r for r in self.running if not r.in_prompt]
+        ready = [r for r in self.running if not r.in_prompt and r.generated < r.max_new_tokens]
         decode = tuple(r for r in ready if r.generated)
         budget = self.capacity.token_budget - len(decode)
         prefill = []
@@ -204,17 +207,6 @@ class Scheduler:
                 prefill.append((request, request.held, n))
                 budget -= n
         return Plan(tuple(prefill), decode, tuple(r for r in ready if not r.generated))
-
-    def plan_overlap(self, plan: Plan) -> Plan:
-        """The decode step after `plan`, while `plan` still runs: its requests that max_new_tokens does not end.
-
-        Empty if the step after `plan` has prompts to prefill. A request may turn out to have ended by a stop token.
-        """
-        decoding = set(plan.decode)
-        if plan.prefill or plan.resumed or any(r not in decoding for r in self.running):
-            return Plan()
-        more = (r for r in plan.decode if r.status is Status.RUNNING and r.generated + 1 < r.max_new_tokens)
-        return Plan(decode=tuple(more))
 
     def _chunk(self, request: Request, budget: int) -> int:
         """Length of the request's next prompt chunk; 0 if a whole chunk does not fit the budget."""
@@ -228,7 +220,7 @@ class Scheduler:
         return 0 if c.whole_chunks else budget
 
     def advance(self, plan: Plan) -> list[Request]:
-        """`plan` has run. Returns the requests it sampled a token for, without those cancelled in the meantime."""
+        """`plan` is launched. Returns the requests it samples a token for, without those cancelled in the meantime."""
         sampled = []
         fed = [*plan.prefill, *((r, 0, 0) for r in plan.resumed), *((r, 0, 1) for r in plan.decode)]
         for request, _, n in fed:

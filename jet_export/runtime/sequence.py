@@ -8,10 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from jet_export.kernels.sampling_ref import RowSettings
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.scheduler import Request
 from jet_export.runtime.snapshot import Snapshot
-from jet_export.runtime.token_sampler import TokenSampler
 from jet_export.runtime.tokenizer import StopText
 
 OnOutput = Callable[[Output], None]
@@ -34,7 +34,7 @@ class RunningSequence:
     start: Snapshot | None = None  # continue from here
     keep: Keep | None = None
     keep_logits: bool = False
-    sampler: TokenSampler | None = None  # set when its first step is prepared
+    prepared: bool = False  # its slot has its pages, states and sampling settings
     tokens: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)  # of each token, on the CPU, with `keep_logits`
     snapshot: Snapshot | None = None
@@ -42,14 +42,27 @@ class RunningSequence:
     finish_reason: str | None = None
 
     @property
-    def reads_logits(self) -> bool:
-        """Its logits or states are read after the step: the next step must not be launched over them."""
-        return self.keep is not None or self.keep_logits or self.params.logprobs is not None
+    def blocks_overlap(self) -> bool:
+        """Its states or logits are read after the step: the next step must not be launched over them."""
+        return self.keep is not None or self.keep_logits
 
-    @property
-    def last_token(self) -> int:
-        """The token that the next decode step takes as input."""
-        return (self.tokens or self.prompt)[-1]
+    def row_settings(self, eos: int) -> RowSettings:
+        """What the sampler is asked for."""
+        p, s = self.params, self.params.sampling
+        ends = (*p.stop_ids, *(() if p.ignore_eos or eos < 0 else (eos,)))
+        return RowSettings(
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            repetition_penalty=p.repetition_penalty,
+            presence_penalty=p.presence_penalty,
+            frequency_penalty=p.frequency_penalty,
+            logit_bias=p.logit_bias,
+            min_tokens=p.min_tokens,
+            blocked=ends if p.min_tokens else (),
+            seed=s.seed,
+        )
 
     def append(self, token: int, eos: int) -> tuple[str, str | None]:
         """Add a sampled token; returns the text that is now final, and the finish reason if the request ends here."""

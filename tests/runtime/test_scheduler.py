@@ -135,16 +135,18 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def step_with_overlap(self) -> None:
-        """The step planned while the one before it runs is the step that is then due."""
+        """The next step is planned and launched before this one's tokens are read; all laws of a plan hold for it."""
         plan = self.s.plan()
         self.note_admissions()
-        overlapped = self.s.plan_overlap(plan)
-        self.run(plan, set())
-        then = self.s.plan()
+        self.check_plan(plan)
+        sampled = self.launch(plan, set())
+        overlapped = self.s.plan()
         self.note_admissions()
-        if not overlapped.empty:
-            assert overlapped.decode == then.decode and not overlapped.prefill and not overlapped.resumed
-            self.run(overlapped, set())
+        self.check_plan(overlapped)
+        assert not any(r.generated == r.max_new_tokens for r in (*overlapped.decode, *overlapped.resumed))
+        then = self.launch(overlapped, set())
+        self.land([r for r in sampled if r not in then])
+        self.land(then)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -162,7 +164,7 @@ class Life(RuleBasedStateMachine):
         planned = [r for r, _, _ in plan.prefill] + list(plan.decode) + list(plan.resumed)
         assert len(planned) == len(set(planned))
         assert all(1 <= n <= self.c.prefill_chunk and first == r.held for r, first, n in plan.prefill)
-        running = self.s.running
+        running = [r for r in self.s.running if r.generated < r.max_new_tokens]  # the others wait for their last token
         assert {*plan.decode, *plan.resumed} == {r for r in running if not r.in_prompt}  # decode never waits
         assert all(r.held == r.prompt_len == r.start and not r.generated for r in plan.resumed)
         assert plan.empty == (not planned)
@@ -179,6 +181,9 @@ class Life(RuleBasedStateMachine):
         assert bool(planned) == bool(running)
 
     def run(self, plan, gone: set[Request]) -> None:
+        self.land(self.launch(plan, gone))
+
+    def launch(self, plan, gone: set[Request]) -> list[Request]:
         self.now += 1
         for r, first, n in [*plan.prefill, *((r, r.held, 1) for r in plan.decode)]:
             if r not in gone:
@@ -196,6 +201,10 @@ class Life(RuleBasedStateMachine):
         assert set(sampled) == expected - gone
         for r in sampled:
             assert self.fed[r] == r.held == r.prompt_len + r.generated - 1  # conservation
+        return sampled
+
+    def land(self, sampled: list[Request]) -> None:
+        for r in sampled:
             if r.generated == r.max_new_tokens:
                 self.s.finish(r)
                 self.alive.remove(r)
