@@ -119,18 +119,17 @@ class Runner:
 
     def decode(self, slots: list[int], tokens: Tensor | None = None) -> Tensor:
         """Run one token per slot: tokens [n] int64 on the device, by default `last_tokens` -> logits [n, vocab]."""
-        if tokens is None and not self.cuda_graphs:
-            tokens = self.last_tokens[self._i32(slots)]
         if self.cuda_graphs:
             logits = self._replay(slots, tokens)
-        elif self.deterministic:
-            logits = self._decode_padded(slots, tokens)
         else:
-            logits = self.engine.decode(tokens, self.batch(slots, [1] * len(slots)), self.states)
+            logits = self._decode(slots, self.last_tokens[self._i32(slots)] if tokens is None else tokens)
         self._advance(slots, [1] * len(slots))
         return logits
 
-    def _decode_padded(self, slots: list[int], tokens: Tensor) -> Tensor:
+    def _decode(self, slots: list[int], tokens: Tensor) -> Tensor:
+        """Without a CUDA graph; with `deterministic`, padded."""
+        if not self.deterministic:
+            return self.engine.decode(tokens, self.batch(slots, [1] * len(slots)), self.states)
         batch, n, bucket = self.batch(slots, [1] * len(slots)), len(slots), self._bucket(len(slots))
         rows = pad_rows(PackedBatch(self._i32(range(bucket + 1)), *batch[1:]), bucket - n)
         return self.engine.decode(F.pad(tokens, (0, bucket - n)), rows, self.states)[:n]
@@ -151,7 +150,7 @@ class Runner:
     def _i32_lists(self, *lists: Sequence[int]) -> list[Tensor]:
         """Several lists by one copy, each at an aligned address: the kernels load whole vectors."""
         padded = [[*x, *[0] * (-len(x) % ALIGNED)] for x in lists]
-        parts = self._i32([v for x in padded for v in x]).split([len(x) for x in padded])
+        parts = torch.split(self._i32([v for x in padded for v in x]), [len(x) for x in padded])
         return [part[: len(x)] for part, x in zip(parts, lists, strict=True)]
 
     def to_device(self, host: Tensor) -> Tensor:

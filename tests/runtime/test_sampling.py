@@ -1,5 +1,7 @@
 """Sampling parameters: what is refused, and what they do to a request. The draw: tests/kernels/test_sampling.py."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.eager_bundle import eager_llm
@@ -59,11 +61,17 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(llm) -> Non
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.5), ("top_k", -2),
-        ("min_p", -0.1), ("min_p", 1.1), ("min_p", float("nan")),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", float("nan")),
     ],
-)  # fmt: skip
-def test_bad_parameters_are_refused(field: str, value: float) -> None:
+)
+def test_bad_parameters_are_refused(field: str, value: Any) -> None:
     with pytest.raises(JetExportError, match=field):
         Sampling(**{field: value})
 
@@ -71,11 +79,13 @@ def test_bad_parameters_are_refused(field: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("presence_penalty", float("inf")), ("frequency_penalty", float("nan")), ("min_tokens", -1),
+        ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")),
+        ("min_tokens", -1),
         ("logit_bias", ((3, float("nan")),)),
     ],
-)  # fmt: skip
-def test_bad_request_parameters_are_refused(field: str, value) -> None:
+)
+def test_bad_request_parameters_are_refused(field: str, value: Any) -> None:
     with pytest.raises(JetExportError, match=field):
         Params(4, **{field: value})
 
