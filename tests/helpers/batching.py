@@ -2,7 +2,9 @@
 
 import random
 
+import pytest
 import torch
+from torch.nn.functional import linear
 
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.params import Params
@@ -11,6 +13,16 @@ from jet_export.runtime.sequence import RunningSequence
 
 def tokens(n: int, seed: int) -> list[int]:
     return torch.randint(0, 128, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def require_placeless_rows(model: torch.nn.Module, rows: int) -> None:
+    """Skip on a CPU whose BLAS gives a row of a product other bits in another place of the batch: a request's bits then
+    follow its row. MKL's fp32 kernels for Intel CPUs with AVX2 do."""
+    for w in {x.shape: x for x in model.parameters() if x.ndim == 2 and x.is_floating_point() and x.is_cpu}.values():
+        x = torch.randn(rows, w.shape[1], generator=torch.Generator().manual_seed(0)).to(w.dtype)
+        y = linear(x, w)
+        if not all(torch.equal(linear(x.roll(i, 0), w), y.roll(i, 0)) for i in range(1, rows)):
+            pytest.skip(f"on this CPU the bits of a row times a weight of {list(w.shape)} depend on the row's place")
 
 
 def among_others(

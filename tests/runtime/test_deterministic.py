@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.batching import among_others, distinct, repeats, tokens
+from helpers.batching import among_others, distinct, repeats, require_placeless_rows, tokens
 from helpers.eager_bundle import eager_engine, eager_llm
 
 from jet_export.bundle.limits import Limits
@@ -19,6 +19,7 @@ PROMPT = tokens(100, 0)
 @pytest.mark.parametrize(("dtype", "kv"), [(torch.float32, None), (torch.bfloat16, torch.float8_e4m3fn)])
 def test_twenty_repeats_are_the_same_bits(device, dtype, kv) -> None:
     engine = eager_engine(LIMITS, device=device, dtype=dtype, kv_dtype=kv)
+    require_placeless_rows(engine.model, LIMITS.max_batch_size)
 
     def make(**serving) -> BatchingEngine:
         return BatchingEngine(engine, ByteTokenizer(), -1, Serving(**serving))
@@ -39,6 +40,7 @@ def test_without_it_bits_depend_on_the_batch(device) -> None:
 
 def test_generate_agrees_with_serving(device) -> None:
     llm = eager_llm(LIMITS, device=device, deterministic=True)
+    require_placeless_rows(llm.engine.model, LIMITS.max_batch_size)
     rows = [tokens(n, n) for n in (150, 3, 64, 129, 20, 1, 90, 31, 200)]
     together = llm.generate(rows, 8, return_logits=True)
     engine = BatchingEngine(llm.engine, llm.tokenizer, -1, Serving(deterministic=True))
@@ -87,7 +89,9 @@ def test_cuda_graphs_agree_with_plain_calls(device) -> None:
 
 
 def test_one_padded_sequence_has_the_bits_of_a_full_bucket(device) -> None:
-    runner = Runner(eager_engine(LIMITS, device=device), deterministic=True)
+    engine = eager_engine(LIMITS, device=device)
+    require_placeless_rows(engine.model, LIMITS.max_batch_size)
+    runner = Runner(engine, deterministic=True)
     rows = [tokens(20 + i, i) for i in range(8)]
     runner.prefill(list(range(8)), rows)
     states = [s.clone() for s in runner.states]
