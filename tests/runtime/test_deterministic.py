@@ -5,6 +5,7 @@ import torch
 from helpers.batching import among_others, distinct, repeats, require_placeless_rows, tokens
 from helpers.eager_bundle import eager_engine, eager_llm
 
+from jet_export.backends.eager import EagerEngine
 from jet_export.bundle.limits import Limits
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
@@ -40,6 +41,7 @@ def test_without_it_bits_depend_on_the_batch(device) -> None:
 
 def test_generate_agrees_with_serving(device) -> None:
     llm = eager_llm(LIMITS, device=device, deterministic=True)
+    assert isinstance(llm.engine, EagerEngine)
     require_placeless_rows(llm.engine.model, LIMITS.max_batch_size)
     rows = [tokens(n, n) for n in (150, 3, 64, 129, 20, 1, 90, 31, 200)]
     together = llm.generate(rows, 8, return_logits=True)
