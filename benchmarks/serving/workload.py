@@ -5,7 +5,7 @@
 Prompts of about 512 random tokens, about 256 new ones (log-normal, sigma 0.5, one seed), all submitted together,
 --slots at once, end-of-sequence tokens ignored. `engine`: the caller takes the steps (LLM.generate's way). `async`:
 AsyncLLM, a task a request. Output tokens/s from the first submission to the last token; milliseconds between the
-tokens of a request. A part runs once before, so that every CUDA graph is there.
+tokens of a request. It all runs once before, so that every CUDA graph is there.
 """
 
 from __future__ import annotations
@@ -127,9 +127,8 @@ def check(trace: Trace, work: list[Request]) -> None:
     """Every request got all its tokens; a figure of anything else would be worth nothing."""
     wrong = [i for i, (_, new) in enumerate(work) if len(trace.times[i]) != new or trace.reasons[i] != "length"]
     if wrong:
-        raise SystemExit(
-            f"request {wrong[0]} got {len(trace.times[wrong[0]])} tokens and ended by {trace.reasons[wrong[0]]}"
-        )
+        i = wrong[0]
+        raise SystemExit(f"request {i} got {len(trace.times[i])} of {work[i][1]} tokens; ended by {trace.reasons[i]}")
 
 
 def engine_of(engine: Engine, bundle: Path, slots: int) -> BatchingEngine:
@@ -151,8 +150,7 @@ def main() -> None:
     work = requests(options.requests, min(150_000, loaded.config.vocab_size))
     engine = engine_of(loaded, options.bundle, options.slots)
     runs = {"engine": run_engine, "async": run_async}
-    run_engine(engine, [(p, min(n, 8)) for p, n in work], "greedy")  # prompts of every length
-    run_engine(engine, work[: options.slots], "greedy")  # and every batch, as they end
+    run_engine(engine, work, "greedy")  # every CUDA graph that the work needs
     rows: list[dict[str, Any]] = []
     for kind in options.kinds.split(","):
         for through in options.through.split(","):
