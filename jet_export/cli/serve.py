@@ -25,6 +25,9 @@ def serve(
     metrics_port: Annotated[int, typer.Option(help="Triton's metrics; 0 picks a free one.")] = 8002,
     instances: Annotated[int, typer.Option(help="Engines behind Triton, on the CPU or on each of --gpus.")] = 1,
     gpus: Annotated[str, typer.Option(help="GPUs that Triton uses, such as 0,1.")] = "0",
+    keep_alive_timeout: Annotated[
+        float, typer.Option(help="With --openai: seconds that an idle connection stays open.")
+    ] = 75.0,
     slots: Annotated[int | None, typer.Option(help="Sequences at once; default: the bundle's max_batch_size.")] = None,
     kv_tokens: Annotated[
         int | None,
@@ -54,9 +57,10 @@ def serve(
     if openai:
         if triton_repo:
             raise JetExportError("serve: --openai and --triton-repo exclude each other.")
+        from jet_export.server.openai.serve import HttpOptions
         from jet_export.server.openai.serve import serve as run_openai
 
-        run_openai(bundle, host, port, serving, typer.echo)
+        run_openai(bundle, HttpOptions(host=host, port=port, keep_alive=keep_alive_timeout), serving, typer.echo)
         return
     from jet_export.server.triton.repository import Repository, gpu_indices, write_repository
     from jet_export.server.triton.tritonserver import Ports, run_triton

@@ -16,7 +16,7 @@ from jet_export.runtime.capacity import Serving
 from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.server.openai.app import create_app
 from jet_export.server.openai.chat import ChatTemplate
-from jet_export.server.openai.serve import listen, run, url
+from jet_export.server.openai.serve import KEEP_ALIVE, listen, run, url
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=400, prefill_chunk=64)
 TEMPLATE = """{% for m in messages %}
@@ -35,7 +35,9 @@ def server(llm: AsyncLLM, template: str | None = TEMPLATE, max_body_bytes: int |
     """The server's address."""
     app = create_app(llm, "mini", ChatTemplate(template, {}) if template else None, max_body_bytes)
     listener = listen("127.0.0.1", 0)
-    program = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    program = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, timeout_keep_alive=75)
+    )
     thread = threading.Thread(target=lambda: program.run(sockets=[listener]), daemon=True)
     thread.start()
     try:
@@ -53,4 +55,5 @@ if __name__ == "__main__":
     listener = listen("127.0.0.1", int(sys.argv[1]))
     print(url(listener), flush=True)
     llm = async_llm()
-    run(create_app(llm, "mini"), listener, llm.batching.close, grace=float(sys.argv[2]))
+    keep_alive = float(sys.argv[3]) if len(sys.argv) > 3 else KEEP_ALIVE
+    run(create_app(llm, "mini"), listener, llm.batching.close, grace=float(sys.argv[2]), keep_alive=keep_alive)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +18,24 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 GRACE = 10  # seconds that running requests have to finish after SIGTERM
+# A client may send its next request just when an idle connection is closed, and then sees a reset: longer than the idle
+# times of the usual clients and proxies (60 s).
+KEEP_ALIVE = 75.0
 
 
-def serve(bundle: Path, host: str, port: int, serving: Serving, log: Callable[[str], None]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class HttpOptions:
+    """Where the server listens, and how it treats connections."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: a free one
+    keep_alive: float = KEEP_ALIVE  # seconds that an idle connection stays open
+
+
+def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str], None]) -> None:
     """Load the bundle and serve it until told to stop. Raises JetExportError if the extra [serve] is not installed."""
+    if not 0 < http.keep_alive < math.inf:
+        raise JetExportError(f"--keep-alive-timeout {http.keep_alive}: not a time.", "Give seconds, e.g. 75.")
     try:
         import uvicorn  # noqa: F401
 
@@ -30,7 +46,7 @@ def serve(bundle: Path, host: str, port: int, serving: Serving, log: Callable[[s
     from jet_export.runtime.async_llm import AsyncLLM
     from jet_export.server.openai.chat import load_chat_template
 
-    listener = listen(host, port)
+    listener = listen(http.host, http.port)
     llm = AsyncLLM(bundle, serving)
     name = str(Manifest.load(bundle).model["name"])
     template = load_chat_template(bundle)
@@ -43,7 +59,7 @@ def serve(bundle: Path, host: str, port: int, serving: Serving, log: Callable[[s
     for path in ("completions", "chat/completions") if template else ("completions",):
         log(f"POST {url(listener)}/v1/{path}")
     log(f"GET  {url(listener)}/v1/models  /health  /metrics")
-    run(create_app(llm, name, template), listener, llm.batching.close)
+    run(create_app(llm, name, template), listener, llm.batching.close, keep_alive=http.keep_alive)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -59,7 +75,13 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: FastAPI, listener: socket.socket, close: Callable[[], None], grace: float = GRACE) -> None:
+def run(
+    app: FastAPI,
+    listener: socket.socket,
+    close: Callable[[], None],
+    grace: float = GRACE,
+    keep_alive: float = KEEP_ALIVE,
+) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish.
 
     After `grace` seconds `close` ends those that still run; each is answered with the reason.
@@ -77,6 +99,7 @@ def run(app: FastAPI, listener: socket.socket, close: Callable[[], None], grace:
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=max(1, round(keep_alive)),
         timeout_graceful_shutdown=int(grace) + 5,  # covers clients that do not read their answers
     )
     # Once it has shut down, uvicorn raises the signal again for the previous handler.

@@ -1,5 +1,6 @@
 """Bad input gets 4xx with a reason and affects no other request; signals stop the program cleanly."""
 
+import http.client
 import json
 import os
 import signal
@@ -137,6 +138,46 @@ def test_a_prompt_of_10_mb(address) -> None:
 
     answer = httpx.post(f"{address}/v1/completions", content=endless(), headers={"Content-Type": "application/json"})
     refused(answer, "longer than", 413)
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["with its length", "chunked"])
+def test_a_client_that_sends_10_mb_before_it_reads_gets_its_413(address, declared) -> None:
+    """Not a connection reset: the server reads on."""
+    host, port = address.removeprefix("http://").split(":")
+    content = json.dumps(body(prompt="a" * 10_000_000)).encode()
+    how = f"Content-Length: {len(content)}" if declared else "Transfer-Encoding: chunked"
+    with socket.create_connection((host, int(port)), timeout=30) as s:
+        s.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{how}\r\n\r\n".encode()
+        )
+        sent = content if declared else b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+        for i in range(0, len(sent), 500_000):  # slowly enough for a server to close meanwhile
+            s.sendall(sent[i : i + 500_000])
+            time.sleep(0.02)
+        assert s.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(("options", "pause", "stays"), [([], 6.5, True), (["1"], 2.5, False)])
+def test_idle_connections_stay_open_as_long_as_asked(options, pause, stays) -> None:
+    """uvicorn's own five seconds are shorter than the pauses of clients that keep their connections."""
+    command = [sys.executable, "-m", "helpers.serving", "0", "1", *options]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip().removeprefix("http://")
+        connection = http.client.HTTPConnection(address, timeout=30)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        time.sleep(pause)
+        try:
+            connection.request("GET", "/health")
+            assert connection.getresponse().status == 200 and stays
+        except ConnectionError:
+            assert not stays
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def test_a_client_that_disconnects_inside_its_body(address, llm, caplog) -> None:
