@@ -12,12 +12,14 @@ from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.backend_choice import BackendChoice, choose_backend
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
+from jet_export.bundle.manifest import TOKENIZER
 from jet_export.bundle.memory import Memory, engine_memory, weight_bytes
 from jet_export.bundle.target import host_target, target_device
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
 from jet_export.plugins.targets import check_fp8, parse_sms, sm_name, sm_of_arch
+from jet_export.runtime.tokenizer import Tokenizer
 from jet_export.utils.errors import JetExportError
 
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -44,6 +46,7 @@ class BuildOptions:
     max_seq_len: int | None = None
     prefill_chunk: int | None = None
     random_weights: bool = False
+    tokenizer: Path | None = None  # of random weights: a directory with tokenizer.json
     seed: int = 0
     output: Path | None = None
     force: bool = False
@@ -101,6 +104,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if options.checkpoint is not None and not (options.checkpoint / "config.json").is_file():
         raise JetExportError(f"--checkpoint {options.checkpoint}: no config.json there.")
     config = _config(options, directory)
+    _check_tokenizer(options, config)
     limits, warnings = _limits(options, config)
     fp8 = options.fp8 or (is_fp8_checkpoint(config) and not options.random_weights)
     if fp8 and dtypes.model != torch.bfloat16:
@@ -133,6 +137,24 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         sms=sms,
         build_device=device,
     )
+
+
+def _check_tokenizer(options: BuildOptions, config: JetNemotronConfig) -> None:
+    """Raises JetExportError for a --tokenizer that is none, has ids beyond the vocabulary, or belongs elsewhere."""
+    directory = options.tokenizer
+    if directory is None:
+        return
+    if not options.random_weights:
+        raise JetExportError("--tokenizer: belongs to --random-weights; a checkpoint has its own.", "Leave it out.")
+    path = directory / TOKENIZER
+    if not path.is_file():
+        raise JetExportError(f"--tokenizer {directory}: no {TOKENIZER} there.", "Name a directory that has one.")
+    largest = Tokenizer(path).largest_id
+    if largest >= config.vocab_size:
+        raise JetExportError(
+            f"--tokenizer {directory}: its ids go up to {largest}, the model's vocabulary has {config.vocab_size}.",
+            "Use the tokenizer of this architecture.",
+        )
 
 
 def _source(options: BuildOptions, directory: Path | None) -> str:

@@ -87,15 +87,22 @@ def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
 
 def copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
     """Copy the checkpoint's tokenizer and licence. Returns the licence's name, where it is known."""
+    if plan.options.tokenizer is not None:
+        copy_tokenizer(plan.options.tokenizer, tmp)
+        return None
     directory = plan.directory
     if directory is None or (plan.options.random_weights and plan.options.model != "jet-tiny"):
         return None
-    for name in TOKENIZER_FILES:
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, tmp / name)
+    copy_tokenizer(directory, tmp)
     for p in licence_files(directory):
         shutil.copyfile(p, tmp / p.name)
     return checkpoint_licence(directory)
+
+
+def copy_tokenizer(directory: Path, to: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, to / name)
 
 
 def quantize_model(

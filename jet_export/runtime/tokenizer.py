@@ -22,6 +22,11 @@ class Tokenizer:
         except Exception as e:  # tokenizers raises bare Exception
             raise JetExportError(f"{path}: not a tokenizer.json ({e}).") from None
 
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens, those that were added to its vocabulary included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """`special_tokens`: add those that the tokenizer puts around a text; a chat template brings its own."""
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids

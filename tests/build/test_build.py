@@ -254,3 +254,43 @@ def test_compiler_whose_packages_crash_on_load(tmp_path) -> None:
             target.writestr(item, (tmp_path / "crash.so").read_bytes() if crash else source.read(item))
     with pytest.raises(JetExportError, match=r"do not load: .* dies of SIGABRT(.|\n)*export CC=/usr/bin/gcc"):
         package.check_loads(bad)
+
+
+def tokenizer_of(directory: Path, words: int) -> Path:
+    """A directory with a tokenizer of so many words, and a chat template."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    directory.mkdir()
+    vocab = {f"w{i}": i for i in range(words)}
+    Tokenizer(WordLevel(vocab, unk_token="w0")).save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    return directory
+
+
+def test_random_weights_take_a_tokenizer_along(quick, tmp_path) -> None:
+    given = tokenizer_of(tmp_path / "tokenizer", 100)
+    make(options(tmp_path, tokenizer=given))
+    bundle = tmp_path / "out/bundle"
+    assert (bundle / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
+    manifest = Manifest.load(bundle)
+    assert {"tokenizer.json", "chat_template.jinja"} <= manifest.files.keys()
+    assert make(options(tmp_path, tokenizer=given)) == [f"{bundle} is up to date."]
+    with pytest.raises(JetExportError, match=r"other inputs \(tokenizer was \w+.*, now None\)"):
+        make(options(tmp_path))
+
+
+def test_tokenizers_that_do_not_fit_are_refused(tmp_path) -> None:
+    large = tokenizer_of(tmp_path / "large", 129)  # the model's vocabulary is 128
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "tokenizer.json").write_text("{")
+    for given, message in (
+        (large, r"its ids go up to 128, the model's vocabulary has 128"),
+        (tmp_path, r"no tokenizer.json there"),
+        (damaged, r"not a tokenizer.json"),
+    ):
+        with pytest.raises(JetExportError, match=message):
+            make_plan(options(tmp_path, tokenizer=given))
+    with pytest.raises(JetExportError, match="--tokenizer: belongs to --random-weights"):
+        make_plan(options(tmp_path, model="jet-tiny", random_weights=False, tokenizer=large))
