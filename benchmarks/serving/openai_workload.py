@@ -29,7 +29,7 @@ from jet_export.utils.environment import write_result
 
 @dataclass
 class Answer:
-    """What came of one request."""
+    """The answer to one request."""
 
     chunks: list[float] = field(default_factory=list)  # seconds, when each chunk came
     tokens: int = 0  # by the server's usage

@@ -24,11 +24,8 @@ from jet_export.build import backend_choice as backends
 from jet_export.build import inductor, steps
 from jet_export.build.build import run_build
 from jet_export.build.plan import BuildOptions, make_plan
-from jet_export.bundle.dtypes import Dtypes
-from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
-from jet_export.bundle.memory import engine_memory, weight_bytes
-from jet_export.model.config import jet_2b
+from jet_export.bundle.memory import weight_bytes
 from jet_export.model.hub import checkpoint_licence, licence_files
 from jet_export.utils.errors import JetExportError
 
@@ -182,16 +179,6 @@ def test_every_seen_backend_names_a_committed_result() -> None:
                 verified = [r for r in result["results"] if r.get("verify_exit_status") == 0]
                 assert verified
                 assert all(r["verify"]["passed"] and r["verify"]["stages"] for r in verified)
-
-
-def test_memory_of_the_published_models() -> None:
-    """The states of the paper's sizes: 28 MB a sequence for jet-2b in fp32, KV of two layers at 64K."""
-    c = jet_2b()
-    limits = Limits(max_batch_size=128, max_seq_len=65536, prefill_chunk=2048)
-    m = engine_memory(c, limits, Dtypes(model=torch.bfloat16, kv_cache=torch.bfloat16), weights=0)
-    assert m.recurrent_states == 128 * 24 * 12 * 96 * 256 * 4
-    assert m.kv_full == 128 * 2 * 65536 * 2 * 2 * 128 * 2
-    assert m.kv_window == 128 * 2 * (25 + 1) * 128 * 2 * 2 * 128 * 2
 
 
 def test_no_compiler(quick, tmp_path, monkeypatch) -> None:

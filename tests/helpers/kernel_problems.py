@@ -1,8 +1,8 @@
 """Small ragged problems for every kernel, on any device: what sanitize.py and the tests of the kernels' laws run.
 
-A problem has several sequences of unlike lengths, one of them padding, over pools with more rows than sequences, in
-which nobody's rows are NaN. `launch` takes fresh copies of the inputs, updates the states among them in place and
-returns the outputs; `reference` is the kernel's specification on the CPU in fp32.
+A problem has several sequences of unlike lengths, one of them padding, over pools with more rows than sequences,
+where the rows that no sequence owns are NaN. `launch` takes fresh copies of the inputs, updates the states among them
+in place and returns the outputs; `reference` is the kernel's specification on the CPU in fp32.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
             "qkuz": rand(T, 2 * H * K + 2 * D + 8), "ba": rand(T, 2 * H), "kappa": 0.5 * rand(T, D * W),
             "A_log": torch.empty(H).uniform_(0.1, 8, generator=rng).log().to(device),
             "dt_bias": rand(H, dtype=torch.float32) - 3, "w_o": 1 + 0.1 * rand(V),
-            "conv_state": nobodys_nan(rand(N + 2, W - 1, D), slots),
-            "recurrent_state": nobodys_nan(rand(N + 2, H, K, V, dtype=state), slots), **common,
+            "conv_state": poison_unowned(rand(N + 2, W - 1, D), slots),
+            "recurrent_state": poison_unowned(rand(N + 2, H, K, V, dtype=state), slots), **common,
         }  # fmt: skip
         form = "decode" if decode else "prefill"
         yield Problem(
@@ -155,7 +155,7 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
         )  # fmt: skip
 
 
-def nobodys_nan(pool: Tensor, slots: Tensor) -> Tensor:
+def poison_unowned(pool: Tensor, slots: Tensor) -> Tensor:
     """The pool with NaN in every row that belongs to no sequence."""
     mine = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
     mine[slots[slots >= 0].long()] = True

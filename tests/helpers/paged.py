@@ -58,7 +58,7 @@ class Case:
 def make_case(
     lens, context, heads=(4, 2), head_dim=32, page=16, dtype=torch.float32, cache_dtype=None, M=None, seed=0, **options
 ) -> Case:
-    """Ragged sequences with scattered pages in a pool that has three pages of nobody's."""
+    """Ragged sequences with scattered pages in a pool with three pages that no sequence owns."""
     gen = torch.Generator().manual_seed(seed)
     (Hq, Hkv), N = heads, len(lens)
     total = max(n + c for n, c in zip(lens, context, strict=True))
@@ -80,7 +80,7 @@ def make_case(
 
 
 def poison(c: Case) -> Case:
-    """NaN wherever nobody wrote or nobody may look; unused table entries name a page of NaN."""
+    """NaN wherever nothing was written or nothing may be read; unused table entries name a page of NaN."""
     page, M = c.kv_cache.shape[3], c.block_table.shape[1]
     held = torch.zeros(c.kv_cache.shape[0], page, dtype=torch.bool)
     used = torch.zeros(c.block_table.shape, dtype=torch.bool)
@@ -90,9 +90,9 @@ def poison(c: Case) -> Case:
         for p in range(first, context + lens[n] if slot >= 0 else first):
             used[n, p // page % M] = True
             held[c.block_table[n, p // page % M], p % page] |= p < context
-    nobody = [i for i in range(held.shape[0]) if i not in c.block_table]
+    unowned = [i for i in range(held.shape[0]) if i not in c.block_table]
     cache = c.kv_cache.float().masked_fill(~held[:, None, None, :, None], float("nan")).to(c.kv_cache.dtype)
-    return replace(c, kv_cache=cache, block_table=torch.where(used, c.block_table, nobody[0]))
+    return replace(c, kv_cache=cache, block_table=torch.where(used, c.block_table, unowned[0]))
 
 
 def pick(c: Case, rows: list[int]) -> Case:

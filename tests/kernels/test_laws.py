@@ -50,8 +50,8 @@ def test_results_repeat_bit_for_bit_and_unused_rows_are_unchanged(name: str) -> 
     for n in p.states:
         assert same_bits(after_a[n], after_b[n])
         mine = torch.cat([p.rows(s)[n] for s in LIVE])
-        nobodys = [i for i in range(len(after_a[n])) if i not in mine]
-        assert nobodys and same_bits(kp.raw(after_a[n])[nobodys], kp.raw(p.inputs[n])[nobodys])
+        unowned = [i for i in range(len(after_a[n])) if i not in mine]
+        assert unowned and same_bits(kp.raw(after_a[n])[unowned], kp.raw(p.inputs[n])[unowned])
 
 
 @pytest.mark.parametrize("name", SMALL)

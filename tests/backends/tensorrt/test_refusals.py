@@ -147,9 +147,7 @@ def test_an_engine_is_verified_where_its_gpu_is(quick, monkeypatch, passes) -> N
 
     monkeypatch.setattr(verify, "verify_bundle", verify_bundle)
     if not passes:
-        with pytest.raises(
-            JetExportError, match=r"fails its verification, so no bundle is written:\n  decode: log"
-        ):
+        with pytest.raises(JetExportError, match=r"fails its verification, so no bundle is written:\n  decode: log"):
             build(quick)
         assert not list(quick.iterdir())
         return
