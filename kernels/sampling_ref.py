@@ -78,12 +78,13 @@ def processed_ref(
 ) -> np.ndarray:
     """x' of the module, float64."""
     x = logits.copy()
-    seen = np.zeros(len(x), dtype=bool)
-    seen[[*prompt, *made]] = True
-    counts = np.bincount(np.asarray(made, dtype=np.int64), minlength=len(x))
-    r = row.repetition_penalty
-    x = np.where(seen, np.where(x > 0, x / r, x * r), x)
-    x = x - row.presence_penalty * (counts > 0) - row.frequency_penalty * counts
+    if row.penalised:
+        seen = np.zeros(len(x), dtype=bool)
+        seen[[*prompt, *made]] = True
+        counts = np.bincount(np.asarray(made, dtype=np.int64), minlength=len(x))
+        r = row.repetition_penalty
+        x = np.where(seen, np.where(x > 0, x / r, x * r), x)
+        x = x - row.presence_penalty * (counts > 0) - row.frequency_penalty * counts
     for token, bias in row.logit_bias:
         x[token] += bias
     if len(made) < row.min_tokens:

@@ -18,7 +18,10 @@ from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Params
+from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
+
+GREEDY = Sampling()
 
 
 class Clock:
@@ -42,10 +45,11 @@ CLOCK = Clock()
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """One request: random token ids, greedy, and exactly `new` new tokens."""
+    """One request: random token ids, and exactly `new` new tokens."""
 
     prompt: list[int]
     new: int
+    sampling: Sampling = GREEDY
 
 
 @dataclass
@@ -86,7 +90,7 @@ class InProcess:
         self.llm.stop()
 
     async def run(self, request: LoadRequest, trace: Trace) -> None:
-        stream = self.llm.stream([request.prompt], Params(request.new, ignore_eos=True))
+        stream = self.llm.stream([request.prompt], Params(request.new, request.sampling, ignore_eos=True))
         try:
             async for _, output in stream:
                 if output.token is not None:
@@ -113,7 +117,10 @@ class Http:
             "model": self.model,
             "prompt": request.prompt,
             "max_tokens": request.new,
-            "temperature": 0,
+            "temperature": request.sampling.temperature,
+            "top_k": request.sampling.top_k,
+            "top_p": request.sampling.top_p,
+            "seed": request.sampling.seed,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -32,6 +32,7 @@ from jet_export.backends.load import load_engine
 from jet_export.bench.timer import percentile
 from jet_export.bundle.manifest import Manifest
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.utils.environment import write_result
 
@@ -53,7 +54,9 @@ class Workload:
     def request(self, rng: random.Random, prompt: int, new: int) -> LoadRequest:
         new = min(new, self.max_seq_len - 1)
         prompt = min(prompt, self.max_seq_len - new)
-        return LoadRequest([rng.randrange(self.vocab) for _ in range(prompt)], new)
+        a = self.args
+        sampling = Sampling(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=prompt)
+        return LoadRequest([rng.randrange(self.vocab) for _ in range(prompt)], new, sampling)
 
     def _length(self, rng: random.Random, mean: float) -> int:
         return max(1, round(rng.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA)))
@@ -255,6 +258,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--long-prompt", type=int, default=32768, help="at most max_seq_len - 2")
     parser.add_argument("--join-streams", type=int, default=4)
     parser.add_argument("--join-seconds", type=float, default=2.0)
+    parser.add_argument("--temperature", type=float, default=0.0, help="of every request; 0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--slots", type=int)
     parser.add_argument("--token-budget", type=int)
     parser.add_argument("--http", action="store_true", help="through jet-export serve --openai on loopback")
@@ -277,6 +283,7 @@ def main() -> None:
         "model": manifest.model["name"],
         "precision": "fp8" if manifest.quantization else manifest.dtype,
         "limits": asdict(manifest.limits),
+        "sampling": {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p},
         "through": "http" if args.http else "AsyncLLM",
         "clock": args.clock,
     }

@@ -60,17 +60,19 @@ def test_figures_of_known_times(load) -> None:
 
 
 def test_the_seed_decides_the_work(load) -> None:
-    args = type("Args", (), {"seed": 3, "prompt_tokens": 50, "output_tokens": 10})()
+    args = args_of(prompt_tokens=50, output_tokens=10, temperature=0.7)
     work = load.Workload(args, vocab=128, max_seq_len=100)
     a, b = work.requests(200, 1), work.requests(200, 1)
     assert a == b != work.requests(200, 2)
     assert all(len(x.prompt) + x.new <= 100 and min(x.prompt) >= 0 and max(x.prompt) < 128 for x in a)
     mean = sum(x.new for x in a) / len(a)
     assert 9 < mean < 11 and len({x.new for x in a}) > 5
+    assert {x.sampling.temperature for x in a} == {0.7}
 
 
 def args_of(**values):
-    return type("Args", (), {"seed": 3, "prompt_tokens": 20, "output_tokens": 2, **values})()
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    return type("Args", (), {"seed": 3, "prompt_tokens": 20, "output_tokens": 2, **sampling, **values})()
 
 
 def test_a_poisson_run_takes_the_same_time_at_every_load(load) -> None:
