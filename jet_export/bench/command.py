@@ -24,6 +24,7 @@ from jet_export.bundle.dtypes import dtype_name
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import available_memory, free_cached
+from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.utils.environment import environment
 from jet_export.utils.errors import JetExportError
@@ -87,6 +88,10 @@ def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str
         raise JetExportError(
             f"--protocol {options.asked.protocol}: not known.", f"Known: {', '.join(sorted(PROTOCOLS))}."
         )
+    if options.asked.protocol != "serving" and not options.asked.sampling.greedy:
+        raise JetExportError(
+            f"--temperature: --protocol {options.asked.protocol} decodes greedily.", "Pass --protocol serving."
+        )
     manifest = Manifest.load(options.bundle)
     wanted(options.asked, manifest.limits)
     if options.output is not None:
@@ -126,7 +131,7 @@ def run_bundle(
     cases, run.skipped, run.notes = plan_cases(options.asked, subject.room)
     if options.asked.protocol == "serving":
         for case in cases:
-            run.serving.append(serve_case(subject, case))
+            run.serving.append(serve_case(subject, case, options.asked.sampling))
             keep(run)
         return run
     for case in with_sweep(cases, run.skipped, subject.room, options.asked.new_tokens) if sweep else cases:
@@ -160,10 +165,16 @@ def load_subject(bundle: Path, emit: Emit) -> tuple[Subject, BundleRun]:
     return Subject(bundle=bundle, engine=engine, room=room, roofline=roofline), run
 
 
-def serve_case(subject: Subject, case: Case) -> ServingRow:
+def serve_case(subject: Subject, case: Case, sampling: Sampling) -> ServingRow:
     """A burst of requests in as many slots as the case has sequences."""
-    tokenizer = load_tokenizer(subject.bundle)
-    return serve_burst(subject.engine, tokenizer, context=case.context, new_tokens=case.new_tokens, slots=case.batch)
+    return serve_burst(
+        subject.engine,
+        load_tokenizer(subject.bundle),
+        context=case.context,
+        new_tokens=case.new_tokens,
+        slots=case.batch,
+        sampling=sampling,
+    )
 
 
 def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, new_tokens: int) -> list[Case]:

@@ -8,12 +8,13 @@ serving    requests that arrive together, with continuous batching (serving.py)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jet_export.bench.measure import Case, check_case
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import MemoryBudget
+from jet_export.runtime.sampling import Sampling
 from jet_export.utils.console import human
 from jet_export.utils.errors import JetExportError
 
@@ -32,6 +33,7 @@ class Asked:
     contexts: tuple[int, ...] | None = None
     batches: tuple[int, ...] | None = None
     new_tokens: int = NEW_TOKENS
+    sampling: Sampling = field(default_factory=Sampling)  # of the serving protocol; the others decode greedily
 
 
 @dataclass(frozen=True, kw_only=True)

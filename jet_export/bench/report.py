@@ -64,8 +64,9 @@ def serving_table(rows: Sequence[tuple[str, str, ServingRow]]) -> Table:
         ("p99", lambda s: milliseconds(s[2].ttft_p99)),
         ("ms/token", lambda s: f"{s[2].ms_per_token_p50:.3g}"),
         ("p99", lambda s: f"{s[2].ms_per_token_p99:.3g}"),
+        ("sampling", lambda s: s[2].sampling),
     ]
-    return tabulate(rows, columns, left=("model",))
+    return tabulate(rows, columns, left=("model", "sampling"))
 
 
 def milliseconds(value: float | None) -> str:

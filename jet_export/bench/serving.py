@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,7 @@ from jet_export.model.cache import PAGE, cdiv
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
+from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 from jet_export.utils.errors import JetExportError
 
@@ -38,6 +39,17 @@ class ServingRow:
     ttft_p99: float
     ms_per_token_p50: float  # of each request, after its first token
     ms_per_token_p99: float
+    temperature: float
+    top_k: int
+    top_p: float
+
+    @property
+    def sampling(self) -> str:
+        """As a table has it."""
+        if self.temperature == 0:
+            return "greedy"
+        top_k, top_p = f" top_k {self.top_k}" if self.top_k else "", f" top_p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"t {self.temperature:g}{top_k}{top_p}"
 
 
 class _TokenTimes:
@@ -59,17 +71,22 @@ def serve_burst(
     context: int,
     new_tokens: int,
     slots: int,
+    sampling: Sampling | None = None,
     seed: int = 0,
 ) -> ServingRow:
-    """ROUNDS requests per slot, random prompts of `context` tokens. Raises JetExportError if one does not finish."""
+    """ROUNDS requests per slot, random prompts of `context` tokens, each with a sampling seed of its own.
+
+    Raises JetExportError if one does not finish.
+    """
     requests = ROUNDS * slots
     pages = slots * cdiv(context + new_tokens, PAGE)  # not max_seq_len for every slot
     serving = Serving(slots=slots, kv_tokens=pages * PAGE, max_waiting=requests, wait_timeout=1e9)
     batching = BatchingEngine(engine, tokenizer, -1, serving)
     rng = torch.Generator().manual_seed(seed)
     prompts = torch.randint(engine.config.vocab_size, (requests + slots, context), generator=rng).tolist()
-    params = Params(max_new_tokens=new_tokens, ignore_eos=True)
-    _run(batching, prompts[requests:], Params(max_new_tokens=2, ignore_eos=True))  # warm-up
+    sampling = sampling or Sampling()
+    params = [Params(new_tokens, replace(sampling, seed=i), ignore_eos=True) for i in range(requests)]
+    _run(batching, prompts[requests:], [Params(2, sampling, ignore_eos=True)] * slots)  # warm-up
     clocks = _run(batching, prompts[:requests], params)
     bad = next((c.reason for c in clocks if c.reason != "length"), None)
     if bad:
@@ -88,14 +105,17 @@ def serve_burst(
         ttft_p99=percentile(ttft, 0.99),
         ms_per_token_p50=statistics.median(per_token),
         ms_per_token_p99=percentile(per_token, 0.99),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
     )
 
 
-def _run(batching: BatchingEngine, prompts: Sequence[list[int]], params: Params) -> list[_TokenTimes]:
+def _run(batching: BatchingEngine, prompts: Sequence[list[int]], params: Sequence[Params]) -> list[_TokenTimes]:
     clocks = []
-    for prompt in prompts:
+    for prompt, p in zip(prompts, params, strict=True):
         clocks.append(_TokenTimes(time.perf_counter()))
-        batching.submit(prompt, params, clocks[-1])
+        batching.submit(prompt, p, clocks[-1])
     while batching.step():
         pass
     return clocks

@@ -20,15 +20,23 @@ def bench(
     baseline: Annotated[list[str] | None, typer.Option(help="qwen3-1.7b, qwen3-1.7b:fp8, or a bundle.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for bench.json, bench.csv and bench.png.")] = None,
     fill_seconds: Annotated[float, typer.Option(help="Longer prefills are replaced by synthetic states.")] = 60.0,
+    temperature: Annotated[float, typer.Option(help="serving: of every request; 0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="serving: 0 keeps every token.")] = 0,
+    top_p: Annotated[float, typer.Option(help="serving: 1 keeps every token.")] = 1.0,
 ) -> None:
     """Measure speed and memory, beside the roofline; verified first, and nothing is timed where that fails."""
     from jet_export.bench.command import BenchOptions, run_bench
     from jet_export.bench.protocols import Asked, parse_batches, parse_contexts
+    from jet_export.runtime.sampling import Sampling
 
     if new_tokens < 2:
         raise JetExportError(f"--new-tokens {new_tokens}: must be at least 2.")
     asked = Asked(
-        protocol=protocol, contexts=parse_contexts(contexts), batches=parse_batches(batch), new_tokens=new_tokens
+        protocol=protocol,
+        contexts=parse_contexts(contexts),
+        batches=parse_batches(batch),
+        new_tokens=new_tokens,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
     )
     options = BenchOptions(
         bundle=bundle, asked=asked, baselines=tuple(baseline or ()), output=output, fill_seconds=fill_seconds

@@ -17,6 +17,7 @@ from jet_export.bench.roofline import Peaks, bundle_weights
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest, describe_files
 from jet_export.cli import app as cli
+from jet_export.runtime.sampling import Sampling
 from jet_export.utils.errors import JetExportError
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=96, prefill_chunk=32)
@@ -173,6 +174,16 @@ def test_serving_finishes_every_request(bundle, outcome) -> None:
     assert (r["slots"], r["requests"], r["new_tokens"]) == (2, 8, 6)
     assert 0 < r["ttft_p50"] <= r["ttft_p99"] and 0 < r["ms_per_token_p50"] <= r["ms_per_token_p99"]
     assert r["total_tokens_per_s"] == pytest.approx(r["tokens_per_s"] * 46 / 6)
+
+
+def test_serving_samples_as_asked(bundle, outcome, capsys) -> None:
+    sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9)
+    result = run(bundle, 40, protocol="serving", batches=(2,), sampling=sampling)
+    (r,) = result["bundles"][0]["serving"]
+    assert (r["temperature"], r["top_k"], r["top_p"]) == (0.8, 5, 0.9)
+    assert capsys.readouterr().out.splitlines()[1].rstrip().endswith("t 0.8 top_k 5 top_p 0.9")
+    with pytest.raises(JetExportError, match="--temperature: --protocol latency decodes greedily"):
+        run(bundle, 40, protocol="latency", sampling=sampling)
 
 
 def test_serving_is_a_table_and_a_csv(bundle, outcome, tmp_path, capsys) -> None:
