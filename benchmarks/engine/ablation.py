@@ -181,8 +181,14 @@ def table(results: list[Result], cases: list[Case], model: str) -> Table:
     out.add_column("")
     first = results[0].decode
     for r in results:
-        cells = [f"{r.decode[n]:,.1f} ({r.decode[n] / first[n]:.2f}x)" if n in r.decode and n in first
-                 else f"{r.decode[n]:,.1f}" if n in r.decode else "–" for n in names]  # fmt: skip
+        cells = [
+            f"{r.decode[n]:,.1f} ({r.decode[n] / first[n]:.2f}x)"
+            if n in r.decode and n in first
+            else f"{r.decode[n]:,.1f}"
+            if n in r.decode
+            else "–"
+            for n in names
+        ]
         out.add_row(r.row, *cells, r.left_out)
     for x in references_of(model):
         if x.kind == "decode" and f"B{x.batch} {x.context}" in names:
@@ -216,8 +222,13 @@ def main() -> int:
     parser.add_argument("--max-seq-len", type=int)
     parser.add_argument("--prefill-chunk", type=int)
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--compile", choices=("all", "decode"), default="all", help="the row torch.compile; decode: "
-                        "prefill stays eager, in half of the time, and no prefill figure is written")  # fmt: skip
+    parser.add_argument(
+        "--compile",
+        choices=("all", "decode"),
+        default="all",
+        help="the row torch.compile; decode: "
+        "prefill stays eager, in half of the time, and no prefill figure is written",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--directory", type=Path, default=Path("bundles/ablation"))
     parser.add_argument("--fill-seconds", type=float, default=30.0)
@@ -240,8 +251,7 @@ def main() -> int:
             "model": args.model,
             "command": shlex.join(["python", "benchmarks/engine/ablation.py", *sys.argv[1:]]),
         }
-        write_result(args.output, {**found, "cases": [asdict(c) for c in cases],
-                                         "rows": [asdict(r) for r in results]})  # fmt: skip
+        write_result(args.output, {**found, "cases": [asdict(c) for c in cases], "rows": [asdict(r) for r in results]})
         free_cached(target_device(args.device))
     Console(width=170, highlight=False).print(table(results, cases, args.model))
     return 0 if all(r.decode or r.gated for r in results) else 1

@@ -47,10 +47,14 @@ def compare(fla, case: str, T: int, H: int, K: int, V: int) -> dict:
         q, k, v, g, beta, initial_state=S, output_final_state=True, use_qk_l2norm_in_kernel=True
     )
     return {
-        "case": case, "T": T, "H": H, "K": K, "V": V,
+        "case": case,
+        "T": T,
+        "H": H,
+        "K": K,
+        "V": V,
         "o": {"ours": rel(ours, o[0]), "fla": rel(theirs, o)},
         "state": {"ours": rel(pool, state), "fla": rel(their_state, state)},
-    }  # fmt: skip
+    }
 
 
 def main() -> int:

@@ -77,6 +77,7 @@ if __name__ == "__main__":
             q, k, v, beta, g = rule_inputs(B, T, H, K, V)
             S = torch.zeros(B, H, K, V, device="cuda")
             for norm in (False, True):
-                rule.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=S, output_final_state=True,
-                                            use_qk_l2norm_in_kernel=norm)  # fmt: skip
+                rule.chunk_gated_delta_rule(
+                    q, k, v, g, beta, initial_state=S, output_final_state=True, use_qk_l2norm_in_kernel=norm
+                )
         torch.cuda.synchronize()

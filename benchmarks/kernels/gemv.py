@@ -71,8 +71,13 @@ def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: fl
                 add(label, partial(gemv, x, scales))
     times = timer.compare(variants, repeats=10, calls=copies)
     us = {k: round(1e3 * t.median, 2) for k, t in times.items()}
-    return {"layer": name, "dtype": str(dtype).removeprefix("torch."), "bytes": nbytes,
-            "roofline_us": round(1e6 * nbytes / copy, 2), "us": us}  # fmt: skip
+    return {
+        "layer": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": nbytes,
+        "roofline_us": round(1e6 * nbytes / copy, 2),
+        "us": us,
+    }
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -81,8 +86,14 @@ def show(results: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="right" if column.endswith("us") else "left", no_wrap=True)
     for r in results:
         best = min((k for k in r["us"] if k.startswith("gemv")), key=lambda k: r["us"][k])
-        table.add_row(r["layer"], r["dtype"], f"{r['roofline_us']:.1f}", f"{r['us']['library']:.1f}",
-                      f"{r['us'][best]:.1f}", best.removeprefix("gemv "))  # fmt: skip
+        table.add_row(
+            r["layer"],
+            r["dtype"],
+            f"{r['roofline_us']:.1f}",
+            f"{r['us']['library']:.1f}",
+            f"{r['us'][best]:.1f}",
+            best.removeprefix("gemv "),
+        )
     Console(width=120, highlight=False).print(table)
 
 

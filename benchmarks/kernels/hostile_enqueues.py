@@ -45,8 +45,12 @@ ERROR_EXIT = 9
 def plugins(headers: Path) -> tuple[Harness, list]:
     major, minor = torch.cuda.get_device_capability()
     caches = ["bfloat16", "float8_e4m3fn"] if (major, minor) >= (8, 9) else ["bfloat16"]
-    cases = [c for model in ("jet-2b", "jet-4b") for cache in caches
-             for c in model_cases(PRESETS[model](), cache_dtype=cache)]  # fmt: skip
+    cases = [
+        c
+        for model in ("jet-2b", "jet-4b")
+        for cache in caches
+        for c in model_cases(PRESETS[model](), cache_dtype=cache)
+    ]
     cases = list(dict.fromkeys(cases))
     folder = build_library(cases, [10 * major + minor], headers, emit=print)
     return Harness(harness_library(headers), folder / NAME), cases
@@ -128,8 +132,13 @@ def memcheck(sanitizer: str, arguments: list[str]) -> dict[str, Any]:
     summary = re.findall(r"ERROR SUMMARY: (\d+) error", said)
     errors = sum(map(int, summary)) if summary else None
     version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1:]
-    return {"tool": version, "errors": errors, "passed": status == 0 and errors == 0, "rows": rows,
-            "said": [] if status == 0 else said.strip().splitlines()[-40:]}  # fmt: skip
+    return {
+        "tool": version,
+        "errors": errors,
+        "passed": status == 0 and errors == 0,
+        "rows": rows,
+        "said": [] if status == 0 else said.strip().splitlines()[-40:],
+    }
 
 
 def main() -> int:
@@ -150,8 +159,11 @@ def main() -> int:
     plugins(headers)  # compiles what the children find in the cache
     arguments = ["--tensorrt-headers", str(headers)]
     status, said, rows = child([], {}, [*arguments, "--timed", "--seeds", str(o.seeds)])
-    timed = {"passed": status == 0 and all(row["bounded"] for row in rows), "rows": rows,
-             "said": [] if status == 0 else said.strip().splitlines()[-40:]}  # fmt: skip
+    timed = {
+        "passed": status == 0 and all(row["bounded"] for row in rows),
+        "rows": rows,
+        "said": [] if status == 0 else said.strip().splitlines()[-40:],
+    }
     output = output_of(o)
     checked = memcheck(sanitizer, arguments)
     passed = bool(timed["passed"] and checked["passed"])

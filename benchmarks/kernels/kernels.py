@@ -145,9 +145,15 @@ def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kerne
             if fla is not None and dtype == torch.float32:
                 q, k, v, beta, g = rule_inputs(B, 1, H, K, V)
                 rule = partial(
-                    fla.fused_recurrent_gated_delta_rule, q, k, v, g=g, beta=beta, output_final_state=True,
+                    fla.fused_recurrent_gated_delta_rule,
+                    q,
+                    k,
+                    v,
+                    g=g,
+                    beta=beta,
+                    output_final_state=True,
                     use_qk_l2norm_in_kernel=True,
-                )  # fmt: skip
+                )
                 variants["fla 0.6.0"] = attention.in_turn([partial(rule, initial_state=a[7]) for a in sets])
             times = timer.compare(variants, graph=True, repeats=15, calls=layers)
             for name, t in times.items():

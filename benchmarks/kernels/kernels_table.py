@@ -43,10 +43,19 @@ def row(
     seconds = timing.median * 1e-3
     memory, compute = nbytes / copy, flops / matmul
     return KernelRow(
-        kernel, model, shape, dtypes, variant, timing.median, timing.p90, nbytes / seconds / 1e9 if same_work else None,
-        flops / seconds / 1e12 if flops and same_work else None, "copy" if memory >= compute else "matmul",
-        max(memory, compute) / seconds if same_work else None, note,
-    )  # fmt: skip
+        kernel,
+        model,
+        shape,
+        dtypes,
+        variant,
+        timing.median,
+        timing.p90,
+        nbytes / seconds / 1e9 if same_work else None,
+        flops / seconds / 1e12 if flops and same_work else None,
+        "copy" if memory >= compute else "matmul",
+        max(memory, compute) / seconds if same_work else None,
+        note,
+    )
 
 
 def table(rows: list[KernelRow]) -> Table:
@@ -60,10 +69,19 @@ def table(rows: list[KernelRow]) -> Table:
     for r in rows:
         own = ours.get((r.kernel, r.model, r.shape, r.dtypes))
         out.add_row(
-            r.kernel, r.model, r.shape, r.dtypes, r.variant, f"{r.ms:.4g}", f"{r.p90:.4g}", number(r.gb_s),
-            number(r.tflop_s), f"{r.share:.0%} {r.roofline}" if r.share is not None else "–",
-            f"{r.ms / own:.2f}x" if own and not r.variant.startswith(OURS) else "", r.note,
-        )  # fmt: skip
+            r.kernel,
+            r.model,
+            r.shape,
+            r.dtypes,
+            r.variant,
+            f"{r.ms:.4g}",
+            f"{r.p90:.4g}",
+            number(r.gb_s),
+            number(r.tflop_s),
+            f"{r.share:.0%} {r.roofline}" if r.share is not None else "–",
+            f"{r.ms / own:.2f}x" if own and not r.variant.startswith(OURS) else "",
+            r.note,
+        )
     return out
 
 

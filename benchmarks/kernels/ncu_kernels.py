@@ -55,8 +55,17 @@ def names_of_cases(models: list[str]) -> list[str]:
 
 def number(text: str, unit: str) -> float:
     """A value in bytes, microseconds or as it is."""
-    scale = {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "nsecond": 1e-3, "ns": 1e-3, "msecond": 1e3, "ms": 1e3,
-             "second": 1e6, "s": 1e6}  # fmt: skip
+    scale = {
+        "Kbyte": 1e3,
+        "Mbyte": 1e6,
+        "Gbyte": 1e9,
+        "nsecond": 1e-3,
+        "ns": 1e-3,
+        "msecond": 1e3,
+        "ms": 1e3,
+        "second": 1e6,
+        "s": 1e6,
+    }
     return float(text.replace(",", "")) * scale.get(unit, 1.0)
 
 
@@ -91,10 +100,17 @@ def show(rows: list[dict[str, Any]]) -> None:
         us, nbytes = r.get("us", 0.0), r.get("dram_bytes", 0.0)
         stalls = ", ".join(f"{k} {v:.1f}" for k, v in list(r["stalls"].items())[:4])
         table.add_row(
-            r["case"], r["kernel"], f"{us:.1f}", f"{nbytes / 1e9:.2f}", f"{nbytes / max(us, 1e-9) / 1e6:.2f}",
-            f"{r.get('registers', 0):.0f}", f"{r.get('warps_active_pct', 0):.0f}%", f"{r.get('tensor_pct', 0):.0f}%",
-            f"{r.get('issue_pct', 0):.0f}%", stalls,
-        )  # fmt: skip
+            r["case"],
+            r["kernel"],
+            f"{us:.1f}",
+            f"{nbytes / 1e9:.2f}",
+            f"{nbytes / max(us, 1e-9) / 1e6:.2f}",
+            f"{r.get('registers', 0):.0f}",
+            f"{r.get('warps_active_pct', 0):.0f}%",
+            f"{r.get('tensor_pct', 0):.0f}%",
+            f"{r.get('issue_pct', 0):.0f}%",
+            stalls,
+        )
     Console(width=190, highlight=False).print(table)
 
 
@@ -124,8 +140,10 @@ def main() -> int:
     done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds)
     rows = parse(done.stdout)
     if not rows:
-        print(f"ncu gave no kernels (exit status {done.returncode}): {(done.stdout + done.stderr)[-500:]}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"ncu gave no kernels (exit status {done.returncode}): {(done.stdout + done.stderr)[-500:]}",
+            file=sys.stderr,
+        )
         return 1
     cases, names = iter(names_of_cases(models)), []
     case = ""

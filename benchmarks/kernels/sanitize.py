@@ -85,10 +85,16 @@ def run_tool(
     clean = bool(names) and not any(statuses) and not unfinished and errors == 0 and right
     reports = [line for _, output in runs for line in output.splitlines() if line.startswith("=========")]
     return {
-        "tool": tool, "clean": clean, "errors": errors, "exit_status": next((s for s in statuses if s), 0),
-        "unfinished": unfinished, "processes": processes,
-        "problems": problems, "seconds": round(time.monotonic() - begin, 1), "reports": [] if clean else reports[:60],
-    }  # fmt: skip
+        "tool": tool,
+        "clean": clean,
+        "errors": errors,
+        "exit_status": next((s for s in statuses if s), 0),
+        "unfinished": unfinished,
+        "processes": processes,
+        "problems": problems,
+        "seconds": round(time.monotonic() - begin, 1),
+        "reports": [] if clean else reports[:60],
+    }
 
 
 def names_of(only: str, processes: int, device: str = "cuda") -> list[str] | None:

@@ -152,8 +152,12 @@ def jet_block_path(sglang: Any, args: tuple, decode: bool) -> tuple[Callable[[],
     cache = SimpleNamespace(temporal=temporal, conv=[taps])
     lens = cu_seqlens.diff()
 
-    conv = made(sglang.module.DynamicShortConvolution, kernel_generator=lambda x: kappa, hidden_size=D,
-                kernel_size=taps.shape[-1] + 1)  # fmt: skip
+    conv = made(
+        sglang.module.DynamicShortConvolution,
+        kernel_generator=lambda x: kappa,
+        hidden_size=D,
+        kernel_size=taps.shape[-1] + 1,
+    )
     with torch.device(qkuz.device):
         norm = sglang.module.RMSNormGated(V, eps=eps)
     norm.weight = nn.Parameter(w_o.detach().clone(), requires_grad=False)

@@ -111,10 +111,17 @@ def block_tasks(model: str) -> list[Task]:
     tasks = [
         Task("dynamic_conv", model, {"dtype": "bfloat16", "conv_size": 4}, prefill),
         Task("delta_rule_prepare", model, {"dtype": "bfloat16", "head_k_dim": K}, prefill),
-        *(Task("delta_rule_scan", model, {"dtype": "bfloat16", "head_k_dim": K, "many_heads": many},
-               {n: f for n, f in prefill.items() if many == ("B16" in n)}) for many in (False, True)),
+        *(
+            Task(
+                "delta_rule_scan",
+                model,
+                {"dtype": "bfloat16", "head_k_dim": K, "many_heads": many},
+                {n: f for n, f in prefill.items() if many == ("B16" in n)},
+            )
+            for many in (False, True)
+        ),
         Task("gated_rms_norm", model, {"dtype": "bfloat16", "head_v_dim": V}, prefill),
-    ]  # fmt: skip
+    ]
     for state in (FP32, BF16):
         where = {"state_dtype": str(state).removeprefix("torch."), "head_k_dim": K, "head_v_dim": V}
         # Layers one after the other, as in a model: a graph of one launch would show its own start.

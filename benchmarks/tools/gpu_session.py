@@ -71,8 +71,16 @@ def steps(out: Path, bundles: Path) -> list[Step]:
                 "--output", str(bundles / name)]  # fmt: skip
 
     def bench(name: str, protocol: str, *args: str | Path) -> list[str]:
-        return [*CLI, "bench", str(bundles / name), "--protocol", protocol, "--output",
-                str(out / f"bench-{protocol}-{name}"), *map(str, args)]  # fmt: skip
+        return [
+            *CLI,
+            "bench",
+            str(bundles / name),
+            "--protocol",
+            protocol,
+            "--output",
+            str(out / f"bench-{protocol}-{name}"),
+            *map(str, args),
+        ]
 
     def built(*names: str) -> tuple[Path, ...]:
         return tuple(bundles / n / "manifest.json" for n in names)

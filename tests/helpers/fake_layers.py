@@ -123,9 +123,16 @@ class FusedGateUp(Linear):
 
 class Embedding(nn.Module):
     def __init__(
-        self, num_embeddings, embedding_dim, dtype=None, mapping=None, tensor_parallel_mode=None,
-        gather_output=False, enable_torch_compile_for_embedding=False, use_custom_cublas_mm=False,
-    ):  # fmt: skip
+        self,
+        num_embeddings,
+        embedding_dim,
+        dtype=None,
+        mapping=None,
+        tensor_parallel_mode=None,
+        gather_output=False,
+        enable_torch_compile_for_embedding=False,
+        use_custom_cublas_mm=False,
+    ):
         super().__init__()
         self.tp_mode, self.tp_size = tensor_parallel_mode, (mapping or Mapping()).tp_size
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, dtype=dtype), requires_grad=False)
@@ -220,9 +227,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(num_attention_heads * head_dim, hidden_size, bias=o_bias, **args)
 
     def forward(
-        self, position_ids, hidden_states, attn_metadata, attention_mask=None, mrope_config=None,
-        all_reduce_params=None, lora_params=None, attention_window_size=None, attention_mask_data=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        position_ids,
+        hidden_states,
+        attn_metadata,
+        attention_mask=None,
+        mrope_config=None,
+        all_reduce_params=None,
+        lora_params=None,
+        attention_window_size=None,
+        attention_mask_data=None,
+        **kwargs,
+    ):
         assert not kwargs, f"unknown arguments {sorted(kwargs)}"
         Hq, Hkv, Dh = self.heads
         T = hidden_states.shape[0]

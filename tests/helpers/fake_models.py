@@ -104,9 +104,13 @@ class DecoderModelForCausalLM(nn.Module, metaclass=PostInit):
         from helpers.fake_layers import TensorParallelMode
 
         self.lm_head = LMHead(
-            vocab_size, hidden_size, dtype=hf.torch_dtype, mapping=config.mapping,
-            tensor_parallel_mode=TensorParallelMode.COLUMN, gather_output=True,
-        )  # fmt: skip
+            vocab_size,
+            hidden_size,
+            dtype=hf.torch_dtype,
+            mapping=config.mapping,
+            tensor_parallel_mode=TensorParallelMode.COLUMN,
+            gather_output=True,
+        )
         if hf.tie_word_embeddings:
             assert self.lm_head.tp_mode == model.embed_tokens.tp_mode, "lm_head and embedding: the same TP mode"
             self.lm_head.weight = model.embed_tokens.weight
@@ -130,13 +134,24 @@ class DecoderModelForCausalLM(nn.Module, metaclass=PostInit):
         return self.model_config.pretrained_config
 
     def forward(
-        self, attn_metadata, input_ids=None, position_ids=None, inputs_embeds=None, return_context_logits=False,
-        spec_metadata=None, lora_params=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        attn_metadata,
+        input_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        return_context_logits=False,
+        spec_metadata=None,
+        lora_params=None,
+        **kwargs,
+    ):
         h = self.model(
-            input_ids=input_ids, attn_metadata=attn_metadata, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, spec_metadata=spec_metadata, lora_params=lora_params,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attn_metadata=attn_metadata,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            spec_metadata=spec_metadata,
+            lora_params=lora_params,
+        )
         if not return_context_logits:
             h = h[attn_metadata.seq_lens.cumsum(0) - 1]
         return self.lm_head(h)

@@ -128,9 +128,11 @@ class Executor:
         ids = torch.cat([torch.as_tensor(t) for t in batch.values()]).int()
         with torch.no_grad():
             logits = self.model(
-                attn_metadata=metadata, input_ids=ids, position_ids=torch.cat(positions)[None].int(),
+                attn_metadata=metadata,
+                input_ids=ids,
+                position_ids=torch.cat(positions)[None].int(),
                 return_context_logits=True,
-            )  # fmt: skip
+            )
         for r, t in batch.items():
             self.held[r] = self.held.get(r, 0) + len(t)
         return dict(zip(batch, logits.split([len(t) for t in batch.values()]), strict=True))

@@ -21,8 +21,13 @@ from jet_export.backends.tensorrt.builder import PLAN
 from jet_export.backends.tensorrt.layers import REPORT, LayerReport
 from jet_export.plugins.library import NAME as LIBRARY
 
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int32": torch.int32,
-         "int64": torch.int64}  # fmt: skip
+TORCH = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
 TRT = {"fp32": "FLOAT", "bf16": "BF16", "fp8": "FP8", "int32": "INT32", "int64": "INT64"}
 ALIGNMENT = 16  # as the plugins ask
 MEMORY = (4096, 1024)  # activation memory that each profile asks for

@@ -15,8 +15,11 @@ LAYOUT: dict[str, list[Any]] = {
     f"{T}.functional": [fake_layers.PositionEmbeddingType],
     f"{T}._torch.model_config": [fake_models.ModelConfig],
     f"{T}._torch.models.modeling_utils": [
-        fake_models.DecoderModel, fake_models.DecoderModelForCausalLM, fake_models.register_auto_model,
-        fake_models.register_mapper, fake_models.register_config_loader,
+        fake_models.DecoderModel,
+        fake_models.DecoderModelForCausalLM,
+        fake_models.register_auto_model,
+        fake_models.register_mapper,
+        fake_models.register_config_loader,
     ],
     f"{T}._torch.models.checkpoints.base_config_loader": [fake_models.BaseConfigLoader],
     f"{T}._torch.models.checkpoints.hf.weight_mapper": [fake_models.HfWeightMapper],
@@ -25,7 +28,7 @@ LAYOUT: dict[str, list[Any]] = {
     f"{T}._torch.modules.rms_norm": [fake_layers.RMSNorm],
     f"{T}._torch.modules.gated_mlp": [fake_layers.GatedMLP],
     "transformers": [fake_models.PretrainedConfig, fake_models.AutoConfig],
-}  # fmt: skip
+}
 ATTENTION = {
     "old": (f"{T}._torch.modules.attention", f"{T}._torch.attention_backend.interface"),
     "moved": (f"{T}._torch.attention.attention", f"{T}._torch.attention.backends.interface"),

@@ -13,10 +13,19 @@ from jet_export.quantization.calibrate import calibration_tokens
 
 TEXT = "def scale(x: float) -> float:\n    return max(abs(x), 1e-6) / 448  # E4M3, \u00e9\u4e16\n" * 20
 CONFIG = JetNemotronConfig(
-    hidden_size=64, intermediate_size=96, layer_types=("jet", "attn", "swa", "jet"),
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, jet_num_heads=2, head_k_dim=32, expand_v=2.0,
-    window_size=24, vocab_size=128, max_position_embeddings=1024,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=96,
+    layer_types=("jet", "attn", "swa", "jet"),
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    jet_num_heads=2,
+    head_k_dim=32,
+    expand_v=2.0,
+    window_size=24,
+    vocab_size=128,
+    max_position_embeddings=1024,
+)
 CALIBRATION = calibration_tokens(None, TEXT, vocab_size=CONFIG.vocab_size, seq_len=64, windows=3)
 
 

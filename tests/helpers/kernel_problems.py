@@ -117,12 +117,16 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
             "context_lens": i32(context, device),
         }
         block = {
-            "qkuz": rand(T, 2 * H * K + 2 * D + 8), "ba": rand(T, 2 * H), "kappa": 0.5 * rand(T, D * W),
+            "qkuz": rand(T, 2 * H * K + 2 * D + 8),
+            "ba": rand(T, 2 * H),
+            "kappa": 0.5 * rand(T, D * W),
             "A_log": torch.empty(H).uniform_(0.1, 8, generator=rng).log().to(device),
-            "dt_bias": rand(H, dtype=torch.float32) - 3, "w_o": 1 + 0.1 * rand(V),
+            "dt_bias": rand(H, dtype=torch.float32) - 3,
+            "w_o": 1 + 0.1 * rand(V),
             "conv_state": poison_unowned(rand(N + 2, W - 1, D), slots),
-            "recurrent_state": poison_unowned(rand(N + 2, H, K, V, dtype=state), slots), **common,
-        }  # fmt: skip
+            "recurrent_state": poison_unowned(rand(N + 2, H, K, V, dtype=state), slots),
+            **common,
+        }
         form = "decode" if decode else "prefill"
         yield Problem(
             f"jet_block {form}",
@@ -133,26 +137,41 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
             slots=("conv_state", "recurrent_state"),
         )
         rule = {
-            "q": rand(T, H, K), "k": rand(T, H, K), "v": rand(T, H, V), "beta": rand(T, H).sigmoid(),
-            "g": -rand(T, H, dtype=torch.float32).abs(), "recurrent_state": block["recurrent_state"], **common,
-        }  # fmt: skip
+            "q": rand(T, H, K),
+            "k": rand(T, H, K),
+            "v": rand(T, H, V),
+            "beta": rand(T, H).sigmoid(),
+            "g": -rand(T, H, dtype=torch.float32).abs(),
+            "recurrent_state": block["recurrent_state"],
+            **common,
+        }
         yield Problem(
-            f"gated_delta_rule {form}", rule, over_inputs(gated_delta_rule_triton, decode),
-            over_inputs(packed_gated_delta_rule_ref, decode), ("q", "k", "v", "beta", "g"),
+            f"gated_delta_rule {form}",
+            rule,
+            over_inputs(gated_delta_rule_triton, decode),
+            over_inputs(packed_gated_delta_rule_ref, decode),
+            ("q", "k", "v", "beta", "g"),
             ("recurrent_state",),
-        )  # fmt: skip
+        )
         if decode:
             continue
         conv = {"u": rand(T, D), "kappa": block["kappa"], "conv_state": block["conv_state"], **common}
         yield Problem(
-            "dynamic_conv", conv, over_inputs(dynamic_conv_triton), over_inputs(dynamic_conv_ref),
-            ("u", "kappa"), ("conv_state",),
-        )  # fmt: skip
+            "dynamic_conv",
+            conv,
+            over_inputs(dynamic_conv_triton),
+            over_inputs(dynamic_conv_ref),
+            ("u", "kappa"),
+            ("conv_state",),
+        )
         norm = {"o": rand(T, H, V), "w_o": block["w_o"], "gate": rand(T, H, V), **common}
         yield Problem(
-            "gated_rms_norm", norm, lambda i: gated_rms_norm_triton(i["o"], i["w_o"], i["gate"], 1e-5),
-            lambda i: gated_rms_norm_ref(i["o"], i["w_o"], i["gate"], 1e-5), ("o", "gate"),
-        )  # fmt: skip
+            "gated_rms_norm",
+            norm,
+            lambda i: gated_rms_norm_triton(i["o"], i["w_o"], i["gate"], 1e-5),
+            lambda i: gated_rms_norm_ref(i["o"], i["w_o"], i["gate"], 1e-5),
+            ("o", "gate"),
+        )
 
 
 def poison_unowned(pool: Tensor, slots: Tensor) -> Tensor:
@@ -182,10 +201,12 @@ def attention_problems(device: str, dtype: torch.dtype, cache: torch.dtype, head
             inputs = {
                 "qkv": torch.randn(sum(lens), (Hq + 2 * Hkv) * Dh, generator=rng).to(dtype).to(device),
                 "cos_sin": torch.cat([angle.cos(), angle.sin()], 1).to(dtype).to(device),
-                "kv_cache": pages.to(cache).to(device), "block_table": table.int().to(device),
+                "kv_cache": pages.to(cache).to(device),
+                "block_table": table.int().to(device),
                 "cu_seqlens": i32([0, *torch.tensor(lens).cumsum(0).tolist()], device),
-                "slots": i32([3, -1, 0, 2], device), "context_lens": i32(context, device),
-            }  # fmt: skip
+                "slots": i32([3, -1, 0, 2], device),
+                "context_lens": i32(context, device),
+            }
 
             def launch(i: Inputs, decode: bool = decode, sizes: tuple = (Hq, Hkv, Dh, window, scale, scale)) -> Tensor:
                 op: Callable[..., Tensor] = attention_decode_triton if decode else attention_prefill_triton
@@ -202,16 +223,24 @@ def problems(device: str, large: bool = False) -> dict[str, Problem]:
     out: dict[str, Problem] = {}
     if not large:
         fp32 = torch.float32
-        groups = {"": [*jet_problems(device, fp32, fp32, (1, 16, 32), False),
-                       *attention_problems(device, fp32, fp32, (2, 1, 16), False)]}  # fmt: skip
+        groups = {
+            "": [
+                *jet_problems(device, fp32, fp32, (1, 16, 32), False),
+                *attention_problems(device, fp32, fp32, (2, 1, 16), False),
+            ]
+        }
     else:
         bf16, fp32 = torch.bfloat16, torch.float32
         groups = {}
         for model, dims, heads in (("2b", (12, 96, 256), (12, 2, 128)), ("4b", (16, 128, 256), (16, 2, 128))):
-            groups |= {f"{model} state {n}": list(jet_problems(device, bf16, s, dims, True))
-                       for n, s in (("fp32", fp32), ("bf16", bf16))}  # fmt: skip
-            groups |= {f"{model} cache {n}": list(attention_problems(device, bf16, c, heads, True))
-                       for n, c in (("bf16", bf16), ("fp8", FP8))}  # fmt: skip
+            groups |= {
+                f"{model} state {n}": list(jet_problems(device, bf16, s, dims, True))
+                for n, s in (("fp32", fp32), ("bf16", bf16))
+            }
+            groups |= {
+                f"{model} cache {n}": list(attention_problems(device, bf16, c, heads, True))
+                for n, c in (("bf16", bf16), ("fp8", FP8))
+            }
         groups["few heads"] = list(jet_problems(device, bf16, fp32, (4, 128, 256), True))  # the scan's other form
     for group, members in groups.items():
         out |= {f"{group} {p.name}".strip(): p for p in members}
@@ -227,14 +256,23 @@ def one_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
             rng = torch.Generator().manual_seed(N)
             x, weight = (torch.randn(*shape, generator=rng).to(dtype).to(device) for shape in ((1, K), (N, K)))
             scales = {n: torch.tensor([0.5], device=device) for n in ("x_scale", "w_scale")}
-            inputs = {"x": x, "weight": weight, **scales, "bias": torch.randn(N, generator=rng).to(device),
-                      "cu_seqlens": i32([0, 1], device), "slots": i32([0], device)}  # fmt: skip
+            inputs = {
+                "x": x,
+                "weight": weight,
+                **scales,
+                "bias": torch.randn(N, generator=rng).to(device),
+                "cu_seqlens": i32([0, 1], device),
+                "slots": i32([0], device),
+            }
             y = torch.float32 if dtype == torch.float32 else torch.bfloat16
             name = f"gemv {N} x {K} {str(dtype).removeprefix('torch.')}"
             out[name] = Problem(
-                name, inputs, over_inputs(gemv_triton, y, first=5), over_inputs(gemv_ref, torch.float32, first=5),
+                name,
+                inputs,
+                over_inputs(gemv_triton, y, first=5),
+                over_inputs(gemv_ref, torch.float32, first=5),
                 ("x",),
-            )  # fmt: skip
+            )
     return out
 
 
@@ -242,8 +280,9 @@ def error_of(problem: Problem) -> float:
     """Relative error of a launch with NaN in every output beforehand; NaN where an element was not written."""
     with poisoned():
         got, _ = problem.run()
-    inputs = {n: x.float().cpu() if x.is_floating_point() and x.dtype != FP8 else x.cpu()
-              for n, x in problem.copies().items()}  # fmt: skip
+    inputs = {
+        n: x.float().cpu() if x.is_floating_point() and x.dtype != FP8 else x.cpu() for n, x in problem.copies().items()
+    }
     live = live_tokens(problem.inputs)
     want = problem.reference(inputs).float().flatten(1)[live]
     return relative_error(got.float().cpu().flatten(1)[live], want)

@@ -102,9 +102,13 @@ def pick(c: Case, rows: list[int]) -> Case:
     lens = c.cu_seqlens.diff()[rows]
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int32), lens.cumsum(0).int()))
     return replace(
-        c, qkv=qkv, block_table=c.block_table[rows], cu_seqlens=cu_seqlens, slots=c.slots[rows],
+        c,
+        qkv=qkv,
+        block_table=c.block_table[rows],
+        cu_seqlens=cu_seqlens,
+        slots=c.slots[rows],
         context_lens=c.context_lens[rows],
-    )  # fmt: skip
+    )
 
 
 def in_steps(c: Case, steps: list[int], form: str, device: str = "cpu") -> Tensor:
@@ -113,9 +117,11 @@ def in_steps(c: Case, steps: list[int], form: str, device: str = "cpu") -> Tenso
     qkv = c.qkv.view(N, -1, c.qkv.shape[1])
     for step in steps:
         part = replace(
-            c, qkv=qkv[:, start : start + step].flatten(0, 1), cu_seqlens=torch.arange(N + 1).int() * step,
+            c,
+            qkv=qkv[:, start : start + step].flatten(0, 1),
+            cu_seqlens=torch.arange(N + 1).int() * step,
             context_lens=c.context_lens + start,
-        )  # fmt: skip
+        )
         o, cache = part.run("prefill" if form == "decode" and step > 1 else form, device)
         c, start = replace(c, kv_cache=cache), start + step
         out.append(o.view(N, step, -1))

@@ -46,8 +46,17 @@ class FakeGpu:
             name, numbers = ctypes.create_string_buffer(128), (c_uint64 * 64)()
             n = self.c.fake_launch(i, name, numbers)
             v = list(numbers[:n])
-            found.append({"name": name.value.decode(), "grid": v[:3], "block": v[3:6], "shared": v[6], "stream": v[7],
-                          "image": v[8], "args": v[9:]})  # fmt: skip
+            found.append(
+                {
+                    "name": name.value.decode(),
+                    "grid": v[:3],
+                    "block": v[3:6],
+                    "shared": v[6],
+                    "stream": v[7],
+                    "image": v[8],
+                    "args": v[9:],
+                }
+            )
         self.c.fake_clear()
         return found
 
@@ -89,8 +98,14 @@ def run_job(path: Path) -> dict:
             gpu.c.fake_fail(step.get("fail", "").encode())
             gpu.c.fake_context(step.get("context", True))
         status = enqueue(step)
-        results.append({"status": status, "message": harness.messages(), "launches": gpu.take() if gpu else [],
-                        "contexts": gpu.contexts() if gpu else None})  # fmt: skip
+        results.append(
+            {
+                "status": status,
+                "message": harness.messages(),
+                "launches": gpu.take() if gpu else [],
+                "contexts": gpu.contexts() if gpu else None,
+            }
+        )
     return {"results": results, "loads": gpu.c.fake_loads() if gpu else 0}
 
 

@@ -23,8 +23,15 @@ from helpers.compare import relative_error
 from helpers.paths import with_helpers
 from helpers.plugin_harness import FakeGpu, image_hash
 
-MODULES = ["dynamic_conv", "gated_delta_rule_chunk", "gated_delta_rule_decode", "gated_rms_norm", "rope_append",
-           "attention_prefill", "attention_decode"]  # fmt: skip
+MODULES = [
+    "dynamic_conv",
+    "gated_delta_rule_chunk",
+    "gated_delta_rule_decode",
+    "gated_rms_norm",
+    "rope_append",
+    "attention_prefill",
+    "attention_decode",
+]
 DTYPES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i32": torch.int32, "*fp8e4nv": torch.float8_e4m3fn}
 
 

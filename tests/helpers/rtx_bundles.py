@@ -34,8 +34,17 @@ def need_headers() -> None:
 
 
 def build(output: Path, model: str, **options) -> None:
-    values = {"sm": "8.9,12.0", "device": "cpu", "fetch_headers": True, "keep_onnx": True, "max_batch_size": 4,
-              "max_seq_len": 160, "prefill_chunk": 64, "output": output, **options}  # fmt: skip
+    values = {
+        "sm": "8.9,12.0",
+        "device": "cpu",
+        "fetch_headers": True,
+        "keep_onnx": True,
+        "max_batch_size": 4,
+        "max_seq_len": 160,
+        "prefill_chunk": 64,
+        "output": output,
+        **options,
+    }
     command = ["jet-export", "build", "--model", model, "--backend", "tensorrt-rtx", "--sm", str(values["sm"])]
     run_build(make_plan(BuildOptions(model=model, backend="tensorrt-rtx", **values)), command, lambda line: None)
 

@@ -21,9 +21,17 @@ import pytest
 from jet_export.server.triton.installation import find_server
 from jet_export.utils.errors import JetExportError
 
-TYPES = {"text_input": ("BYTES", object), "sampling_parameters": ("BYTES", object), "stop_words": ("BYTES", object),
-         "stream": ("BOOL", bool), "ignore_eos": ("BOOL", bool), "exclude_input_in_output": ("BOOL", bool),
-         "temperature": ("FP32", np.float32), "top_p": ("FP32", np.float32), "seed": ("UINT64", np.uint64)}  # fmt: skip
+TYPES = {
+    "text_input": ("BYTES", object),
+    "sampling_parameters": ("BYTES", object),
+    "stop_words": ("BYTES", object),
+    "stream": ("BOOL", bool),
+    "ignore_eos": ("BOOL", bool),
+    "exclude_input_in_output": ("BOOL", bool),
+    "temperature": ("FP32", np.float32),
+    "top_p": ("FP32", np.float32),
+    "seed": ("UINT64", np.uint64),
+}
 
 
 def skip_without_server() -> None:

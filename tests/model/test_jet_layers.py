@@ -17,8 +17,17 @@ from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.plugins.cases import JetBlockCase, model_cases
 from jet_export.utils.errors import JetExportError
 
-PAPER = [(4, 256, 288), (4, 192, 384), (4, 128, 576), (8, 256, 144), (8, 192, 192), (8, 128, 288), (12, 128, 192),
-         (12, 96, 256), (12, 64, 384)]  # fmt: skip
+PAPER = [
+    (4, 256, 288),
+    (4, 192, 384),
+    (4, 128, 576),
+    (8, 256, 144),
+    (8, 192, 192),
+    (8, 128, 288),
+    (12, 128, 192),
+    (12, 96, 256),
+    (12, 64, 384),
+]
 
 
 def mini() -> JetNemotronConfig:

@@ -302,9 +302,17 @@ def test_the_machine_had_prefix_hits() -> None:
 
 def capacity(**changes) -> Capacity:
     values = {
-        "slots": 2, "pages": 8, "window_pages": 4, "page_size": 16, "ring_pages": 2, "max_seq_len": 128,
-        "prefill_chunk": 32, "token_budget": 32, "max_waiting": 3, "wait_timeout": 10.0,
-    }  # fmt: skip
+        "slots": 2,
+        "pages": 8,
+        "window_pages": 4,
+        "page_size": 16,
+        "ring_pages": 2,
+        "max_seq_len": 128,
+        "prefill_chunk": 32,
+        "token_budget": 32,
+        "max_waiting": 3,
+        "wait_timeout": 10.0,
+    }
     return Capacity(**{**values, **changes})
 
 

@@ -11,10 +11,14 @@ from jet_export.runtime.runner import Runner
 from jet_export.verify.trial import Layout, Trial, decode_step, prefill_step, random_prompts, scenarios
 
 INPUTS: dict[str, list[int | str]] = {
-    "input_ids": ["tokens"], "cu_seqlens": ["sequences + 1"], "slots": ["sequences"], "context_lens": ["sequences"],
-    "block_table": ["sequences", "table_pages"], "window_block_table": ["sequences", "ring_pages"],
+    "input_ids": ["tokens"],
+    "cu_seqlens": ["sequences + 1"],
+    "slots": ["sequences"],
+    "context_lens": ["sequences"],
+    "block_table": ["sequences", "table_pages"],
+    "window_block_table": ["sequences", "ring_pages"],
     "logit_indices": ["outputs"],
-}  # fmt: skip
+}
 
 
 class Ranges(Engine):

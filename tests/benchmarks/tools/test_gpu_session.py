@@ -56,9 +56,13 @@ def test_a_hanging_step_is_killed_with_its_children(session, tmp_path) -> None:
 
 
 def test_commands_of_a_step_run_side_by_side(session, tmp_path) -> None:
-    waits = {n: python(f"import pathlib, time\nopen({str(tmp_path / n)!r}, 'w')\n"
-                       f"while not pathlib.Path({str(tmp_path / other)!r}).exists(): time.sleep(0.01)")
-             for n, other in (("one", "two"), ("two", "one"))}  # fmt: skip
+    waits = {
+        n: python(
+            f"import pathlib, time\nopen({str(tmp_path / n)!r}, 'w')\n"
+            f"while not pathlib.Path({str(tmp_path / other)!r}).exists(): time.sleep(0.01)"
+        )
+        for n, other in (("one", "two"), ("two", "one"))
+    }
     assert session.run_step(session.Step("s", "", 60, waits), tmp_path / "logs", 60).status == "passed"
 
 
