@@ -26,6 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jet_export.utils.files import write_atomically
+
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 CLI = [PYTHON, "-m", "jet_export.cli.app"]
@@ -176,11 +178,6 @@ def run_step(step: Step, logs: Path, seconds: float) -> Outcome:
     return Outcome(status, round(time.monotonic() - begin, 1), codes)
 
 
-def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=BENCHMARKS)
-    return os.environ.get("JET_COMMIT") or git.stdout.strip() or "unknown"
-
-
 def load(path: Path) -> dict[str, Outcome]:
     if not path.exists():
         return {}
@@ -190,15 +187,14 @@ def load(path: Path) -> dict[str, Outcome]:
 def save(path: Path, done: dict[str, Outcome]) -> None:
     from jet_export.utils.environment import environment
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {"environment": environment(), "steps": {n: vars(o) for n, o in done.items()}}
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(values, indent=1) + "\n")
-    tmp.replace(path)
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
 def run_session(chosen: list[Step], out: Path, minutes: float, again: bool) -> dict[str, Outcome]:
     """Every chosen step that has not passed, while time is left; session.json is kept after each."""
+    from jet_export.utils.environment import source_commit  # imports torch
+
     done = load(out / "session.json")
     begin = time.monotonic()
     for step in chosen:
@@ -210,7 +206,7 @@ def run_session(chosen: list[Step], out: Path, minutes: float, again: bool) -> d
         else:
             print(f"{step.name}: {step.what}, at most {min(step.seconds, left):.0f} s", flush=True)
             done[step.name] = run_step(step, out / "logs", min(step.seconds, left))
-            done[step.name].commit = commit()
+            done[step.name].commit = source_commit()
             print(f"{step.name}: {done[step.name].status} ({done[step.name].seconds} s)", flush=True)
         save(out / "session.json", done)
     return done
