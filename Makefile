@@ -26,7 +26,7 @@ verify-tensorrt: $(READY)
 
 # All tests, or TESTS=tests/kernels.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope --no-loadscope-reorder $(TESTS)
 
 # mypy wants modules where they are imported from, so everything is linked there: kernels/, model/ and plugins/ under
 # jet_export/, the tests' helpers and the scripts, whose names must differ, at the top.

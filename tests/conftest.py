@@ -12,8 +12,21 @@ if not HAS_CUDA:
 
 import pytest  # noqa: E402
 
+# Modules that take a minute or more come first, so that no worker is left with one of them at the end.
+LONG = (
+    "search/test_real_search.py",
+    "server/triton/test_tritonserver.py",
+    "backends/inductor/test_compile_worker.py",
+    "backends/tensorrt/test_rtx.py",
+    "ladder/test_ladder.py",
+    "quantization/test_quantize.py",
+    "plugins/test_model_sizes.py",
+    "plugins/test_faults.py",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
     if HAS_CUDA:
         return
     for item in items:
