@@ -18,7 +18,8 @@ from jet_export.runtime.sampler import SlotSampler
 from jet_export.runtime.scheduler import Plan, Request
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
-from jet_export.runtime.step import InFlightStep, StepInputs, copy_to_host
+from jet_export.runtime.step import InFlightStep, StepInputs
+from jet_export.runtime.transfer import copy_to_host
 
 
 class Executor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jet_export.runtime.params import Logprob
-from jet_export.runtime.step import copy_to_host
+from jet_export.runtime.transfer import copy_to_host, to_device
 
 
 def launch_logprobs(
@@ -20,9 +20,7 @@ def launch_logprobs(
     """Launch them; the returned function waits for them. Only rows in `top` are computed."""
     if not top:
         return dict
-    rows = torch.tensor(list(top), dtype=torch.int64)
-    if logits.is_cuda:
-        rows = rows.pin_memory().to(logits.device, non_blocking=True)
+    rows = to_device(torch.tensor(list(top), dtype=torch.int64), logits.device)
     picked = logits[rows].float()
     total = lse[rows, None]
     chosen = picked.gather(1, tokens[rows, None].clamp_min(0)) - total

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
+from jet_export.runtime.transfer import to_device
 
 ALIGNED = 4  # int32s of 16 bytes
 
@@ -154,8 +155,7 @@ class Runner:
         return [part[: len(x)] for part, x in zip(parts, lists, strict=True)]
 
     def to_device(self, host: Tensor) -> Tensor:
-        """On a GPU without waiting for what runs there: from pinned memory, which torch keeps until it is copied."""
-        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+        return to_device(host, self.device)
 
     def _bucket(self, n: int) -> int:
         if self.deterministic:

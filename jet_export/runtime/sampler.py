@@ -18,6 +18,7 @@ from jet_export.kernels.sampling_ref import (
     SamplerState,
     sample_ref,
 )
+from jet_export.runtime.transfer import to_device
 
 
 class SlotSampler:
@@ -73,8 +74,7 @@ class SlotSampler:
             self._begin_bias(slot, row.logit_bias)
 
     def _upload(self, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+        return to_device(torch.tensor(values, dtype=dtype), self.device)
 
     def _begin_counts(self, slot: int, prompt: list[int], made: list[int]) -> None:
         if self.state.counts.numel() == 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from jet_export.runtime.params import Logprob
@@ -42,19 +41,3 @@ class InFlightStep:
     @property
     def blocks_overlap(self) -> bool:
         return any(s.blocks_overlap for s in self.inputs.sampled)
-
-
-def copy_to_host(values: Tensor) -> Callable[[], Tensor]:
-    """Start a copy from the device. The returned function waits for these values, not for work launched after them."""
-    if values.device.type != "cuda":
-        return lambda: values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
-
-    def wait() -> Tensor:
-        copied.synchronize()
-        return host
-
-    return wait
