@@ -22,6 +22,7 @@ class Serving:
     max_waiting: int = 256  # requests in the queue
     wait_timeout: float = 60.0  # seconds in the queue
     deterministic: bool = False  # batch-invariant: a request's bits do not depend on the others; slower
+    mixed_prefill: int | None = None  # prompt tokens of a step that also decodes; None: 512 on a GPU, else token_budget
     prefix_cache_bytes: int = 0  # memory for the states and KV pages of shared prompt prefixes; 0: no cache
 
 
@@ -63,6 +64,7 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
         prefix_interval=interval,
         prefix_bytes=serving.prefix_cache_bytes,
         page_bytes=page_bytes,
+        mixed_prefill=_mixed_prefill(engine, serving),
     )
 
 
@@ -90,6 +92,15 @@ def fit_to_memory(engine: Engine, *, slots: int | None = None, pages: int | None
         if slots * slot_bytes + pages * size["pages"] > room and size["pages"]:
             pages = max(full, (room - slots * slot_bytes) // size["pages"])
     return slots, pages
+
+
+def _mixed_prefill(engine: Engine, serving: Serving) -> int | None:
+    """How long a prompt may hold up those that decode: on a GPU 512 tokens take about as long as a step of decode."""
+    if serving.mixed_prefill is not None and serving.mixed_prefill < 1:
+        raise JetExportError(f"mixed_prefill is {serving.mixed_prefill}.", "It must be at least 1.")
+    if serving.deterministic:
+        return None
+    return serving.mixed_prefill or (512 if engine.device.type == "cuda" else None)
 
 
 def _chunk_and_budget(engine: Engine, serving: Serving, slots: int) -> tuple[int, int]:

@@ -46,6 +46,7 @@ class Capacity:
     prefix_interval: int = 0  # tokens between entries of the prefix cache; 0: no cache
     prefix_bytes: int = 0  # size limit of the prefix cache
     page_bytes: int = 0  # of one KV page, over all full-attention layers
+    mixed_prefill: int | None = None  # prompt tokens of a step that also decodes; None: what the budget leaves
 
     def __post_init__(self) -> None:
         for name in ("slots", "page_size", "ring_pages", "max_seq_len", "prefill_chunk"):
@@ -64,6 +65,10 @@ class Capacity:
             )
         if self.prefix_interval % self.page_size or self.prefix_interval % self.prefill_chunk:
             raise JetExportError(f"prefix_interval {self.prefix_interval} is not a whole number of pages and chunks.")
+        if self.mixed_prefill is not None and (self.whole_chunks or self.mixed_prefill < 1):
+            raise JetExportError(
+                f"mixed_prefill is {self.mixed_prefill}.", "It must be at least 1, and goes without whole chunks."
+            )
         if self.max_waiting < 0 or not self.wait_timeout > 0:
             raise JetExportError("The queue needs max_waiting >= 0 and wait_timeout > 0.")
 
@@ -198,6 +203,8 @@ class Scheduler:
         ready = [r for r in self.running if not r.in_prompt and r.generated < r.max_new_tokens]
         decode = tuple(r for r in ready if r.generated)
         budget = self.capacity.token_budget - len(decode)
+        if decode and self.capacity.mixed_prefill is not None:
+            budget = min(budget, self.capacity.mixed_prefill)
         prefill = []
         for request in self.running:
             if request.in_prompt and budget:

@@ -36,6 +36,7 @@ def capacities(draw, cached: bool = False) -> Capacity:
         prefix_interval=math.lcm(chunk, page) if cached else 0,
         prefix_bytes=draw(st.sampled_from([200, 10**6])),
         page_bytes=7,
+        mixed_prefill=None if whole else draw(st.none() | st.integers(1, 12)),
     )
 
 
@@ -161,6 +162,8 @@ class Life(RuleBasedStateMachine):
 
     def check_plan(self, plan) -> None:
         assert plan.tokens <= self.c.token_budget
+        if plan.decode and self.c.mixed_prefill is not None:
+            assert plan.prefill_tokens <= self.c.mixed_prefill
         planned = [r for r, _, _ in plan.prefill] + list(plan.decode) + list(plan.resumed)
         assert len(planned) == len(set(planned))
         assert all(1 <= n <= self.c.prefill_chunk and first == r.held for r, first, n in plan.prefill)
@@ -328,6 +331,20 @@ def test_a_long_prompt_does_not_hold_up_decoding() -> None:
     assert short.generated == 1 + 9  # 60 tokens at 7 a step
 
 
+def test_mixed_prefill_bounds_a_prompt_only_beside_decode() -> None:
+    s = Scheduler(capacity(token_budget=32, mixed_prefill=8))
+    short = submit(s, 4, 3)
+    long = submit(s, 60, 4)
+    lengths = []
+    while long.in_prompt:
+        plan = s.plan()
+        lengths.append((len(plan.decode), sum(n for r, _, n in plan.prefill if r is long)))
+        s.advance(plan)
+        if short.status is Status.RUNNING and short.generated == 3:
+            s.finish(short)
+    assert lengths == [(0, 28), (1, 8), (1, 8), (0, 16)]
+
+
 def test_a_prefix_is_found_shared_and_evicted() -> None:
     c = capacity(pages=8, window_pages=8, prefix_interval=32, prefix_bytes=10**6, page_bytes=1)
     s = Scheduler(c)
@@ -420,7 +437,8 @@ def test_what_can_never_run_is_refused(prompt: int, new: int, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("slots", 0), ("token_budget", 1), ("wait_timeout", float("nan")), ("prefix_interval", 40)]
+    ("field", "value"),
+    [("slots", 0), ("token_budget", 1), ("wait_timeout", float("nan")), ("prefix_interval", 40), ("mixed_prefill", 0)],
 )
 def test_bad_capacities_are_refused(field: str, value: float) -> None:
     with pytest.raises(JetExportError):
