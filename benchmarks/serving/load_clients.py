@@ -9,19 +9,20 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from serving_options import sampling_of
 
 from jet_export.backends.base import Engine
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Params
-from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 
-GREEDY = Sampling()
+GREEDY = Params()
 
 
 class Clock:
@@ -49,7 +50,7 @@ class LoadRequest:
 
     prompt: list[int]
     new: int
-    sampling: Sampling = GREEDY
+    params: Params = GREEDY  # how it is sampled
 
 
 @dataclass
@@ -90,7 +91,8 @@ class InProcess:
         self.llm.stop()
 
     async def run(self, request: LoadRequest, trace: Trace) -> None:
-        stream = self.llm.stream([request.prompt], Params(request.new, request.sampling, ignore_eos=True))
+        params = replace(request.params, max_new_tokens=request.new, ignore_eos=True)
+        stream = self.llm.stream([request.prompt], params)
         try:
             async for _, output in stream:
                 if output.token is not None:
@@ -117,10 +119,8 @@ class Http:
             "model": self.model,
             "prompt": request.prompt,
             "max_tokens": request.new,
-            "temperature": request.sampling.temperature,
-            "top_k": request.sampling.top_k,
-            "top_p": request.sampling.top_p,
-            "seed": request.sampling.seed,
+            **sampling_of(request.params),
+            "seed": request.params.sampling.seed,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -143,19 +143,9 @@ class Http:
 
 
 @contextmanager
-def http_server(bundle: Path, serving: Serving):
+def http_server(bundle: Path, arguments: list[str]):
     """`jet-export serve --openai` in its own process, on a free port of loopback; yields Http's arguments."""
-    options = {
-        "--port": 0,
-        "--max-waiting": serving.max_waiting,
-        "--wait-timeout": serving.wait_timeout,
-        "--prefix-cache-bytes": serving.prefix_cache_bytes,
-        "--slots": serving.slots,
-        "--token-budget": serving.token_budget,
-    }
-    args = [sys.executable, "-m", "jet_export.cli.app", "serve", str(bundle), "--openai"]
-    for option, value in options.items():
-        args += [option, str(value)] if value is not None else []
+    args = [sys.executable, "-m", "jet_export.cli.app", "serve", str(bundle), "--openai", "--port", "0", *arguments]
     process = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

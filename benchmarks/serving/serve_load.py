@@ -2,20 +2,21 @@
 
     python benchmarks/serving/serve_load.py BUNDLE --output benchmarks/results/cpu/serve-load.json
 
-Random prompts, greedy, lengths log-normal around --prompt-tokens and --output-tokens (sigma 0.5). Three parts:
+Random prompts, lengths log-normal around --prompt-tokens and --output-tokens (sigma 0.5). Three parts:
   concurrency   a fixed number of requests at once: continuous batching (the next request joins when one ends), static
                 batches (the next batch starts when all of the last one have ended), and deterministic mode
   poisson       arrivals at given fractions of the throughput just measured; goodput counts requests within the SLO
   join          inter-token latency of running requests while one long prompt joins them
 Times are the client's: TTFT from when a request was due, TPOT the mean after the first token. In this process through
-AsyncLLM, or with --http through `jet-export serve --openai` on loopback.
+AsyncLLM, or with --http through `jet-export serve --openai` on loopback. Before, the engine's own speeds are measured
+without a scheduler; the ideal of each row is a simulation of its requests at these speeds (jet_export/bench/ideal.py).
+"of ideal" may exceed 100 %. Times between tokens are also given in plain decode steps of as many rows as run at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 import random
 import sys
@@ -25,41 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from load_clients import CLOCK, Client, Http, InProcess, LoadRequest, Trace, http_server
-from rich.console import Console
-from rich.table import Table
+from load_report import print_tables
+from load_workload import Workload, speeds_of
+from serving_options import add_sampling, add_serving, params_of, sampling_of, serve_arguments, serving_of
 
 from jet_export.backends.load import load_engine
 from jet_export.bench.timer import percentile
 from jet_export.bundle.manifest import Manifest
-from jet_export.runtime.capacity import Serving
-from jet_export.runtime.sampling import Sampling
+from jet_export.bundle.memory import free_cached
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.utils.environment import write_result
 
-SIGMA = 0.5
 PERCENTILES = (0.5, 0.95, 0.99)
-
-
-class Workload:
-    """A sequence of requests that depends on the seed only."""
-
-    def __init__(self, args: argparse.Namespace, vocab: int, max_seq_len: int) -> None:
-        self.args, self.vocab, self.max_seq_len = args, vocab, max_seq_len
-
-    def requests(self, n: int, seed: int) -> list[LoadRequest]:
-        rng = random.Random(f"{self.args.seed} {seed}")
-        means = self.args.prompt_tokens, self.args.output_tokens
-        return [self.request(rng, *(self._length(rng, mean) for mean in means)) for _ in range(n)]
-
-    def request(self, rng: random.Random, prompt: int, new: int) -> LoadRequest:
-        new = min(new, self.max_seq_len - 1)
-        prompt = min(prompt, self.max_seq_len - new)
-        a = self.args
-        sampling = Sampling(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=prompt)
-        return LoadRequest([rng.randrange(self.vocab) for _ in range(prompt)], new, sampling)
-
-    def _length(self, rng: random.Random, mean: float) -> int:
-        return max(1, round(rng.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA)))
 
 
 async def send_all(client: Client, requests: list[LoadRequest], due: list[float]) -> list[Trace]:
@@ -131,7 +109,11 @@ async def concurrency_part(client: Client, work: Workload, slo, static: bool) ->
         requests = work.requests(work.args.rounds * n, n)
         kinds: dict[str, Callable] = {"continuous": closed_loop} | ({"static": static_batches} if static else {})
         for kind, run in kinds.items():
-            rows.append({"concurrency": n, "batching": kind, **summary(await run(client, requests, n), slo)})
+            row = {"concurrency": n, "batching": kind, **summary(await run(client, requests, n), slo)}
+            if "inter_token_ms" in row:
+                row["inter_token_steps"] = work.in_steps(row["inter_token_ms"], n)
+                row["ideal"] = work.ideal(requests, n).to_dict(row["tokens_per_s"])
+            rows.append(row)
     return rows
 
 
@@ -140,12 +122,14 @@ async def poisson_part(client: Client, work: Workload, slo, capacity: float) -> 
     rows, seconds = [], work.args.poisson_seconds
     for load in work.args.loads:
         rng, rate, due, now = random.Random(f"{work.args.seed} {load}"), load * capacity, [], 0.0
-        requests = max(1, round(rate * seconds)) if seconds else work.args.requests
-        for _ in range(requests):
+        requests = work.requests(max(1, round(rate * seconds)) if seconds else work.args.requests, 10**6)
+        for _ in requests:
             due.append(now)
             now += rng.expovariate(rate)
-        traces = await send_all(client, work.requests(requests, 10**6), due)
-        rows.append({"load": load, "rate": rate, **summary(traces, slo)})
+        row = {"load": load, "rate": rate, **summary(await send_all(client, requests, due), slo)}
+        if "tokens_per_s" in row:
+            row["ideal"] = work.ideal(requests, work.slots, due).to_dict(row["tokens_per_s"])
+        rows.append(row)
     return rows
 
 
@@ -179,6 +163,7 @@ async def join_part(client: Client, work: Workload) -> dict[str, Any]:
         "streams": len(others),
         "prompt_tokens": length,
         "ttft_ms": round(1e3 * long.ttft, 1),
+        "step_ms": round(1e3 * work.speeds.step(len(others)), 3),
         "before_ms": gaps(begin, long.due),
         "while_it_joins_ms": gaps(long.due, long.times[0]),
     }
@@ -211,37 +196,6 @@ def measure(client: Client, work: Workload, result: dict[str, Any], keep: Callab
     asyncio.run(all_parts())
 
 
-def print_tables(result: dict[str, Any], slo: tuple[float, float]) -> None:
-    columns = ("requests", "tokens/s", "TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99")
-
-    def cells(r: dict[str, Any]) -> list[str]:
-        if "ttft_ms" not in r:
-            return ["all failed"]
-        values = [r[k][p] for k in ("ttft_ms", "tpot_ms") for p in ("p50", "p95", "p99")]
-        return [str(r["requests"]), f"{r['tokens_per_s']:.1f}", *(f"{v:.0f}" for v in values)]
-
-    def table(first: tuple[str, ...], rows: list[list[str]], last: tuple[str, ...] = ()) -> None:
-        out = Table(box=None, header_style="bold")
-        for name in (*first, *columns, *last):
-            out.add_column(name, justify="right", no_wrap=True)
-        for row in rows:
-            out.add_row(*row)
-        Console(width=160).print(out)
-
-    rows = result["concurrency"] + result.get("deterministic", [])
-    table(("at once", "batching"), [[str(r["concurrency"]), r["batching"], *cells(r)] for r in rows])
-    print(f"Poisson arrivals; SLO: TTFT {slo[0]:g} ms, TPOT {slo[1]:g} ms")
-    poisson = []
-    for r in result["poisson"]:
-        goodput = f"{r.get('goodput_requests_per_s', 0):.2f} ({r.get('within_slo', 0):.0%})"
-        poisson.append([f"{r['load']:.0%}", f"{r['rate']:.2f}", *cells(r), goodput])
-    table(("load", "requests/s"), poisson, ("goodput",))
-    j = result["join"]
-    before, joining = (f"p50 {j[k]['p50']:.0f}, p99 {j[k]['p99']:.0f} ms" for k in ("before_ms", "while_it_joins_ms"))
-    print(f"{j['streams']} streams, gaps between tokens: {before}; while a prompt of {j['prompt_tokens']} tokens joins")
-    print(f"(its TTFT {j['ttft_ms']:.0f} ms): {joining}")
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -258,11 +212,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--long-prompt", type=int, default=32768, help="at most max_seq_len - 2")
     parser.add_argument("--join-streams", type=int, default=4)
     parser.add_argument("--join-seconds", type=float, default=2.0)
-    parser.add_argument("--temperature", type=float, default=0.0, help="of every request; 0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--slots", type=int)
-    parser.add_argument("--token-budget", type=int)
+    parser.add_argument("--held-tokens", type=int, help="of the steps timed; default: prompt and half of the output")
+    add_sampling(parser)
+    add_serving(parser)
     parser.add_argument("--http", action="store_true", help="through jet-export serve --openai on loopback")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: see load_clients.Clock")
     parser.add_argument("--seed", type=int, default=0)
@@ -274,16 +226,21 @@ def main() -> None:
     CLOCK.cpu = args.clock == "cpu"
     if CLOCK.cpu and args.http:
         sys.exit("--clock cpu counts this process's time; with --http the engine is in another.")
-    serving = Serving(slots=args.slots, token_budget=args.token_budget, max_waiting=100_000, wait_timeout=1e9)
+    serving = serving_of(args)
     load = os.getloadavg()
     manifest = Manifest.load(args.bundle)
-    work = Workload(args, manifest.config.vocab_size, manifest.limits.max_seq_len)
+    engine, _ = load_engine(args.bundle)
+    speeds = speeds_of(engine, args)
+    work = Workload(
+        args, manifest.config.vocab_size, manifest.limits.max_seq_len, speeds, manifest.limits.max_batch_size
+    )
     result: dict[str, Any] = {
         "command": " ".join(["python", *(a if a != str(args.bundle) else args.bundle.name for a in sys.argv)]),
         "model": manifest.model["name"],
         "precision": "fp8" if manifest.quantization else manifest.dtype,
         "limits": asdict(manifest.limits),
-        "sampling": {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p},
+        "speeds": asdict(speeds),
+        "sampling": sampling_of(params_of(args, 1)),
         "through": "http" if args.http else "AsyncLLM",
         "clock": args.clock,
     }
@@ -295,14 +252,16 @@ def main() -> None:
         write_result(args.output, result)
 
     if args.http:
-        with http_server(args.bundle, serving) as (url, model):
+        device = engine.device
+        del engine
+        free_cached(device)  # for the server
+        with http_server(args.bundle, serve_arguments(args)) as (url, model):
             measure(Http(url, model), work, result, keep)
     else:
-        engine, _ = load_engine(args.bundle)
         tokenizer = load_tokenizer(args.bundle)
         with InProcess(engine, tokenizer, serving) as client:
             measure(client, work, result, keep)
-        with InProcess(engine, tokenizer, replace(serving, deterministic=True)) as client:
+        with InProcess(engine, tokenizer, replace(serving, deterministic=True, mixed_prefill=None)) as client:
             asyncio.run(warm_up(client, work))
             rows = asyncio.run(concurrency_part(client, work, slo, static=False))
         result["deterministic"] = [{**r, "batching": "deterministic"} for r in rows]

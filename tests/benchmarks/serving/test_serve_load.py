@@ -1,11 +1,14 @@
 """benchmarks/serving/serve_load.py: its figures for answers with known times, and a run over a real engine."""
 
+import argparse
 import asyncio
 import json
 import sys
 
 import pytest
 from helpers.scripts import load_script
+
+from jet_export.bench.ideal import Speeds
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +63,46 @@ def test_figures_of_known_times(load) -> None:
 
 
 def test_the_seed_decides_the_work(load) -> None:
-    args = args_of(prompt_tokens=50, output_tokens=10, temperature=0.7)
-    work = load.Workload(args, vocab=128, max_seq_len=100)
+    args = args_of(prompt_tokens=50, output_tokens=10, temperature=0.7, min_p=0.1, frequency_penalty=0.5, logprobs=2)
+    work = workload(load, args)
     a, b = work.requests(200, 1), work.requests(200, 1)
     assert a == b != work.requests(200, 2)
     assert all(len(x.prompt) + x.new <= 100 and min(x.prompt) >= 0 and max(x.prompt) < 128 for x in a)
     mean = sum(x.new for x in a) / len(a)
     assert 9 < mean < 11 and len({x.new for x in a}) > 5
-    assert {x.sampling.temperature for x in a} == {0.7}
+    assert {(x.params.sampling.temperature, x.params.sampling.min_p) for x in a} == {(0.7, 0.1)}
+    assert {(x.params.frequency_penalty, x.params.logprobs, x.params.ignore_eos) for x in a} == {(0.5, 2, True)}
+    assert len({x.params.sampling.seed for x in a}) > 5
+
+
+SPEEDS = Speeds(step_ms={1: 10.0, 4: 10.0}, held_tokens=9, prompt_tokens_per_s=1e9, prompt_shape=(1, 9))
 
 
 def args_of(**values):
-    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
-    return type("Args", (), {"seed": 3, "prompt_tokens": 20, "output_tokens": 2, **sampling, **values})()
+    parser = argparse.ArgumentParser()
+    load_script("serving/serving_options.py").add_sampling(parser)
+    args = parser.parse_args([])
+    args.__dict__.update({"seed": 3, "prompt_tokens": 20, "output_tokens": 2, "slots": 100, **values})
+    return args
+
+
+def workload(load, args):
+    return load.Workload(args, vocab=128, max_seq_len=100, speeds=SPEEDS, max_batch_size=4)
 
 
 def test_a_poisson_run_takes_the_same_time_at_every_load(load) -> None:
-    work = load.Workload(args_of(loads=[0.5, 1.0], requests=7, poisson_seconds=0.5), vocab=128, max_seq_len=100)
+    work = workload(load, args_of(loads=[0.5, 1.0], requests=7, poisson_seconds=0.5))
     rows = asyncio.run(load.poisson_part(Fake(), work, (1e3, 1e3), 40.0))
     assert [r["requests"] for r in rows] == [10, 20]
+    # The fake takes 10 ms for each token, the ideal for each but the first; r["seconds"] has two digits.
+    assert all(0 < r["ideal"]["seconds"] <= r["seconds"] + 0.01 for r in rows)
     work.args.poisson_seconds = None
     assert [r["requests"] for r in asyncio.run(load.poisson_part(Fake(), work, (1e3, 1e3), 40.0))] == [7, 7]
 
 
 def test_warm_up_covers_every_batch_bucket(load) -> None:
     client = Fake()
-    work = load.Workload(args_of(concurrency=[1, 6], join_streams=2), vocab=128, max_seq_len=100)
+    work = workload(load, args_of(concurrency=[1, 6], join_streams=2))
     asyncio.run(load.warm_up(client, work))
     assert client.seen == [n for most in (1, 2, 4, 6) for n in range(1, most + 1)]
 
@@ -114,7 +131,7 @@ def test_every_part_runs_on_an_engine(load, tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(load, "load_tokenizer", lambda path: ByteTokenizer())
     options = (
         "--concurrency 1 3 --rounds 1 --requests 5 --loads 0.5 --prompt-tokens 10 --output-tokens 4 "
-        "--join-streams 2 --join-seconds 0.1"
+        "--join-streams 2 --join-seconds 0.1 --temperature 0.8 --min-p 0.1 --presence-penalty 0.5 --logprobs 2"
     )
     monkeypatch.setattr(sys, "argv", ["serve_load.py", "b", "--output", str(tmp_path / "r.json"), *options.split()])
     kept: list[list[str]] = []
@@ -138,5 +155,11 @@ def test_every_part_runs_on_an_engine(load, tmp_path, monkeypatch, capsys) -> No
         (3, "deterministic"),
     ]
     assert not any(r["failed"] for r in result["concurrency"] + result["poisson"])
+    for r in result["concurrency"] + result["deterministic"] + result["poisson"]:
+        assert r["ideal"]["achieved"] == pytest.approx(r["tokens_per_s"] / r["ideal"]["tokens_per_s"])
+        assert r["ideal"]["most_at_once"] <= r.get("concurrency", 4)
+    assert set(result["speeds"]["step_ms"]) == {"1", "2", "3"} and result["speeds"]["held_tokens"] == 12
+    assert result["sampling"] == {"temperature": 0.8, "min_p": 0.1, "presence_penalty": 0.5, "logprobs": 2}
     assert result["join"]["prompt_tokens"] == 198 and result["join"]["while_it_joins_ms"]["gaps"] > 0
-    assert result["environment"]["cpu"] and "goodput" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert result["environment"]["cpu"] and "goodput" in out and "of ideal" in out

@@ -1,0 +1,78 @@
+"""Options that the serving scripts share: how every request is sampled, and what the engine serves with."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jet_export.cli.options import parse_bytes
+from jet_export.runtime.capacity import Serving
+from jet_export.runtime.params import Params
+from jet_export.runtime.sampling import Sampling
+
+PATIENT: dict[str, Any] = {"max_waiting": 100_000, "wait_timeout": 1e9}  # no request is refused
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling, of every request")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    group.add_argument("--top-k", type=int, default=0, help="0 keeps every token")
+    group.add_argument("--top-p", type=float, default=1.0, help="1 keeps every token")
+    group.add_argument("--min-p", type=float, default=0.0, help="0 keeps every token")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none")
+    group.add_argument("--presence-penalty", type=float, default=0.0)
+    group.add_argument("--frequency-penalty", type=float, default=0.0)
+    group.add_argument("--logprobs", type=int, help="log probability of each token and of so many likely ones")
+
+
+def params_of(args: argparse.Namespace, new: int, seed: int = 0) -> Params:
+    """Parameters of a request of exactly `new` tokens. Raises JetExportError for values out of range."""
+    return Params(
+        new,
+        Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed),
+        ignore_eos=True,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        logprobs=args.logprobs,
+    )
+
+
+def sampling_of(params: Params) -> dict[str, Any]:
+    """As results record it, and as an OpenAI-compatible server takes it: options at their defaults are left out."""
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs")
+    values = {"top_k": params.sampling.top_k, "top_p": params.sampling.top_p, "min_p": params.sampling.min_p}
+    values |= {name: getattr(params, name) for name in names}
+    default = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | {name: getattr(Params(), name) for name in names}
+    given = {name: value for name, value in values.items() if value != default[name]}
+    return {"temperature": params.sampling.temperature, **given}
+
+
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the engine, as `jet-export serve` takes them")
+    group.add_argument("--slots", type=int, help="sequences at once")
+    group.add_argument("--kv-tokens", type=int)
+    group.add_argument("--token-budget", type=int, help="tokens per step")
+    group.add_argument("--mixed-prefill", type=int, help="prompt tokens of a step that also decodes")
+    group.add_argument("--prefix-cache-bytes", help="such as 512M or 4G; 0: no cache")
+
+
+def given_serving(args: argparse.Namespace) -> dict[str, Any]:
+    """The serving options that were given, by the names of `Serving`."""
+    names = ("slots", "kv_tokens", "token_budget", "mixed_prefill", "prefix_cache_bytes")
+    found = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "prefix_cache_bytes" in found:
+        found["prefix_cache_bytes"] = parse_bytes(found["prefix_cache_bytes"], "--prefix-cache-bytes")
+    return found
+
+
+def serving_of(args: argparse.Namespace, **fixed: Any) -> Serving:
+    return Serving(**{**PATIENT, **given_serving(args), **fixed})
+
+
+def serve_arguments(args: argparse.Namespace) -> list[str]:
+    """The same for the command line of `jet-export serve`."""
+    words: list[str] = []
+    for name, value in {**PATIENT, **given_serving(args)}.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return words
