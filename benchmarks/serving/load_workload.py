@@ -55,8 +55,5 @@ def speeds_of(engine: Engine, args: argparse.Namespace) -> Speeds:
     most = min(slots, max(*args.concurrency, args.join_streams))
     sizes = {*batch_sizes(most), *(min(n, most) for n in (*args.concurrency, args.join_streams))}
     speeds = measure_speeds(engine, sizes, held_tokens=held, now=CLOCK.now)
-    steps = ", ".join(f"{n}: {ms:.3g}" for n, ms in speeds.step_ms.items())
-    prompts, tokens = speeds.prompt_shape
-    print(f"ms a step by batch, {speeds.held_tokens} tokens held: {steps}")
-    print(f"prompts of {prompts} x {tokens}: {speeds.prompt_tokens_per_s:,.0f} tokens/s", flush=True)
+    print(speeds.describe(), flush=True)
     return speeds

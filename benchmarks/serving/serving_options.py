@@ -48,13 +48,15 @@ def sampling_of(params: Params) -> dict[str, Any]:
     return {"temperature": params.sampling.temperature, **given}
 
 
-def add_serving(parser: argparse.ArgumentParser) -> None:
+def add_serving(parser: argparse.ArgumentParser, *, slots: int | None = None, prefix_cache: str | None = "0") -> None:
+    """The arguments are defaults. No prefix cache unless asked for: a script that sends a prompt twice would be told
+    how fast a prompt is that need not run."""
     group = parser.add_argument_group("the engine, as `jet-export serve` takes them")
-    group.add_argument("--slots", type=int, help="sequences at once")
+    group.add_argument("--slots", type=int, default=slots, help="sequences at once")
     group.add_argument("--kv-tokens", type=int)
     group.add_argument("--token-budget", type=int, help="tokens per step")
     group.add_argument("--mixed-prefill", type=int, help="prompt tokens of a step that also decodes")
-    group.add_argument("--prefix-cache-bytes", help="such as 512M or 4G; 0: no cache")
+    group.add_argument("--prefix-cache-bytes", default=prefix_cache, help="such as 512M or 4G; 0: no cache")
 
 
 def given_serving(args: argparse.Namespace) -> dict[str, Any]:

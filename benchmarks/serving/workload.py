@@ -5,7 +5,9 @@
 Prompts of about 512 random tokens, about 256 new ones (log-normal, sigma 0.5, one seed), all submitted together,
 --slots at once, end-of-sequence tokens ignored. `engine`: the caller takes the steps (LLM.generate's way). `async`:
 AsyncLLM, a task a request. Output tokens/s from the first submission to the last token; milliseconds between the
-tokens of a request. It all runs once before, so that every CUDA graph is there.
+tokens of a request, also as multiples of a plain decode step of --slots rows. It all runs once before, so that every
+CUDA graph is there. The ideal is a simulation of these requests at the engine's own speeds, measured first (decode
+steps by batch size, prompts of 16 x 2048; nothing overlaps: jet_export/bench/ideal.py); serving may exceed it.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from serving_options import add_serving, given_serving, serving_of
+
 from jet_export.backends.base import Engine
 from jet_export.backends.load import load_engine
+from jet_export.bench.ideal import Ideal, Speeds, batch_sizes, measure_speeds, simulate
 from jet_export.bench.timer import percentile
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine
-from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import load_tokenizer
@@ -131,43 +136,66 @@ def check(trace: Trace, work: list[Request]) -> None:
         raise SystemExit(f"request {i} got {len(trace.times[i])} of {work[i][1]} tokens; ended by {trace.reasons[i]}")
 
 
-def engine_of(engine: Engine, bundle: Path, slots: int) -> BatchingEngine:
-    serving = Serving(slots=slots, max_waiting=100_000, wait_timeout=1e9)
-    return BatchingEngine(engine, load_tokenizer(bundle), -1, serving)
+def measure_ideal(engine: Engine, work: list[Request], slots: int) -> tuple[Speeds, Ideal]:
+    """The speeds of an engine that nothing else uses yet, and what they allow. The steps timed hold what the requests
+    hold on average: their prompts and half of their new tokens."""
+    held = round(statistics.mean(len(prompt) + new / 2 for prompt, new in work))
+    speeds = measure_speeds(engine, batch_sizes(slots), held_tokens=held)
+    return speeds, simulate([(len(prompt), new) for prompt, new in work], slots=slots, speeds=speeds)
+
+
+def compared(row: dict[str, float], speeds: Speeds, ideal: Ideal, slots: int) -> dict[str, float]:
+    """A row's share of the ideal, and its times between tokens in plain decode steps of `slots` rows."""
+    step = 1e3 * speeds.step(slots)
+    steps = {f"between_tokens_steps_{p}": round(row[f"between_tokens_ms_{p}"] / step, 2) for p in ("p50", "p95", "p99")}
+    return {"of_ideal": round(row["tokens_per_s"] / ideal.tokens_per_s, 4), **steps}
+
+
+def describe(row: dict[str, Any]) -> str:
+    between = ", ".join(
+        f"{p} {row[f'between_tokens_ms_{p}']:.2f} ms ({row[f'between_tokens_steps_{p}']:.1f} steps)"
+        for p in ("p50", "p95", "p99")
+    )
+    speed = f"{row['tokens_per_s']:9,.0f} tokens/s, {row['of_ideal']:.0%} of the ideal"
+    return f"{row['kind']:18} {row['through']:7} {speed}; between tokens {between}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--through", default="engine,async")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--output", type=Path, help="default: results/<gpu>/workload-<bundle>.json")
+    add_serving(parser, slots=64)
     options = parser.parse_args()
     loaded, manifest = load_engine(options.bundle)
     work = requests(options.requests, min(150_000, loaded.config.vocab_size))
-    engine = engine_of(loaded, options.bundle, options.slots)
+    speeds, ideal = measure_ideal(loaded, work, options.slots)
+    print(speeds.describe())
+    print(
+        f"ideal for {options.slots} slots: {ideal.tokens_per_s:,.0f} tokens/s: {ideal.steps} steps in "
+        f"{ideal.decode_seconds:.2f} s, prompts in {ideal.prompt_seconds:.2f} s",
+        flush=True,
+    )
+    engine = BatchingEngine(loaded, load_tokenizer(options.bundle), -1, serving_of(options))
     runs = {"engine": run_engine, "async": run_async}
     run_engine(engine, work, "greedy")  # every CUDA graph that the work needs
     rows: list[dict[str, Any]] = []
     for kind in options.kinds.split(","):
         for through in options.through.split(","):
             for _ in range(options.repeats):
-                rows.append({"kind": kind, "through": through, **runs[through](engine, work, kind)})
-                row = rows[-1]
-                print(
-                    f"{kind:18} {through:7} {row['tokens_per_s']:9,.0f} tokens/s, between tokens p50 "
-                    f"{row['between_tokens_ms_p50']:.2f} p95 {row['between_tokens_ms_p95']:.2f} p99 "
-                    f"{row['between_tokens_ms_p99']:.2f} ms",
-                    flush=True,
-                )
+                row = runs[through](engine, work, kind)
+                rows.append({"kind": kind, "through": through, **row, **compared(row, speeds, ideal, options.slots)})
+                print(describe(rows[-1]), flush=True)
                 if through == "async":  # its thread has ended; the engine takes new requests again
                     engine.stopping = False
     output = options.output or RESULTS / device_slug() / f"workload-{options.bundle.name}.json"
-    about = {"bundle": options.bundle.name, "limits": manifest.limits.__dict__, "slots": options.slots}
-    write_result(output, {**about, "requests": len(work), "prompt_tokens": sum(len(p) for p, _ in work), "rows": rows})
+    about = {"bundle": options.bundle.name, "limits": manifest.limits.__dict__, "serving": given_serving(options)}
+    prompt_tokens = sum(len(prompt) for prompt, _ in work)
+    measured = {"speeds": asdict(speeds), "ideal": ideal.to_dict(), "rows": rows}
+    write_result(output, {**about, "requests": len(work), "prompt_tokens": prompt_tokens, **measured})
 
 
 if __name__ == "__main__":

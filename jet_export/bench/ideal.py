@@ -61,6 +61,12 @@ class Speeds:
         """Seconds of a prompt."""
         return tokens / self.prompt_tokens_per_s
 
+    def describe(self) -> str:
+        """Two lines."""
+        steps = ", ".join(f"{n}: {self.step_ms[n]:.3g}" for n in self._sizes)
+        prompts = f"prompts of {' x '.join(map(str, self.prompt_shape))}: {self.prompt_tokens_per_s:,.0f} tokens/s"
+        return f"ms a decode step by batch size, {self.held_tokens} tokens held: {steps}\n{prompts}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ideal:
