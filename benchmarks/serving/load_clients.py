@@ -60,6 +60,7 @@ class Trace:
     due: float
     times: list[float] = field(default_factory=list)
     tokens: int = 0  # as the answer counts them
+    ids: list[int] = field(default_factory=list)  # of the tokens, where the answer has them
     error: str = ""
 
     @property
@@ -98,6 +99,7 @@ class InProcess:
                 if output.token is not None:
                     trace.times.append(CLOCK.now())
                     trace.tokens += 1
+                    trace.ids.append(output.token)
                 if output.finish_reason not in (None, "length"):
                     trace.error = str(output.finish_reason)
         finally:
