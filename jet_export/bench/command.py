@@ -24,7 +24,7 @@ from jet_export.bundle.dtypes import dtype_name
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import available_memory, free_cached
-from jet_export.runtime.sampling import Sampling
+from jet_export.runtime.params import Params
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.utils.environment import environment
 from jet_export.utils.errors import JetExportError
@@ -88,9 +88,11 @@ def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str
         raise JetExportError(
             f"--protocol {options.asked.protocol}: not known.", f"Known: {', '.join(sorted(PROTOCOLS))}."
         )
-    if options.asked.protocol != "serving" and not options.asked.sampling.greedy:
+    if options.asked.protocol != "serving" and (options.asked.params, options.asked.mixed_prefill) != (Params(), None):
         raise JetExportError(
-            f"--temperature: --protocol {options.asked.protocol} decodes greedily.", "Pass --protocol serving."
+            f"--protocol {options.asked.protocol} decodes greedily, without a scheduler: no sampling options, no "
+            "--mixed-prefill.",
+            "Pass --protocol serving.",
         )
     manifest = Manifest.load(options.bundle)
     wanted(options.asked, manifest.limits)
@@ -131,7 +133,7 @@ def run_bundle(
     cases, run.skipped, run.notes = plan_cases(options.asked, subject.room)
     if options.asked.protocol == "serving":
         for case in cases:
-            run.serving.append(serve_case(subject, case, options.asked.sampling))
+            run.serving.append(serve_case(subject, case, options.asked))
             keep(run)
         return run
     for case in with_sweep(cases, run.skipped, subject.room, options.asked.new_tokens) if sweep else cases:
@@ -165,7 +167,7 @@ def load_subject(bundle: Path, emit: Emit) -> tuple[Subject, BundleRun]:
     return Subject(bundle=bundle, engine=engine, room=room, roofline=roofline), run
 
 
-def serve_case(subject: Subject, case: Case, sampling: Sampling) -> ServingRow:
+def serve_case(subject: Subject, case: Case, asked: Asked) -> ServingRow:
     """A burst of requests in as many slots as the case has sequences."""
     return serve_burst(
         subject.engine,
@@ -173,7 +175,8 @@ def serve_case(subject: Subject, case: Case, sampling: Sampling) -> ServingRow:
         context=case.context,
         new_tokens=case.new_tokens,
         slots=case.batch,
-        sampling=sampling,
+        params=asked.params,
+        mixed_prefill=asked.mixed_prefill,
     )
 
 

@@ -14,7 +14,7 @@ from jet_export.bench.measure import Case, check_case
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import MemoryBudget
-from jet_export.runtime.sampling import Sampling
+from jet_export.runtime.params import Params
 from jet_export.utils.console import human
 from jet_export.utils.errors import JetExportError
 
@@ -33,7 +33,8 @@ class Asked:
     contexts: tuple[int, ...] | None = None
     batches: tuple[int, ...] | None = None
     new_tokens: int = NEW_TOKENS
-    sampling: Sampling = field(default_factory=Sampling)  # of the serving protocol; the others decode greedily
+    params: Params = field(default_factory=Params)  # sampling of the serving protocol; the others decode greedily
+    mixed_prefill: int | None = None  # of the serving protocol: Serving.mixed_prefill
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from jet_export.model.cache import PAGE, cdiv
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Output, Params
-from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 from jet_export.utils.errors import JetExportError
 
@@ -42,14 +41,26 @@ class ServingRow:
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logprobs: int | None
+    mixed_prefill: int | None  # as asked for
 
     @property
     def sampling(self) -> str:
-        """As a table has it."""
-        if self.temperature == 0:
-            return "greedy"
-        top_k, top_p = f" top_k {self.top_k}" if self.top_k else "", f" top_p {self.top_p:g}" if self.top_p < 1 else ""
-        return f"t {self.temperature:g}{top_k}{top_p}"
+        """As a table has it: what is not at its default."""
+        words = [f"t {self.temperature:g}" if self.temperature else "greedy"]
+        if self.temperature:
+            words += [f"top_k {self.top_k}"] if self.top_k else []
+            words += [f"top_p {self.top_p:g}"] if self.top_p < 1 else []
+            words += [f"min_p {self.min_p:g}"] if self.min_p else []
+        words += [f"repetition {self.repetition_penalty:g}"] if self.repetition_penalty != 1 else []
+        words += [f"presence {self.presence_penalty:g}"] if self.presence_penalty else []
+        words += [f"frequency {self.frequency_penalty:g}"] if self.frequency_penalty else []
+        words += [f"{self.logprobs} logprobs"] if self.logprobs is not None else []
+        return " ".join(words)
 
 
 class _TokenTimes:
@@ -71,23 +82,33 @@ def serve_burst(
     context: int,
     new_tokens: int,
     slots: int,
-    sampling: Sampling | None = None,
+    params: Params | None = None,
+    mixed_prefill: int | None = None,
     seed: int = 0,
 ) -> ServingRow:
-    """ROUNDS requests per slot, random prompts of `context` tokens, each with a sampling seed of its own.
+    """ROUNDS requests per slot, random prompts of `context` tokens, each with a sampling seed of its own, without a
+    prefix cache. `params`: how the requests are sampled, by default greedily.
 
     Raises JetExportError if one does not finish.
     """
     requests = ROUNDS * slots
     pages = slots * cdiv(context + new_tokens, PAGE)  # not max_seq_len for every slot
-    serving = Serving(slots=slots, kv_tokens=pages * PAGE, max_waiting=requests, wait_timeout=1e9)
+    serving = Serving(
+        slots=slots,
+        kv_tokens=pages * PAGE,
+        mixed_prefill=mixed_prefill,
+        prefix_cache_bytes=0,
+        max_waiting=requests,
+        wait_timeout=1e9,
+    )
     batching = BatchingEngine(engine, tokenizer, -1, serving)
     rng = torch.Generator().manual_seed(seed)
     prompts = torch.randint(engine.config.vocab_size, (requests + slots, context), generator=rng).tolist()
-    sampling = sampling or Sampling()
-    params = [Params(new_tokens, replace(sampling, seed=i), ignore_eos=True) for i in range(requests)]
-    _run(batching, prompts[requests:], [Params(2, sampling, ignore_eos=True)] * slots)  # warm-up
-    clocks = _run(batching, prompts[:requests], params)
+    params = replace(params or Params(), max_new_tokens=new_tokens, ignore_eos=True)
+    sampling = params.sampling
+    seeded = [replace(params, sampling=replace(sampling, seed=i)) for i in range(requests)]
+    _run(batching, prompts[requests:], [replace(params, max_new_tokens=2)] * slots)  # warm-up
+    clocks = _run(batching, prompts[:requests], seeded)
     bad = next((c.reason for c in clocks if c.reason != "length"), None)
     if bad:
         raise JetExportError(f"serving: a request ended with {bad!r} before its last token.")
@@ -108,6 +129,12 @@ def serve_burst(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logprobs=params.logprobs,
+        mixed_prefill=mixed_prefill,
     )
 
 

@@ -23,10 +23,19 @@ def bench(
     temperature: Annotated[float, typer.Option(help="serving: of every request; 0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="serving: 0 keeps every token.")] = 0,
     top_p: Annotated[float, typer.Option(help="serving: 1 keeps every token.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="serving: 0 keeps every token.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="serving: 1 is none.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="serving: 0 is none.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="serving: 0 is none.")] = 0.0,
+    logprobs: Annotated[int | None, typer.Option(help="serving: of each token and of so many likely ones.")] = None,
+    mixed_prefill: Annotated[
+        int | None, typer.Option(help="serving: prompt tokens of a step that also decodes.")
+    ] = None,
 ) -> None:
     """Measure speed and memory, beside the roofline; verified first, and nothing is timed where that fails."""
     from jet_export.bench.command import BenchOptions, run_bench
     from jet_export.bench.protocols import Asked, parse_batches, parse_contexts
+    from jet_export.runtime.params import Params
     from jet_export.runtime.sampling import Sampling
 
     if new_tokens < 2:
@@ -36,7 +45,14 @@ def bench(
         contexts=parse_contexts(contexts),
         batches=parse_batches(batch),
         new_tokens=new_tokens,
-        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        params=Params(
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logprobs=logprobs,
+        ),
+        mixed_prefill=mixed_prefill,
     )
     options = BenchOptions(
         bundle=bundle, asked=asked, baselines=tuple(baseline or ()), output=output, fill_seconds=fill_seconds

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,8 @@ from jet_export.bench.roofline import Peaks, bundle_weights
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest, describe_files
 from jet_export.cli import app as cli
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.utils.errors import JetExportError
 
@@ -176,14 +179,32 @@ def test_serving_finishes_every_request(bundle, outcome) -> None:
     assert r["total_tokens_per_s"] == pytest.approx(r["tokens_per_s"] * 46 / 6)
 
 
-def test_serving_samples_as_asked(bundle, outcome, capsys) -> None:
-    sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9)
-    result = run(bundle, 40, protocol="serving", batches=(2,), sampling=sampling)
+def test_serving_samples_as_asked(bundle, outcome, monkeypatch, capsys) -> None:
+    params = Params(sampling=Sampling(temperature=0.8, top_k=5, top_p=0.9), presence_penalty=0.5, logprobs=2)
+    seen: list[Params] = []
+    submit = BatchingEngine.submit
+
+    def recorded(self, prompt, params, *args, **kwargs):
+        seen.append(params)
+        return submit(self, prompt, params, *args, **kwargs)
+
+    monkeypatch.setattr(BatchingEngine, "submit", recorded)
+    result = run(bundle, 40, protocol="serving", batches=(2,), params=params)
     (r,) = result["bundles"][0]["serving"]
-    assert (r["temperature"], r["top_k"], r["top_p"]) == (0.8, 5, 0.9)
-    assert capsys.readouterr().out.splitlines()[1].rstrip().endswith("t 0.8 top_k 5 top_p 0.9")
-    with pytest.raises(JetExportError, match="--temperature: --protocol latency decodes greedily"):
-        run(bundle, 40, protocol="latency", sampling=sampling)
+    assert (r["temperature"], r["top_k"], r["top_p"], r["presence_penalty"], r["logprobs"]) == (0.8, 5, 0.9, 0.5, 2)
+    assert capsys.readouterr().out.splitlines()[1].rstrip().endswith("t 0.8 top_k 5 top_p 0.9 presence 0.5 2 logprobs")
+    measured = seen[-8:]  # after those that warm up
+    for p in measured:
+        asked = replace(params, max_new_tokens=6, ignore_eos=True)
+        assert replace(p, sampling=params.sampling) == asked and replace(p.sampling, seed=0) == params.sampling
+    assert len({p.sampling.seed for p in measured}) == 8
+    for asked in ({"params": params}, {"params": Params(logprobs=0)}, {"mixed_prefill": 8}):
+        with pytest.raises(JetExportError, match=r"--protocol latency decodes greedily.*\nPass --protocol serving"):
+            run(bundle, 40, protocol="latency", **asked)
+
+
+def csv_cell(value) -> str:
+    return "" if value is None else str(value)
 
 
 def test_serving_is_a_table_and_a_csv(bundle, outcome, tmp_path, capsys) -> None:
@@ -193,7 +214,7 @@ def test_serving_is_a_table_and_a_csv(bundle, outcome, tmp_path, capsys) -> None
     with open(tmp_path / "out" / "bench.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     for line, r in zip(rows, b["serving"], strict=True):
-        assert line == {"model": "mini", "precision": "fp32", **{k: str(v) for k, v in r.items()}}
+        assert line == {"model": "mini", "precision": "fp32", **{k: csv_cell(v) for k, v in r.items()}}
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[:4] == ["model", "context", "new", "tokens"]
     assert [line.split()[:6] for line in out[1:]] == [["mini", "fp32", n, "6", "8", "2"] for n in ("40", "8")]
@@ -209,6 +230,9 @@ def test_serving_is_a_table_and_a_csv(bundle, outcome, tmp_path, capsys) -> None
         (["--new-tokens", "1"], "--new-tokens 1: must be at least 2"),
         (["--baseline", "qwen9"], "--baseline qwen9: neither a bundle nor a baseline"),
         (["--batch", "²"], "--batch ²: neither auto"),
+        (["--min-p", "2"], "min_p 2.0 is not in [0, 1]"),
+        (["--logprobs", "99"], "logprobs 99 is not between"),
+        (["--frequency-penalty", "1"], "--protocol latency decodes greedily, without a scheduler"),
         (["--protocol", "paper", "--contexts", "5000"], "the paper has no context of 5000 tokens"),
     ],
 )
