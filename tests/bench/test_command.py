@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -198,9 +199,10 @@ def test_serving_samples_as_asked(bundle, outcome, monkeypatch, capsys) -> None:
         asked = replace(params, max_new_tokens=6, ignore_eos=True)
         assert replace(p, sampling=params.sampling) == asked and replace(p.sampling, seed=0) == params.sampling
     assert len({p.sampling.seed for p in measured}) == 8
-    for asked in ({"params": params}, {"params": Params(logprobs=0)}, {"mixed_prefill": 8}):
+    refused: list[dict[str, Any]] = [{"params": params}, {"params": Params(logprobs=0)}, {"mixed_prefill": 8}]
+    for options in refused:
         with pytest.raises(JetExportError, match=r"--protocol latency decodes greedily.*\nPass --protocol serving"):
-            run(bundle, 40, protocol="latency", **asked)
+            run(bundle, 40, protocol="latency", **options)
 
 
 def csv_cell(value) -> str:
