@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GREEDY_BELOW = 1e-5  # temperatures
 PENALTIES, BIAS, MASK = 1, 2, 4  # bits of `flags`

@@ -28,6 +28,13 @@ def serve(
     keep_alive_timeout: Annotated[
         float, typer.Option(help="With --openai: seconds that an idle connection stays open.")
     ] = 75.0,
+    frontends: Annotated[
+        int | None,
+        typer.Option(
+            help="With --openai: processes for HTTP and text beside the engine's; 0: none. "
+            "Default: 0 on a CPU, else up to 4."
+        ),
+    ] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences at once; default: the bundle's max_batch_size.")] = None,
     kv_tokens: Annotated[
         int | None,
@@ -60,7 +67,8 @@ def serve(
         from jet_export.server.openai.serve import HttpOptions
         from jet_export.server.openai.serve import serve as run_openai
 
-        run_openai(bundle, HttpOptions(host=host, port=port, keep_alive=keep_alive_timeout), serving, typer.echo)
+        http = HttpOptions(host=host, port=port, keep_alive=keep_alive_timeout, frontends=frontends)
+        run_openai(bundle, http, serving, typer.echo)
         return
     from jet_export.server.triton.repository import Repository, gpu_indices, write_repository
     from jet_export.server.triton.tritonserver import Ports, run_triton

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from jet_export.backends.load import load_engine
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.mailbox import Mailbox
+from jet_export.runtime.output_stream import OutputStream
 from jet_export.runtime.params import Output, Params
-from jet_export.runtime.sequence import Keep, OnOutput, RunningSequence
+from jet_export.runtime.sequence import Keep, RunningSequence
+from jet_export.runtime.serving_engine import RequestLimits, Status
 from jet_export.runtime.sessions import Session, Sessions
-from jet_export.runtime.tokenizer import load_tokenizer
+from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer, load_tokenizer
 from jet_export.utils.errors import JetExportError
+
+
+def load_batching(
+    bundle: str | Path, serving: Serving | None, *, cuda_graphs: bool = True
+) -> tuple[BatchingEngine, str]:
+    """(engine with continuous batching, fingerprint of its bundle)."""
+    engine, manifest = load_engine(bundle)
+    eos = manifest.config.eos_token_id
+    batching = BatchingEngine(engine, load_tokenizer(bundle), eos, serving, cuda_graphs=cuda_graphs)
+    return batching, manifest.fingerprint
 
 
 class AsyncLLM(Sessions):
@@ -24,11 +38,8 @@ class AsyncLLM(Sessions):
     """
 
     def __init__(self, bundle: str | Path, serving: Serving | None = None, *, cuda_graphs: bool = True) -> None:
-        self.engine, manifest = load_engine(bundle)
-        self.fingerprint = manifest.fingerprint
-        tokenizer, eos = load_tokenizer(bundle), manifest.config.eos_token_id
-        self.batching = BatchingEngine(self.engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)
-        self.mailbox = Mailbox(self.batching)
+        self.batching, self.fingerprint = load_batching(bundle, serving, cuda_graphs=cuda_graphs)
+        self.engine, self.mailbox = self.batching.engine, Mailbox(self.batching)
 
     @classmethod
     def over(cls, batching: BatchingEngine, fingerprint: str = "") -> AsyncLLM:
@@ -37,6 +48,27 @@ class AsyncLLM(Sessions):
         llm.batching, llm.engine, llm.fingerprint = batching, batching.engine, fingerprint
         llm.mailbox = Mailbox(batching)
         return llm
+
+    @property
+    def tokenizer(self) -> Tokenizer | ByteTokenizer:
+        return self.batching.tokenizer
+
+    @property
+    def limits(self) -> RequestLimits:
+        c = self.batching.scheduler.capacity
+        return RequestLimits(c.slots, c.max_waiting, c.max_seq_len)
+
+    async def status(self) -> Status:
+        return Status(self.batching.alive, self.batching.render_metrics())
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Started inside, and stopped at the end."""
+        self.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.stop)
 
     def start(self) -> None:
         self.batching.start()
@@ -63,6 +95,15 @@ class AsyncLLM(Sessions):
             raise JetExportError(f"The prompt did not run ({sequence.finish_reason}).", "Try again.")
         return Session(sequence.snapshot, self.fingerprint)
 
+    def submit(self, prompts: Sequence[Sequence[int]], params: Params) -> OutputStream:
+        """The outputs of the prompts, in batches as they arrive, in the running event loop; close it at the end.
+
+        Raises JetExportError for a prompt that could never run, QueueFull if too many requests wait; then none runs.
+        """
+        texts = [StopText(self.tokenizer, params.stop) for _ in prompts]
+        outputs, _ = self._submit(prompts, replace(params, stop=()), texts)
+        return outputs
+
     async def stream(
         self, prompts: Sequence[Sequence[int]], params: Params, sessions: Sequence[Session] | None = None
     ) -> AsyncGenerator[tuple[int, Output], None]:
@@ -72,30 +113,54 @@ class AsyncLLM(Sessions):
         the prompt and the completion too; the session of a request that was cancelled or failed stays as it was.
         Raises JetExportError for a prompt that could never run, QueueFull if too many requests wait; then none runs.
         """
-        outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
-
-        def forward(i: int) -> OnOutput:
-            return self.mailbox.sender(asyncio.get_running_loop(), outputs, i)
-
         claimed = self._claim(sessions, len(prompts))
         submitted: list[RunningSequence] = []
+        outputs: OutputStream | None = None
         try:
-            for i, prompt in enumerate(prompts):
-                start = claimed[i].snapshot if claimed else None
-                keep: Keep | None = "end" if claimed else None
-                submitted.append(self.batching.submit(list(prompt), params, forward(i), start=start, keep=keep))
-            running = len(submitted)
-            while running:
-                i, output = await outputs.get()
-                running -= output.finish_reason is not None
-                if claimed and output.finish_reason is not None:
-                    claimed[i].snapshot = submitted[i].snapshot or claimed[i].snapshot
-                yield i, output
+            if claimed:  # a session ends where the text does, so the engine looks for the stop strings
+                outputs, submitted = self._submit(prompts, params, None, claimed)
+            else:
+                outputs = self.submit(prompts, params)
+            while batch := await outputs.batch():
+                for i, output in batch:
+                    if claimed and output.finish_reason is not None:
+                        claimed[i].snapshot = submitted[i].snapshot or claimed[i].snapshot
+                    yield i, output
         finally:
-            for sequence in submitted:
-                self.batching.cancel(sequence)
+            if outputs is not None:
+                outputs.close()
             for session in claimed:
                 session.busy = False
+
+    def _submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Params,
+        texts: list[StopText] | None,
+        sessions: Sequence[Session] = (),
+    ) -> tuple[OutputStream, list[RunningSequence]]:
+        """`texts` None: the engine makes the text, and looks for stop strings."""
+        submitted: list[RunningSequence] = []
+        loop = asyncio.get_running_loop()
+        keep: Keep | None = "end" if sessions else None
+        outputs = OutputStream(len(prompts), lambda i, reason: self.batching.cancel(submitted[i], reason), texts)
+        try:
+            for i, prompt in enumerate(prompts):
+                submitted.append(
+                    self.batching.submit(
+                        list(prompt),
+                        params,
+                        self.mailbox.sender(loop, outputs.put, i),
+                        start=sessions[i].snapshot if sessions else None,
+                        keep=keep,
+                        text=texts is None,
+                    )
+                )
+        except BaseException:
+            for sequence in submitted:
+                self.batching.cancel(sequence)
+            raise
+        return outputs, submitted
 
     def _claim(self, sessions: Sequence[Session] | None, prompts: int) -> list[Session]:
         """Mark the sessions as in use. Raises JetExportError if one already is, or their number is not `prompts`."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Callable
 
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.params import Output
 from jet_export.runtime.sequence import OnOutput
 
 log = logging.getLogger(__name__)
-Letter = tuple["asyncio.Queue[tuple[int, Output]]", tuple[int, Output]]
+Put = Callable[[int, Output], None]  # (index of the prompt, its output)
+Letter = tuple[Put, int, Output]
 
 
 class Mailbox:
@@ -25,17 +26,17 @@ class Mailbox:
         self.waiting: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
         batching.after_step = self.flush
 
-    def sender(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[tuple[int, Output]], i: int) -> OnOutput:
-        """A callback that puts (i, output) into a queue of this loop."""
+    def sender(self, loop: asyncio.AbstractEventLoop, put: Put, i: int) -> OnOutput:
+        """A callback that calls put(i, output) in this loop."""
 
-        def put(output: Output) -> None:
+        def send(output: Output) -> None:
             if loop.is_closed():
                 raise RuntimeError("its event loop is closed")  # the engine cancels the request
-            self.waiting.setdefault(loop, []).append((queue, (i, output)))
+            self.waiting.setdefault(loop, []).append((put, i, output))
             if not self.batching.delivering:
                 self.flush()
 
-        return put
+        return send
 
     def flush(self) -> None:
         waiting, self.waiting = self.waiting, {}
@@ -46,7 +47,7 @@ class Mailbox:
                 log.warning("%d outputs were lost: their event loop is closed", len(letters))
 
 
-def deliver(letters: list[Any]) -> None:
+def deliver(letters: list[Letter]) -> None:
     """In the event loop."""
-    for queue, item in letters:
-        queue.put_nowait(item)
+    for put, i, output in letters:
+        put(i, output)

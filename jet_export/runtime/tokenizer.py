@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jet_export.bundle.manifest import TOKENIZER
 from jet_export.utils.errors import JetExportError
 
 MAX_HELD_BACK = 16  # tokens that TextStream holds back for the end of a character, which has at most 4 bytes
@@ -46,7 +45,7 @@ class ByteTokenizer:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | ByteTokenizer:
-    path = Path(directory) / TOKENIZER
+    path = Path(directory) / "tokenizer.json"
     return Tokenizer(path) if path.is_file() else ByteTokenizer()
 
 
@@ -93,6 +92,8 @@ class StopText:
         return text, stopped
 
     def _cut(self, text: str) -> tuple[str, bool]:
+        if not self.stop:
+            return text, False
         self.held += text
         found = [i for s in self.stop if (i := self.held.find(s)) >= 0]
         if found:

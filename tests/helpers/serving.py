@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 import threading
 from contextlib import contextmanager
 
+import torch
 import uvicorn
 
 from helpers.eager_bundle import eager_engine
@@ -16,7 +17,9 @@ from jet_export.runtime.capacity import Serving
 from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.server.openai.app import create_app
 from jet_export.server.openai.chat import ChatTemplate
-from jet_export.server.openai.serve import KEEP_ALIVE, listen, run, url
+from jet_export.server.openai.frontend import FrontEndConfig
+from jet_export.server.openai.http import KEEP_ALIVE, http_server, listen, listen_too, run_server, url
+from jet_export.server.openai.supervisor import FrontEnds
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=400, prefill_chunk=64)
 TEMPLATE = """{% for m in messages %}
@@ -48,12 +51,34 @@ def server(llm: AsyncLLM, template: str | None = TEMPLATE, max_body_bytes: int |
         assert not thread.is_alive()
 
 
-if __name__ == "__main__":
-    import torch
-
+def main(port: int, grace: float, keep_alive: float, frontends: int, directory: str) -> None:
+    """`directory`: of the chat template, with front ends."""
     torch.set_num_threads(1)
-    listener = listen("127.0.0.1", int(sys.argv[1]))
-    print(url(listener), flush=True)
+    listener = listen("127.0.0.1", port)
+    address = url(listener)
     llm = async_llm()
-    keep_alive = float(sys.argv[3]) if len(sys.argv) > 3 else KEEP_ALIVE
-    run(create_app(llm, "mini"), listener, llm.batching.close, grace=float(sys.argv[2]), keep_alive=keep_alive)
+    if not frontends:
+        print(address, flush=True)
+        server = http_server(create_app(llm, "mini"), grace=grace, keep_alive=keep_alive, close=llm.batching.close)
+        run_server(server, listener)
+        return
+    config = FrontEndConfig(
+        name="mini",
+        bundle=directory,
+        limits=llm.limits,
+        vocab_size=llm.engine.config.vocab_size,
+        keep_alive=keep_alive,
+        grace=grace,
+    )
+    listeners = [listener, *(listen_too(listener) for _ in range(frontends - 1))]
+    FrontEnds(llm.batching, listeners, config).run(lambda: print(address, flush=True))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("grace", type=float)
+    parser.add_argument("keep_alive", type=float, nargs="?", default=KEEP_ALIVE)
+    parser.add_argument("--frontends", type=int, default=0)
+    parser.add_argument("--directory", default="")
+    main(**vars(parser.parse_args()))

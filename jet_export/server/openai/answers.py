@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from abc import ABC, abstractmethod
+from json.encoder import encode_basestring
 from typing import Any
 
 from jet_export.runtime.params import Output
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
+
+DONE = "data: [DONE]\n\n"
+_ANY_TEXT = "\0"
 
 
 class Answer(ABC):
@@ -22,7 +27,9 @@ class Answer(ABC):
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.id = f"{self.prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
-        self.outputs: list[list[Output]] = [[] for _ in prompts]
+        self.outputs: list[list[Output]] = [[] for _ in prompts]  # of a whole answer
+        self.generated = 0  # tokens
+        self._plain: dict[int, tuple[str, str]] = {}  # what surrounds the text in a chunk of nothing but text
 
     @abstractmethod
     def choice(self, index: int, text: str, outputs: list[Output], reason: str | None) -> dict[str, Any]:
@@ -37,7 +44,24 @@ class Answer(ABC):
         return []
 
     def add(self, index: int, output: Output) -> None:
+        """Towards the whole answer."""
         self.outputs[index].append(output)
+        self.generated += output.token is not None
+
+    def event(self, index: int, output: Output) -> str:
+        """The server-sent event of an output; empty if it has nothing to tell."""
+        self.generated += output.token is not None
+        if output.logprob is not None or output.finish_reason is not None:
+            return event(self.chunk(self.delta(index, output)))
+        if not output.text:
+            return ""
+        if index not in self._plain:  # most events differ in their text only
+            before, _, after = event(self.chunk(self.delta(index, Output(None, _ANY_TEXT)))).rpartition(
+                encode(_ANY_TEXT)
+            )
+            self._plain[index] = before, after
+        before, after = self._plain[index]
+        return f"{before}{encode_basestring(output.text)}{after}"
 
     def result(self) -> dict[str, Any]:
         choices = [
@@ -54,7 +78,7 @@ class Answer(ABC):
 
     def usage(self) -> dict[str, int]:
         prompt = sum(len(p) for p in self.prompts)
-        generated = sum(o.token is not None for outputs in self.outputs for o in outputs)
+        generated = self.generated
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def token_text(self, token: int) -> str:
@@ -62,6 +86,16 @@ class Answer(ABC):
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def encode(value: Any) -> str:
+    """JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def event(value: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {encode(value)}\n\n"
 
 
 class CompletionAnswer(Answer):
@@ -74,7 +108,7 @@ class CompletionAnswer(Answer):
     ) -> None:
         super().__init__(model, tokenizer, prompts)
         self.echo = echo
-        self.offsets = [0] * len(prompts)  # characters streamed so far
+        self.offsets = [0] * len(prompts)  # characters streamed so far, with log probabilities
 
     def opening(self) -> list[dict[str, Any]]:
         return [_completion_choice(i, text, None, None) for i, text in enumerate(self.echo or [])]
@@ -85,7 +119,7 @@ class CompletionAnswer(Answer):
 
     def delta(self, index: int, output: Output) -> dict[str, Any]:
         logprobs = self._logprobs([output], self.offsets[index])
-        if output.token is not None:
+        if output.token is not None and logprobs:
             self.offsets[index] += len(self.token_text(output.token))
         return _completion_choice(index, output.text, logprobs, output.finish_reason)
 

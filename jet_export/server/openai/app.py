@@ -7,28 +7,27 @@ A client that disconnects cancels its requests. Bad requests are answered 4xx wi
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from jet_export.runtime.async_llm import AsyncLLM
+from jet_export.runtime.output_stream import OutputStream
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.scheduler import QueueFull
+from jet_export.runtime.serving_engine import ServingEngine
 from jet_export.server.fields import FAILURES, max_prompt_bytes
-from jet_export.server.openai.answers import Answer, ChatAnswer, CompletionAnswer
+from jet_export.server.openai.answers import DONE, Answer, ChatAnswer, CompletionAnswer, event
 from jet_export.server.openai.chat import ChatTemplate
 from jet_export.server.openai.protocol import ApiError, ChatBody, CommonBody, CompletionBody, parse, refusal
 from jet_export.utils.errors import JetExportError
 
-Outputs = AsyncGenerator[tuple[int, Output], None]
 T = TypeVar("T")
 
 
@@ -39,10 +38,12 @@ class ClientDisconnected(Exception):
 class Api:
     """The generation endpoints, over one engine. `name`: what clients call the model."""
 
-    def __init__(self, llm: AsyncLLM, name: str, template: ChatTemplate | None, max_body_bytes: int | None) -> None:
-        self.llm, self.name, self.template = llm, name, template
-        self.capacity = llm.batching.scheduler.capacity
-        self.max_body_bytes = max_body_bytes or max_prompt_bytes(self.capacity.max_seq_len)
+    def __init__(
+        self, engine: ServingEngine, name: str, template: ChatTemplate | None, max_body_bytes: int | None
+    ) -> None:
+        self.engine, self.name, self.template = engine, name, template
+        self.limits = engine.limits
+        self.max_body_bytes = max_body_bytes or max_prompt_bytes(self.limits.max_seq_len)
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await self._read(request))
@@ -50,14 +51,14 @@ class Api:
         if body.echo and body.logprobs is not None:
             raise ApiError(400, "echo and logprobs together are not supported.")
         asked = body.prompts
-        limit = self.capacity.slots + self.capacity.max_waiting
+        limit = self.limits.slots + self.limits.max_waiting
         if not 1 <= len(asked) <= limit:
             raise ApiError(400, f"prompt: {len(asked)} prompts; between 1 and {limit} are accepted.")
         prompts = await asyncio.to_thread(lambda: [self._ids(p) for p in asked])
         params = body.params(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
-        decode = self.llm.batching.tokenizer.decode
+        decode = self.engine.tokenizer.decode
         echo = [p if isinstance(p, str) else decode(p) for p in asked] if body.echo else None
-        answer = CompletionAnswer(self.name, self.llm.batching.tokenizer, prompts, echo)
+        answer = CompletionAnswer(self.name, self.engine.tokenizer, prompts, echo)
         return await self._answer(request, body, answer, params)
 
     async def chat(self, request: Request) -> Response:
@@ -68,12 +69,12 @@ class Api:
             raise ApiError(400, f"{self.name}'s tokenizer has no chat template; use /v1/completions.")
         messages = [m.plain() for m in body.messages]
         prompt = await asyncio.to_thread(lambda: self._ids(template(messages), special_tokens=False))
-        room = max(self.capacity.max_seq_len - len(prompt), 1)
+        room = max(self.limits.max_seq_len - len(prompt), 1)
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.")
         params = body.params(min(limits, default=room), (body.top_logprobs or 0) if body.logprobs else None)
-        answer = ChatAnswer(self.name, self.llm.batching.tokenizer, [prompt])
+        answer = ChatAnswer(self.name, self.engine.tokenizer, [prompt])
         return await self._answer(request, body, answer, params)
 
     async def _read(self, request: Request) -> bytes:
@@ -94,30 +95,29 @@ class Api:
 
     def _ids(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, str):
-            return self.llm.batching.tokenizer.encode(prompt, special_tokens)
+            return self.engine.tokenizer.encode(prompt, special_tokens)
         return prompt
 
     async def _answer(self, request: Request, body: CommonBody, answer: Answer, params: Params) -> Response:
-        outputs = self.llm.stream(answer.prompts, params)
-        if not body.stream:
-            await until_disconnect(request, collect(outputs, answer))
-            return JSONResponse(answer.result())
-        try:  # before the stream begins, a failure still gets its own status
-            first = await until_disconnect(request, anext(outputs))
-            raise_failure(first[1])
+        outputs = self.engine.submit(answer.prompts, params)
+        try:
+            if not body.stream:
+                await until_disconnect(request, collect(outputs, answer))
+                return JSONResponse(answer.result())
+            # Before the stream begins, a failure still gets its own status.
+            first = await until_disconnect(request, outputs.batch())
+            raise_failure(first[0][1])
+            return EventStream(first, outputs, answer, body.usage_in_stream)
         except BaseException:
-            await outputs.aclose()
+            outputs.close()
             raise
-        return EventStream(events(first, outputs, answer, body.usage_in_stream), outputs)
 
 
-async def collect(outputs: Outputs, answer: Answer) -> None:
-    try:
-        async for i, output in outputs:
+async def collect(outputs: OutputStream, answer: Answer) -> None:
+    while batch := await outputs.batch():
+        for i, output in batch:
             raise_failure(output)
             answer.add(i, output)
-    finally:
-        await outputs.aclose()
 
 
 def raise_failure(output: Output) -> None:
@@ -146,66 +146,71 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def events(first: tuple[int, Output], outputs: Outputs, answer: Answer, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: a chunk per output, then [DONE]. A failure is the last event of its stream."""
-    for choice in answer.opening():
-        yield event(answer.chunk(choice))
-    try:
-        async for i, output in chained(first, outputs):
-            raise_failure(output)
-            answer.add(i, output)
-            if output.text or output.finish_reason or output.logprob:
-                yield event(answer.chunk(answer.delta(i, output)))
-    except ApiError as e:
-        yield event(e.body())
-        return
-    if usage:
-        yield event(answer.usage_chunk())
-    yield "data: [DONE]\n\n"
+class EventStream(Response):
+    """Server-sent events: one for each output, then [DONE]. A failure is the last event of its stream.
 
+    However the response ends, its requests end too. One message of ASGI for all that arrived together.
+    """
 
-async def chained(first: tuple[int, Output], rest: Outputs) -> AsyncIterator[tuple[int, Output]]:
-    yield first
-    async for item in rest:
-        yield item
+    media_type = "text/event-stream"
 
-
-def event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-class EventStream(StreamingResponse):
-    """Closes `outputs` however the response ends, which cancels its requests."""
-
-    def __init__(self, content: AsyncIterator[str], outputs: Outputs) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.outputs = outputs
+    def __init__(self, first: list[tuple[int, Output]], outputs: OutputStream, answer: Answer, usage: bool) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self.first, self.outputs, self.answer, self.usage = first, outputs, answer, usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.ensure_future(self._close_on_disconnect(receive))
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            text = "".join(event(self.answer.chunk(choice)) for choice in self.answer.opening())
+            batch = self.first
+            while batch:
+                text += self._events(batch)
+                if text:
+                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                text, batch = "", await self.outputs.batch()
+            await send({"type": "http.response.body", "body": self._end().encode(), "more_body": False})
+        except ApiError as e:
+            await send({"type": "http.response.body", "body": event(e.body()).encode(), "more_body": False})
         finally:
-            await self.outputs.aclose()
+            watch.cancel()
+            self.outputs.close()
+
+    def _events(self, batch: list[tuple[int, Output]]) -> str:
+        """Raises ApiError for a request that failed."""
+        parts = []
+        for i, output in batch:
+            raise_failure(output)
+            parts.append(self.answer.event(i, output))
+        return "".join(parts)
+
+    def _end(self) -> str:
+        return (event(self.answer.usage_chunk()) if self.usage else "") + DONE
+
+    async def _close_on_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.outputs.close()
 
 
 def create_app(
-    llm: AsyncLLM, name: str, template: ChatTemplate | None = None, max_body_bytes: int | None = None
+    engine: ServingEngine, name: str, template: ChatTemplate | None = None, max_body_bytes: int | None = None
 ) -> FastAPI:
     """The application; it starts and stops the engine. `name`: what clients call the model."""
-    api = Api(llm, name, template, max_body_bytes)
+    api = Api(engine, name, template, max_body_bytes)
     created = int(time.time())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        llm.start()
-        yield
-        await asyncio.to_thread(llm.stop)
+        async with engine.running():
+            yield
 
     app = FastAPI(title="jet-export", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/v1/completions", api.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
 
-    limit = api.capacity.max_seq_len
+    limit = api.limits.max_seq_len
     model = {"id": name, "object": "model", "created": created, "owned_by": "jet-export", "max_model_len": limit}
 
     @app.get("/v1/models")
@@ -219,12 +224,13 @@ def create_app(
 
     @app.get("/health")
     async def health() -> Response:
-        alive = llm.batching.alive
+        alive = (await engine.status()).alive
         return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(llm.batching.render_metrics(), media_type="text/plain; version=0.0.4")
+        text = (await engine.status()).metrics
+        return PlainTextResponse(text, 200 if text else 503, media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, e: ApiError) -> Response:

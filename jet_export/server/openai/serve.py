@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import signal
-import socket
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jet_export.runtime.capacity import Serving
+from jet_export.server.openai.http import (
+    KEEP_ALIVE,
+    http_server,
+    listen,
+    listen_too,
+    raise_file_limit,
+    run_server,
+    url,
+)
 from jet_export.utils.errors import JetExportError
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-GRACE = 10  # seconds that running requests have to finish after SIGTERM
-# A client may send its next request just when an idle connection is closed, and then sees a reset: longer than the idle
-# times of the usual clients and proxies (60 s).
-KEEP_ALIVE = 75.0
+MAX_FRONTENDS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,27 @@ class HttpOptions:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: a free one
     keep_alive: float = KEEP_ALIVE  # seconds that an idle connection stays open
+    frontends: int | None = None  # processes for HTTP and text; 0: the engine's own; None: see `default_frontends`
+
+    def __post_init__(self) -> None:
+        """Raises JetExportError naming the option that is out of range."""
+        if not 0 < self.keep_alive < math.inf:
+            raise JetExportError(f"--keep-alive-timeout {self.keep_alive}: not a time.", "Give seconds, e.g. 75.")
+        if self.frontends is not None and not 0 <= self.frontends <= MAX_FRONTENDS:
+            raise JetExportError(
+                f"--frontends {self.frontends}: not between 0 and {MAX_FRONTENDS}.",
+                "0 serves HTTP in the engine's process; 4 are enough for 16,000 tokens/s.",
+            )
+
+
+def default_frontends(device: str) -> int:
+    """None on a CPU, where the engine itself needs the cores; on a GPU one for each four cores, at most four."""
+    cores = len(os.sched_getaffinity(0))
+    return 0 if device == "cpu" else max(1, min(4, cores // 4))
 
 
 def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str], None]) -> None:
     """Load the bundle and serve it until told to stop. Raises JetExportError if the extra [serve] is not installed."""
-    if not 0 < http.keep_alive < math.inf:
-        raise JetExportError(f"--keep-alive-timeout {http.keep_alive}: not a time.", "Give seconds, e.g. 75.")
     try:
         import uvicorn  # noqa: F401
 
@@ -43,69 +58,44 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
     except ImportError as e:
         raise JetExportError(f"serve needs {e.name}.", "Install it: pip install 'jet-export[serve]'") from None
     from jet_export.bundle.manifest import Manifest
-    from jet_export.runtime.async_llm import AsyncLLM
+    from jet_export.runtime.async_llm import AsyncLLM, load_batching
     from jet_export.server.openai.chat import load_chat_template
+    from jet_export.server.openai.frontend import FrontEndConfig
+    from jet_export.server.openai.supervisor import FrontEnds
 
     listener = listen(http.host, http.port)
-    llm = AsyncLLM(bundle, serving)
+    address = url(listener)
+    raise_file_limit(log)
+    batching, fingerprint = load_batching(bundle, serving)
     name = str(Manifest.load(bundle).model["name"])
     template = load_chat_template(bundle)
-    c = llm.batching.scheduler.capacity
+    frontends = default_frontends(batching.engine.device.type) if http.frontends is None else http.frontends
+    c = batching.scheduler.capacity
     log(f"{name}: {c.slots} sequences at once, {c.pages} KV pages of {c.page_size} tokens, {c.max_seq_len} a sequence")
     if c.whole_chunks:
         log("deterministic: a request's bits do not depend on the others")
     if c.prefix_interval:
         log(f"prefix cache: {c.prefix_bytes / 2**20:.0f} MiB, prompts share whole blocks of {c.prefix_interval} tokens")
-    for path in ("completions", "chat/completions") if template else ("completions",):
-        log(f"POST {url(listener)}/v1/{path}")
-    log(f"GET  {url(listener)}/v1/models  /health  /metrics")
-    run(create_app(llm, name, template), listener, llm.batching.close, keep_alive=http.keep_alive)
 
+    def log_addresses() -> None:
+        if frontends:
+            log(f"front ends: {frontends} processes for HTTP and text")
+        for path in ("completions", "chat/completions") if template else ("completions",):
+            log(f"POST {address}/v1/{path}")
+        log(f"GET  {address}/v1/models  /health  /metrics")
 
-def listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as e:
-        raise JetExportError(f"--host {host} --port {port}: {e}.", "Choose another address or port.") from None
-
-
-def url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def run(
-    app: FastAPI,
-    listener: socket.socket,
-    close: Callable[[], None],
-    grace: float = GRACE,
-    keep_alive: float = KEEP_ALIVE,
-) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish.
-
-    After `grace` seconds `close` ends those that still run; each is answered with the reason.
-    """
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            timer = asyncio.get_running_loop().call_later(grace, close)
-            await super().shutdown(sockets)
-            timer.cancel()
-
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=max(1, round(keep_alive)),
-        timeout_graceful_shutdown=int(grace) + 5,  # covers clients that do not read their answers
+    llm = AsyncLLM.over(batching, fingerprint)
+    if not frontends:
+        log_addresses()
+        server = http_server(create_app(llm, name, template), keep_alive=http.keep_alive, close=batching.close)
+        run_server(server, listener)
+        return
+    config = FrontEndConfig(
+        name=name,
+        bundle=str(bundle),
+        limits=llm.limits,
+        vocab_size=batching.engine.config.vocab_size,
+        keep_alive=http.keep_alive,
     )
-    # Once it has shut down, uvicorn raises the signal again for the previous handler.
-    before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        Server(config).run(sockets=[listener])
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    listeners = [listener, *(listen_too(listener) for _ in range(frontends - 1))]
+    FrontEnds(batching, listeners, config).run(log_addresses)
