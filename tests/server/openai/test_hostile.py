@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from helpers.paths import TESTS
 
 pytest.importorskip("fastapi")
 
-from helpers.serving import async_llm, server
+from helpers.serving import async_llm, program, server
 
 from jet_export.cli import app as cli
 from jet_export.cli.options import parse_bytes
@@ -157,16 +155,11 @@ def test_a_client_that_sends_10_mb_before_it_reads_gets_its_413(address, declare
         assert s.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-@pytest.mark.parametrize(("options", "pause", "stays"), [([], 6.5, True), (["1"], 2.5, False)])
+@pytest.mark.parametrize(("options", "pause", "stays"), [({}, 6.5, True), ({"keep_alive": 1}, 2.5, False)])
 def test_idle_connections_stay_open_as_long_as_asked(options, pause, stays) -> None:
     """uvicorn's own five seconds are shorter than the pauses of clients that keep their connections."""
-    command = [sys.executable, "-m", "helpers.serving", "0", "1", *options]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip().removeprefix("http://")
-        connection = http.client.HTTPConnection(address, timeout=30)
+    with server(async_llm(), **options) as address:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
         connection.request("GET", "/health")
         assert connection.getresponse().read()
         time.sleep(pause)
@@ -175,9 +168,6 @@ def test_idle_connections_stay_open_as_long_as_asked(options, pause, stays) -> N
             assert connection.getresponse().status == 200 and stays
         except ConnectionError:
             assert not stays
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def test_a_client_that_disconnects_inside_its_body(address, llm, caplog) -> None:
@@ -203,52 +193,38 @@ def test_good_requests_among_bad_ones_are_answered_correctly(address, llm) -> No
     assert llm.batching.scheduler.slots.used == 0
 
 
-def start(port: int, grace: float = 20) -> tuple[subprocess.Popen, str]:
-    command = [sys.executable, "-m", "helpers.serving", str(port), str(grace)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert program.stdout is not None
-    address = program.stdout.readline().strip()
-    assert address, program.communicate()[1]
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            assert httpx.get(f"{address}/health").status_code == 200
-            return program, address
-        except httpx.TransportError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
 def test_killed_and_started_again_then_told_to_stop() -> None:
     """Killed while it answers, it starts again on the same port; SIGTERM lets requests finish, and it exits 0."""
-    program, address = start(0)
-    with httpx.stream("POST", f"{address}/v1/completions", json=body(max_tokens=390, stream=True)) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        program.kill()
-        program.communicate(timeout=20)
-        with pytest.raises(httpx.TransportError):
-            list(lines)
-    program, address = start(int(address.rsplit(":", 1)[1]))
-    try:
-        with httpx.stream("POST", f"{address}/v1/completions", json=body(max_tokens=200, stream=True)) as answer:
+    with program("0", "20") as (process, address):
+        url = f"{address}/v1/completions"
+        with httpx.stream("POST", url, json=body(max_tokens=390, stream=True)) as answer:
             lines = answer.iter_lines()
             next(lines)
-            program.send_signal(signal.SIGTERM)
-            assert "data: [DONE]" in list(lines)
-        _, err = program.communicate(timeout=20)
-    finally:
-        program.kill()
-    assert program.returncode == 0, err
+            process.kill()
+            process.communicate(timeout=20)
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+    with program(address.rsplit(":", 1)[1], "20") as (process, again):
+        assert again == address
+        finishes_after_sigterm(process, address)
+
+
+def finishes_after_sigterm(process: subprocess.Popen, address: str) -> None:
+    url = f"{address}/v1/completions"
+    with httpx.stream("POST", url, json=body(max_tokens=200, stream=True), timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert "data: [DONE]" in list(lines)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
     assert "Traceback" not in err
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{address}/health")
 
 
 def test_sigterm_cancels_slow_requests_with_a_reason() -> None:
-    program, address = start(0, grace=0)
-    try:
+    with program("0", "0") as (process, address):
         url = f"{address}/v1/completions"
         with (
             ThreadPoolExecutor(1) as pool,
@@ -260,14 +236,12 @@ def test_sigterm_cancels_slow_requests_with_a_reason() -> None:
             while "jet_requests_waiting 5" not in httpx.get(f"{address}/metrics").text:  # 9 less 4 slots
                 assert not whole.done()
                 time.sleep(0.01)
-            program.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             assert "shutting down" in [line for line in lines if line][-1]
             refused(whole.result(), "shutting down", 503)
-        _, err = program.communicate(timeout=20)
-    finally:
-        program.kill()
-    assert program.returncode == 0, err
-    assert "Traceback" not in err
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 0, err
+        assert "Traceback" not in err
 
 
 def run_cli(monkeypatch, capsys, *args: str) -> tuple[int, str]:
@@ -286,6 +260,7 @@ def test_command_line(monkeypatch, capsys, tmp_path) -> None:
         ((str(tmp_path), "--openai", "--triton-repo", "x"), "exclude each other"),
         ((str(tmp_path), "--openai", "--port", "0"), "not a bundle"),
         ((str(tmp_path), "--openai", "--port", "99999"), "--port 99999"),
+        ((str(tmp_path), "--openai", "--frontends", "-1"), "--frontends -1: not between 0 and 64"),
         ((str(tmp_path), "--openai", "--prefix-cache-bytes", "4GB"), "--prefix-cache-bytes 4GB: not a size"),
         ((str(tmp_path), "--openai", "--prefix-cache-bytes", "-1"), "--prefix-cache-bytes -1: not a size"),
     ):

@@ -1,0 +1,52 @@
+"""Channels: order, a reader that is slow, and both ways in which the other end disappears."""
+
+import asyncio
+import socket
+import threading
+
+from jet_export.server.ipc.channel import Channel
+
+
+def test_frames_from_another_thread_arrive_in_order_though_the_reader_is_slow() -> None:
+    async def main() -> None:
+        a, b = socket.socketpair()
+        got, done = [], asyncio.Event()
+
+        def on_frame(kind: int, payload: bytes) -> None:
+            got.append((kind, payload))
+            if kind == 9:
+                done.set()
+
+        sender, reader = Channel(a, lambda *_: None, lambda: None), Channel(b, on_frame, lambda: None)
+        sender.open()
+        frames = [(i % 8, bytes([i]) * 50_000) for i in range(100)]  # more than sockets hold
+        thread = threading.Thread(target=lambda: [sender.send(*frame) for frame in frames])
+        thread.start()
+        await asyncio.to_thread(thread.join)  # it does not wait for the reader
+        reader.open()
+        sender.send(9, b"")
+        await asyncio.wait_for(done.wait(), 30)
+        assert got == [*frames, (9, b"")]
+        sender.close()
+        reader.close()
+
+    asyncio.run(main())
+
+
+def test_the_other_end_goes_away() -> None:
+    async def main() -> None:
+        for end in ("closes", "sends nonsense"):
+            a, b = socket.socketpair()
+            lost = asyncio.Event()
+            channel = Channel(a, lambda *_: None, lost.set)
+            channel.open()
+            if end == "closes":
+                b.close()
+            else:
+                b.sendall(b"\xff" * 100)
+            await asyncio.wait_for(lost.wait(), 10)
+            assert channel.closed
+            channel.send(1, b"to nobody")
+            b.close()
+
+    asyncio.run(main())
