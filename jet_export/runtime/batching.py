@@ -16,14 +16,16 @@ from torch import Tensor
 from jet_export.backends.base import Engine
 from jet_export.model.cache import pages_per_sequence
 from jet_export.runtime.capacity import Serving, capacity
+from jet_export.runtime.copies import StateCopies
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.metrics import Gauges, Metrics
 from jet_export.runtime.params import Logprob, Output, Params
-from jet_export.runtime.prefix import prefix_keys
+from jet_export.runtime.plan import Plan, Request
+from jet_export.runtime.prefix import page_hashes
 from jet_export.runtime.runner import PoolSize, Runner
-from jet_export.runtime.scheduler import Plan, QueueFull, Request, Scheduler
+from jet_export.runtime.scheduler import QueueFull, Scheduler
 from jet_export.runtime.sequence import Keep, OnOutput, RunningSequence
-from jet_export.runtime.snapshot import EMPTY, Snapshot, save_states
+from jet_export.runtime.snapshot import EMPTY, Snapshot
 from jet_export.runtime.step import InFlightStep, StepInputs
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
 from jet_export.utils.errors import JetExportError
@@ -56,8 +58,9 @@ class BatchingEngine:
             slots=c.slots, pages=c.pages, window_pages=c.window_pages, table_pages=table, ring_pages=c.ring_pages
         )
         self.runner = Runner(engine, cuda_graphs, pools=pools, deterministic=c.whole_chunks)
-        self.scheduler = Scheduler(c)
-        self.metrics = Metrics()
+        copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
+        self.scheduler = Scheduler(c, copies)
+        self.metrics = Metrics(memory=self.scheduler.memory.counts)
         self.executor = Executor(engine, self.runner, self.metrics, eos)
         self.sequences: dict[Request, RunningSequence] = {}
         self.lock = threading.RLock()
@@ -97,15 +100,17 @@ class BatchingEngine:
         tokens = [*start.tokens, *prompt]
         # A session without a new prompt goes on by decoding the token that it sampled last.
         pending = int(start.held > 0 and not prompt and len(tokens) > start.held)
+        cached = self.scheduler.prefixes is not None and not start.held
+        hashes = page_hashes(prompt, self.scheduler.capacity.page_size) if cached else ()
         with self.lock:
             if self.stopping:
                 raise QueueFull("The engine is shutting down.")
-            interval = self.scheduler.capacity.prefix_interval
             request = Request(
                 prompt_len=len(tokens) - pending,
                 max_new_tokens=params.max_new_tokens + pending,
                 arrival=self.clock(),
-                keys=prefix_keys(prompt, interval) if interval and not start.held else (),
+                text=tokens if cached else None,
+                hashes=hashes,
                 start=start.held,
                 generated=pending,
             )
@@ -146,9 +151,6 @@ class BatchingEngine:
         the device does not wait for the host. A sequence found to have ended is then decoded once more, in vain;
         nothing that uses its slot or pages next can run before that step, as all work goes to one stream.
         """
-        with self.lock:
-            for request in self.scheduler.expire(self.clock()):
-                self.cancel(self.sequences[request], "timeout")
         step, self.next_step = self.next_step, None
         if step is None:
             step, idle = self._launch()
@@ -164,6 +166,8 @@ class BatchingEngine:
         requests have then ended with an error."""
         with self.lock:
             plan = self.scheduler.plan()
+            for request in self.scheduler.expire(self.clock()):
+                self.cancel(self.sequences[request], "timeout")
             if plan.empty:
                 return None, True
             inputs = self.executor.collect(plan, self.sequences)
@@ -189,7 +193,8 @@ class BatchingEngine:
             self.delivering = True
             try:
                 for row, sequence in enumerate(step.inputs.sampled):
-                    if sequence.finish_reason is None:  # otherwise it ended or was cancelled after the launch
+                    # Otherwise it ended or was cancelled after the launch, or draws again what it was given before.
+                    if sequence.finish_reason is None and not self._replayed(sequence, tokens[row]):
                         if step.kept_logits is not None and sequence.keep_logits:
                             sequence.logits.append(step.kept_logits[row])
                         self._add_token(sequence, tokens[row], logprobs.get(row), step.prompt_logits.get(row), now)
@@ -200,11 +205,10 @@ class BatchingEngine:
                 self.after_step()
 
     def _cache_prefixes(self, plan: Plan) -> None:
-        """Add the states at the end of prompt chunks to the prefix cache."""
-        for request, _, _ in plan.prefill if self.scheduler.prefixes else ():
+        """Add the states at the end of prompts and some of their chunks to the prefix cache."""
+        for request, _, _ in plan.prefill:
             if self.scheduler.prefix_due(request):
-                states = save_states(self.runner, request.slot, full_attention=False)
-                self.scheduler.keep_prefix(request, states, sum(t.nbytes for t in states.values()))
+                self.scheduler.keep_prefix(request, self.sequences[request].fed(0, request.held))
 
     def _fail(self, inputs: StepInputs, e: Exception) -> None:
         log.error("step failed; its requests end with an error", exc_info=e)
@@ -212,6 +216,16 @@ class BatchingEngine:
         with self.lock:
             for sequence in inputs.sequences:
                 self._end(sequence, Output(None, finish_reason="error"))
+
+    def _replayed(self, sequence: RunningSequence, token: int) -> bool:
+        """Whether a preempted request has drawn a token again that was delivered before."""
+        if sequence.position >= len(sequence.tokens):
+            return False
+        if token != sequence.tokens[sequence.position]:
+            log.error("a preempted request has drawn another token than before; it ends with an error")
+            self._end(sequence, Output(None, finish_reason="error"))
+        sequence.position += 1
+        return True
 
     def _add_token(
         self, sequence: RunningSequence, token: int, logprob: Logprob | None, prompt_logits: Tensor | None, now: float
@@ -232,6 +246,8 @@ class BatchingEngine:
         if reason:
             if sequence.keep == "end":
                 sequence.snapshot = self.executor.snapshot(sequence)
+            if self.scheduler.turn_due(sequence.request):
+                self.scheduler.keep_prefix(sequence.request, sequence.fed(0, sequence.request.held))
             self._end(sequence, output)
         else:
             self._deliver(sequence, output)

@@ -1,15 +1,22 @@
-"""The capacity of an engine: sequences at once, KV pages and tokens per step, within its limits and the memory."""
+"""The capacity of an engine: sequences at once, KV pages, caches and tokens per step, within its limits and memory."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+import torch
 
 from jet_export.backends.base import Engine
 from jet_export.bundle.memory import available_memory, workspace_per_token
 from jet_export.model.cache import PAGE, cdiv, pages_per_sequence
-from jet_export.runtime.scheduler import Capacity
+from jet_export.runtime.copies import WORD, row_words
+from jet_export.runtime.plan import Capacity
 from jet_export.utils.errors import JetExportError
+
+INTERVAL = 256  # tokens: prefixes inside a prompt are cached at most this often, after whole chunks
+SHARE = 10  # the caches take 1/10 of the free memory by default, on the device and on the host
+ENTRIES = 16  # default prefix cache entries a slot, at most
+HOST_BYTES = 4 << 30  # default host memory, at most: it is pinned when the engine starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +30,8 @@ class Serving:
     wait_timeout: float = 60.0  # seconds in the queue
     deterministic: bool = False  # batch-invariant: a request's bits do not depend on the others; slower
     mixed_prefill: int | None = None  # prompt tokens of a step that also decodes; None: 512 on a GPU, else token_budget
-    prefix_cache_bytes: int = 0  # memory for the states and KV pages of shared prompt prefixes; 0: no cache
+    prefix_cache_bytes: int | None = None  # device memory for states of cached prefixes; None: a share; 0: no cache
+    host_cache_bytes: int | None = None  # host memory for preempted requests and evicted prefixes; None: a share
 
 
 def capacity(engine: Engine, serving: Serving) -> Capacity:
@@ -36,23 +44,25 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
     if serving.kv_tokens is not None and serving.kv_tokens < 1:
         raise JetExportError(f"kv_tokens is {serving.kv_tokens}.", "It must be at least 1.")
     pages = None if serving.kv_tokens is None else cdiv(serving.kv_tokens, PAGE)
-    slots, total = fit_to_memory(engine, slots=serving.slots, pages=pages)
+    row_bytes = WORD * row_words(engine.specs, engine.config)
+    rows = _prefix_rows(engine, serving, row_bytes)
+    slots, total = fit_to_memory(engine, slots=serving.slots, pages=pages, reserved=rows * row_bytes)
     chunk, budget = _chunk_and_budget(engine, serving, slots)
-    _, ring = pages_per_sequence(engine.config, limits.max_seq_len, chunk)
-    if serving.prefix_cache_bytes < 0:
-        raise JetExportError(f"prefix_cache_bytes is {serving.prefix_cache_bytes}.", "0 keeps no prefixes.")
-    interval = math.lcm(chunk, PAGE) if serving.prefix_cache_bytes else 0
-    if interval and interval + 2 > limits.max_seq_len:
-        raise JetExportError(
-            f"prefix_cache_bytes: prefixes would be kept every {interval} tokens (whole chunks of {chunk} and pages of "
-            f"{PAGE}), but no prompt is that long: max_seq_len is {limits.max_seq_len}.",
-            f"Set a token_budget that makes chunks shorter, or build with a --prefill-chunk that {PAGE} divides.",
-        )
+    full, ring = pages_per_sequence(engine.config, limits.max_seq_len, chunk)
+    interval = chunk * cdiv(INTERVAL, max(1, chunk))
+    if serving.deterministic and interval + 2 > limits.max_seq_len:
+        if serving.prefix_cache_bytes:
+            raise JetExportError(
+                f"prefix_cache_bytes: deterministic prefixes are kept every {interval} tokens (whole chunks of "
+                f"{chunk}), but no prompt is that long: max_seq_len is {limits.max_seq_len}.",
+                "Leave it out.",
+            )
+        rows = 0
     page_bytes = sum(s.row_bytes for s in engine.specs if s.rows == "pages")
     return Capacity(
         slots=slots,
         pages=total,
-        window_pages=min(total, slots * ring),
+        window_pages=slots * ring,
         page_size=PAGE,
         ring_pages=ring,
         max_seq_len=limits.max_seq_len,
@@ -61,18 +71,27 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
         max_waiting=serving.max_waiting,
         wait_timeout=serving.wait_timeout,
         whole_chunks=serving.deterministic,
-        prefix_interval=interval,
-        prefix_bytes=serving.prefix_cache_bytes,
+        prefix_interval=interval if rows else 0,
+        prefix_rows=rows,
+        row_bytes=row_bytes,
         page_bytes=page_bytes,
+        host_bytes=_host_bytes(
+            engine,
+            serving,
+            preempted=slots * (row_bytes + full * page_bytes) if total < slots * full else 0,
+            prefixes=bool(rows),
+        ),
         mixed_prefill=_mixed_prefill(engine, serving),
     )
 
 
-def fit_to_memory(engine: Engine, *, slots: int | None = None, pages: int | None = None) -> tuple[int, int]:
+def fit_to_memory(
+    engine: Engine, *, slots: int | None = None, pages: int | None = None, reserved: int = 0
+) -> tuple[int, int]:
     """(sequences at once, KV pages of full attention for all of them), of which the given ones stay as they are.
 
-    The limits decide, if memory allows; otherwise as many sequences as leave room for one of full length, and pages in
-    the rest of the memory. At least one sequence and its pages.
+    The limits decide, if memory allows, without `reserved` bytes; otherwise as many sequences as leave room for one of
+    full length, and pages in the rest of the memory. At least one sequence and its pages.
     """
     limits, config = engine.limits, engine.config
     full, ring = pages_per_sequence(config, limits.max_seq_len, limits.prefill_chunk)  # of one sequence
@@ -80,9 +99,7 @@ def fit_to_memory(engine: Engine, *, slots: int | None = None, pages: int | None
     for spec in engine.specs:
         size[spec.rows] += spec.row_bytes
     slot_bytes = size["slots"] + ring * size["window_pages"]
-    step_tokens = limits.max_prefill_tokens
-    step_bytes = step_tokens * workspace_per_token(config, engine.dtype)
-    room = available_memory(engine.device) - step_bytes
+    room = _room(engine) - reserved
     if slots is None:
         slots = limits.max_batch_size
         if slots * slot_bytes + (pages or full) * size["pages"] > room:
@@ -92,6 +109,38 @@ def fit_to_memory(engine: Engine, *, slots: int | None = None, pages: int | None
         if slots * slot_bytes + pages * size["pages"] > room and size["pages"]:
             pages = max(full, (room - slots * slot_bytes) // size["pages"])
     return slots, pages
+
+
+def _room(engine: Engine) -> int:
+    """Bytes of the device that are left for states, beside the activations of a step."""
+    step_tokens = engine.limits.max_prefill_tokens
+    return available_memory(engine.device) - step_tokens * workspace_per_token(engine.config, engine.dtype)
+
+
+def _prefix_rows(engine: Engine, serving: Serving, row_bytes: int) -> int:
+    """Entries that the prefix cache has room for on the device."""
+    asked = serving.prefix_cache_bytes
+    if asked is None:
+        most = ENTRIES * (serving.slots or engine.limits.max_batch_size)
+        return max(0, min(most, _room(engine) // SHARE // row_bytes))
+    if asked < 0:
+        raise JetExportError(f"prefix_cache_bytes is {asked}.", "0 keeps no prefixes.")
+    if 0 < asked < row_bytes:
+        raise JetExportError(
+            f"prefix_cache_bytes is {asked}; the states of one prefix take {row_bytes} bytes.",
+            f"Give at least {row_bytes}, or 0 for no prefix cache.",
+        )
+    return asked // row_bytes
+
+
+def _host_bytes(engine: Engine, serving: Serving, *, preempted: int, prefixes: bool) -> int:
+    """Host memory, at most what `preempted` requests need where prefixes would only move within the same memory."""
+    if serving.host_cache_bytes is not None:
+        if serving.host_cache_bytes < 0:
+            raise JetExportError(f"host_cache_bytes is {serving.host_cache_bytes}.", "0 keeps nothing on the host.")
+        return serving.host_cache_bytes // WORD * WORD
+    useful = HOST_BYTES if prefixes and engine.device.type == "cuda" else preempted
+    return min(useful, HOST_BYTES, available_memory(torch.device("cpu")) // SHARE) // WORD * WORD
 
 
 def _mixed_prefill(engine: Engine, serving: Serving) -> int | None:
@@ -117,6 +166,4 @@ def _chunk_and_budget(engine: Engine, serving: Serving, slots: int) -> tuple[int
     if asked is None:  # a chunk fits beside decode, so that the length of chunks does not depend on decode
         chunk = min(limits.prefill_chunk, default)
         return chunk, min(max_budget, chunk + slots)
-    if serving.prefix_cache_bytes and asked - slots >= PAGE:
-        return min(limits.prefill_chunk, (asked - slots) // PAGE * PAGE), asked
     return min(limits.prefill_chunk, asked), asked

@@ -13,9 +13,9 @@ from torch import Tensor
 from jet_export.backends.base import Engine
 from jet_export.runtime.logprobs import launch_logprobs
 from jet_export.runtime.metrics import Metrics
+from jet_export.runtime.plan import Plan, Request
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampler import SlotSampler
-from jet_export.runtime.scheduler import Plan, Request
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
 from jet_export.runtime.step import InFlightStep, StepInputs
@@ -35,11 +35,12 @@ class Executor:
     def collect(self, plan: Plan, sequences: Mapping[Request, RunningSequence]) -> StepInputs:
         """The inputs of a plan. Called under the engine's lock: a cancellation changes the requests."""
         inputs = StepInputs()
+        self.runner.extend([(r.slot, r.pages, n) for r, n in plan.grown if r.prepared])
         for request, first, n in plan.prefill:
             sequence = self._prepared(sequences[request])
             inputs.prefill_slots.append(request.slot)
-            inputs.prefill_tokens.append(sequence.prompt[first : first + n])
-            if first + n == request.prompt_len:
+            inputs.prefill_tokens.append(sequence.fed(first, n))
+            if first + n == request.prefill_len and not request.generated:
                 inputs.prompt_ends.append(len(inputs.prefill_slots) - 1)
                 inputs.sampled.append(sequence)
             inputs.sequences.append(sequence)
@@ -82,21 +83,21 @@ class Executor:
         return Snapshot(tokens, self.runner.context_lens[slot], save_states(self.runner, slot), logits)
 
     def _prepared(self, sequence: RunningSequence) -> RunningSequence:
-        """Before a sequence's first step: give its slot the pages it owns and the states it starts from."""
-        if not sequence.prepared:
-            sequence.prepared = True
-            request = sequence.request
+        """Before a sequence's first step in a slot: tell the runner and the sampler what is there."""
+        request = sequence.request
+        if not request.prepared:
+            request.prepared = True
             self.runner.assign(request.slot, request.pages, request.window_pages)
-            if sequence.start is not None and request.start:
+            if request.restored:
+                self.runner.hold(request.slot, request.held)
+            elif sequence.start is not None and request.start:
                 load_states(self.runner, request.slot, request.start, sequence.start.states)
-            if request.entry is not None:
-                load_states(self.runner, request.slot, request.entry.end, request.entry.snapshot)
-            if request.keys:
-                self.metrics.prefix(request.entry.end if request.entry else 0)
-            request.entry = None
-            self.sampler.begin(request.slot, sequence.row_settings(self.eos), sequence.prompt, sequence.tokens)
-            if not request.in_prompt and request.generated:  # decodes the token that its session sampled last
-                self.runner.last_tokens[request.slot] = sequence.prompt[-1]
+            sequence.position = request.generated - request.begun  # none, if it has been preempted and replays
+            made = sequence.tokens[: sequence.position]
+            self.sampler.begin(request.slot, sequence.row_settings(self.eos), sequence.prompt, made)
+            if request.generated:  # decodes the token that was sampled last, here or by its session
+                (token,) = sequence.fed(request.prompt_len + request.generated - 1, 1)
+                self.runner.last_tokens[request.slot] = token
         return sequence
 
     def _run(self, inputs: StepInputs) -> Tensor:

@@ -85,7 +85,13 @@ class LLM(Sessions):
     ) -> None:
         limits = engine.limits
         budget = None if deterministic else max(limits.max_batch_size, limits.max_prefill_tokens)
-        serving = Serving(token_budget=budget, max_waiting=2**62, wait_timeout=math.inf, deterministic=deterministic)
+        serving = Serving(
+            token_budget=budget,
+            max_waiting=2**62,
+            wait_timeout=math.inf,
+            deterministic=deterministic,
+            prefix_cache_bytes=0,
+        )
         self.engine, self.tokenizer, self.fingerprint = engine, tokenizer, fingerprint
         self.batching = BatchingEngine(engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from jet_export.runtime.memory import MemoryCounts
 from jet_export.runtime.scheduler import Scheduler
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -47,12 +48,16 @@ class Gauges:
     window_pages_used: int
     window_pages: int
     page_size: int
+    requests_preempted: int  # of those waiting
+    host_bytes_used: int
+    host_bytes: int
     prefix_cache_bytes: int | None = None  # None: there is no prefix cache
     prefix_cache_entries: int | None = None
+    prefix_cache_host_entries: int | None = None
 
     @classmethod
     def of(cls, scheduler: Scheduler) -> Gauges:
-        s, prefixes = scheduler, scheduler.prefixes
+        s, prefixes, host = scheduler, scheduler.prefixes, scheduler.memory.host
         return cls(
             requests_waiting=len(s.waiting),
             requests_running=len(s.running),
@@ -63,8 +68,12 @@ class Gauges:
             window_pages_used=s.window_pages.used,
             window_pages=s.window_pages.size,
             page_size=s.capacity.page_size,
-            prefix_cache_bytes=prefixes.size if prefixes else None,
+            requests_preempted=len(s.waiting) - s.unstarted,
+            host_bytes_used=host.used,
+            host_bytes=host.size,
+            prefix_cache_bytes=s.memory.prefix_bytes if prefixes else None,
             prefix_cache_entries=len(prefixes.entries) if prefixes else None,
+            prefix_cache_host_entries=len(prefixes.hosted) if prefixes else None,
         )
 
     def families(self) -> list[tuple[str, str, float]]:
@@ -79,8 +88,12 @@ class Gauges:
             ("jet_kv_pages", f"{pages}, full attention.", self.pages),
             ("jet_window_pages_used", "KV pages in use, sliding windows.", self.window_pages_used),
             ("jet_window_pages", f"{pages}, sliding windows.", self.window_pages),
-            ("jet_prefix_cache_bytes", "States and KV pages of shared prefixes.", self.prefix_cache_bytes),
-            ("jet_prefix_cache_entries", "Prefixes in the cache.", self.prefix_cache_entries),
+            ("jet_requests_preempted", "Requests in the queue that have run before.", self.requests_preempted),
+            ("jet_host_cache_bytes_used", "States of requests and prefixes on the host.", self.host_bytes_used),
+            ("jet_host_cache_bytes", "Host memory for states.", self.host_bytes),
+            ("jet_prefix_cache_bytes", "States and KV pages of cached prefixes, device.", self.prefix_cache_bytes),
+            ("jet_prefix_cache_entries", "Prefixes in the cache on the device.", self.prefix_cache_entries),
+            ("jet_prefix_cache_host_entries", "Prefixes in the cache on the host.", self.prefix_cache_host_entries),
         ]
         return [(name, text, value) for name, text, value in gauges if value is not None]
 
@@ -91,9 +104,7 @@ class Metrics:
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
-    prefix_queries: int = 0  # requests with a prompt long enough for the prefix cache
-    prefix_hits: int = 0
-    prefix_tokens: int = 0  # prompt tokens skipped thanks to it
+    memory: MemoryCounts = field(default_factory=MemoryCounts)
     ttft: Histogram = field(default_factory=Histogram)  # seconds from arrival to the first token
     tpot: Histogram = field(default_factory=Histogram)  # seconds per token after the first, the mean of each request
     recent: deque[tuple[float, int]] = field(default_factory=deque)  # (time, tokens generated) of the last steps
@@ -105,11 +116,14 @@ class Metrics:
         self.recent.append((now, tokens))
         self._forget(now)
 
-    def prefix(self, tokens: int) -> None:
-        """A request started with this many tokens from the prefix cache."""
-        self.prefix_queries += 1
-        self.prefix_hits += tokens > 0
-        self.prefix_tokens += tokens
+    @property
+    def prefix_hits(self) -> int:
+        return self.memory.hits + self.memory.host_hits
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Prompt tokens skipped thanks to the prefix cache."""
+        return self.memory.hit_tokens
 
     def rate(self, now: float) -> float:
         self._forget(now)
@@ -128,9 +142,14 @@ class Metrics:
             ("jet_prompt_tokens_total", "Prompt tokens run.", self.prompt_tokens),
             ("jet_tokens_total", "Tokens generated.", self.tokens),
             ("jet_steps_total", "Steps of the engine.", self.steps),
-            ("jet_prefix_queries_total", "Prompts long enough for the prefix cache.", self.prefix_queries),
+            ("jet_prefix_queries_total", "Prompts long enough for the prefix cache.", self.memory.queries),
             ("jet_prefix_hits_total", "Prompts found in the prefix cache, at least in part.", self.prefix_hits),
+            ("jet_prefix_host_hits_total", "Of these, found in host memory.", self.memory.host_hits),
             ("jet_prefix_tokens_total", "Prompt tokens skipped thanks to the prefix cache.", self.prefix_tokens),
+            ("jet_prefix_evictions_total", "Prefixes evicted from the device.", self.memory.evictions),
+            ("jet_preemptions_total", "Requests preempted for others' KV pages.", self.memory.preemptions),
+            ("jet_swapped_out_bytes_total", "States moved to host memory.", self.memory.bytes_out),
+            ("jet_swapped_in_bytes_total", "States moved back from it.", self.memory.bytes_in),
         ):
             lines += _family(name, "counter", text, [f"{name} {count}"])
         rate = ("jet_tokens_per_second", f"Tokens generated per second, over {RATE_WINDOW:g} s.", self.rate(now))

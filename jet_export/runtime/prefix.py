@@ -1,9 +1,12 @@
-"""The prefix cache: the states after the first chunks of a prompt, for later prompts with the same prefix.
+"""The index of the prefix cache: which states are cached, after which tokens, and where. Plain Python, no tensors.
 
-Plain Python, no tensors: an entry holds an opaque snapshot of the states, and the KV pages of its tokens, which it
-shares read-only with every request that starts from it (the pool counts references). Entries end at multiples of
-`interval`, a whole number of pages and of prefill chunks: shared pages are never written to, and a prompt is split into
-the same chunks with and without the cache. Eviction is least recently used first.
+An entry is the state after `end` tokens, wherever that is. On the device it has a row with the recurrent, convolution
+and window states, and the KV pages of its tokens, shared with the requests that made it and that start from it. Pages
+are only ever appended to, so an entry's own tokens stay as they are in a last page that its maker goes on writing; a
+request that starts from it takes a copy of that page. On the host an entry is one block of bytes.
+
+Entries are found by the chained hash of their whole pages, and the tokens after these: a lookup costs a hash a page.
+Each tier is in order of use, least recently used first.
 """
 
 from __future__ import annotations
@@ -11,113 +14,92 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from jet_export.runtime.pools import Pool
+
+Key = tuple[bytes, tuple[int, ...]]  # hash of the whole pages, and the tokens after them
 
 
-class Pool:
-    """Numbered slots or pages, reference-counted."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._free = list(range(size - 1, -1, -1))  # descending: the lowest number is taken first
-        self.holders = [0] * size
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    @property
-    def used(self) -> int:
-        return self.size - self.free
-
-    def take(self, n: int) -> list[int]:
-        assert n <= self.free
-        items = [self._free.pop() for _ in range(n)]
-        for i in items:
-            self.holders[i] = 1
-        return items
-
-    def share(self, items: Iterable[int]) -> None:
-        """Add a reference to items that are in use already."""
-        for i in items:
-            assert self.holders[i] > 0
-            self.holders[i] += 1
-
-    def give(self, items: Iterable[int]) -> None:
-        """Drop a reference; an item without references is free."""
-        for i in items:
-            assert self.holders[i] > 0
-            self.holders[i] -= 1
-            if not self.holders[i]:
-                self._free.append(i)
-
-
-@dataclass(eq=False, frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class Entry:
-    """A prefix of `end` tokens: its KV pages, and a snapshot of the other states after it."""
+    """The states after `end` tokens: on the device in `row` and `pages`, or on the host from byte `at`."""
 
-    key: bytes
+    key: Key
     end: int
-    pages: tuple[int, ...]
-    snapshot: Any
-    size: int  # bytes of the snapshot
+    row: int = -1
+    pages: tuple[int, ...] = ()  # of all its tokens; the last may hold others' tokens behind them
+    at: int | None = None
 
 
-def prefix_keys(tokens: Sequence[int], interval: int) -> tuple[bytes, ...]:
-    """A key for each whole interval of `tokens`: a chained hash of everything up to its end."""
-    keys, key = [], b""
-    for end in range(interval, len(tokens) + 1, interval):
-        key = hashlib.sha256(key + array("q", tokens[end - interval : end]).tobytes()).digest()
-        keys.append(key)
-    return tuple(keys)
+def page_hashes(tokens: Sequence[int], page_size: int, known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
+    """For each whole page of `tokens` a chained hash of everything up to its end; the first are `known`."""
+    hashes = list(known[: len(tokens) // page_size])
+    for end in range((len(hashes) + 1) * page_size, len(tokens) + 1, page_size):
+        before = hashes[-1] if hashes else b""
+        hashes.append(hashlib.sha256(before + array("q", tokens[end - page_size : end]).tobytes()).digest())
+    return tuple(hashes)
 
 
 class PrefixCache:
-    """Entries by key, least recently used first. Their snapshots and pages take at most `max_bytes`."""
+    """Entries on the device and on the host."""
 
-    def __init__(self, pages: Pool, *, interval: int, page_bytes: int, max_bytes: int) -> None:
-        self.pool, self.interval, self.page_bytes, self.max_bytes = pages, interval, page_bytes, max_bytes
-        self.entries: OrderedDict[bytes, Entry] = OrderedDict()
+    def __init__(self, pages: Pool, *, rows: int, page_size: int) -> None:
+        self.pages, self.rows, self.page_size = pages, Pool(rows), page_size
+        self.entries: OrderedDict[Key, Entry] = OrderedDict()  # on the device
+        self.hosted: OrderedDict[Key, Entry] = OrderedDict()
         self.held: Counter[int] = Counter()  # page -> number of entries that hold it
-        self.snapshot_bytes = 0
-        self.evictions = 0
+        self.tails: dict[bytes, Counter[int]] = {}  # hash -> numbers of tokens after it that entries have
 
-    @property
-    def size(self) -> int:
-        return self.snapshot_bytes + len(self.held) * self.page_bytes
+    def key(self, tokens: Sequence[int], hashes: Sequence[bytes]) -> Key:
+        whole = len(tokens) // self.page_size
+        return hashes[whole - 1] if whole else b"", tuple(tokens[whole * self.page_size :])
 
-    def find(self, keys: Sequence[bytes], max_tokens: int) -> Entry | None:
-        """The longest cached prefix among `keys`, of at most `max_tokens` tokens."""
-        for key in reversed(keys[: max_tokens // self.interval]):
-            if key in self.entries:
-                self.entries.move_to_end(key)
-                return self.entries[key]
+    def find(self, text: Sequence[int], hashes: Sequence[bytes], max_tokens: int) -> Entry | None:
+        """The entry of the longest prefix of `text`, of at most `max_tokens` tokens."""
+        for whole in range(min(max_tokens, len(text)) // self.page_size, -1, -1):
+            first, before = whole * self.page_size, hashes[whole - 1] if whole else b""
+            for n in sorted(self.tails.get(before, ()), reverse=True):
+                key = before, tuple(text[first : first + n])
+                entry = self.entries.get(key) or self.hosted.get(key)
+                if entry is not None and entry.end <= max_tokens:
+                    self.touch(entry)
+                    return entry
         return None
 
-    def fits(self, pages: int, snapshot_bytes: int) -> bool:
-        return snapshot_bytes + pages * self.page_bytes <= self.max_bytes
+    def touch(self, entry: Entry) -> None:
+        (self.entries if entry.at is None else self.hosted).move_to_end(entry.key)
 
     def add(self, entry: Entry) -> None:
-        """Cache an entry while its request holds its pages; evict others to make room. Ignored if it can never fit."""
-        if entry.key in self.entries or not self.fits(len(entry.pages), entry.size):
+        """Put an entry where it says it is; the pages are shared."""
+        self._count(entry, 1)
+        if entry.at is not None:
+            self.hosted[entry.key] = entry
             return
-        self.pool.share(entry.pages)
-        self.entries[entry.key] = entry
+        self.pages.share(entry.pages)
         self.held.update(entry.pages)
-        self.snapshot_bytes += entry.size
-        while self.size > self.max_bytes:
-            self.evict(entry)
+        self.entries[entry.key] = entry
 
-    def evict(self, keep: Entry | None = None) -> bool:
-        """Drop the least recently used entry other than `keep`. False if there is none."""
-        entry = next((e for e in self.entries.values() if e is not keep), None)
-        if entry is None:
-            return False
+    def remove(self, entry: Entry) -> None:
+        """Forget an entry; its row and pages are free. The caller frees its memory on the host."""
+        self._count(entry, -1)
+        if entry.at is not None:
+            del self.hosted[entry.key]
+            return
         del self.entries[entry.key]
-        self.pool.give(entry.pages)
-        self.held -= Counter(entry.pages)
-        self.snapshot_bytes -= entry.size
-        self.evictions += 1
-        return True
+        self.rows.give([entry.row])
+        self.pages.give(entry.pages)
+        for page in entry.pages:
+            self.held[page] -= 1
+            if not self.held[page]:
+                del self.held[page]
+
+    def _count(self, entry: Entry, n: int) -> None:
+        before, tail = entry.key
+        lengths = self.tails.setdefault(before, Counter())
+        lengths[len(tail)] += n
+        if not lengths[len(tail)]:
+            del lengths[len(tail)]
+        if not lengths:
+            del self.tails[before]

@@ -100,6 +100,14 @@ class Runner:
         self.block_table[slot, : len(pages)] = self._i32(pages)
         self.window_block_table[slot, : len(window_pages)] = self._i32(window_pages)
 
+    def extend(self, grown: list[tuple[int, list[int], int]]) -> None:
+        """Running sequences have more pages: (slot, all its pages, how many of them are new)."""
+        new = [(slot, i, pages[i]) for slot, pages, n in grown for i in range(len(pages) - n, len(pages))]
+        if new:
+            slots, columns, values = self._i32_lists(*zip(*new, strict=True))
+            self.block_table[slots.long(), columns.long()] = values
+            self._invalidate()
+
     def batch(self, slots: list[int], lens: list[int]) -> PackedBatch:
         ends, held = list(accumulate(lens, initial=0)), [self.context_lens[s] for s in slots]
         cu_seqlens, rows, context_lens = self._i32_lists(ends, slots, held)

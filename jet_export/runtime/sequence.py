@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jet_export.kernels.sampling_ref import RowSettings
 from jet_export.runtime.params import Output, Params
-from jet_export.runtime.scheduler import Request
+from jet_export.runtime.plan import Request
 from jet_export.runtime.snapshot import Snapshot
 from jet_export.runtime.tokenizer import StopText
 
@@ -34,8 +34,8 @@ class RunningSequence:
     start: Snapshot | None = None  # continue from here
     keep: Keep | None = None
     keep_logits: bool = False
-    prepared: bool = False  # its slot has its pages, states and sampling settings
     tokens: list[int] = field(default_factory=list)
+    position: int = 0  # of the next token that the sampler draws; below len(tokens) while a preempted request replays
     logits: list[Tensor] = field(default_factory=list)  # of each token, on the CPU, with `keep_logits`
     snapshot: Snapshot | None = None
     first_token_at: float = 0.0  # seconds, on the engine's clock
@@ -64,9 +64,21 @@ class RunningSequence:
             seed=s.seed,
         )
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache had."""
+        return self.request.cached_tokens or 0
+
+    def fed(self, first: int, n: int) -> list[int]:
+        """n of the tokens that the model is fed: the prompt, then the answer."""
+        if first + n <= len(self.prompt):
+            return self.prompt[first : first + n]
+        return [*self.prompt, *self.tokens][first : first + n]
+
     def append(self, token: int, eos: int) -> tuple[str, str | None]:
         """Add a sampled token; returns the text that is now final, and the finish reason if the request ends here."""
         self.tokens.append(token)
+        self.position = len(self.tokens)
         full = len(self.tokens) == self.params.max_new_tokens
         if token in self.params.stop_ids or (token == eos and not self.params.ignore_eos):
             return self.text.flush()[0] if self.text else "", "stop"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from jet_export.runtime.params import Logprob
-from jet_export.runtime.scheduler import Plan
+from jet_export.runtime.plan import Plan
 from jet_export.runtime.sequence import RunningSequence
 
 

@@ -29,7 +29,7 @@ def test_continuous_batching_equals_the_model_alone(pair) -> None:
     onnx, eager = pair
     alone = LLM.over(eager, ByteTokenizer(), -1)
     rows = [(tokens(n, n), m) for n, m in ((70, 3), (5, 6), (100, 4), (1, 5))]
-    batching = BatchingEngine(onnx, ByteTokenizer(), -1, Serving(token_budget=48))
+    batching = BatchingEngine(onnx, ByteTokenizer(), -1, Serving(token_budget=48, prefix_cache_bytes=0))
     running = []
     for row, new in rows:
         running.append(batching.submit(row, Params(new), lambda _: None, keep_logits=True))
@@ -56,10 +56,14 @@ def test_a_session_continues_to_the_bit(pair, tmp_path) -> None:
     assert len(logits) == 3 and torch.equal(torch.cat(logits[:2]), logits[2])
 
 
-def test_a_prefix_hit_gives_the_bits_of_the_miss(pair) -> None:
-    batching = BatchingEngine(pair[0], ByteTokenizer(), -1, Serving(prefix_cache_bytes=1 << 28))
-    runs = [among_others(batching, tokens(PAGE + 20, 3), [], 0) for _ in range(2)]
-    assert batching.metrics.prefix_tokens == PAGE and distinct(runs) == 1
+def test_a_prefix_hit_has_the_logits_of_the_miss(pair) -> None:
+    batching = BatchingEngine(pair[0], ByteTokenizer(), -1, Serving())
+    text = tokens(PAGE + 60, 3)
+    miss = among_others(BatchingEngine(pair[0], ByteTokenizer(), -1, Serving(prefix_cache_bytes=0)), text, [], 0)
+    among_others(batching, text[: PAGE + 20], [], 0)
+    runs = [among_others(batching, text, [], 0) for _ in range(2)]
+    assert batching.metrics.prefix_tokens == 2 * (PAGE + 20) and distinct(runs) == 1
+    assert torch.allclose(torch.stack(runs[0].logits), torch.stack(miss.logits), rtol=1e-3, atol=1e-4)
 
 
 def test_repeats_are_the_same_bits(pair) -> None:

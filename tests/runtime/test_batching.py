@@ -38,7 +38,7 @@ OVERLAP = False
 
 
 def batching(llm, eos: int = -1, **serving) -> BatchingEngine:
-    values = {"token_budget": 48, "kv_tokens": 5 * PAGE, **serving}
+    values = {"token_budget": 48, "kv_tokens": 5 * PAGE, "prefix_cache_bytes": 0, **serving}
     return BatchingEngine(llm.engine, llm.tokenizer, eos, Serving(**values), overlap=OVERLAP)
 
 
@@ -254,9 +254,8 @@ def test_cancelling_frees_at_once_and_the_next_request_starts(llm) -> None:
 
 def test_waiting_ends_by_the_limit_or_the_timeout(llm) -> None:
     now = [0.0]
-    engine = BatchingEngine(
-        llm.engine, llm.tokenizer, -1, Serving(slots=1, max_waiting=1, wait_timeout=5), clock=lambda: now[0]
-    )
+    serving = Serving(slots=1, max_waiting=1, wait_timeout=5, prefix_cache_bytes=0)
+    engine = BatchingEngine(llm.engine, llm.tokenizer, -1, serving, clock=lambda: now[0])
     running, waiting = (ask(engine, [1, 2], max_new_tokens=40) for _ in range(2))
     with pytest.raises(QueueFull):
         ask(engine, [1], max_new_tokens=1)
