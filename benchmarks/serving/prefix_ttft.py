@@ -79,11 +79,11 @@ def main() -> None:
     assert prefixes is not None  # same_bits had a hit
     first_token(batching, tokens(args.own))  # warm-up
     for _ in range(args.repeats):
-        while prefixes.evict():
+        while batching.scheduler.memory.evict():
             pass
         shared = tokens(shared_len)
         misses.append(first_token(batching, shared + tokens(args.own))[0])
-        sizes.append(prefixes.size)
+        sizes.append(batching.scheduler.memory.prefix_bytes)
         hits.append(first_token(batching, shared + tokens(args.own))[0])
     m = batching.metrics
     result: dict[str, Any] = {

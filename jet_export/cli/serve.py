@@ -41,25 +41,36 @@ def serve(
         typer.Option(help="KV cache size in tokens; default: the most that all sequences need."),
     ] = None,
     token_budget: Annotated[int | None, typer.Option(help="Tokens per step; default 512 on a CPU, else 2048.")] = None,
+    mixed_prefill: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens of a step that also decodes, at most; default 512 on a GPU."),
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429; Triton: 503).")] = 256,
     wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue before a request is refused (503).")] = 60.0,
     deterministic: Deterministic = False,
     prefix_cache_bytes: Annotated[
-        str, typer.Option(help="Memory for the prefix cache, e.g. 512M or 4G; 0: no cache.")
-    ] = "0",
+        str | None,
+        typer.Option(help="Device memory for cached prefixes, e.g. 4G; 0: none; default: a tenth of what is free."),
+    ] = None,
+    host_cache_bytes: Annotated[
+        str | None,
+        typer.Option(help="Host memory for preempted requests and evicted prefixes; default: a tenth, up to 4G."),
+    ] = None,
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C: in Triton Inference Server, or over OpenAI's HTTP API."""
     from jet_export.runtime.capacity import Serving
 
-    prefix_bytes = parse_bytes(prefix_cache_bytes, "--prefix-cache-bytes")
+    prefix, host_cache = prefix_cache_bytes, host_cache_bytes
     serving = Serving(
         slots=slots,
         kv_tokens=kv_tokens,
         token_budget=token_budget,
+        mixed_prefill=mixed_prefill,
         max_waiting=max_waiting,
         wait_timeout=wait_timeout,
         deterministic=deterministic,
-        prefix_cache_bytes=prefix_bytes,
+        prefix_cache_bytes=None if prefix is None else parse_bytes(prefix, "--prefix-cache-bytes"),
+        host_cache_bytes=None if host_cache is None else parse_bytes(host_cache, "--host-cache-bytes"),
     )
     if openai:
         if triton_repo:

@@ -56,7 +56,7 @@ class AsyncLLM(Sessions):
     @property
     def limits(self) -> RequestLimits:
         c = self.batching.scheduler.capacity
-        return RequestLimits(c.slots, c.max_waiting, c.max_seq_len)
+        return RequestLimits(c.slots, c.max_waiting, c.longest)
 
     async def status(self) -> Status:
         return Status(self.batching.alive, self.batching.render_metrics())

@@ -20,7 +20,7 @@ from jet_export.runtime.copies import StateCopies
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.metrics import Gauges, Metrics
 from jet_export.runtime.params import Logprob, Output, Params
-from jet_export.runtime.plan import Plan, Request
+from jet_export.runtime.plan import Request
 from jet_export.runtime.prefix import page_hashes
 from jet_export.runtime.runner import PoolSize, Runner
 from jet_export.runtime.scheduler import QueueFull, Scheduler
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class BatchingEngine:
-    """Runs requests on an engine. Its sequences share the KV pages of `capacity`; no slot has pages set aside for it.
+    """Runs requests on an engine. Its sequences share the KV pages of `capacity`.
 
     `overlap` (overlap scheduling): launch the next step before the tokens of this one are read; by default on a GPU.
     """
@@ -54,9 +54,8 @@ class BatchingEngine:
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         c = capacity(engine, serving or Serving())
         table, _ = pages_per_sequence(engine.config, c.max_seq_len, c.prefill_chunk)
-        pools = PoolSize(
-            slots=c.slots, pages=c.pages, window_pages=c.window_pages, table_pages=table, ring_pages=c.ring_pages
-        )
+        sizes = {"slots": c.slots, "pages": c.pages, "window_pages": c.window_pages, "ring_pages": c.ring_pages}
+        pools = PoolSize(table_pages=table, **sizes)
         self.runner = Runner(engine, cuda_graphs, pools=pools, deterministic=c.whole_chunks)
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
         self.scheduler = Scheduler(c, copies)
@@ -92,8 +91,7 @@ class BatchingEngine:
         `start`: continue from this snapshot; the prompt may then be empty. `keep`: leave a snapshot of the "end" in
         `RunningSequence.snapshot`, or one of the "prompt", and then generate no token. `keep_logits`: keep the logits
         of each token. `text` False: Outputs carry no text.
-        Raises JetExportError for ids outside the vocabulary and requests that could never run, QueueFull if too many
-        requests wait.
+        Raises JetExportError for ids outside the vocabulary and requests that could never run; QueueFull.
         """
         self._check_ids((*prompt, *params.stop_ids))
         start = start or EMPTY
@@ -178,7 +176,9 @@ class BatchingEngine:
             return None, False
         with self.lock:
             self.scheduler.advance(plan)
-            self._cache_prefixes(plan)
+            for request, _, _ in plan.prefill:
+                if self.scheduler.prefix_due(request):
+                    self.scheduler.keep_prefix(request, self.sequences[request].fed(0, request.held))
         return step, False
 
     def _finish(self, step: InFlightStep) -> None:
@@ -193,22 +193,16 @@ class BatchingEngine:
             self.delivering = True
             try:
                 for row, sequence in enumerate(step.inputs.sampled):
-                    # Otherwise it ended or was cancelled after the launch, or draws again what it was given before.
-                    if sequence.finish_reason is None and not self._replayed(sequence, tokens[row]):
+                    token = sequence.drawn(tokens[row])
+                    if sequence.finish_reason is None and token is not None:  # else it ended after the launch
                         if step.kept_logits is not None and sequence.keep_logits:
                             sequence.logits.append(step.kept_logits[row])
-                        self._add_token(sequence, tokens[row], logprobs.get(row), step.prompt_logits.get(row), now)
+                        self._add_token(sequence, token, logprobs.get(row), step.prompt_logits.get(row), now)
                         delivered += 1
                 self.metrics.step(now, prompt_tokens=step.plan.prefill_tokens, tokens=delivered)
             finally:
                 self.delivering = False
                 self.after_step()
-
-    def _cache_prefixes(self, plan: Plan) -> None:
-        """Add the states at the end of prompts and some of their chunks to the prefix cache."""
-        for request, _, _ in plan.prefill:
-            if self.scheduler.prefix_due(request):
-                self.scheduler.keep_prefix(request, self.sequences[request].fed(0, request.held))
 
     def _fail(self, inputs: StepInputs, e: Exception) -> None:
         log.error("step failed; its requests end with an error", exc_info=e)
@@ -216,16 +210,6 @@ class BatchingEngine:
         with self.lock:
             for sequence in inputs.sequences:
                 self._end(sequence, Output(None, finish_reason="error"))
-
-    def _replayed(self, sequence: RunningSequence, token: int) -> bool:
-        """Whether a preempted request has drawn a token again that was delivered before."""
-        if sequence.position >= len(sequence.tokens):
-            return False
-        if token != sequence.tokens[sequence.position]:
-            log.error("a preempted request has drawn another token than before; it ends with an error")
-            self._end(sequence, Output(None, finish_reason="error"))
-        sequence.position += 1
-        return True
 
     def _add_token(
         self, sequence: RunningSequence, token: int, logprob: Logprob | None, prompt_logits: Tensor | None, now: float

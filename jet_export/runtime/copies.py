@@ -80,7 +80,7 @@ class StateCopies:
         flat = self._flat(len(pages))
         if flat is None:
             return False
-        states, parts = self._pairs(request, flat[: self.row_words].split(self.sizes))
+        states, parts = self._pairs(request, torch.split(flat[: self.row_words], self.sizes))
         torch._foreach_copy_(parts, states)
         self._out(flat, pages, at)
         return True
@@ -101,7 +101,7 @@ class StateCopies:
             torch.cuda.current_stream(self.device).wait_stream(self.outward)
         first = at // WORD
         flat = self.host[first : first + self._length(len(pages))].to(self.device, non_blocking=True)
-        states, parts = self._pairs(request, flat[: self.row_words].split(self.sizes))
+        states, parts = self._pairs(request, torch.split(flat[: self.row_words], self.sizes))
         torch._foreach_copy_(states, parts)
         if pages:
             index = to_device(torch.tensor(pages), self.device)
@@ -111,7 +111,7 @@ class StateCopies:
     def _row(self, row: int) -> tuple[Tensor, ...]:
         """The parts of a row."""
         if row not in self.row_views:
-            self.row_views[row] = self.rows[row].split(self.sizes)
+            self.row_views[row] = torch.split(self.rows[row], self.sizes)
         return self.row_views[row]
 
     def _pairs(self, request: Request, parts: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
@@ -136,7 +136,7 @@ class StateCopies:
 
     def _page_parts(self, flat: Tensor, pages: int) -> list[Tensor]:
         """[pages, words] for each full-attention layer."""
-        parts = flat[self.row_words :].split([pages * n for n in self.page_words])
+        parts = torch.split(flat[self.row_words :], [pages * n for n in self.page_words])
         return [part.view(pages, -1) for part in parts]
 
     def _out(self, flat: Tensor, pages: list[int], at: int) -> None:

@@ -101,9 +101,7 @@ class Memory:
             return True
         if self.prefixes is None:
             return False
-        kept = set(but.pages) if but else set()
-        could = sum(n == self.pages.holders[p] and p not in kept for p, n in self.prefixes.held.items())
-        if pages + spare > self.pages.free + could:
+        if pages + spare > self.pages.free + self._evictable(but):
             return False
         while pages > self.pages.free and self.evict(but):
             pass
@@ -157,6 +155,11 @@ class Memory:
         prefixes.add(Entry(key=key, end=end, row=row, pages=tuple(request.pages[: c.pages_for(end)[0]])))
 
     @property
+    def requests_pages(self) -> int:
+        """KV pages that requests have; the others are free, or would be if a request needed them."""
+        return self.pages.used - self._evictable()
+
+    @property
     def prefix_bytes(self) -> int:
         """States and KV pages of the prefixes on the device."""
         if self.prefixes is None:
@@ -186,6 +189,13 @@ class Memory:
             self.counts.bytes_out += size
             prefixes.add(Entry(key=entry.key, end=entry.end, at=at))
         return True
+
+    def _evictable(self, but: Entry | None = None) -> int:
+        """Pages that only prefixes have, without those of `but`."""
+        if self.prefixes is None:
+            return 0
+        kept = set(but.pages) if but else set()
+        return sum(n == self.pages.holders[p] and p not in kept for p, n in self.prefixes.held.items())
 
     def _find(self, request: Request) -> Entry | None:
         if self.prefixes is None or request.text is None or request.kept is not None:

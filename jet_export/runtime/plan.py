@@ -60,6 +60,11 @@ class Capacity:
         pages = -(-tokens // self.page_size)
         return pages, min(pages, self.ring_pages)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that can run, alone."""
+        return min(self.max_seq_len, self.pages * self.page_size)
+
     def state_bytes(self, tokens: int) -> int:
         """Bytes of everything that a sequence holds after `tokens`."""
         return self.row_bytes + self.pages_for(tokens)[0] * self.page_bytes

@@ -75,6 +75,13 @@ class RunningSequence:
             return self.prompt[first : first + n]
         return [*self.prompt, *self.tokens][first : first + n]
 
+    def drawn(self, token: int) -> int | None:
+        """A token that was sampled for it; None if it had drawn it before it was preempted, -1 if it drew another."""
+        if self.position >= len(self.tokens):
+            return token
+        self.position += 1
+        return None if token == self.tokens[self.position - 1] else -1
+
     def append(self, token: int, eos: int) -> tuple[str, str | None]:
         """Add a sampled token; returns the text that is now final, and the finish reason if the request ends here."""
         self.tokens.append(token)

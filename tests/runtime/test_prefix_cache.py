@@ -12,6 +12,7 @@ from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.copies import WORD, row_words
 from jet_export.runtime.params import Params
+from jet_export.runtime.prefix import Entry
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.tokenizer import ByteTokenizer
@@ -51,6 +52,11 @@ def row_bytes(engine) -> int:
     return WORD * row_words(engine.specs, engine.config)
 
 
+def entries_of(engine: BatchingEngine) -> list[Entry]:
+    assert engine.scheduler.prefixes is not None
+    return list(engine.scheduler.prefixes.entries.values())
+
+
 def leaves_nothing(engine: BatchingEngine) -> bool:
     s = engine.scheduler
     while s.memory.evict():
@@ -81,12 +87,10 @@ def test_every_turn_of_a_conversation_starts_where_the_last_one_ended(engine, ov
     counts = cached.metrics.memory
     assert counts.hits + counts.host_hits == 4 and (counts.host_hits > 0) == (host > 0)
     assert cached.metrics.prompt_tokens == plain.metrics.prompt_tokens - cached.metrics.prefix_tokens
-    text = cached.render_metrics()
-    assert (
-        f"jet_prefix_tokens_total {counts.hit_tokens}" in text
-        and f"jet_prefix_host_hits_total {counts.host_hits}" in text
-    )
-    assert "jet_prefix_cache_bytes" in text and "jet_prefix_cache_bytes" not in plain.render_metrics()
+    shown = cached.render_metrics()
+    assert f"jet_prefix_tokens_total {counts.hit_tokens}" in shown
+    assert f"jet_prefix_host_hits_total {counts.host_hits}" in shown and "jet_prefix_cache_bytes" in shown
+    assert "jet_prefix_cache_bytes" not in plain.render_metrics()
     assert leaves_nothing(cached)
 
 
@@ -125,7 +129,7 @@ def test_the_cache_is_bounded_and_evicts_the_least_recently_used(engine) -> None
     found = []
     for prompt in (a, b, [*a, 1], c, [*a, 2], [*b, 2]):
         found.append(run(cached, prompt, 1).cached_tokens > 0)
-        assert len(cached.scheduler.prefixes.entries) <= 3
+        assert len(entries_of(cached)) <= 3
     assert found == [False, False, True, False, True, False]  # c took the place of b
     assert cached.metrics.memory.evictions == 3
 
@@ -133,7 +137,7 @@ def test_the_cache_is_bounded_and_evicts_the_least_recently_used(engine) -> None
 def test_short_prompts_and_sessions_are_not_cached(engine) -> None:
     cached = batching(engine, prefix_cache_bytes=MANY)
     run(cached, tokens(9, 0), 2)
-    assert not cached.scheduler.prefixes.entries and cached.metrics.memory.queries == 0
+    assert not entries_of(cached) and cached.metrics.memory.queries == 0
 
 
 def test_cancelling_around_the_first_step(engine) -> None:

@@ -279,7 +279,8 @@ class Life(RuleBasedStateMachine):
             assert len(r.pages) == len(set(r.pages)) and r.held <= len(r.pages) * self.c.page_size
             assert len(r.window_pages) == self.c.pages_for(r.max_held)[1]
         kept = {r.kept: self.c.state_bytes(r.held) for r in s.waiting if r.kept is not None}
-        assert s.memory.host.parts == {**kept, **{e.at: self.c.state_bytes(e.end) for e in hosted}}
+        kept |= {e.at: self.c.state_bytes(e.end) for e in hosted if e.at is not None}
+        assert s.memory.host.parts == kept
         for e in entries:
             text = self.device.rows[e.row]
             assert (

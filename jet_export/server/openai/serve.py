@@ -74,8 +74,9 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
     log(f"{name}: {c.slots} sequences at once, {c.pages} KV pages of {c.page_size} tokens, {c.max_seq_len} a sequence")
     if c.whole_chunks:
         log("deterministic: a request's bits do not depend on the others")
-    if c.prefix_interval:
-        log(f"prefix cache: {c.prefix_bytes / 2**20:.0f} MiB, prompts share whole blocks of {c.prefix_interval} tokens")
+    if c.prefix_rows:
+        size = f"{c.prefix_rows * c.row_bytes / 2**20:.0f} MiB"
+        log(f"prefix cache: {c.prefix_rows} prefixes ({size}), {c.host_bytes / 2**20:.0f} MiB of host memory")
 
     def log_addresses() -> None:
         if frontends:

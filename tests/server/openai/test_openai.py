@@ -43,7 +43,7 @@ def returns_to_where_it_was(llm):
     while s.running or s.waiting:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert s.slots.used == s.pages.used == s.window_pages.used == len(llm.batching.sequences) == 0
+    assert s.slots.used == s.memory.requests_pages == s.window_pages.used == len(llm.batching.sequences) == 0
 
 
 def greedy(client, prompt, n: int, **more):
