@@ -23,6 +23,7 @@ from torch import Tensor
 
 from jet_export.kernels.attention_decode import attention_decode_triton
 from jet_export.kernels.attention_prefill import attention_prefill_triton
+from jet_export.kernels.form import Form
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 QUERY_BLOCK = 512  # the reference attends this many tokens of a sequence at a time
@@ -132,6 +133,31 @@ def attention_ref(
     return o.view(T, -1)
 
 
+def attention_triton(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    k_scale: float,
+    v_scale: float,
+    form: int,
+) -> Tensor:
+    """Launches the kernels: those of decode, of prefill, or both. Arguments as `attention_ref`, and `form.Form`."""
+    inputs = qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens
+    sizes = num_heads, num_kv_heads, head_dim, window, k_scale, v_scale
+    if form == Form.DECODE:
+        return attention_decode_triton(*inputs, *sizes)
+    o = attention_prefill_triton(*inputs, *sizes, mixed=form == Form.MIXED)
+    return attention_decode_triton(*inputs, *sizes, out=o) if form == Form.MIXED else o
+
+
 @torch.library.custom_op("jet::attention_cpu", mutates_args=("kv_cache",))
 def attention_cpu(
     qkv: Tensor,
@@ -147,7 +173,7 @@ def attention_cpu(
     window: int,
     k_scale: float,
     v_scale: float,
-    decode: bool,
+    form: int,
 ) -> Tensor:
     """attention_ref behind an opaque op, so that no compiler traces into it."""
     return attention_ref(
@@ -171,7 +197,7 @@ def _(
     window,
     k_scale,
     v_scale,
-    decode,
+    form,
 ):
     return qkv.new_empty(qkv.shape[0], num_heads * head_dim)
 
@@ -191,14 +217,12 @@ def attention(
     window: int,
     k_scale: float,
     v_scale: float,
-    decode: bool,
+    form: int,
 ) -> Tensor:  # [T, Hq * Dh]
-    """See the module; `decode` promises T == N (one token a sequence) and chooses the kernel when the op is traced."""
+    """See the module. The form of the call (`form.Form`) chooses the kernels when the op is traced."""
     sizes = num_heads, num_kv_heads, head_dim, window, k_scale, v_scale
     if qkv.device.type == "cpu":
         return torch.ops.jet.attention_cpu(
-            qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, *sizes, decode
+            qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, *sizes, form
         )
-    if decode:
-        return attention_decode_triton(qkv, cos_sin, kv_cache, block_table, slots, context_lens, *sizes)
-    return attention_prefill_triton(qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, *sizes)
+    return attention_triton(qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, *sizes, form)

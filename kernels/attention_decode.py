@@ -12,7 +12,8 @@ other program reads that position, so the append needs no kernel of its own. A s
     o = sum_s exp2(lse_s - max lse) o_s / sum_s exp2(lse_s - max lse)
 
 `splits` depends on sizes alone (batch, heads, SMs, width of the block table); each context is divided among the splits
-on the device. Source: Flash-Decoding (Dao et al., 2023). The reference is `attention.attention_ref`.
+on the device. With MIXED the sequences may be longer: those of one token are decoded, the others are left to the
+prefill kernels. Source: Flash-Decoding (Dao et al., 2023). The reference is `attention.attention_ref`.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.attention_prefill import LOG2E, attend_tiles, dot_operand, load_tile, page_of, softmax_step
-from jet_export.kernels.common import INTERPRET, dot_precision, fp32, wrap
+from jet_export.kernels.common import INTERPRET, dot_precision, fp32, sequence_bounds, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.rope_append import check_layout, context_of, load_rope, quantize
 
@@ -119,19 +120,29 @@ def attend_fp8(
     return tl.reshape(tl.join(b_lo, b_hi), [BM, BD]), b_l, b_m
 
 
-@triton.jit(do_not_specialize=["splits", "M", "P", "pages", "stride_table"])
+@triton.jit
+def decode_row(cu_seqlens, i_n, T, MIXED: tl.constexpr):
+    """The row of a sequence's only token; -1 if it has more."""
+    if MIXED:
+        bos, eos = sequence_bounds(cu_seqlens, i_n, T)
+        return tl.where(eos - bos == 1, bos, -1).to(tl.int64)
+    return i_n
+
+
+@triton.jit(do_not_specialize=["T", "splits", "M", "P", "pages", "stride_table"])
 def attention_decode_kernel(
-    qkv, cos_sin, kv_cache, block_table, slots, context_lens, o_s, lse_s,
-    splits, M, P, pages, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
+    qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o_s, lse_s,
+    T, splits, M, P, pages, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     i_s, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p = context_of(context_lens, i_n, M, PAGE, WINDOW)
     key_lo, tile_lo, tile_hi, per_split = tiles_of(p, splits, WINDOW, BN)
     tile = tile_lo + i_s * per_split
-    if (tl.load(slots + i_n) < 0) | ((i_s > 0) & (tile >= tile_hi)):
+    i_t = decode_row(cu_seqlens, i_n, T, MIXED)
+    if (i_t < 0) | (tl.load(slots + i_n) < 0) | ((i_s > 0) & (tile >= tile_hi)):
         return
 
     lo, hi = tile * BN, tl.minimum((tile + per_split) * BN, p)
@@ -140,7 +151,7 @@ def attention_decode_kernel(
     i_page = page_of(p_table, lo, hi, M, pages, PAGE)
     o_g, o_d = tl.arange(0, BM), tl.arange(0, BD)
     m_g = o_g < G
-    p_row = qkv + i_n * stride_t
+    p_row = qkv + i_t * stride_t
     p_cos_sin = cos_sin + tl.minimum(p, P - 1).to(tl.int64) * DH
     b_q = load_rope(p_row + (i_h * G + o_g) * DH, p_cos_sin + o_g * 0, m_g, DH, BD)  # [BM, BD]
     b_q, b_s2 = dot_operand(b_q, s2, kv_cache.dtype.element_ty == tl.float8e4nv)
@@ -184,13 +195,16 @@ def attention_decode_kernel(
     tl.store(lse_s + i_row, b_m + tl.log2(b_l), mask=m_g)
 
 
-@triton.jit(do_not_specialize=["splits", "M"])
+@triton.jit(do_not_specialize=["T", "splits", "M"])
 def attention_combine_kernel(
-    o_s, lse_s, slots, context_lens, o, splits, M, v_scale,
+    o_s, lse_s, cu_seqlens, slots, context_lens, o, T, splits, M, v_scale,
     HQ: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    BN: tl.constexpr, BS: tl.constexpr,
+    BN: tl.constexpr, BS: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     i_d, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_t = decode_row(cu_seqlens, i_n, T, MIXED)
+    if i_t < 0:
+        return
     _, tile_lo, tile_hi, per_split = tiles_of(context_of(context_lens, i_n, M, PAGE, WINDOW), splits, WINDOW, BN)
     used = tl.maximum(tl.cdiv(tile_hi - tile_lo, per_split), 1)
     if tl.load(slots + i_n) < 0:
@@ -212,14 +226,15 @@ def attention_combine_kernel(
         b_acc = b_acc * b_a + tl.sum(b_w[:, None] * b_o, 0)
         b_m = b_m_new
     b_o = b_acc * (fp32(v_scale) / tl.where(used > 0, b_l, 1.0))
-    tl.store(o + i_row * DH + o_d, b_o.to(o.dtype.element_ty), mask=o_d < DH)
+    tl.store(o + (i_t * HQ + i_h) * DH + o_d, b_o.to(o.dtype.element_ty), mask=o_d < DH)
 
 
 def attention_decode_triton(
-    qkv: Tensor,  # [N, (Hq + 2 Hkv) * Dh]
+    qkv: Tensor,  # [T, (Hq + 2 Hkv) * Dh]
     cos_sin: Tensor,  # [P, Dh]
     kv_cache: Tensor,  # [pages, 2, Hkv, page, Dh]; updated in place
     block_table: Tensor,  # [N, M] int32
+    cu_seqlens: Tensor,  # [N + 1] int32
     slots: Tensor,  # [N] int32
     context_lens: Tensor,  # [N] int32
     num_heads: int,
@@ -229,8 +244,11 @@ def attention_decode_triton(
     k_scale: float,
     v_scale: float,
     config: DecodeConfig | None = None,
-) -> Tensor:  # [N, Hq * Dh]
-    """Append and attend, one token per sequence."""
+    out: Tensor | None = None,  # [T, Hq * Dh]
+) -> Tensor:  # [T, Hq * Dh]
+    """Append and attend, one token a sequence. With `out` the call is a mixed one: the rows of sequences of one token
+    are written to it, the others stay as they are."""
+    mixed = out is not None
     qkv = check_layout(qkv, kv_cache, head_dim)
     fp8, page = kv_cache.dtype == torch.float8_e4m3fn, kv_cache.shape[3]
     group = num_heads // num_kv_heads
@@ -240,19 +258,19 @@ def attention_decode_triton(
     splits = num_splits(N, num_kv_heads, keys, num_sms(qkv.device), per_sm)
     o_s = qkv.new_empty((N, num_heads, splits, head_dim), dtype=torch.float32)
     lse_s = qkv.new_empty((N, num_heads, splits), dtype=torch.float32)
-    o = qkv.new_empty(N, num_heads * head_dim)
+    o = qkv.new_empty(qkv.shape[0], num_heads * head_dim) if out is None else out
     BD = triton.next_power_of_2(head_dim)
     wrap(attention_decode_kernel)[(splits, num_kv_heads, N)](
-        qkv, cos_sin, kv_cache, block_table, slots, context_lens, o_s, lse_s,
-        splits, M, cos_sin.shape[0], kv_cache.shape[0],
+        qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o_s, lse_s,
+        qkv.shape[0], splits, M, cos_sin.shape[0], kv_cache.shape[0],
         head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), k_scale, v_scale,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=BD, PAGE=page, WINDOW=window,
         BM=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BN=BN,
-        PREC=dot_precision(qkv.dtype), num_warps=num_warps, num_stages=num_stages,
+        PREC=dot_precision(qkv.dtype), MIXED=mixed, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     wrap(attention_combine_kernel)[(triton.cdiv(head_dim, 32), num_heads, N)](
-        o_s, lse_s, slots, context_lens, o, splits, M, v_scale if fp8 else 1.0,
-        HQ=num_heads, DH=head_dim, BD=32, PAGE=page, WINDOW=window, BN=BN, BS=64, num_warps=4,
+        o_s, lse_s, cu_seqlens, slots, context_lens, o, qkv.shape[0], splits, M, v_scale if fp8 else 1.0,
+        HQ=num_heads, DH=head_dim, BD=32, PAGE=page, WINDOW=window, BN=BN, BS=64, MIXED=mixed, num_warps=4,
     )  # fmt: skip
     return o

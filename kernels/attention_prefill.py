@@ -8,7 +8,7 @@ so that a key or value tile serves all the query heads that read it. Over tiles 
 
 fp32 accumulators and statistics; bf16 or fp16 operands of the products, or IEEE fp32 for an fp32 model. Tiles before
 every row's window are skipped. Only the tiles at the window's edge and on the diagonal are masked; there the loads also
-skip cache entries that were never written.
+skip cache entries that were never written. With MIXED the sequences of one token are left to the decode kernels.
 
 Source: FlashAttention-2, arXiv 2307.08691. The reference is `attention.attention_ref`.
 """
@@ -113,7 +113,7 @@ def attention_prefill_kernel(
     qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o,
     N, T, M, P, pages, s2, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a sequence first
@@ -122,7 +122,7 @@ def attention_prefill_kernel(
     start, end = sequence_bounds(cu_seqlens, i_n, T)
     length = end - start
     first = (i_block - (start * G // BM + i_n)) * BM
-    if (first < 0) | (first >= length * G):
+    if (first < 0) | (first >= length * G) | (MIXED and length == 1):
         return
 
     o_r = first + tl.arange(0, BM)
@@ -192,12 +192,15 @@ def attention_prefill_triton(
     k_scale: float,
     v_scale: float,
     config: PrefillConfig | None = None,
+    mixed: bool = False,
 ) -> Tensor:  # [T, Hq * Dh]
-    """Append, then attend; correct for any split of the tokens into sequences, T == N included."""
+    """Append, then attend; correct for any split of the tokens into sequences.
+
+    `mixed`: sequences of one token are left out, their rows of the result hold anything."""
     qkv = check_layout(qkv, kv_cache, head_dim)
     rope_append_triton(
         qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
-        num_heads, num_kv_heads, head_dim, k_scale, v_scale,
+        num_heads, num_kv_heads, head_dim, k_scale, v_scale, mixed,
     )  # fmt: skip
     fp8, page = kv_cache.dtype == torch.float8_e4m3fn, kv_cache.shape[3]
     group = num_heads // num_kv_heads
@@ -210,7 +213,7 @@ def attention_prefill_triton(
         head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), v_scale if fp8 else 1.0,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=triton.next_power_of_2(head_dim), PAGE=page, WINDOW=window,
-        BM=BM, BN=BN, PREC=dot_precision(qkv.dtype),
+        BM=BM, BN=BN, PREC=dot_precision(qkv.dtype), MIXED=mixed,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return o

@@ -2,9 +2,10 @@
 
 Packed tokens: x is [T, ...] for N sequences, `cu_seqlens` [N+1] int32 their bounds, `slots` [N] int32 their rows in
 the state pools (< 0: a padding row - nothing read, nothing written, output zero), `context_lens` [N] int32 the tokens
-already held (0: start from zero state, whatever the pool holds). Every sequence has at least one token, so T == N
-means decode. An engine builder may time a kernel on arbitrary inputs: whatever these tensors and a block table hold, no
-kernel accesses memory outside its tensors or loops without bound. The results for invalid inputs are undefined.
+already held (0: start from zero state, whatever the pool holds). Every sequence has at least one token.
+A call states what its sequences are, its `Form` (form.py); nothing is guessed from sizes. An engine builder may time a
+kernel on arbitrary inputs: whatever these tensors and a block table hold, no kernel accesses memory outside its tensors
+or loops without bound. The results for invalid inputs are undefined.
 """
 
 import os
@@ -95,6 +96,19 @@ def sequence_bounds(cu_seqlens, i_n, T):
     """A sequence's first and end token, inside the T packed ones whatever cu_seqlens holds."""
     bos = clamp(tl.load(cu_seqlens + i_n), 0, T)
     return bos, clamp(tl.load(cu_seqlens + i_n + 1), bos, T)
+
+
+@triton.jit
+def longer_sequences(cu_seqlens, N):
+    """How many of the N sequences have more than one token."""
+    o_n = tl.arange(0, 128)
+    count = 0
+    for i in range(0, N, 128):
+        m_n = i + o_n < N
+        b_bos = tl.load(cu_seqlens + i + o_n, mask=m_n, other=0)
+        b_eos = tl.load(cu_seqlens + i + o_n + 1, mask=m_n, other=0)
+        count += tl.sum((b_eos - b_bos > 1).to(tl.int32), 0)
+    return count
 
 
 @triton.jit

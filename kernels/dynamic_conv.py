@@ -141,12 +141,12 @@ def shift_conv_state(p_state, p_end, stride_u, n_tokens, o_d, m_d, held, D: tl.c
 @triton.jit(do_not_specialize=["N", "T", "S"])
 def dynamic_conv_kernel(
     u, kappa, v, conv_state, cu_seqlens, slots, context_lens, N, T, S, stride_u, stride_kappa,
-    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel tiles, chunks)."""
+    """Grid (channel tiles, chunks). MIXED: sequences of one token are left out."""
     i_d = tl.program_id(0) * BD
     i_n, bos, eos, i_t = find_chunk(cu_seqlens, tl.program_id(1), N, T, BT)
-    if (i_t < bos) | (i_t >= eos):
+    if (i_t < bos) | (i_t >= eos) | (MIXED and eos - bos == 1):
         return
     slot = slot_of(slots, i_n, S)
     held = (tl.load(context_lens + i_n) > 0) & (slot >= 0)
@@ -165,15 +165,15 @@ def dynamic_conv_kernel(
 @triton.jit(do_not_specialize=["T", "S"])
 def conv_state_kernel(
     u, conv_state, cu_seqlens, slots, context_lens, T, S, stride_u,
-    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
+    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, N). Writes the new conv_state, after `dynamic_conv_kernel` has read the old one."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     i_n = tl.program_id(1)
     slot = slot_of(slots, i_n, S)
-    if slot < 0:
-        return
     bos, eos = sequence_bounds(cu_seqlens, i_n, T)
+    if (slot < 0) | (MIXED and eos - bos == 1):
+        return
     held = tl.load(context_lens + i_n) > 0
     p_end = u + eos.to(tl.int64) * stride_u + OFF_U
     shift_conv_state(conv_state + slot * (W - 1) * D, p_end, stride_u, eos - bos, o_d, o_d < D, held, D, W)
@@ -187,10 +187,11 @@ def dynamic_conv_triton(
     slots: Tensor,
     context_lens: Tensor,
     off_u: int = 0,
+    mixed: bool = False,
 ) -> Tensor:
     """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous.
 
-    off_u: u's first column in the rows of its tensor."""
+    off_u: u's first column in the rows of its tensor; `mixed`: sequences of one token are left out."""
     T, N, D, W = u.shape[0], slots.shape[0], conv_state.shape[2], conv_state.shape[1] + 1
     use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W)
     BT, BD = use["BT"], use["BD"]
@@ -198,10 +199,11 @@ def dynamic_conv_triton(
     S = conv_state.shape[0]
     tail = (cu_seqlens, slots, context_lens)
     wrap(dynamic_conv_kernel)[(triton.cdiv(D, BD), num_chunks(T, N, BT))](
-        u, kappa, v, conv_state, *tail, N, T, S, u.stride(0), kappa.stride(0), OFF_U=off_u, D=D, W=W, BT=BT, BD=BD
-    )
+        u, kappa, v, conv_state, *tail, N, T, S, u.stride(0), kappa.stride(0),
+        OFF_U=off_u, D=D, W=W, BT=BT, BD=BD, MIXED=mixed,
+    )  # fmt: skip
     wrap(conv_state_kernel)[(triton.cdiv(D, 256), N)](
-        u, conv_state, *tail, T, S, u.stride(0), OFF_U=off_u, D=D, W=W, BD=256
+        u, conv_state, *tail, T, S, u.stride(0), OFF_U=off_u, D=D, W=W, BD=256, MIXED=mixed
     )
     return v
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, by_rows, gather_state, rows, scatter_state, zero_padding
+from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
 
@@ -112,22 +113,26 @@ def packed_gated_delta_rule_ref(
     cu_seqlens: Tensor,  # [N+1]
     slots: Tensor,  # [N]
     context_lens: Tensor,  # [N]
-    decode: bool,
+    form: int,
 ) -> Tensor:  # [T, H, V] in fp32 (fp64)
-    """Packed sequences: one batched step for decode, the chunk form sequence by sequence for prefill."""
+    """Packed sequences by `form.Form`: steps of one token are one batch, chunks run sequence by sequence."""
+    H, V = v.shape[1:]
     initial = gather_state(recurrent_state, slots, context_lens, acc_dtype(q.dtype))
-    if decode:
-        o, final = gated_delta_rule_ref(q[:, None], k[:, None], v[:, None], beta[:, None], g[:, None], initial)
-        o = o[:, 0]
-    else:
-        outs, finals = [], []
-        for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-            # Cloned: the bits of a matrix product may depend on its operands' alignment.
-            q_n, k_n, v_n, beta_n, g_n = (x[None, start:end].clone() for x in (q, k, v, beta, g))
-            o_n, final_n = chunk_gated_delta_rule_ref(q_n, k_n, v_n, beta_n, g_n, initial[n : n + 1])
-            outs.append(o_n[0])
-            finals.append(final_n)
-        o, final = torch.cat(outs), torch.cat(finals)
+    o, final = initial.new_zeros(q.shape[0], H, V), torch.empty_like(initial)
+    bounds = cu_seqlens.tolist()
+    lens = [b - a for a, b in itertools.pairwise(bounds)]
+    steps = [n for n, size in enumerate(lens) if size == 1 and form != Form.PREFILL]
+    if steps:
+        t = torch.tensor([bounds[n] for n in steps])
+        q_n, k_n, v_n, beta_n, g_n = (x[t][:, None] for x in (q, k, v, beta, g))
+        o_steps, final[steps] = gated_delta_rule_ref(q_n, k_n, v_n, beta_n, g_n, initial[steps])
+        o[t] = o_steps[:, 0]
+    for n in sorted(set(range(len(lens))) - set(steps)):
+        tokens = slice(bounds[n], bounds[n + 1])
+        # Cloned: the bits of a matrix product may depend on its operands' alignment.
+        q_n, k_n, v_n, beta_n, g_n = (x[None, tokens].clone() for x in (q, k, v, beta, g))
+        o_n, final[n : n + 1] = chunk_gated_delta_rule_ref(q_n, k_n, v_n, beta_n, g_n, initial[n : n + 1])
+        o[tokens] = o_n[0]
     scatter_state(recurrent_state, slots, final)
     return zero_padding(o, cu_seqlens, slots)
 
@@ -142,14 +147,16 @@ def gated_delta_rule_triton(
     cu_seqlens: Tensor,
     slots: Tensor,
     context_lens: Tensor,
-    decode: bool,
+    form: int,
 ) -> Tensor:
     """Launches the kernels; arguments as `packed_gated_delta_rule_ref`."""
     q, k, v, beta, g = (rows(x) for x in (q, k, v, beta, g))
     head_dims = (q.shape[1], q.shape[2], v.shape[2])
-    if decode:
-        return decode_delta_rule_triton(q, k, v, beta, g, recurrent_state, slots, context_lens, head_dims)
-    return chunk_delta_rule_triton(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims)
+    inputs = q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims
+    if form == Form.DECODE:
+        return decode_delta_rule_triton(*inputs)
+    o = chunk_delta_rule_triton(*inputs, mixed=form == Form.MIXED)
+    return decode_delta_rule_triton(*inputs, out=o) if form == Form.MIXED else o
 
 
 @torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args={"recurrent_state"})
@@ -163,14 +170,14 @@ def gated_delta_rule_cpu(
     cu_seqlens: Tensor,
     slots: Tensor,
     context_lens: Tensor,
-    decode: bool,
+    form: int,
 ) -> Tensor:
-    o = packed_gated_delta_rule_ref(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode)
+    o = packed_gated_delta_rule_ref(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form)
     return o.to(v.dtype).contiguous()
 
 
 @gated_delta_rule_cpu.register_fake
-def _(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode):
+def _(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form):
     return v.new_empty(v.shape)
 
 
@@ -185,11 +192,11 @@ def gated_delta_rule(
     cu_seqlens: Tensor,
     slots: Tensor,
     context_lens: Tensor,
-    decode: bool,
+    form: int,
 ) -> Tensor:
     """o [T, H, V] in v's dtype; recurrent_state is updated in place. See the module's equations."""
     if q.device.type == "cpu":
         return torch.ops.jet.gated_delta_rule_cpu(
-            q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
+            q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form
         )
-    return gated_delta_rule_triton(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode)
+    return gated_delta_rule_triton(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form)

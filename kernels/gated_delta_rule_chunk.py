@@ -11,7 +11,8 @@ With RAW its inputs are a JetBlock's projections: it applies SiLU to q and k, an
     state = exp(G_last) state + (exp(G_last - G) kn)^T v_new
 
 The decays of kn's rows are applied to operands that are in registers. Everything is computed transposed, so that the
-state and v_new are left operands of the matrix products, which tensor cores can read from registers.
+state and v_new are left operands of the matrix products, which tensor cores can read from registers. With MIXED both
+kernels leave out the sequences of one token, which are the decode kernel's.
 """
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from jet_export.kernels.common import (
     dot_precision,
     find_chunk,
+    longer_sequences,
     num_chunks,
     sequence_bounds,
     silu,
@@ -74,12 +76,13 @@ def chunk_prepare_kernel(
     q, k, beta, g, A_log, dt_bias, q_in, k_n, solve, attn, decays, keep, cu_seqlens, slots, N, T,
     stride_q, stride_k, stride_b, stride_g, OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_G: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, chunks). OFF_*: the first column of q, k, g (a) in the rows of their tensors."""
     i_h = tl.program_id(0)
     i_c = tl.program_id(1)
     i_n, bos, eos, i_t = find_chunk(cu_seqlens, i_c, N, T, BT)
-    if (i_t < bos) | (i_t >= eos) | (tl.load(slots + i_n) < 0):
+    if (i_t < bos) | (i_t >= eos) | (tl.load(slots + i_n) < 0) | (MIXED and eos - bos == 1):
         return
     dtype: tl.constexpr = q_in.dtype.element_ty
     row = i_t.to(tl.int64)
@@ -174,20 +177,27 @@ def chunk_scan_kernel(
     q_in, k_n, solve, attn, decays, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, T, S, stride_v,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, MIN_HEADS: tl.constexpr, MAX_HEADS: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (V tiles, H, N). The o of a padding row is zero. The kernel returns at once for a batch of fewer than
-    MIN_HEADS or more than MAX_HEADS heads (of all sequences together); 0: no bound."""
-    if MIN_HEADS > 0:  # noqa: SIM102  one is a constant, the other a run-time value
-        if tl.num_programs(2) * H < MIN_HEADS:
-            return
-    if MAX_HEADS > 0:  # noqa: SIM102
-        if tl.num_programs(2) * H > MAX_HEADS:
-            return
+    MIN_HEADS or more than MAX_HEADS heads (of all its sequences together); 0: no bound."""
     i_v = tl.program_id(0) * BV
     i_h = tl.program_id(1)
     i_n = tl.program_id(2)
-    slot = slot_of(slots, i_n, S)
     bos, eos = sequence_bounds(cu_seqlens, i_n, T)
+    if MIXED:  # noqa: SIM102  one is a constant, the other a run-time value
+        if eos - bos == 1:
+            return
+    if MIN_HEADS > 0 or MAX_HEADS > 0:
+        sequences = tl.num_programs(2)
+        if MIXED:
+            sequences = longer_sequences(cu_seqlens, sequences)
+        if sequences * H < MIN_HEADS:
+            return
+        if MAX_HEADS > 0:  # noqa: SIM102
+            if sequences * H > MAX_HEADS:
+                return
+    slot = slot_of(slots, i_n, S)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     m_v = i_v + o_v < V
@@ -254,11 +264,13 @@ def chunk_delta_rule_triton(
     head_dims: tuple[int, int, int],
     offsets: tuple[int, int, int] = (0, 0, 0),
     raw_gates: tuple[Tensor, Tensor] | None = None,
+    mixed: bool = False,
 ) -> Tensor:
     """o [T, H, V] in q's dtype; recurrent_state is updated in place.
 
     `head_dims`: H, K, V; `offsets`: the first column of q, k, g in the rows of their tensors. A JetBlock passes
-    raw_gates = (A_log, dt_bias): q and k are then taken before SiLU, and beta and g are the projections b and a."""
+    raw_gates = (A_log, dt_bias): q and k are then taken before SiLU, and beta and g are the projections b and a.
+    `mixed`: sequences of one token are left out; their rows of o hold anything."""
     T, N = q.shape[0], slots.shape[0]
     H, K, V = head_dims
     prepare, scans = chunk_config(q.dtype, K, V)
@@ -274,11 +286,11 @@ def chunk_delta_rule_triton(
     wrap(chunk_prepare_kernel)[(H, chunks)](
         q, k, beta, g, A_log, dt_bias, q_in, k_n, solve, attn, decays, keep, cu_seqlens, slots, N, T,
         q.stride(0), k.stride(0), beta.stride(0), g.stride(0), OFF_Q=off_q, OFF_K=off_k, OFF_G=off_g,
-        H=H, K=K, RAW=raw_gates is not None, PRECISION=precision, **prepare,
+        H=H, K=K, RAW=raw_gates is not None, PRECISION=precision, MIXED=mixed, **prepare,
     )  # fmt: skip
     for scan in scans:
         wrap(chunk_scan_kernel)[(triton.cdiv(V, scan["BV"]), H, N)](
             q_in, k_n, solve, attn, decays, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens,
-            T, recurrent_state.shape[0], v.stride(0), H=H, K=K, V=V, PRECISION=precision, **scan,
+            T, recurrent_state.shape[0], v.stride(0), H=H, K=K, V=V, PRECISION=precision, MIXED=mixed, **scan,
         )  # fmt: skip
     return o

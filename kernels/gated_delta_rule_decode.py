@@ -4,13 +4,14 @@ A program owns one (head, sequence). It streams the state [K, V] through registe
 writes every element once, and prefetches the next tile. Both products with the state are taken before the update:
 o = exp(g) state^T qn + (qn . kn) delta. With W > 0 it is a whole JetBlock step: the inputs are the raw projections, and
 the kernel also applies SiLU, the dynamic convolution (shifting conv_state), the gates and the gated norm over the head.
+With MIXED the sequences may be longer: those of one token are stepped, the others are left to the chunk kernels.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import slot_of, wrap
+from jet_export.kernels.common import sequence_bounds, slot_of, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state
 from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise
@@ -24,13 +25,14 @@ def load_state(p_state, o_k, i_v, m_k, held, V: tl.constexpr, BV: tl.constexpr):
     return tl.load(p_state + o_k * V + o_v[None, :], mask=m_k & held & (o_v < V)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["T", "S"])
 def decode_kernel(
-    q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out, slots, context_lens,
-    S, stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa, stride_gate, eps,
+    q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out,
+    cu_seqlens, slots, context_lens, T, S,
+    stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa, stride_gate, eps,
     OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr, OFF_Z: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, N). OFF_*: the first column of q, k, v (u), g (a), gate in the rows of their tensors.
 
@@ -40,6 +42,11 @@ def decode_kernel(
     slot = slot_of(slots, i_n, S)
     held = tl.load(context_lens + i_n) > 0
     row = i_n.to(tl.int64)
+    if MIXED:
+        bos, eos = sequence_bounds(cu_seqlens, i_n, T)
+        if eos - bos != 1:
+            return
+        row = bos.to(tl.int64)
     dtype: tl.constexpr = out.dtype.element_ty
     o_one = tl.arange(0, 1)
     m_one = o_one < 1
@@ -112,6 +119,7 @@ def decode_delta_rule_triton(
     beta: Tensor,
     g: Tensor,
     recurrent_state: Tensor,
+    cu_seqlens: Tensor,
     slots: Tensor,
     context_lens: Tensor,
     head_dims: tuple[int, int, int],
@@ -119,8 +127,12 @@ def decode_delta_rule_triton(
     conv: tuple[Tensor, Tensor] | None = None,
     raw_gates: tuple[Tensor, Tensor] | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """o [N, H, V] in q's dtype, or with `norm` the gated norm of o; states are updated in place.
+    """o [T, H, V] in q's dtype, or with `norm` the gated norm of o; states are updated in place.
+
+    Without `out` every sequence has one token. With `out` [T, H, V] the call is a mixed one: the rows of sequences of
+    one token are written to it, the others stay as they are.
 
     `head_dims`: H, K, V; `offsets`: the first column of q, k, v, g, gate in the rows of their tensors. A JetBlock
     passes conv = (kappa, conv_state), raw_gates = (A_log, dt_bias) and norm = (w_o, gate, eps): q and k are then taken
@@ -130,12 +142,14 @@ def decode_delta_rule_triton(
     A_log, dt_bias = raw_gates or (g, g)
     w_o, gate, eps = norm or (q, q, 0.0)
     W = conv_state.shape[1] + 1 if conv else 0
-    out = q.new_empty(q.shape[0], H, V)
+    mixed = out is not None
+    out = q.new_empty(q.shape[0], H, V) if out is None else out
     off_q, off_k, off_v, off_g, off_z = offsets
-    wrap(decode_kernel)[(H, q.shape[0])](
-        q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out, slots, context_lens,
-        recurrent_state.shape[0], q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0),
-        gate.stride(0), eps, OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, K=K, V=V, W=W,
+    wrap(decode_kernel)[(H, slots.shape[0])](
+        q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out,
+        cu_seqlens, slots, context_lens, q.shape[0], recurrent_state.shape[0],
+        q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0), gate.stride(0), eps,
+        OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, K=K, V=V, W=W, MIXED=mixed,
         **decode_config(recurrent_state, K, V),
     )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, by_rows, rows, zero_padding
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
+from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
@@ -38,7 +39,7 @@ def jet_block_ref(
     head_k_dim: int,
     head_v_dim: int,
     norm_eps: float,
-    decode: bool,
+    form: int,
 ) -> Tensor:  # [T, D]
     """The specification: the three references composed, in fp32 (fp64 for fp64 inputs)."""
     T, H, K, V = qkuz.shape[0], num_heads, head_k_dim, head_v_dim
@@ -51,7 +52,7 @@ def jet_block_ref(
     v = dynamic_conv_ref(u, kappa, conv_state, cu_seqlens, slots, context_lens)
     q, k = (by_rows(F.silu, x.to(acc)).reshape(T, H, K) for x in (q, k))
     o = packed_gated_delta_rule_ref(
-        q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, decode
+        q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, form
     )
     out = gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), norm_eps)
     return zero_padding(out, cu_seqlens, slots).reshape(T, D)  # a padding row's gate is arbitrary
@@ -73,26 +74,28 @@ def jet_block_triton(
     head_k_dim: int,
     head_v_dim: int,
     norm_eps: float,
-    decode: bool,
+    form: int,
 ) -> Tensor:
-    """Launches the kernels: one for decode, for prefill those of the three ops. Arguments as `jet_block_ref`."""
+    """Launches the kernels: one for DECODE, those of the three ops for PREFILL, all for MIXED. As `jet_block_ref`."""
     H, K, V = num_heads, head_k_dim, head_v_dim
     qkuz, ba, kappa = rows(qkuz), rows(ba), rows(kappa)
     off_u = 2 * H * K
     off_z = off_u + H * V
-    if decode:
-        out = decode_delta_rule_triton(
-            qkuz, qkuz, qkuz, ba, ba, recurrent_state, slots, context_lens, (H, K, V),
-            offsets=(0, H * K, off_u, H, off_z), conv=(kappa, conv_state), raw_gates=(A_log, dt_bias),
-            norm=(w_o, qkuz, norm_eps),
-        )  # fmt: skip
-    else:
-        v = dynamic_conv_triton(qkuz, kappa, conv_state, cu_seqlens, slots, context_lens, off_u)
+    tail = recurrent_state, cu_seqlens, slots, context_lens, (H, K, V)
+    out: Tensor | None = None
+    if form != Form.DECODE:
+        mixed = form == Form.MIXED
+        v = dynamic_conv_triton(qkuz, kappa, conv_state, cu_seqlens, slots, context_lens, off_u, mixed)
         o = chunk_delta_rule_triton(
-            qkuz, qkuz, v, ba, ba, recurrent_state, cu_seqlens, slots, context_lens, (H, K, V),
-            offsets=(0, H * K, H), raw_gates=(A_log, dt_bias),
-        )  # fmt: skip
+            qkuz, qkuz, v, ba, ba, *tail, offsets=(0, H * K, H), raw_gates=(A_log, dt_bias), mixed=mixed
+        )
         out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_gate=off_z)
+    if form != Form.PREFILL:  # after the norm, which knows of no sequences: it also writes the rows of single tokens
+        out = decode_delta_rule_triton(
+            qkuz, qkuz, qkuz, ba, ba, *tail, offsets=(0, H * K, off_u, H, off_z), conv=(kappa, conv_state),
+            raw_gates=(A_log, dt_bias), norm=(w_o, qkuz, norm_eps), out=out,
+        )  # fmt: skip
+    assert out is not None
     return out.view(qkuz.shape[0], H * V)
 
 
@@ -113,11 +116,11 @@ def jet_block_cpu(
     head_k_dim: int,
     head_v_dim: int,
     norm_eps: float,
-    decode: bool,
+    form: int,
 ) -> Tensor:
     return jet_block_ref(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-        num_heads, head_k_dim, head_v_dim, norm_eps, decode,
+        num_heads, head_k_dim, head_v_dim, norm_eps, form,
     )  # fmt: skip
 
 
@@ -138,7 +141,7 @@ def _(
     head_k_dim,
     head_v_dim,
     norm_eps,
-    decode,
+    form,
 ):
     return qkuz.new_empty(qkuz.shape[0], num_heads * head_v_dim)
 
@@ -160,15 +163,15 @@ def jet_block(
     head_k_dim: int,
     head_v_dim: int,
     norm_eps: float,
-    decode: bool,
+    form: int,
 ) -> Tensor:
     """[T, D] in qkuz's dtype; both states are updated in place. Arguments as `jet_block_ref`."""
     if qkuz.device.type == "cpu":
         return torch.ops.jet.jet_block_cpu(
             qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-            num_heads, head_k_dim, head_v_dim, norm_eps, decode,
+            num_heads, head_k_dim, head_v_dim, norm_eps, form,
         )  # fmt: skip
     return jet_block_triton(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-        num_heads, head_k_dim, head_v_dim, norm_eps, decode,
+        num_heads, head_k_dim, head_v_dim, norm_eps, form,
     )  # fmt: skip

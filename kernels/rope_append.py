@@ -75,13 +75,14 @@ def rope_append_kernel(
     qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
     N, T, M, P, pages, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BT: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     i_block, i_h = tl.program_id(0), tl.program_id(1)
     i_n = find_sequence(cu_seqlens, i_block, N, 1, BT)
     start, end = sequence_bounds(cu_seqlens, i_n, T)
     length = end - start
     first = (i_block - (start // BT + i_n)) * BT
-    if (first < 0) | (first >= length) | (tl.load(slots + i_n) < 0):
+    if (first < 0) | (first >= length) | (tl.load(slots + i_n) < 0) | (MIXED and length == 1):
         return
 
     o_t = first + tl.arange(0, BT)  # token of the sequence
@@ -127,8 +128,9 @@ def rope_append_triton(
     head_dim: int,
     k_scale: float,
     v_scale: float,
+    mixed: bool = False,
 ) -> None:
-    """Append the keys (after RoPE) and values of every sequence that is not padding."""
+    """Append the keys (after RoPE) and values of every sequence that is not padding; `mixed`: nor of one token."""
     use = lookup("rope_append", head_dim=head_dim, dtype=qkv.dtype, cache_dtype=kv_cache.dtype)
     N, M = block_table.shape
     wrap(rope_append_kernel)[(num_chunks(qkv.shape[0], N, use["BT"]), num_kv_heads)](
@@ -136,5 +138,5 @@ def rope_append_triton(
         N, qkv.shape[0], M, cos_sin.shape[0], kv_cache.shape[0], k_scale, v_scale,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=triton.next_power_of_2(head_dim), PAGE=kv_cache.shape[3],
-        **use,
+        MIXED=mixed, **use,
     )  # fmt: skip

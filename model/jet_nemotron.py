@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from jet_export.kernels import attention as _attention  # noqa: F401  registers jet::attention
 from jet_export.kernels import gemv as _gemv  # noqa: F401  registers jet::gemv
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
+from jet_export.kernels.form import Form
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
 from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.model.fp8 import project
@@ -69,16 +70,16 @@ class JetBlock(nn.Module):
         self.o_norm = nn.Parameter(torch.ones(V))
         self.o_proj = nn.Linear(D, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool) -> Tensor:
+    def forward(self, x: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
         qkuz = project(self.in_proj, x)  # [T, 2HK + 2D + R]
         kappa = project(self.w2, F.silu(qkuz[:, -self.generator_dim :]))  # [T, D * W]
         conv_state, recurrent_state = state
         args = (
             qkuz, project(self.ba_proj, x), kappa, self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
             batch.cu_seqlens, batch.slots, batch.context_lens,
-            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps,
+            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form),
         )  # fmt: skip
-        o = jet_block_node(*args) if onnx_mode() else torch.ops.jet.jet_block(*args, decode)
+        o = jet_block_node(*args) if onnx_mode() else torch.ops.jet.jet_block(*args)
         return project(self.o_proj, o)
 
 
@@ -96,17 +97,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
         (kv_cache,) = state
         qkv = self.normed(project(self.qkv_proj, x))
         args = (
             qkv, cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
             batch.cu_seqlens, batch.slots, batch.context_lens,
-            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale,
+            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale, int(form),
         )  # fmt: skip
-        o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args, decode)
+        o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args)
         return project(self.o_proj, o)
 
     def normed(self, qkv: Tensor) -> Tensor:  # [T, (Hq + 2 Hkv) * Dh]
@@ -128,14 +127,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(
-        self, h: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], decode: bool
-    ) -> Tensor:
+    def forward(self, h: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
         x = self.input_layernorm(h)
         if self.kind == "jet":
-            h = h + self.self_attn(x, batch, state, decode)
+            h = h + self.self_attn(x, batch, state, form)
         else:
-            h = h + self.self_attn(x, cos_sin, batch, state, decode)
+            h = h + self.self_attn(x, cos_sin, batch, state, form)
         out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
         return out
 
@@ -237,7 +234,8 @@ class JetNemotronForCausalLM(WeightedModel):
         mask = None if attention_mask is None else attention_mask.bool()
         batch = cache.batch(T, mask)
         tokens = input_ids.reshape(-1) if mask is None else input_ids[mask]
-        logits = self.forward_packed(tokens, batch, cache.states, None, decode=T == 1 and mask is None).logits
+        form = Form.DECODE if T == 1 and mask is None else Form.PREFILL
+        logits = self.forward_packed(tokens, batch, cache.states, None, form).logits
         cache.advance(batch)
         if mask is None:
             return logits.reshape(B, T, -1)
@@ -251,14 +249,14 @@ class JetNemotronForCausalLM(WeightedModel):
         batch: PackedBatch,
         states: list[Tensor],  # flat, in the order of cache.state_specs; updated in place
         logit_indices: Tensor | None,  # [M] int32 rows of the packed tokens to return logits for; None: all
-        decode: bool,
+        form: Form,
         hidden_states: bool = False,
     ) -> PackedOutput:
-        """One step over packed tokens. `decode` promises one token per sequence (T == N)."""
+        """One step over packed tokens, of the stated form."""
         h = self.embed_tokens(input_ids)
         kept = []
         for layer, state in zip(self.layers, states_per_layer(self.config, states), strict=True):
-            h = layer(h, self.cos_sin, batch, state, decode)
+            h = layer(h, self.cos_sin, batch, state, form)
             if hidden_states:
                 kept.append(h)
         if logit_indices is not None:

@@ -1,6 +1,6 @@
 """JetBlock, Attention and Fp8Linear as nodes of an ONNX graph. Symbolic: traced by torch.onnx, never computed.
 
-    jet::JetBlock     jet_block without `decode` (implied by T == N), states in and states out
+    jet::JetBlock     jet_block, states in and states out; attributes as the op's, the form of the call among them
     jet::JetAttention the same for attention (TensorRT takes any node named Attention for ONNX's own)
     Fp8Linear         y = cast(DQ(Q(x))) @ cast(DQ(weight))^T + bias with FP8 weights as initializers; Q and DQ are
                       ONNX's QuantizeLinear and DequantizeLinear, per tensor, in fp32; the casts are to x.dtype
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jet_export.model.mode import keep_states
 
-DOMAIN, VERSION = "jet", 1
+DOMAIN, VERSION = "jet", 2  # version 1 had no form
 
 
 def jet_block_node(
@@ -40,6 +40,7 @@ def jet_block_node(
     head_k_dim: int,
     head_v_dim: int,
     norm_eps: float,
+    form: int,
 ) -> Tensor:
     """[T, D]; arguments as for jet_block. The states after the step become outputs of the graph."""
     inputs = [qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens]
@@ -48,6 +49,7 @@ def jet_block_node(
         "head_k_dim": head_k_dim,
         "head_v_dim": head_v_dim,
         "norm_eps": norm_eps,
+        "form": form,
     }
     o, *states = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::JetBlock", inputs, attrs,
@@ -73,6 +75,7 @@ def attention_node(
     window: int,
     k_scale: float,
     v_scale: float,
+    form: int,
 ) -> Tensor:
     """[T, Hq * Dh]; arguments as for attention. The cache after the step becomes an output of the graph."""
     attrs: dict[str, Any] = {
@@ -82,6 +85,7 @@ def attention_node(
         "window": window,
         "k_scale": k_scale,
         "v_scale": v_scale,
+        "form": form,
     }
     o, cache = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::JetAttention", [qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens], attrs,

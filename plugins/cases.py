@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from jet_export.kernels import (
+    attention,
     attention_decode,
     attention_prefill,
     dynamic_conv,
@@ -21,6 +22,7 @@ from jet_export.kernels import (
     jet_block,
     rope_append,
 )
+from jet_export.kernels.form import Form
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plugins.symbolic import Scalar, Shape, Size, Trace, tracing
 
@@ -29,6 +31,7 @@ COLUMNS = Size("p.columns", divisible=True)  # of qkuz
 M, P = Size("p.M"), Size("p.P")  # block_table's and cos_sin's
 SMS = Size("p.sms")  # multiprocessors of the device
 INT = torch.int32
+FORMS = (Form.MIXED, Form.DECODE)  # those that a node may ask for, in the order of the table's columns
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class JetBlockCase:
     dtype: str  # of activations and conv_state: bfloat16, float16, float32
     state_dtype: str  # of recurrent_state: float32, bfloat16
 
-    def trace(self, decode: bool) -> Trace:
+    def trace(self, form: Form) -> Trace:
         """The launches of jet::jet_block."""
         H, K, V, W = self.num_heads, self.head_k_dim, self.head_v_dim, self.conv_size
         dtype, state, fp32 = getattr(torch, self.dtype), getattr(torch, self.state_dtype), torch.float32
@@ -63,7 +66,7 @@ class JetBlockCase:
                 states={6: 1, 7: 2},
             )
             launcher: Any = jet_block.jet_block_triton
-            trace.output = launcher(*inputs, H, K, V, Scalar("p.eps"), decode).name
+            trace.output = launcher(*inputs, H, K, V, Scalar("p.eps"), form).name
         return trace
 
 
@@ -77,7 +80,7 @@ class AttentionCase:
     dtype: str
     cache_dtype: str  # dtype, or float8_e4m3fn
 
-    def trace(self, decode: bool) -> Trace:
+    def trace(self, form: Form) -> Trace:
         """The launches of jet::attention."""
         Hq, Hkv, Dh = self.num_heads, self.num_kv_heads, self.head_dim
         dtype, cache = getattr(torch, self.dtype), getattr(torch, self.cache_dtype)
@@ -95,11 +98,8 @@ class AttentionCase:
                 states={2: 1},
             )
             sizes = Hq, Hkv, Dh, self.window, Scalar("p.k_scale"), Scalar("p.v_scale")
-            launcher: Any = (
-                attention_decode.attention_decode_triton if decode else attention_prefill.attention_prefill_triton
-            )
-            given = [*tensors[:4], *tensors[5:]] if decode else tensors  # decode needs no cu_seqlens
-            trace.output = launcher(*given, *sizes).name
+            launcher: Any = attention.attention_triton
+            trace.output = launcher(*tensors, *sizes, form).name
         return trace
 
 

@@ -95,11 +95,13 @@ def check_layout(kernel: Kernel, cubin: bytes) -> None:
 
 def compile_cases(cases: list[Any], sms: list[int], folder: Path, progress: Any = None) -> None:
     """Writes the files of the module's docstring for these cases (cases.Case)."""
+    from jet_export.plugins.cases import FORMS
+
     functions: dict[Kernel, Any] = {}
     traces = []
     for case in cases:
         with use_sm(sms[0] if len(sms) == 1 else None):  # one set of launches serves all SMs
-            forms = [case.trace(decode=False), case.trace(decode=True)]
+            forms = [case.trace(form) for form in FORMS]
         traces.append((case, forms))
         for launch in (launch for form in forms for launch in form.launches):
             functions.setdefault(kernel_of(launch), launch.kernel)

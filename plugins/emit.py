@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import fields
 from typing import Any
 
-from jet_export.plugins.cases import Case, JetBlockCase
+from jet_export.plugins.cases import FORMS, Case, JetBlockCase
 from jet_export.plugins.kernel import Image, Kernel, kernel_of
 from jet_export.plugins.symbolic import Trace
 
@@ -47,7 +47,7 @@ def emit(traces: list[tuple[Case, list[Trace]]], images: dict[Kernel, list[Image
     attention: list[str] = []
     functions: list[str] = []
     for n, (case, forms) in enumerate(traces):
-        names = [f"case_{n}_prefill", f"case_{n}_decode"]
+        names = [f"case_{n}_{form.name.lower()}" for form in FORMS]
         for name, trace in zip(names, forms, strict=True):
             functions.append(emit_launches(name, trace, [index[kernel_of(launch)] for launch in trace.launches]))
         row = f"    {{{case_fields(case)}, {', '.join(names)}}},"

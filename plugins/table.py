@@ -8,7 +8,7 @@ from jet_export.plugins.symbolic import Trace
 from jet_export.plugins.targets import SHARED, sm_name
 
 TABLE = "kernels.md"
-LAUNCHED = ("prefill", "decode (one token a sequence)")
+LAUNCHED = ("a mixed call", "one token a sequence")
 
 
 def readable_table(traces: list[tuple[Case, list[Trace]]], images: dict[Kernel, list[Image]]) -> str:

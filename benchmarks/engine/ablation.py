@@ -36,6 +36,7 @@ from jet_export.bench.verified import require_verified
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import free_cached
 from jet_export.bundle.target import target_device
+from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch
 from jet_export.model.hub import load_config, resolve_checkpoint
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
@@ -77,12 +78,12 @@ class CompiledEngine(EagerEngine):
         if not self.compiles_prefill:
             return super().prefill(input_ids, batch, logit_indices, states)
         with fx_config.patch(ONE_GRAPH):
-            return self.forward(input_ids, batch, states, logit_indices, decode=False).logits
+            return self.forward(input_ids, batch, states, logit_indices, Form.MIXED).logits
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
         with fx_config.patch(ONE_GRAPH):
-            return self.forward(input_ids, batch, states, None, decode=True).logits
+            return self.forward(input_ids, batch, states, None, Form.DECODE).logits
 
 
 @dataclass(frozen=True)

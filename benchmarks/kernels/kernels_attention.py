@@ -83,7 +83,7 @@ def prefill(args: list, window: int = 0, scale: float = 1.0, config: PrefillConf
 
 def decode(args: list, window: int = 0, scale: float = 1.0, config: DecodeConfig | None = None) -> Tensor:
     launch: Callable[..., Tensor] = attention_decode_triton
-    return launch(*args[:4], *args[5:], window, scale, scale, config=config)
+    return launch(*args, window, scale, scale, config=config)
 
 
 def in_turn(runs: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

@@ -26,7 +26,8 @@ class Engine(ABC):
 
     @abstractmethod
     def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
-        """input_ids [T] int64, logit_indices [M] int32 (rows of the packed tokens) -> logits [M, vocab]."""
+        """Prompt chunks, and single tokens of sequences that decode, in any mix: input_ids [T] int64, logit_indices [M]
+        int32 (rows of the packed tokens) -> logits [M, vocab]."""
 
     @abstractmethod
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from jet_export.backends.base import Engine
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS, Manifest
+from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch, state_specs
 from jet_export.utils.errors import JetExportError
 
@@ -36,11 +37,11 @@ class EagerEngine(Engine):
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
-        return self.model.forward_packed(input_ids, batch, states, logit_indices, decode=False).logits
+        return self.model.forward_packed(input_ids, batch, states, logit_indices, Form.MIXED).logits
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
-        return self.model.forward_packed(input_ids, batch, states, None, decode=True).logits
+        return self.model.forward_packed(input_ids, batch, states, None, Form.DECODE).logits
 
 
 def load_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """The graphs that are exported: their signature, inputs to trace them with, and which sizes are dynamic.
 
 prefill(input_ids [T], cu_seqlens [N+1], slots [N], context_lens [N], block_table [N, P], window_block_table [N, R],
-        logit_indices [M], states) -> logits [M, vocab];   decode is the same without logit_indices and with T == N,
+        logit_indices [M], states) -> logits [M, vocab]: prompt chunks, and beside them sequences that decode (the
+        ops' form MIXED);   decode is the same without logit_indices and with one token a sequence (DECODE),
         decode_one is decode with N == 1, whose linear layers read every weight once (kernels/gemv.py).
 All sizes but the model's are dynamic, the number of rows of every pool included. States are graph inputs, updated in
 place.
@@ -21,6 +22,7 @@ from torch.export import Dim
 
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
+from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence, state_specs
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
@@ -41,10 +43,10 @@ INPUTS = (
 class EngineGraph(nn.Module):
     """The model with a graph's flat signature."""
 
-    def __init__(self, model: JetNemotronForCausalLM, decode: bool) -> None:
+    def __init__(self, model: JetNemotronForCausalLM, form: Form) -> None:
         super().__init__()
         self.model = model
-        self.decode = decode
+        self.form = form
 
     def forward(
         self,
@@ -58,7 +60,7 @@ class EngineGraph(nn.Module):
         states: list[Tensor],
     ) -> Tensor:
         batch = PackedBatch(cu_seqlens, slots, context_lens, block_table, window_block_table)
-        return self.model.forward_packed(input_ids, batch, states, logit_indices, self.decode).logits
+        return self.model.forward_packed(input_ids, batch, states, logit_indices, self.form).logits
 
 
 def example_inputs(model: JetNemotronForCausalLM, dtypes: Dtypes, mode: str) -> tuple[Any, ...]:
@@ -86,7 +88,9 @@ def example_inputs(model: JetNemotronForCausalLM, dtypes: Dtypes, mode: str) -> 
 def dynamic_shapes(model: JetNemotronForCausalLM, limits: Limits, mode: str) -> tuple[Any, ...]:
     """torch.export's dynamic_shapes for `example_inputs`."""
     max_tokens = max(limits.max_prefill_tokens, 32)
-    n = None if mode == ONE_ROW else Dim("sequences", min=1, max=max(limits.max_batch_size, 4))
+    # One sequence more in prefill: the tokens that a captured call has too many belong to it (runtime/calls.py).
+    most = max(limits.max_batch_size, 4) + (mode == "prefill")
+    n = None if mode == ONE_ROW else Dim("sequences", min=1, max=most)
     t = Dim("tokens", min=1, max=max_tokens) if mode == "prefill" else n
     pages, ring = Dim("table_pages", min=1, max=MAX_ROWS), Dim("ring_pages", min=1, max=MAX_ROWS)
     rows = {name: Dim(name, min=1, max=MAX_ROWS) for name in ("slots", "pages", "window_pages")}

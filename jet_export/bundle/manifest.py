@@ -20,7 +20,7 @@ from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import sha256_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: the prefill graph took no single tokens of sequences that decode
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"

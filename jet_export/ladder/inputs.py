@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jet_export.kernels.attention import attention_ref
+from jet_export.kernels.form import Form
 from jet_export.kernels.jet_block import jet_block_ref
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
 
@@ -17,7 +18,7 @@ BATCH = {
     "JetBlock": {"cu_seqlens": 8, "slots": 9, "context_lens": 10},
     "JetAttention": {"block_table": 3, "cu_seqlens": 4, "slots": 5, "context_lens": 6},
 }
-# New tokens of each sequence, and tokens held. The second sequence of a batch is padding.
+# New tokens of each sequence, and tokens held; they run in the form MIXED. The second sequence of a batch is padding.
 RUNS: dict[str, tuple[list[int], list[int]]] = {
     "prefill": ([200], [0]),
     "ragged prefill": ([1, 63, 64, 65, 130], [0, 9, 0, 0, 0]),
@@ -42,6 +43,7 @@ def attributes_of(case: Case) -> dict[str, Any]:
             "head_k_dim": case.head_k_dim,
             "head_v_dim": case.head_v_dim,
             "norm_eps": 1e-5,
+            "form": int(Form.MIXED),
         }
     fp8 = case.cache_dtype == "float8_e4m3fn"
     return {
@@ -51,6 +53,7 @@ def attributes_of(case: Case) -> dict[str, Any]:
         "window": case.window,
         "k_scale": 0.25 if fp8 else 1.0,
         "v_scale": 0.5 if fp8 else 1.0,
+        "form": int(Form.MIXED),
     }
 
 
@@ -66,10 +69,6 @@ class NodeInputs:
     def node(self) -> str:
         return node_of(self.case)
 
-    @property
-    def decode(self) -> bool:
-        return self.tensors[0].shape[0] == self.tensors[BATCH[self.node]["slots"]].shape[0]
-
     def states(self) -> list[Tensor]:
         return [self.tensors[i] for i in STATES[self.node]]
 
@@ -77,16 +76,16 @@ class NodeInputs:
         """The torch op's output, and the states after it. The inputs are not changed."""
         tensors = [t.clone() for t in self.tensors]
         op = torch.ops.jet.jet_block if self.node == "JetBlock" else torch.ops.jet.attention
-        return [op(*tensors, *self.attributes.values(), self.decode), *(tensors[i] for i in STATES[self.node])]
+        return [op(*tensors, *self.attributes.values()), *(tensors[i] for i in STATES[self.node])]
 
     def reference(self) -> list[Tensor]:
         """The reference's output, and the states after it, on the CPU."""
         tensors = [t.cpu().clone() for t in self.tensors]
-        reference: Any = attention_ref
-        given = [*tensors, *self.attributes.values()]
-        if self.node == "JetBlock":
-            reference, given = jet_block_ref, [*given, self.decode]
-        return [reference(*given), *(tensors[i] for i in STATES[self.node])]
+        attributes = list(self.attributes.values())
+        reference: Any = jet_block_ref if self.node == "JetBlock" else attention_ref
+        if self.node != "JetBlock":
+            attributes.pop()  # attention is the same in every form
+        return [reference(*tensors, *attributes), *(tensors[i] for i in STATES[self.node])]
 
     def hostile(self, kind: str, seed: int) -> NodeInputs:
         """The same inputs with invalid batch tensors; `kind` is one of HOSTILE."""

@@ -79,18 +79,12 @@ def kernels(site: Site) -> Outcome:
 
 def launch_interpreted(inputs: NodeInputs) -> list[torch.Tensor]:
     """The kernels that the op launches on a GPU, in the interpreter; on a CPU the op runs its reference."""
-    from jet_export.kernels.attention_decode import attention_decode_triton
-    from jet_export.kernels.attention_prefill import attention_prefill_triton
+    from jet_export.kernels.attention import attention_triton
     from jet_export.kernels.jet_block import jet_block_triton
 
     copy = NodeInputs(inputs.case, [t.clone() for t in inputs.tensors], inputs.attributes)
-    t, sizes = copy.tensors, tuple(inputs.attributes.values())
-    launcher: Callable[..., torch.Tensor] = jet_block_triton
-    arguments: tuple[Any, ...] = (*t, *sizes, inputs.decode)
-    if inputs.node == "JetAttention":
-        launcher = attention_decode_triton if inputs.decode else attention_prefill_triton
-        arguments = (*t[:4], *t[5:], *sizes) if inputs.decode else (*t, *sizes)
-    return [launcher(*arguments), *copy.states()]
+    launcher: Callable[..., torch.Tensor] = jet_block_triton if inputs.node == "JetBlock" else attention_triton
+    return [launcher(*copy.tensors, *inputs.attributes.values()), *copy.states()]
 
 
 def harness_of(site: Site) -> tuple[Any, Path]:

@@ -12,6 +12,7 @@ from jet_export.backends.eager import EagerEngine
 from jet_export.backends.graph import feeds
 from jet_export.backends.onnx.engine import OnnxEngine
 from jet_export.backends.onnx.evaluate import OnnxModel
+from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.verify.parity import StageResult, unit_roundoff
@@ -35,10 +36,7 @@ class ForcedStep(NamedTuple):
     batch: PackedBatch
     logit_indices: Tensor
     states: list[Tensor]
-
-    @property
-    def decode(self) -> bool:
-        return self.input_ids.shape[0] == self.batch.slots.shape[0]
+    decode: bool
 
 
 HELD = [7, 0, 9]  # tokens that the sequences of a forced step hold
@@ -52,7 +50,7 @@ def forced_steps(eager: EagerEngine, seed: int) -> Iterator[ForcedStep]:
         ids = torch.tensor([t for row, n in zip(call.rows, call.lens, strict=True) for t in prompts[row][:n]])
         rows = torch.arange(len(ids), dtype=torch.int32, device=eager.device)
         states = [layout.noise(spec) for spec in eager.specs]
-        yield ForcedStep(ids.to(eager.device), layout.batch(call, HELD), rows, states)
+        yield ForcedStep(ids.to(eager.device), layout.batch(call, HELD), rows, states, call.decode)
 
 
 def forced_bound(eager: EagerEngine, name: str) -> float:
@@ -97,7 +95,7 @@ def teacher_forced(graph: OnnxModel, eager: EagerEngine, step: ForcedStep) -> li
         out.append(ValueMatch(name, error.item(), (a - b).abs().max().item()))
         return want
 
-    graph.run(feeds(names, *step), observe)
+    graph.run(feeds(names, *step[:4]), observe)
     return out
 
 
@@ -113,7 +111,7 @@ def model_values(graph: OnnxModel, eager: EagerEngine, step: ForcedStep) -> dict
             hooks.append(module.register_forward_pre_hook(lambda m, x, p=path: values.update({f"{p}.input": x[0]})))
     after = [s.clone() for s in step.states]
     try:
-        out = eager.model.forward_packed(step.input_ids, step.batch, after, step.logit_indices, step.decode)
+        out = eager.model.forward_packed(step.input_ids, step.batch, after, step.logit_indices, Form.MIXED)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-// The two nodes: their tensors, their attributes, the shapes a case serves. Node contract: domain jet, version 1.
+// The two nodes: their tensors, their attributes, the shapes a case serves. Node contract: domain jet, version 2.
 #include "plugin.h"
 
 #include <cstdio>
@@ -13,7 +13,8 @@ NodeSpec const jet_block_spec = {
         {"context_lens", 1, Kind::kINT}, {"o", 2, Kind::kMODEL}, {"conv_state_out", 3, Kind::kMODEL},
         {"recurrent_state_out", 4, Kind::kSTATE}},
     11, 3, {6, 7},
-    {{"num_heads", false, 1}, {"head_k_dim", false, 1}, {"head_v_dim", false, 1}, {"norm_eps", true, 0}}, 4,
+    {{"num_heads", false, 1}, {"head_k_dim", false, 1}, {"head_v_dim", false, 1}, {"norm_eps", true, 0},
+        {"form", false, kDECODE}}, 5,
 };
 
 class JetBlock final : public Plugin {
@@ -27,9 +28,10 @@ class JetBlock final : public Plugin {
     bool has_attributes(int i) const override {
         return at(i).num_heads == value(0) && at(i).head_k_dim == value(1) && at(i).head_v_dim == value(2);
     }
-    CaseView view(int i) const override { return {at(i).dtype, at(i).state_dtype, at(i).prefill, at(i).decode}; }
+    CaseView view(int i) const override { return {at(i).dtype, at(i).state_dtype, at(i).mixed, at(i).decode}; }
     int64_t output_columns() const override { return int64_t(value(0)) * value(2); }
     void attributes(Plan& plan) const override { plan.eps = real(3); }
+    int form() const override { return value(4); }
 
     int64_t least_columns(int i) const override {
         return 2 * int64_t(at(i).num_heads) * (at(i).head_k_dim + at(i).head_v_dim);
@@ -57,7 +59,7 @@ NodeSpec const attention_spec = {
         {"context_lens", 1, Kind::kINT}, {"o", 2, Kind::kMODEL}, {"kv_cache_out", 5, Kind::kSTATE}},
     7, 2, {2, -1},
     {{"num_heads", false, 1}, {"num_kv_heads", false, 1}, {"head_dim", false, 1}, {"window", false, 0},
-        {"k_scale", true, 0}, {"v_scale", true, 0}}, 6,
+        {"k_scale", true, 0}, {"v_scale", true, 0}, {"form", false, kDECODE}}, 7,
 };
 
 class Attention final : public Plugin {
@@ -72,9 +74,10 @@ class Attention final : public Plugin {
         return at(i).num_heads == value(0) && at(i).num_kv_heads == value(1) && at(i).head_dim == value(2)
             && at(i).window == value(3);
     }
-    CaseView view(int i) const override { return {at(i).dtype, at(i).state_dtype, at(i).prefill, at(i).decode}; }
+    CaseView view(int i) const override { return {at(i).dtype, at(i).state_dtype, at(i).mixed, at(i).decode}; }
     int64_t output_columns() const override { return int64_t(value(0)) * value(2); }
     void attributes(Plan& plan) const override { plan.k_scale = real(4), plan.v_scale = real(5); }
+    int form() const override { return value(6); }
     int64_t least_columns(int) const override { return 0; }
 
     int64_t expected(int i, int input, int axis) const override {

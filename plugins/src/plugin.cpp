@@ -19,6 +19,10 @@ int32_t Plugin::fail(Error const& error) const {
 }
 
 bool Plugin::supported(Error& error) const {
+    if (form() != kDECODE && form() != kMIXED) {
+        error.set("form is %d; %d (decode) or %d (mixed) is served", form(), kDECODE, kMIXED);
+        return false;
+    }
     char held[512] = "none";
     size_t at = 0;
     for (int i = 0; i < num_cases(); ++i) {
@@ -117,6 +121,8 @@ bool Plugin::fits(int i, Dims const* dims, Plan& plan, Error& error) const {
         error.set("cu_seqlens has %lld entries, N + 1 = %lld expected", (long long)symbols[kN1], (long long)plan.N + 1);
     else if (plan.N < 1 || plan.T < plan.N)
         error.set("%lld tokens for %lld sequences: each needs one", (long long)plan.T, (long long)plan.N);
+    else if (form() == kDECODE && plan.T != plan.N)
+        error.set("%lld tokens for %lld sequences in the form decode: each has one", (long long)plan.T, (long long)plan.N);
     else if (plan.columns > 0 && (plan.columns % 16 || plan.columns < least_columns(i)))
         error.set("%s has %lld columns: a multiple of 16, %lld or more, is needed", spec_.tensors[0].name,
             (long long)plan.columns, (long long)least_columns(i));
@@ -148,7 +154,7 @@ int32_t Plugin::configurePlugin(
     return fail(error);
 }
 
-// The maximum over all T <= max T and N <= max N. A decode step's splits decrease as N grows, so every N is evaluated.
+// The maximum over all T <= max T and N <= max N. The splits of decode decrease as N grows, so every N is evaluated.
 size_t Plugin::getWorkspaceSize(
     DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept {
     Error error;
@@ -161,15 +167,16 @@ size_t Plugin::getWorkspaceSize(
         fail(error);
         return 0;
     }
-    most.sms = kMaxSms;
-    view(i).prefill(most);
-    size_t bytes = most.used;
+    size_t bytes = 0;
     for (int64_t n = 1; n <= most.N; ++n) {
-        Plan step;
-        step.T = step.N = n;
-        step.columns = most.columns, step.M = most.M, step.P = most.P, step.sms = kMaxSms;
+        Plan mixed, step;
+        mixed.N = step.T = step.N = n;
+        mixed.T = most.T;
+        for (Plan* plan : {&mixed, &step})
+            plan->columns = most.columns, plan->M = most.M, plan->P = most.P, plan->sms = kMaxSms;
+        if (form() == kMIXED) view(i).mixed(mixed);
         view(i).decode(step);
-        bytes = std::max(bytes, step.used);
+        bytes = std::max({bytes, mixed.used, step.used});
     }
     return bytes;
 }
@@ -222,12 +229,12 @@ int32_t Plugin::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, voi
 // Case i on the device whose context is current.
 void Plugin::run(int i, PluginTensorDesc const* in, Plan& plan) const {
     attributes(plan);
-    // Both forms' kernels are loaded at the first call, so that the other may be captured in a CUDA graph first.
-    Form const form = plan.T == plan.N ? view(i).decode : view(i).prefill;
-    Form const other = plan.T == plan.N ? view(i).prefill : view(i).decode;
+    // A mixed call in which every sequence has one token, and each has at least one, makes only decode's launches.
+    Form const launches = plan.T == plan.N ? view(i).decode : view(i).mixed;
+    // All kernels are loaded at the first call, so that any later one may be captured in a CUDA graph.
     plan.preload = true;
-    form(plan);
-    other(plan);
+    if (form() == kMIXED) view(i).mixed(plan);
+    view(i).decode(plan);
     plan.preload = false;
     plan.used = 0;
     for (int o = 1; o < spec_.num_outputs && !plan.error.failed(); ++o) {
@@ -237,7 +244,7 @@ void Plugin::run(int i, PluginTensorDesc const* in, Plan& plan) const {
                   reinterpret_cast<CUdeviceptr>(plan.inputs[input]), bytes_of(in[input]), plan.stream),
             "cuMemcpyDtoDAsync", spec_.tensors[input].name, plan.error);
     }
-    form(plan);
+    launches(plan);
 }
 
 PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {

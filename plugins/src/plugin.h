@@ -26,7 +26,8 @@ struct Attribute {
 
 constexpr int kMaxTensors = 16;
 constexpr int kMaxAttributes = 8;
-constexpr int kFormat = 1;  // of the serialised fields
+constexpr int kFormat = 2;  // of the serialised fields; 1 had no form
+enum CallForm { kDECODE = 1, kMIXED = 2 };  // attribute `form`: one token a sequence; any mix of these and longer ones
 
 struct NodeSpec {
     char const* name;
@@ -40,7 +41,7 @@ struct NodeSpec {
 // The case that serves a node, independent of the kind of node.
 struct CaseView {
     DataType dtype, state_dtype;
-    Form prefill, decode;
+    Form mixed, decode;
 };
 
 class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
@@ -86,6 +87,7 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
     virtual int64_t output_columns() const = 0;
     virtual int64_t least_columns(int i) const = 0;  // of qkuz, where its width is free
     virtual void attributes(Plan& plan) const = 0;
+    virtual int form() const = 0;  // a CallForm
     virtual int64_t expected(int i, int input, int axis) const = 0;  // size, or -1 - symbol for one of Symbol
     virtual void describe(int i, char* text, size_t size) const = 0;
 

@@ -12,13 +12,13 @@ using Form = void (*)(Plan&);  // launches, or counts workspace
 struct JetBlockCase {
     int num_heads, head_k_dim, head_v_dim, conv_size;
     DataType dtype, state_dtype;
-    Form prefill, decode;
+    Form mixed, decode;
 };
 
 struct AttentionCase {
     int num_heads, num_kv_heads, head_dim, page, window;
     DataType dtype, state_dtype;
-    Form prefill, decode;
+    Form mixed, decode;
 };
 
 extern JetBlockCase const jet_block_cases[];

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from helpers.compare import relative_error
 from helpers.poison import poisoned
-from jet_export.kernels.attention import attention_ref
-from jet_export.kernels.attention_decode import attention_decode_triton
-from jet_export.kernels.attention_prefill import attention_prefill_triton
+from jet_export.kernels.attention import attention_ref, attention_triton
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
+from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule import gated_delta_rule_triton, packed_gated_delta_rule_ref
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 from jet_export.kernels.gemv import gemv_ref, gemv_triton
@@ -91,19 +90,21 @@ def i32(values: list[int], device: str) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def shape_of(decode: bool, large: bool) -> tuple[list[int], list[int]]:
-    """Tokens and tokens held of each sequence."""
-    if decode:
+def shape_of(form: Form, large: bool) -> tuple[list[int], list[int]]:
+    """Tokens and tokens held of each sequence; the second is padding."""
+    if form == Form.MIXED:
+        return ([1, 1, 5, 1], [40, 4, 5, 0]) if not large else ([1, 1, 300, 1], [700, 4, 383, 0])
+    if form == Form.DECODE:
         return [1, 1, 1, 1], [5, 4, 0, 40 if not large else 700]
     return ([1, 2, 5, 18], [5, 4, 0, 3]) if not large else ([1, 2, 65, 300], [5, 4, 0, 383])
 
 
 def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tuple[int, int, int], large: bool):
-    """jet_block prefill and decode, and on the same numbers its parts: convolution, delta rule, gated norm."""
+    """jet_block in every form, and on the same numbers its parts: convolution, delta rule, gated norm."""
     H, K, V = dims
     D, W = H * V, 4
-    for decode in (False, True):
-        lens, context = shape_of(decode, large)
+    for form in Form:
+        lens, context = shape_of(form, large)
         rng = torch.Generator().manual_seed(3)
         T, N = sum(lens), len(lens)
 
@@ -127,12 +128,12 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
             "recurrent_state": poison_unowned(rand(N + 2, H, K, V, dtype=state), slots),
             **common,
         }
-        form = "decode" if decode else "prefill"
+        name = form.name.lower()
         yield Problem(
-            f"jet_block {form}",
+            f"jet_block {name}",
             block,
-            launch=over_inputs(jet_block_triton, H, K, V, 1e-5, decode),
-            reference=over_inputs(jet_block_ref, H, K, V, 1e-5, decode),
+            launch=over_inputs(jet_block_triton, H, K, V, 1e-5, form),
+            reference=over_inputs(jet_block_ref, H, K, V, 1e-5, form),
             tokens=("qkuz", "ba", "kappa"),
             slots=("conv_state", "recurrent_state"),
         )
@@ -146,14 +147,14 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
             **common,
         }
         yield Problem(
-            f"gated_delta_rule {form}",
+            f"gated_delta_rule {name}",
             rule,
-            over_inputs(gated_delta_rule_triton, decode),
-            over_inputs(packed_gated_delta_rule_ref, decode),
+            over_inputs(gated_delta_rule_triton, form),
+            over_inputs(packed_gated_delta_rule_ref, form),
             ("q", "k", "v", "beta", "g"),
             ("recurrent_state",),
         )
-        if decode:
+        if form != Form.PREFILL:
             continue
         conv = {"u": rand(T, D), "kappa": block["kappa"], "conv_state": block["conv_state"], **common}
         yield Problem(
@@ -183,12 +184,12 @@ def poison_unowned(pool: Tensor, slots: Tensor) -> Tensor:
 
 
 def attention_problems(device: str, dtype: torch.dtype, cache: torch.dtype, heads: tuple[int, int, int], large: bool):
-    """attention prefill (with rope_append) and decode, full and with a window."""
+    """attention in every form, full and with a window."""
     Hq, Hkv, Dh = heads
     scale = 0.02 if cache == FP8 else 1.0
-    for decode in (False, True):
+    for form in Form:
         for window in (0, 9):
-            lens, context = shape_of(decode, large)
+            lens, context = shape_of(form, large)
             rng = torch.Generator().manual_seed(4)
             N, longest = len(lens), max(a + b for a, b in zip(lens, context, strict=True))
             M = -(-longest // PAGE)
@@ -207,13 +208,9 @@ def attention_problems(device: str, dtype: torch.dtype, cache: torch.dtype, head
                 "slots": i32([3, -1, 0, 2], device),
                 "context_lens": i32(context, device),
             }
-
-            def launch(i: Inputs, decode: bool = decode, sizes: tuple = (Hq, Hkv, Dh, window, scale, scale)) -> Tensor:
-                op: Callable[..., Tensor] = attention_decode_triton if decode else attention_prefill_triton
-                return op(*(x for n, x in i.items() if n != "cu_seqlens" or not decode), *sizes)
-
+            launch = over_inputs(attention_triton, Hq, Hkv, Dh, window, scale, scale, form)
             reference = over_inputs(attention_ref, Hq, Hkv, Dh, window, scale, scale)
-            name = f"attention {'decode' if decode else 'prefill'}" + (f" window {window}" if window else "")
+            name = f"attention {form.name.lower()}" + (f" window {window}" if window else "")
             yield Problem(name, inputs, launch, reference, ("qkv",), (), ("kv_cache",))
 
 

@@ -55,12 +55,12 @@ class Packed:
         except KeyError:
             raise AttributeError(name) from None
 
-    def block_args(self, decode: bool, dtype: torch.dtype | None = None, device: str | None = None) -> tuple:
+    def block_args(self, form: int, dtype: torch.dtype | None = None, device: str | None = None) -> tuple:
         """Arguments of jet_block, states cloned; `dtype` widens the floating-point ones."""
         t = {n: self.cast(x, dtype, device) for n, x in self.tensors.items()}
-        return (*t.values(), self.H, self.K, self.V, 1e-5, decode)
+        return (*t.values(), self.H, self.K, self.V, 1e-5, form)
 
-    def rule_args(self, decode: bool, dtype: torch.dtype | None = None, device: str | None = None) -> tuple:
+    def rule_args(self, form: int, dtype: torch.dtype | None = None, device: str | None = None) -> tuple:
         """Arguments of gated_delta_rule over the same data, state cloned."""
         T, H, K, V = self.qkuz.shape[0], self.H, self.K, self.V
         q, k, v = self.qkuz[:, : 2 * H * K + H * V].split([H * K, H * K, H * V], -1)
@@ -69,7 +69,7 @@ class Packed:
         views = (q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (H, V)), b.sigmoid(), g)
         args = (*views, self.recurrent_state, self.cu_seqlens, self.slots, self.context_lens)
         assert views[2].shape == (T, H, V)
-        return (*(self.cast(x, dtype, device) for x in args), decode)
+        return (*(self.cast(x, dtype, device) for x in args), form)
 
     def conv_args(self, dtype: torch.dtype | None = None, device: str | None = None) -> tuple:
         """Arguments of dynamic_conv over the same data, state cloned."""

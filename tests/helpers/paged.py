@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from jet_export.kernels.attention import attention_ref, quantize_ref, rope_ref
 from jet_export.kernels.attention_decode import DecodeConfig, attention_decode_triton
 from jet_export.kernels.attention_prefill import PrefillConfig, attention_prefill_triton
+from jet_export.kernels.form import Form
 
 FP8 = torch.float8_e4m3fn
 
@@ -32,26 +34,31 @@ class Case:
     v_scale: float = 1.0
 
     def args(self, device: str = "cpu") -> list:
-        """Everything but `decode`; the cache is a copy, strides are kept."""
+        """Everything but `form`; the cache is a copy, strides are kept."""
         values = [getattr(self, f.name) for f in fields(self)]
         values[2] = values[2].clone()
         return [v.to(device) if isinstance(v, Tensor) else v for v in values]
 
     def op_args(self, device: str = "cpu") -> tuple:
-        return *self.args(device), self.qkv.shape[0] == self.slots.shape[0]
+        return *self.args(device), int(Form.DECODE if self.qkv.shape[0] == self.slots.shape[0] else Form.MIXED)
 
     def run(self, form: str, device: str = "cpu", small: bool = True) -> tuple[Tensor, Tensor]:
         """(outputs, cache) on the CPU, of the reference or of a kernel; `small` tiles make several of a short case."""
         args = self.args(device)
         page = self.kv_cache.shape[3]
         if form == "ref":
-            o = attention_ref(*args)
-        elif form == "prefill":
-            prefill: Callable[..., Tensor] = attention_prefill_triton
-            o = prefill(*args, config=PrefillConfig(32, min(page, 16), 4, 1) if small else None)
-        else:
-            decode: Callable[..., Tensor] = attention_decode_triton
-            o = decode(*args[:4], *args[5:], config=DecodeConfig(min(page, 16), 4, 1, 1) if small else None)
+            return attention_ref(*args).cpu(), args[2].cpu()
+        prefill: Callable[..., Tensor] = attention_prefill_triton
+        decode: Callable[..., Tensor] = attention_decode_triton
+        tiles: tuple[Any, Any] = None, None
+        if small:
+            tiles = PrefillConfig(32, min(page, 16), 4, 1), DecodeConfig(min(page, 16), 4, 1, 1)
+        o = None
+        if form != "decode":
+            o = prefill(*args, config=tiles[0], mixed=form == "mixed")
+        if form != "prefill":
+            o = decode(*args, config=tiles[1], out=o)
+        assert o is not None
         return o.cpu(), args[2].cpu()
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from helpers.paths import ROOT
+from jet_export.kernels.form import Form
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
 
 JET_TINY = ROOT / "jet_export/data/jet-tiny/config.json"
@@ -19,6 +20,7 @@ def fields_of(case: Case) -> dict[str, Any]:
             "head_k_dim": case.head_k_dim,
             "head_v_dim": case.head_v_dim,
             "norm_eps": 1e-5,
+            "form": int(Form.MIXED),
         }
     return {
         "num_heads": case.num_heads,
@@ -27,6 +29,7 @@ def fields_of(case: Case) -> dict[str, Any]:
         "window": case.window,
         "k_scale": 0.25,
         "v_scale": 0.5,
+        "form": int(Form.MIXED),
     }
 
 

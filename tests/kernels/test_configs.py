@@ -170,7 +170,7 @@ def test_a_library_for_one_sm_takes_its_rules_and_for_several_those_of_any(monke
 
     seen: list[int | None] = []
 
-    def trace(self, decode: bool) -> SimpleNamespace:
+    def trace(self, form: int) -> SimpleNamespace:
         seen.append(configs.current_sm())
         return SimpleNamespace(launches=[])
 

@@ -17,6 +17,7 @@ from helpers.paged import FP8, interpreter_fp8, make_case
 from jet_export.kernels.attention_decode import DecodeConfig, attention_decode_triton
 from jet_export.kernels.attention_prefill import PrefillConfig, attention_prefill_triton
 from jet_export.kernels.common import INTERPRET
+from jet_export.kernels.form import Form
 from jet_export.kernels.jet_block import jet_block_triton
 
 pytestmark = [
@@ -50,37 +51,41 @@ def spoilt(kind: str, names: list) -> list[list]:
     return [names, *([name] for name in names if kind == "any")]
 
 
-def block_tensors(decode: bool) -> dict[str, Any]:
-    p = Packed([1] * N if decode else LENS, H=1, K=16, V=16, context=[0, 5, 9], extra=16)
+def block_tensors(form: Form) -> dict[str, Any]:
+    p = Packed([1] * N if form == Form.DECODE else LENS, H=1, K=16, V=16, context=[0, 5, 9], extra=16)
     return p.tensors
 
 
-def run_block(tensors: dict[str, Any], decode: bool, limit: int = 1 << 40) -> int:
+def run_block(tensors: dict[str, Any], form: Form, limit: int = 1 << 40) -> int:
     with checked_memory(list(tensors.values()), limit) as memory:
-        block(*tensors.values(), 1, 16, 16, 1e-5, decode)
+        block(*tensors.values(), 1, 16, 16, 1e-5, form)
     return memory.accesses
 
 
-@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize("form", [Form.MIXED, Form.DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_jet_block_stays_inside(kind, decode):
-    valid = run_block(block_tensors(decode), decode)
+def test_jet_block_stays_inside(kind, form):
+    valid = run_block(block_tensors(form), form)
     for seed, names in enumerate(spoilt(kind, BATCH)):
-        tensors = block_tensors(decode)
+        tensors = block_tensors(form)
         for name in names:
             tensors[name] = integers(kind, tuple(tensors[name].shape), tensors[name], seed)
-        run_block(tensors, decode, limit=(N + 1) * valid)  # every sequence may claim all the tokens
+        run_block(tensors, form, limit=(N + 1) * valid)  # every sequence may claim all the tokens
 
 
-def run_attention(args: list, decode: bool, limit: int = 1 << 40) -> int:
+def run_attention(args: list, form: Form, limit: int = 1 << 40) -> int:
     with checked_memory(args, limit) as memory:
-        launch: Callable[..., torch.Tensor] = attention_decode_triton if decode else attention_prefill_triton
-        config = DecodeConfig(16, 4, 1, 1) if decode else PrefillConfig(16, 16, 4, 1)
-        launch(*(args[:4] + args[5:] if decode else args), config=config)
+        prefill: Callable[..., torch.Tensor] = attention_prefill_triton
+        decode: Callable[..., torch.Tensor] = attention_decode_triton
+        o = None
+        if form != Form.DECODE:
+            o = prefill(*args, config=PrefillConfig(16, 16, 4, 1), mixed=form == Form.MIXED)
+        if form != Form.PREFILL:
+            decode(*args, config=DecodeConfig(16, 4, 1, 1), out=o)
     return memory.accesses
 
 
-@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize("form", [Form.MIXED, Form.DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize(
     "kind, window, dtype",
     [
@@ -89,24 +94,24 @@ def run_attention(args: list, decode: bool, limit: int = 1 << 40) -> int:
         ("any", 20, FP8),
     ],
 )
-def test_attention_stays_inside(kind, dtype, window, decode, monkeypatch):
+def test_attention_stays_inside(kind, dtype, window, form, monkeypatch):
     interpreter_fp8(monkeypatch)
-    M, lens = 2, [1] * N if decode else LENS
+    M, lens = 2, [1] * N if form == Form.DECODE else LENS
     full = [M * 16 - n for n in lens]
     c = make_case(lens, full, (2, 1), 16, cache_dtype=dtype, M=M, window=window, k_scale=0.5)
-    valid = run_attention(c.args(), decode)
+    valid = run_attention(c.args(), form)
     for seed, names in enumerate(spoilt(kind, [3, 4, 5, 6])):
         args = c.args()
         for i in names:
             args[i] = integers(kind, tuple(args[i].shape), args[i], seed).contiguous()
-        run_attention(args, decode, limit=8 * valid)
+        run_attention(args, form, limit=8 * valid)
 
 
 def test_a_slot_that_no_pool_has_is_padding():
-    tensors = block_tensors(True)
+    tensors = block_tensors(Form.DECODE)
     tensors["slots"] = torch.tensor([2, 5, -1], dtype=torch.int32)  # of 5 rows
     before = tensors["recurrent_state"].clone()
-    o = block(*tensors.values(), 1, 16, 16, 1e-5, True)
+    o = block(*tensors.values(), 1, 16, 16, 1e-5, Form.DECODE)
     changed = (tensors["recurrent_state"] != before).flatten(1).any(1)
     assert changed.tolist() == [False, False, True, False, False]
     assert o.abs().amax(1).gt(0).tolist() == [True, False, False]

@@ -185,7 +185,6 @@ def test_failures_of_an_engine_go_to_their_rung(tmp_path):
 def test_random_inputs_reach_past_a_window_and_hold_padding():
     for case in rungs.SMALL:
         inputs = random_inputs(case, *RUNS["ragged prefill"], "cpu")
-        assert not inputs.decode and random_inputs(case, *RUNS["decode"], "cpu").decode
         assert -1 in inputs.tensors[-2].tolist()
         o, *states = inputs.op()
         assert o[1:64].abs().max() == 0  # the padding row's

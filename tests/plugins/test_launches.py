@@ -22,6 +22,7 @@ from helpers.plugin_nodes import fields_of, inputs_of
 from torch import Tensor
 
 from jet_export.kernels import (
+    attention,
     attention_decode,
     attention_prefill,
     dynamic_conv,
@@ -32,6 +33,7 @@ from jet_export.kernels import (
     rope_append,
 )
 from jet_export.kernels.configs import use_sm
+from jet_export.kernels.form import Form
 from jet_export.plugins.cases import JetBlockCase
 from jet_export.plugins.harness.objects import Harness
 from jet_export.plugins.symbolic import POINTERS
@@ -71,20 +73,15 @@ def launched(case, inputs: list, T: int, N: int, sms: int, sm: int | None) -> tu
     tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in inputs]
     recorder, fields = Recorder(), fields_of(case)
     block: Callable[..., Tensor] = jet_block.jet_block_triton
-    prefill: Callable[..., Tensor] = attention_prefill.attention_prefill_triton
-    decode: Callable[..., Tensor] = attention_decode.attention_decode_triton
+    attend: Callable[..., Tensor] = attention.attention_triton
+    form = Form.DECODE if T == N else Form.MIXED
     patches: list[Any] = [patch.object(module, "wrap", recorder) for module in MODULES]
     patches.append(patch.object(attention_decode, "num_sms", lambda device: sms))
     with ExitStack() as stack:
         for p in patches:
             stack.enter_context(p)
         stack.enter_context(use_sm(sm))
-        if isinstance(case, JetBlockCase):
-            o = block(*tensors, *fields.values(), T == N)
-        elif T == N:
-            o = decode(*tensors[:4], *tensors[5:], *fields.values())
-        else:
-            o = prefill(*tensors, *fields.values())
+        o = (block if isinstance(case, JetBlockCase) else attend)(*tensors, *(fields | {"form": form}).values())
     return recorder.launches, tensors, o
 
 

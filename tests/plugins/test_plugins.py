@@ -10,6 +10,7 @@ import pytest
 from helpers import plugin_harness
 from helpers.plugin_nodes import fields_of, inputs_of
 
+from jet_export.kernels.form import Form
 from jet_export.plugins.cubin import parameters
 from jet_export.plugins.harness.objects import FLOAT32, FLOAT64, INT32, NODES, Harness, tensors_of
 
@@ -35,11 +36,11 @@ def plugin_of(harness: Harness, built, node: str) -> int:
 
 
 def test_creators_list_the_nodes_attributes(harness):
-    assert harness.field_names("JetBlock") == "num_heads:5 head_k_dim:5 head_v_dim:5 norm_eps:1 "
+    assert harness.field_names("JetBlock") == "num_heads:5 head_k_dim:5 head_v_dim:5 norm_eps:1 form:5 "
     assert (
         harness.field_names("Attention")
         == harness.field_names("JetAttention")
-        == ("num_heads:5 num_kv_heads:5 head_dim:5 window:5 k_scale:1 v_scale:1 ")
+        == ("num_heads:5 num_kv_heads:5 head_dim:5 window:5 k_scale:1 v_scale:1 form:5 ")
     )
 
 
@@ -52,6 +53,8 @@ def test_creators_list_the_nodes_attributes(harness):
         ({"num_heads": 2.0}, "field num_heads must be one integer"),
         ({"head_k_dim": -32}, "field head_k_dim is -32, which is out of range"),
         ({"norm_eps": float("nan")}, "field norm_eps is nan, which is out of range"),
+        ({"form": int(Form.PREFILL)}, "field form is 0, which is out of range"),
+        ({"form": 3}, "form is 3; 1 (decode) or 2 (mixed) is served"),
         (
             {"num_heads": 3},
             "holds no kernels for the node's dimensions; it holds: num_heads 2, head_k_dim 32, head_v_dim 48",
@@ -93,7 +96,7 @@ def test_a_renamed_attention_keeps_its_name(harness, mini):
 def test_another_version_or_another_library_is_refused(harness, mini, node):
     plugin = plugin_of(harness, mini, node)
     assert harness.round_trip(node, plugin, alter="format") is None
-    assert "field format 0, this library reads 1" in harness.messages()
+    assert "field format 3, this library reads 2" in harness.messages()
     assert harness.round_trip(node, plugin, alter="digest") is None
     assert "built with other kernels than this library's" in harness.messages()
     assert harness.create(node, fields_of(case_of(mini, node)), runtime=True) is None
@@ -106,6 +109,14 @@ def test_outputs(harness, mini, node):
     width = case.num_heads * (case.head_v_dim if node == "JetBlock" else case.head_dim)
     states = inputs[6:8] if node == "JetBlock" else inputs[2:3]
     assert harness.outputs(node, plugin_of(harness, mini, node), inputs) == [("bfloat16", [70, width]), *states]
+
+
+def test_the_form_decode_takes_one_token_a_sequence(harness, mini, node):
+    case = case_of(mini, node)
+    plugin = harness.create(node, fields_of(case) | {"form": int(Form.DECODE)})
+    assert harness.configure(node, plugin, inputs_of(case, T=3, N=3)) == 0, harness.messages()
+    assert harness.configure(node, plugin, inputs_of(case, T=4, N=3)) != 0
+    assert "4 tokens for 3 sequences in the form decode: each has one" in harness.messages()
 
 
 def test_formats(harness, mini, node):

@@ -18,6 +18,7 @@ from jet_export.backends.graph import MODES, ONE_ROW, EngineGraph, dynamic_shape
 from jet_export.backends.inductor.workarounds import lasting_names
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
+from jet_export.kernels.form import Form
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.mode import graph_mode
 from jet_export.utils.compiler import compiler_words, find_compiler
@@ -33,7 +34,7 @@ def export_graph(model: JetNemotronForCausalLM, mode: str, dtypes: Dtypes, limit
     """torch.export of one graph; `jet::` ops stay nodes."""
     args = example_inputs(model, dtypes, mode)
     shapes = dynamic_shapes(model, limits, mode)
-    graph = EngineGraph(model, decode=mode != "prefill").eval()
+    graph = EngineGraph(model, Form.MIXED if mode == "prefill" else Form.DECODE).eval()
     with torch.no_grad(), quiet_torch(), graph_mode("inductor", one_row=mode == ONE_ROW):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 

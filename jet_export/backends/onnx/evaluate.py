@@ -101,18 +101,16 @@ def jet_block(a: Attributes, *inputs: Tensor) -> tuple[Tensor, ...]:
     """o, conv_state_out, recurrent_state_out."""
     *projections, conv_state, recurrent_state, cu_seqlens, slots, context_lens = inputs
     states = conv_state.clone(), recurrent_state.clone()
-    sizes = a["num_heads"], a["head_k_dim"], a["head_v_dim"], a["norm_eps"]
-    decode = projections[0].shape[0] == slots.shape[0]
-    o = torch.ops.jet.jet_block(*projections, *states, cu_seqlens, slots, context_lens, *sizes, decode)
+    sizes = a["num_heads"], a["head_k_dim"], a["head_v_dim"], a["norm_eps"], a["form"]
+    o = torch.ops.jet.jet_block(*projections, *states, cu_seqlens, slots, context_lens, *sizes)
     return o, *states
 
 
 def attention(a: Attributes, qkv: Tensor, cos_sin: Tensor, kv_cache: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
     """o, kv_cache_out. `batch`: block_table, cu_seqlens, slots, context_lens."""
     cache = kv_cache.clone()
-    sizes = [a[n] for n in ("num_heads", "num_kv_heads", "head_dim", "window", "k_scale", "v_scale")]
-    decode = qkv.shape[0] == batch[2].shape[0]
-    return torch.ops.jet.attention(qkv, cos_sin, cache, *batch, *sizes, decode), cache
+    sizes = [a[n] for n in ("num_heads", "num_kv_heads", "head_dim", "window", "k_scale", "v_scale", "form")]
+    return torch.ops.jet.attention(qkv, cos_sin, cache, *batch, *sizes), cache
 
 
 HANDLERS: dict[str, Handler] = {

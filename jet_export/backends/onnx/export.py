@@ -6,7 +6,7 @@ inputs    input_ids [tokens] int64, cu_seqlens [sequences + 1], slots, context_l
 outputs   logits [outputs, vocab], and each state after the step: layers.3.conv_state_out, ...
 
 Opset 21. The mixers' cores are nodes of the domain `jet` (model/onnx_nodes.py). Tokens and sequences are independent
-dimensions, so one graph serves prefill and decode: nodes tell them apart by shape. A value is named after the module
+dimensions, so one graph serves prefill and decode: its nodes have the form MIXED. A value is named after the module
 that computes it (`layers.0.mlp.gate_up_proj`), a projection's input `....input`, an initializer as in the state dict.
 Products are named after their modules, jet nodes `layers.0.self_attn.JetBlock`; TensorRT's layer reports repeat that.
 An FP8 projection is QuantizeLinear / DequantizeLinear in fp32 before a product in the model dtype.
@@ -32,6 +32,7 @@ from jet_export.backends.graph import INPUTS, EngineGraph, dynamic_shapes, examp
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS
+from jet_export.kernels.form import Form
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM, RMSNorm
 from jet_export.model.mode import graph_mode
@@ -57,7 +58,7 @@ class OnnxGraph(EngineGraph):
     """The engine graph with the states after the step among its results."""
 
     def __init__(self, model: JetNemotronForCausalLM) -> None:
-        super().__init__(model, decode=False)
+        super().__init__(model, Form.MIXED)
 
     def forward(  # type: ignore[override]
         self,

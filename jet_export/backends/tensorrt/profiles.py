@@ -27,10 +27,11 @@ def sizes(config: JetNemotronConfig, limits: Limits, decode: bool) -> dict[str, 
     """The graph's dynamic sizes, by name."""
     n, chunk = limits.max_batch_size, limits.prefill_chunk
     rows = max(n, ROWS)
+    sequences = rows if decode else rows + 1  # a captured call has one of padding, see runtime/calls.py
     pages, ring = pages_per_sequence(config, limits.max_seq_len, chunk)
     tokens = max(limits.max_prefill_tokens, SMALL_TOKENS)
     return {
-        "sequences": (1, n if decode else min(n, 4), rows),
+        "sequences": (1, n if decode else min(n, 4), sequences),
         "tokens": (1, n, rows) if decode else (1, min(chunk, tokens), tokens),
         "outputs": (1, n, rows) if decode else (1, min(n, 4), min(tokens, max(chunk, rows, LOGITS))),
         "table_pages": (1, pages, pages),

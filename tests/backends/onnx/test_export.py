@@ -23,6 +23,7 @@ from jet_export.backends.onnx.export import write_onnx
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS
+from jet_export.kernels.form import Form
 from jet_export.model.cache import state_specs
 from jet_export.model.fp8 import FP8, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
@@ -54,12 +55,12 @@ def fp8_file(fp8_model, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_jet_block_equals_the_mutating_op(lens, dtype) -> None:
     p = Packed(lens, dtype=dtype, rows=[2, -1, 0])
-    *args, H, K, V, eps, decode = p.block_args(decode=len(lens) == sum(lens))
+    *args, H, K, V, eps, form = p.block_args(Form.DECODE if len(lens) == sum(lens) else Form.MIXED)
     before = [a.clone() for a in args]
-    attributes = {"num_heads": H, "head_k_dim": K, "head_v_dim": V, "norm_eps": eps}
+    attributes = {"num_heads": H, "head_k_dim": K, "head_v_dim": V, "norm_eps": eps, "form": form}
     o, conv_state, recurrent_state = jet_block(attributes, *args)
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
-    expected = torch.ops.jet.jet_block(*args, H, K, V, eps, decode)
+    expected = torch.ops.jet.jet_block(*args, H, K, V, eps, form)
     assert torch.equal(o, expected)
     assert torch.equal(conv_state, args[6]) and torch.equal(recurrent_state, args[7])
     assert not torch.equal(conv_state, before[6])
@@ -69,11 +70,11 @@ def test_jet_block_equals_the_mutating_op(lens, dtype) -> None:
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8])
 def test_attention_equals_the_mutating_op(lens, context, cache_dtype) -> None:
     c = make_case(lens, context, dtype=torch.bfloat16, cache_dtype=cache_dtype, window=24, k_scale=0.25, v_scale=0.5)
-    *args, decode = c.op_args()
+    *args, form = c.op_args()
     names = ("num_heads", "num_kv_heads", "head_dim", "window", "k_scale", "v_scale")
-    o, cache = attention({n: getattr(c, n) for n in names}, *args[:7])
+    o, cache = attention({**{n: getattr(c, n) for n in names}, "form": form}, *args[:7])
     assert same_bits(args[2], c.kv_cache)
-    assert torch.equal(o, torch.ops.jet.attention(*args, decode))
+    assert torch.equal(o, torch.ops.jet.attention(*args, form))
     assert same_bits(cache, args[2]) and not same_bits(cache, c.kv_cache)
 
 

@@ -1,0 +1,11 @@
+"""The form of a call, an attribute of `jet_block`, `gated_delta_rule` and `attention`, as ops and as ONNX nodes."""
+
+from enum import IntEnum
+
+
+class Form(IntEnum):
+    """What the sequences of a call are. It chooses the kernels when an op is traced."""
+
+    PREFILL = 0  # prompt chunks of any length
+    DECODE = 1  # one token each
+    MIXED = 2  # sequences of one token as in DECODE, longer ones as in PREFILL
