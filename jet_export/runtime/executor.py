@@ -102,17 +102,27 @@ class Executor:
 
     def _run(self, inputs: StepInputs) -> Tensor:
         """Logits [len(inputs.sampled), vocab]. They may be a buffer that the next step overwrites."""
-        rows: list[Tensor] = []
-        if inputs.prefill_slots:
-            logits = self.runner.prefill(inputs.prefill_slots, inputs.prefill_tokens)
-            if len(inputs.prompt_ends) == len(logits):
-                rows.append(logits)
-            elif inputs.prompt_ends:
-                rows.append(logits[self.runner.to_device(torch.tensor(inputs.prompt_ends))])
-        if inputs.saved_logits:
-            rows.append(torch.stack(inputs.saved_logits))
-        if inputs.decode_slots:
-            rows.append(self.runner.decode(inputs.decode_slots))
+        together = bool(inputs.prefill_slots) and not self.runner.deterministic
+        prompts, decoded = self._together(inputs) if together else self._apart(inputs)
+        saved = [torch.stack(inputs.saved_logits)] if inputs.saved_logits else []
+        rows = [x for x in (*prompts, *saved, *decoded) if len(x)]
         if not rows:
             return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _together(self, inputs: StepInputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits of the prompts that end and of the sequences that decode, in one call: all rows share its products."""
+        slots, tokens, ends = inputs.prefill_slots, inputs.prefill_tokens, inputs.prompt_ends
+        rest = [i for i in range(len(slots)) if i not in set(ends)]  # their logits are of no use: they come last
+        n, decode = len(ends), inputs.decode_slots
+        fed: list[list[int] | None] = [*(tokens[i] for i in ends), *[None] * len(decode), *(tokens[i] for i in rest)]
+        logits = self.runner.mixed([*(slots[i] for i in ends), *decode, *(slots[i] for i in rest)], fed)
+        return [logits[:n]], [logits[n : n + len(decode)]]
+
+    def _apart(self, inputs: StepInputs) -> tuple[list[Tensor], list[Tensor]]:
+        """The same in two calls: those of batch-invariant steps do not depend on each other."""
+        prompts, decode = [], inputs.decode_slots
+        if inputs.prefill_slots:
+            logits = self.runner.prefill(inputs.prefill_slots, inputs.prefill_tokens)
+            prompts.append(logits[self.runner.to_device(torch.tensor(inputs.prompt_ends, dtype=torch.int64))])
+        return prompts, [self.runner.decode(decode)] if decode else []

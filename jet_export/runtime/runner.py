@@ -1,4 +1,4 @@
-"""Runs an engine on its state pools and block tables, slot by slot; decode replays one CUDA graph per batch bucket."""
+"""Runs an engine on its state pools and block tables, slot by slot; on a GPU by CUDA graphs (graphs.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
-from jet_export.runtime.transfer import to_device
-
-ALIGNED = 4  # int32s of 16 bytes
+from jet_export.runtime.calls import ALIGNED, CallSize, captured_size, pack, round_up
+from jet_export.runtime.graphs import DecodeGraph, GraphCache, MixedGraph
+from jet_export.runtime.transfer import to_device, upload
 
 
 def pad_rows(batch: PackedBatch, rows: int) -> PackedBatch:
@@ -28,18 +27,6 @@ def pad_rows(batch: PackedBatch, rows: int) -> PackedBatch:
         F.pad(batch.block_table, (0, 0, 0, rows)),
         F.pad(batch.window_block_table, (0, 0, 0, rows)),
     )
-
-
-@dataclass(kw_only=True)
-class DecodeGraph:
-    """A captured decode step of one batch bucket. `batch.context_lens` advances inside the graph."""
-
-    graph: torch.cuda.CUDAGraph
-    input_ids: Tensor
-    batch: PackedBatch
-    step: Tensor  # [bucket] int32: 1 for a row in use, 0 for padding
-    logits: Tensor
-    slots: list[int] | None = None  # of the rows, if the buffers already hold the next step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,18 +68,17 @@ class Runner:
         self.context_lens = [0] * n
         self.last_tokens = torch.zeros(n, dtype=torch.int64, device=self.device)  # what each slot decodes next
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
-        self.graphs: dict[int, DecodeGraph] = {}
-        self.graph_pool: Any = None  # memory pool shared by the buckets' graphs
+        self.graphs = GraphCache(self.device)
 
     def reset(self, slot: int) -> None:
         """Empty a slot. Its states need no clearing: with context_lens 0 the kernels start from zero states."""
         self.context_lens[slot] = 0
-        self._invalidate()
+        self.graphs.forget_steps()
 
     def hold(self, slot: int, tokens: int) -> None:
         """Record that a slot's states were written from outside and hold this many tokens."""
         self.context_lens[slot] = tokens
-        self._invalidate()
+        self.graphs.forget_steps()
 
     def assign(self, slot: int, pages: list[int], window_pages: list[int]) -> None:
         """Start a new sequence in a slot, with these pages."""
@@ -106,7 +92,6 @@ class Runner:
         if new:
             slots, columns, values = self._i32_lists(*zip(*new, strict=True))
             self.block_table[slots.long(), columns.long()] = values
-            self._invalidate()
 
     def batch(self, slots: list[int], lens: list[int]) -> PackedBatch:
         ends, held = list(accumulate(lens, initial=0)), [self.context_lens[s] for s in slots]
@@ -123,7 +108,27 @@ class Runner:
         rows = torch.arange(len(ids), dtype=torch.int32, device=self.device) if all_logits else last
         logits = self.engine.prefill(ids, batch, rows, self.states)
         self._advance(slots, [len(t) for t in tokens])
-        self._invalidate()
+        self.graphs.forget_steps()
+        return logits
+
+    def mixed(self, slots: list[int], tokens: list[list[int] | None]) -> Tensor:
+        """One call for prompt chunks and sequences that decode: the next tokens of each slot, None for the token that
+        the slot sampled last; logits [len(slots), vocab] of each row's last token, until the next call.
+
+        Not with `deterministic`, whose calls do not depend on what else runs."""
+        lens, held = [1 if t is None else len(t) for t in tokens], [self.context_lens[s] for s in slots]
+        size = captured_size(sum(lens), len(slots), self.limits) if self.cuda_graphs else None
+        integers, packed = pack(slots, tokens, held, size)
+        if size is None:
+            logits = self._mixed_call(self.to_device(integers), packed)
+        else:
+            g = self.graphs.mixed.get(size) or self._capture_mixed(size)
+            upload(integers, g.integers)
+            g.graph.replay()
+            assert self.graphs.mixed_logits is not None
+            logits = self.graphs.mixed_logits[: len(slots)]
+        self._advance(slots, lens)
+        self.graphs.forget_steps()
         return logits
 
     def decode(self, slots: list[int], tokens: Tensor | None = None) -> Tensor:
@@ -147,12 +152,6 @@ class Runner:
         for slot, n in zip(slots, lens, strict=True):
             self.context_lens[slot] += n
 
-    def _invalidate(self, but: DecodeGraph | None = None) -> None:
-        """The buffers of all graphs but the one just replayed no longer hold the next step."""
-        for g in self.graphs.values():
-            if g is not but:
-                g.slots = None
-
     def _i32(self, values: Sequence[int]) -> Tensor:
         return self.to_device(torch.tensor(values, dtype=torch.int32))
 
@@ -171,44 +170,53 @@ class Runner:
         return min(1 << (n - 1).bit_length(), max(self.limits.max_batch_size, n))
 
     def _replay(self, slots: list[int], tokens: Tensor | None) -> Tensor:
-        n = len(slots)
-        bucket = self._bucket(n)
-        g = self.graphs.get(bucket) or self._capture(bucket)
+        n, bucket = len(slots), self._bucket(len(slots))
+        g = self.graphs.decode.get(bucket) or self._capture(bucket)
         if g.slots != slots:
-            fresh = self.batch(slots, [1] * n)
-            for static, now in zip(g.batch[1:], fresh[1:], strict=True):  # cu_seqlens is constant
-                static[:n].copy_(now)
-            g.batch.slots[n:].fill_(-1)
-            g.step.zero_()
-            g.step[:n].fill_(1)
+            held, padding = [self.context_lens[s] for s in slots], round_up(bucket, ALIGNED) - n
+            rows = [[*slots, *[-1] * padding], [*held, *[0] * padding], [*[1] * n, *[0] * padding]]
+            upload(torch.tensor(rows, dtype=torch.int32), g.integers)
             g.slots = list(slots)
-        self._invalidate(but=g)
-        if tokens is None:
-            torch.index_select(self.last_tokens, 0, g.batch.slots[:n], out=g.input_ids[:n])
-        else:
-            g.input_ids[:n].copy_(tokens)
+        self.graphs.forget_steps(but=g)
+        if tokens is not None:
+            self.last_tokens[g.integers[0, :n].long()] = tokens
         g.graph.replay()
         return g.logits[:n]
 
     def _capture(self, bucket: int) -> DecodeGraph:
-        ids = torch.zeros(bucket, dtype=torch.int64, device=self.device)
-        batch = PackedBatch(
-            torch.arange(bucket + 1, dtype=torch.int32, device=self.device),
-            torch.full((bucket,), -1, dtype=torch.int32, device=self.device),
-            torch.zeros(bucket, dtype=torch.int32, device=self.device),
-            torch.zeros(bucket, self.block_table.shape[1], dtype=torch.int32, device=self.device),
-            torch.zeros(bucket, self.window_block_table.shape[1], dtype=torch.int32, device=self.device),
-        )
-        step = torch.zeros(bucket, dtype=torch.int32, device=self.device)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream), torch.inference_mode():
-            self.engine.decode(ids, batch, self.states)  # all rows are padding: no state is written
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self.graph_pool):
-            logits = self.engine.decode(ids, batch, self.states)
-            batch.context_lens.add_(step)
-        self.graph_pool = self.graph_pool or graph.pool()
-        self.graphs[bucket] = DecodeGraph(graph=graph, input_ids=ids, batch=batch, step=step, logits=logits)
-        return self.graphs[bucket]
+        integers = torch.zeros(3, round_up(bucket, ALIGNED), dtype=torch.int32, device=self.device)
+        integers[0] = -1  # all rows are padding: no state is written
+        rows, held, used = integers[:, :bucket]
+        cu_seqlens = torch.arange(bucket + 1, dtype=torch.int32, device=self.device)
+
+        def step() -> Tensor:
+            own = rows.clamp_min(0)
+            batch = PackedBatch(cu_seqlens, rows, held, self.block_table[own], self.window_block_table[own])
+            logits = self.engine.decode(self.last_tokens[own], batch, self.states)
+            held.add_(used)
+            return logits
+
+        graph, logits = self.graphs.capture(step)
+        self.graphs.decode[bucket] = DecodeGraph(graph=graph, integers=integers, logits=logits)
+        return self.graphs.decode[bucket]
+
+    def _mixed_call(self, integers: Tensor, size: CallSize) -> Tensor:
+        ids, cu_seqlens, rows, held, outputs = size.split(integers)
+        own = rows.clamp_min(0)
+        batch = PackedBatch(cu_seqlens, rows, held, self.block_table[own], self.window_block_table[own])
+        ids = torch.where(ids < 0, self.last_tokens[(-1 - ids).clamp_min(0)], ids)
+        return self.engine.prefill(ids, batch, outputs, self.states)
+
+    def _capture_mixed(self, size: CallSize) -> MixedGraph:
+        integers = self.to_device(pack([], [], [], size)[0])  # all rows are padding
+
+        def call() -> Tensor:
+            logits = self._mixed_call(integers, size)
+            if self.graphs.mixed_logits is None:
+                most = max(len(self.context_lens), self.limits.max_batch_size) + ALIGNED
+                self.graphs.mixed_logits = logits.new_empty(round_up(most, 64), logits.shape[1])
+            return self.graphs.mixed_logits[: len(logits)].copy_(logits)
+
+        graph, _ = self.graphs.capture(call)
+        self.graphs.mixed[size] = MixedGraph(graph=graph, integers=integers)
+        return self.graphs.mixed[size]

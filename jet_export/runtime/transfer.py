@@ -13,6 +13,11 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
+def upload(host: Tensor, target: Tensor) -> None:
+    """Copy into a tensor on a GPU."""
+    target.copy_(host.pin_memory(), non_blocking=True)
+
+
 def copy_to_host(values: Tensor) -> Callable[[], Tensor]:
     """Start a copy from the device. The returned function waits for these values, not for work launched after them."""
     if values.device.type != "cuda":

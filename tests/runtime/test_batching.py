@@ -12,8 +12,9 @@ from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving, capacity
+from jet_export.runtime.graphs import DecodeGraph
 from jet_export.runtime.params import Output, Params
-from jet_export.runtime.runner import DecodeGraph, Runner
+from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.scheduler import QueueFull
 from jet_export.runtime.tokenizer import ByteTokenizer
@@ -383,9 +384,9 @@ def test_a_graph_is_not_replayed_over_another_sequence() -> None:
     """After prefill or a reset, no graph takes its buffers for the next step."""
     runner = Runner(eager_engine(Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=16)))
     nothing: Any = None
-    graph = DecodeGraph(graph=nothing, input_ids=nothing, batch=nothing, step=nothing, logits=nothing)
-    for act in (lambda: runner.prefill([0], [[5]]), lambda: runner.reset(0)):
+    graph = DecodeGraph(graph=nothing, integers=nothing, logits=nothing)
+    for act in (lambda: runner.prefill([0], [[5]]), lambda: runner.mixed([0], [[5]]), lambda: runner.reset(0)):
         graph.slots = [0]
-        runner.graphs = {1: graph}
+        runner.graphs.decode = {1: graph}
         act()
         assert graph.slots is None

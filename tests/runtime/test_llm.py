@@ -119,7 +119,7 @@ def test_cuda_graph_decode_equals_plain_decode(device) -> None:
     llm = eager_llm(limits, device=device)
     rows = prompts(5, 30, 1, 33, 64)
     with_graphs = llm.generate(rows, max_new_tokens=20, return_logits=True)
-    assert llm.runner.graphs
+    assert llm.runner.graphs.decode
     plain = eager_llm(limits, device=device, cuda_graphs=False)
     for a, b in zip(with_graphs, plain.generate(rows, max_new_tokens=20, return_logits=True), strict=True):
         assert a.token_ids == b.token_ids
