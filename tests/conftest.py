@@ -9,6 +9,8 @@ HAS_CUDA = torch.cuda.is_available()
 torch.set_num_threads(1)  # the models are small: a second thread mostly waits for the first
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+# An AOTInductor package's wrapper, which calls the kernels, takes the compiler longer than the kernels themselves.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 import pytest  # noqa: E402
 

@@ -12,7 +12,7 @@ import torch
 from helpers.eager_bundle import eager_engine, mini_config
 from safetensors.torch import save_file
 
-from jet_export.bench import command, verified
+from jet_export.bench import command, protocols, verified
 from jet_export.bench.command import BenchOptions, baseline_bundle, run_bench
 from jet_export.bench.protocols import Asked
 from jet_export.bench.roofline import Peaks, bundle_weights
@@ -49,6 +49,7 @@ def bundle(tmp_path, monkeypatch):
     )
     manifest.save(directory)
     monkeypatch.setattr(command, "load_engine", lambda path: (engine, manifest))
+    monkeypatch.setattr(protocols, "FIRST_TOKENS", 3)  # fills of a latency case
     peaks = Peaks(1e10, {torch.float32: 1e11})
     monkeypatch.setattr(command, "measure_peaks", lambda device, dtypes: peaks)
     return directory

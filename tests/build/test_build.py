@@ -32,13 +32,14 @@ from jet_export.utils.errors import JetExportError
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Builds without compiling; returns the names of the packages that were "compiled"."""
+    """Builds without exporting and compiling; returns the names of the packages that were "compiled"."""
     made = []
 
     def compile_package(program, path: Path) -> None:
         made.append(path.name)
         path.write_bytes(b"package")
 
+    monkeypatch.setattr(package, "export_graph", lambda *_: None)
     monkeypatch.setattr(package, "compile_package", compile_package)
     monkeypatch.setattr(inductor, "check_loads", lambda directory, device: None)
     return made
@@ -206,32 +207,39 @@ def relu() -> torch.export.ExportedProgram:
     return torch.export.export(torch.nn.ReLU(), (torch.randn(3, 2),))
 
 
-def test_a_compiler_of_two_words_compiles_a_package(tmp_path, monkeypatch) -> None:
-    """CXX="ccache g++": torch alone would look for a program of that name."""
+@pytest.fixture(scope="module")
+def by_two_words(tmp_path_factory) -> Path:
+    """A directory with a package and nothing else; beside it the log of the calls of the compiler that made it."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    launcher = tmp_path / "launcher"
-    launcher.write_text(f'#!/bin/sh\necho called >>{tmp_path}/log\nexec "$@"\n')
+    folder = tmp_path_factory.mktemp("two-words")
+    launcher = folder / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho called >>{folder}/log\nexec "$@"\n')
     launcher.chmod(0o755)
-    monkeypatch.setenv("CXX", f"{launcher} g++")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing compiled before
-    package.compile_package(relu(), tmp_path / "a.pt2")
-    monkeypatch.delenv("CXX")
+    (folder / "good").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", f"{launcher} g++")
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))  # nothing compiled before
+        package.compile_package(relu(), folder / "good/a.pt2")
+    return folder / "good"
+
+
+def test_a_compiler_of_two_words_compiles_a_package(by_two_words) -> None:
+    """CXX="ccache g++": torch alone would look for a program of that name."""
     x = torch.randn(3, 2)
-    assert torch.equal(Package(tmp_path / "a.pt2", torch.device("cpu"))(x), x.relu())
-    assert len((tmp_path / "log").read_text().splitlines()) > 1  # the probe of find_compiler, and the package
+    assert torch.equal(Package(by_two_words / "a.pt2", torch.device("cpu"))(x), x.relu())
+    log = by_two_words.parent / "log"
+    assert len(log.read_text().splitlines()) > 1  # the probe of find_compiler, and the package
 
 
-def test_compiler_whose_packages_crash_on_load(tmp_path) -> None:
+def test_compiler_whose_packages_crash_on_load(by_two_words, tmp_path) -> None:
     """A library whose constructor aborts stands in for one that an incompatible compiler built."""
     cxx = shutil.which("g++")
     if cxx is None:
         pytest.skip("no g++")
     (tmp_path / "crash.c").write_text("#include <stdlib.h>\n__attribute__((constructor)) void f(void) { abort(); }\n")
     subprocess.run([cxx, "-x", "c", "-fPIC", "-shared", "crash.c", "-o", "crash.so"], cwd=tmp_path, check=True)
-    good = tmp_path / "good"
-    good.mkdir()
-    package.compile_package(relu(), good / "a.pt2")
+    good = by_two_words
     package.check_loads(good)
     bad = tmp_path / "bad"
     bad.mkdir()
