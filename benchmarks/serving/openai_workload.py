@@ -4,8 +4,9 @@
 
 Prompts go as token ids to /v1/completions, streamed, end-of-sequence tokens ignored (`ignore_eos`, which all three
 know); --vocab: ids are below it (default 150,000). --concurrency requests are open at once, the next is sent when one
-ends; 0: all at once, so that the server's own queue decides. Tokens are counted by the server's `usage`; a server that
-answers a request with fewer than asked gives no figure. Times between the chunks that bring text.
+ends; 0: all at once, so that the server's own queue decides. --processes share them, so that reading 10,000 events a
+second does not limit the server: add some while the figure rises. Tokens are counted by the server's `usage`; a
+server that answers a request with fewer than asked gives no figure. Times between the chunks that bring text.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import multiprocessing
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -72,7 +74,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     return answer
 
 
-async def run(url: str, bodies: list[dict[str, Any]], concurrency: int, timeout: float) -> tuple[float, list[Answer]]:
+async def send(url: str, bodies: list[dict[str, Any]], concurrency: int, timeout: float) -> tuple[float, list[Answer]]:
     """When it began, and the answers."""
     room = asyncio.Semaphore(concurrency or len(bodies))
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -82,8 +84,33 @@ async def run(url: str, bodies: list[dict[str, Any]], concurrency: int, timeout:
             async with room:
                 return await ask(client, body)
 
+        START.wait()
         start = time.perf_counter()
         return start, await asyncio.gather(*map(one, bodies))
+
+
+START: Any = None  # the barrier at which the processes meet before they send
+
+
+def meet_at(barrier: Any) -> None:
+    global START
+    START = barrier
+
+
+def run_share(arguments: tuple[Any, ...]) -> tuple[float, list[Answer]]:
+    return asyncio.run(send(*arguments))
+
+
+def run(
+    pool: Any, processes: int, url: str, bodies: list[dict[str, Any]], concurrency: int, timeout: float
+) -> tuple[float, list[Answer]]:
+    """When the first process began (they share the system's monotonic clock), and the answers in order."""
+    shares = [(url, bodies[i::processes], -(-concurrency // processes), timeout) for i in range(processes)]
+    found = pool.map(run_share, shares, chunksize=1)
+    answers: list[Any] = [None] * len(bodies)
+    for i, (_, share) in enumerate(found):
+        answers[i::processes] = share
+    return min(start for start, _ in found), answers
 
 
 def summary(start: float, answers: list[Answer], work: list[Request]) -> dict[str, float]:
@@ -104,6 +131,13 @@ def summary(start: float, answers: list[Answer], work: list[Request]) -> dict[st
     }
 
 
+def line_of(row: dict[str, Any]) -> str:
+    return (
+        f"{row['kind']:18} {row['tokens_per_s']:9,.0f} tokens/s, between chunks p50 {row['between_chunks_ms_p50']:.2f} "
+        f"p95 {row['between_chunks_ms_p95']:.2f} ms, first after {row['ttft_ms_p50']:.0f} ms (p50)"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
@@ -112,23 +146,22 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=150_000)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--kinds", default="greedy,temperature 1,t 0.8 top_p 0.95,t 0.8 top_k 50")
+    parser.add_argument("--processes", type=int, default=4, help="at most --concurrency")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds of silence of the server")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     work = requests(options.requests, options.vocab)
     rows = []
-    for kind in options.kinds.split(","):
-        bodies = [body_of(options.model, kind, i, prompt, new) for i, (prompt, new) in enumerate(work)]
-        start, answers = asyncio.run(run(options.url, bodies, options.concurrency, options.timeout))
-        rows.append({"kind": kind, **summary(start, answers, work)})
-        row = rows[-1]
-        print(
-            f"{kind:18} {row['tokens_per_s']:9,.0f} tokens/s, between chunks p50 {row['between_chunks_ms_p50']:.2f} "
-            f"p95 {row['between_chunks_ms_p95']:.2f} ms, first after {row['ttft_ms_p50']:.0f} ms (p50)",
-            flush=True,
-        )
+    processes = max(1, min(options.processes, options.concurrency or len(work), len(work)))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(processes, meet_at, (spawn.Barrier(processes),)) as pool:
+        for kind in options.kinds.split(","):
+            bodies = [body_of(options.model, kind, i, prompt, new) for i, (prompt, new) in enumerate(work)]
+            start, answers = run(pool, processes, options.url, bodies, options.concurrency, options.timeout)
+            rows.append({"kind": kind, **summary(start, answers, work)})
+            print(line_of(rows[-1]), flush=True)
     if options.output:
-        about = {"url": options.url, "model": options.model, "concurrency": options.concurrency}
+        about = {"url": options.url, "model": options.model, "concurrency": options.concurrency, "processes": processes}
         write_result(options.output, {**about, "requests": len(work), "rows": rows})
 
 
