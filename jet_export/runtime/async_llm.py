@@ -144,13 +144,18 @@ class AsyncLLM(Sessions):
         loop = asyncio.get_running_loop()
         keep: Keep | None = "end" if sessions else None
         outputs = OutputStream(len(prompts), lambda i, reason: self.batching.cancel(submitted[i], reason), texts)
+
+        def put(i: int, output: Output) -> None:
+            outputs.put_cached(i, submitted[i].cached_tokens)
+            outputs.put(i, output)
+
         try:
             for i, prompt in enumerate(prompts):
                 submitted.append(
                     self.batching.submit(
                         list(prompt),
                         params,
-                        self.mailbox.sender(loop, outputs.put, i),
+                        self.mailbox.sender(loop, put, i),
                         start=sessions[i].snapshot if sessions else None,
                         keep=keep,
                         text=texts is None,

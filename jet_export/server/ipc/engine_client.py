@@ -20,6 +20,7 @@ from jet_export.server.ipc.messages import (
     Kind,
     Refused,
     Submit,
+    decode_cached,
     decode_outputs,
     decode_status,
     encode_id,
@@ -109,13 +110,13 @@ class EngineClient:
                 if i in self._streams:  # not of one that was cancelled here
                     stream, index = self._streams[i] if output.finish_reason is None else self._streams.pop(i)
                     stream.put(index, output)
+        elif kind == Kind.CACHED:
+            for i, tokens in decode_cached(payload):
+                if i in self._streams:
+                    stream, index = self._streams[i]
+                    stream.put_cached(index, tokens)
         elif kind == Kind.REFUSED:
-            refused = Refused.decode(payload)
-            stream = self._streams[refused.first][0] if refused.first in self._streams else None
-            for i in [i for i, (s, _) in self._streams.items() if s is stream]:
-                del self._streams[i]
-            if stream:
-                stream.fail((QueueFull if refused.queue_full else JetExportError)(refused.message))
+            self._refuse(Refused.decode(payload))
         elif kind == Kind.STATUS:
             question, status = decode_status(payload)
             self._answer(question, status)
@@ -123,6 +124,13 @@ class EngineClient:
             self.on_drain()
         else:
             raise ValueError(f"a message of kind {kind}")
+
+    def _refuse(self, refused: Refused) -> None:
+        if refused.first not in self._streams:  # closed meanwhile
+            return
+        refused_stream, _ = self._streams[refused.first]
+        self._streams = {i: entry for i, entry in self._streams.items() if entry[0] is not refused_stream}
+        refused_stream.fail((QueueFull if refused.queue_full else JetExportError)(refused.message))
 
     def _answer(self, question: int, status: Status) -> None:
         answer = self._questions.get(question)

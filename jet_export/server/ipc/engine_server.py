@@ -17,6 +17,7 @@ from jet_export.server.ipc.messages import (
     Refused,
     Submit,
     decode_id,
+    encode_cached,
     encode_outputs,
     encode_status,
 )
@@ -72,8 +73,12 @@ class Link:
         self.batching, self._on_ready = batching, on_ready
         self._sequences: dict[int, RunningSequence] = {}  # by request id; under the engine's lock, like `_outputs`
         self._outputs: list[tuple[int, Output]] = []
+        self._cached: list[tuple[int, int]] = []
 
     def flush(self) -> None:
+        if self._cached:
+            cached, self._cached = self._cached, []
+            self.channel.send(Kind.CACHED, encode_cached(cached))
         if self._outputs:
             outputs, self._outputs = self._outputs, []
             self.channel.send(Kind.OUTPUTS, encode_outputs(outputs))
@@ -122,6 +127,9 @@ class Link:
 
     def _sender(self, i: int) -> OnOutput:
         def put(output: Output) -> None:
+            sequence = self._sequences.get(i)
+            if sequence and len(sequence.tokens) == 1 and sequence.cached_tokens:
+                self._cached.append((i, sequence.cached_tokens))
             self._outputs.append((i, output))
             if output.finish_reason is not None:
                 self._sequences.pop(i, None)

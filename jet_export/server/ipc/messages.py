@@ -27,6 +27,7 @@ class Kind(IntEnum):
     REFUSED = 6  # a SUBMIT, with its reason
     STATUS = 7
     DRAIN = 8  # accept no more connections, finish the requests and exit
+    CACHED = 9  # prompt tokens that the prefix cache had, before a request's first output
 
 
 REASONS = (None, "stop", "length", "cancelled", "timeout", "error")  # of Output, by their byte
@@ -115,6 +116,16 @@ def encode_id(i: int) -> bytes:
 
 def decode_id(data: bytes) -> int:
     return int(_ID.unpack(data)[0])
+
+
+def encode_cached(cached: Sequence[tuple[int, int]]) -> bytes:
+    """(request id, tokens) each."""
+    return array("I", [n for row in cached for n in row]).tobytes()
+
+
+def decode_cached(data: bytes) -> Iterator[tuple[int, int]]:
+    numbers = array("I", data)
+    return zip(numbers[::2], numbers[1::2], strict=True)
 
 
 def encode_outputs(outputs: Sequence[tuple[int, Output]]) -> bytes:

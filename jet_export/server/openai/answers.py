@@ -29,6 +29,7 @@ class Answer(ABC):
         self.created = int(time.time())
         self.outputs: list[list[Output]] = [[] for _ in prompts]  # of a whole answer
         self.generated = 0  # tokens
+        self.cached_tokens = 0  # of the prompts: the prefix cache had them
         self._plain: dict[int, tuple[str, str]] = {}  # what surrounds the text in a chunk of nothing but text
 
     @abstractmethod
@@ -76,10 +77,15 @@ class Answer(ABC):
     def usage_chunk(self) -> dict[str, Any]:
         return {**self._head(self.part), "choices": [], "usage": self.usage()}
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         prompt = sum(len(p) for p in self.prompts)
         generated = self.generated
-        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
 
     def token_text(self, token: int) -> str:
         return self.tokenizer.decode([token])

@@ -127,8 +127,12 @@ class FrontEnds:
             if self._unready == 0:
                 on_ready()
 
+        def kill() -> None:
+            if process.returncode is None:
+                process.kill()
+
         def on_lost() -> None:  # it usually ends by itself
-            asyncio.get_running_loop().call_later(LEAVE, lambda: process.returncode is None and process.kill())
+            asyncio.get_running_loop().call_later(LEAVE, kill)
 
         link = self.server.connect(ours, on_first_ready, on_lost)
         self._links[link] = process

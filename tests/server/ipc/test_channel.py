@@ -14,10 +14,16 @@ def test_frames_from_another_thread_arrive_in_order_though_the_reader_is_slow() 
         sender, loop = Channel(a, lambda *_: None, lambda: None), asyncio.get_running_loop()
         sender.open()
         frames = [(i % 8, bytes([i]) * 50_000) for i in range(100)]  # more than sockets hold
-        thread = threading.Thread(target=lambda: [sender.send(*frame) for frame in frames])
+
+        def send() -> None:
+            for frame in frames:
+                sender.send(*frame)
+
+        thread = threading.Thread(target=send)
         thread.start()
         await asyncio.to_thread(thread.join)  # it does not wait for the reader
-        reader, got = Frames(), []
+        reader = Frames()
+        got: list[tuple[int, bytes]] = []
         got += reader.feed(b.recv(100_000))  # now there is room again, but not at the front of the queue
         sender.send(9, b"last")
         while not got or got[-1][0] != 9:

@@ -14,6 +14,7 @@ from jet_export.runtime.output_stream import OutputStream
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.scheduler import QueueFull
+from jet_export.runtime.serving_engine import ServingEngine
 from jet_export.server.ipc.engine_client import EngineClient
 from jet_export.server.ipc.engine_server import EngineServer, Link
 from jet_export.utils.errors import JetExportError
@@ -95,6 +96,31 @@ def test_answers_are_the_engines(reference, text, through) -> None:
     assert asyncio.run(in_process() if through == "this process" else over_a_channel()) == expected
     counts = llm.batching.metrics.requests
     assert unused(llm) and counts["cancelled"] == 0 and counts["stop"] + counts["length"] == len(cases) + 2
+
+
+@pytest.mark.parametrize("through", ["this process", "a channel"])
+def test_what_the_prefix_cache_had_is_told(through) -> None:
+    llm = async_llm()
+    prompt = [i % 128 for i in range(300)]
+
+    async def cached(engine: ServingEngine) -> list[int]:
+        counts = []
+        for prompts in ([prompt], [prompt, [1]], [[2]]):
+            stream = engine.submit(prompts, Params(2))
+            await read(stream)
+            counts.append(stream.cached_tokens)
+        return counts
+
+    async def in_process() -> list[int]:
+        async with llm.running():
+            return await cached(llm)
+
+    async def over_a_channel() -> list[int]:
+        async with connected(llm) as (client, _, _):
+            return await cached(client)
+
+    first, again, other = asyncio.run(in_process() if through == "this process" else over_a_channel())
+    assert first == other == 0 and 200 < again < 300
 
 
 def test_refusals_are_the_engines() -> None:

@@ -70,7 +70,8 @@ def test_the_other_messages() -> None:
 @given(st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=20))), st.data())
 def test_frames_cut_anywhere(frames, data) -> None:
     stream = b"".join(HEADER.pack(len(payload), kind) + payload for kind, payload in frames)
-    reader, out, at = Frames(), [], 0
+    reader, at = Frames(), 0
+    out: list[tuple[int, bytes]] = []
     while at < len(stream):
         end = data.draw(st.integers(at + 1, len(stream)))
         out += reader.feed(stream[at:end])
