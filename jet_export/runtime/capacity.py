@@ -119,12 +119,13 @@ def _room(engine: Engine) -> int:
 
 def _prefix_rows(engine: Engine, serving: Serving, row_bytes: int) -> int:
     """Entries that the prefix cache has room for on the device."""
-    asked = serving.prefix_cache_bytes
-    if asked is None:
-        most = ENTRIES * (serving.slots or engine.limits.max_batch_size)
-        return max(0, min(most, _room(engine) // SHARE // row_bytes))
-    if asked < 0:
+    asked, most = serving.prefix_cache_bytes, ENTRIES * (serving.slots or engine.limits.max_batch_size)
+    if asked is not None and asked < 0:
         raise JetExportError(f"prefix_cache_bytes is {asked}.", "0 keeps no prefixes.")
+    if not row_bytes:  # full attention alone: only KV pages, which are there anyway
+        return 0 if asked == 0 else most
+    if asked is None:
+        return max(0, min(most, _room(engine) // SHARE // row_bytes))
     if 0 < asked < row_bytes:
         raise JetExportError(
             f"prefix_cache_bytes is {asked}; the states of one prefix take {row_bytes} bytes.",

@@ -8,6 +8,8 @@ made once. To the host a copy of the states goes by a stream of its own, so that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ class StateCopies:
     @torch.inference_mode()
     def slot_to_row(self, request: Request, row: int) -> None:
         states, parts = self._pairs(request, self._row(row))
-        torch._foreach_copy_(parts, states)
+        copy_all(parts, states)
 
     @torch.inference_mode()
     def row_to_slot(self, row: int, request: Request, page: int | None) -> None:
@@ -72,7 +74,7 @@ class StateCopies:
             target = request.pages[request.held // PAGE]
             states += [pool[target] for pool in self.pages]
             parts += [pool[page] for pool in self.pages]
-        torch._foreach_copy_(states, parts)
+        copy_all(states, parts)
 
     @torch.inference_mode()
     def slot_to_host(self, request: Request, at: int) -> bool:
@@ -81,7 +83,7 @@ class StateCopies:
         if flat is None:
             return False
         states, parts = self._pairs(request, torch.split(flat[: self.row_words], self.sizes))
-        torch._foreach_copy_(parts, states)
+        copy_all(parts, states)
         self._out(flat, pages, at)
         return True
 
@@ -102,7 +104,7 @@ class StateCopies:
         first = at // WORD
         flat = self.host[first : first + self._length(len(pages))].to(self.device, non_blocking=True)
         states, parts = self._pairs(request, torch.split(flat[: self.row_words], self.sizes))
-        torch._foreach_copy_(states, parts)
+        copy_all(states, parts)
         if pages:
             index = to_device(torch.tensor(pages), self.device)
             for pool, part in zip(self.pages, self._page_parts(flat, len(pages)), strict=True):
@@ -153,6 +155,12 @@ class StateCopies:
         with torch.cuda.stream(self.outward):
             host.copy_(flat, non_blocking=True)
         flat.record_stream(self.outward)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """In one launch."""
+    if targets:  # a model of full attention alone has no other states
+        torch._foreach_copy_(targets, sources)
 
 
 def as_words(pool: Tensor) -> Tensor:

@@ -118,6 +118,8 @@ class Memory:
             self.window_pages.give(request.window_pages)
         if request.kept is not None:
             self.host.give(request.kept)
+        if self.prefixes is not None:
+            self.prefixes.release(request)
         request.slot, request.pages, request.window_pages, request.kept = -1, [], [], None
         request.prepared = False
 
@@ -227,6 +229,9 @@ class Memory:
         if request.cached_tokens is not None or self.prefixes is None or request.text is None:
             return
         request.cached_tokens = entry.end if entry else 0
+        branch = self.prefixes.remember(request)
+        if branch > request.held and self.worth_keeping(branch) and not self.capacity.whole_chunks:
+            self.prefixes.claim(request, branch)
         self.counts.queries += self.worth_keeping(request.prompt_len - 1)
         if entry is not None:
             self.counts.hit_tokens += entry.end

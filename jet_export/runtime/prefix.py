@@ -6,7 +6,8 @@ are only ever appended to, so an entry's own tokens stay as they are in a last p
 request that starts from it takes a copy of that page. On the host an entry is one block of bytes.
 
 Entries are found by the chained hash of their whole pages, and the tokens after these: a lookup costs a hash a page.
-Each tier is in order of use, least recently used first.
+Each tier is in order of use, least recently used first. The hashes of recent prompts' pages are remembered without
+states: where a second prompt branches off a first, such as after a system prompt, its states are cached for the third.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jet_export.runtime.plan import Request
 from jet_export.runtime.pools import Pool
+
+REMEMBERED = 1 << 16  # page hashes of recent prompts
 
 Key = tuple[bytes, tuple[int, ...]]  # hash of the whole pages, and the tokens after them
 
@@ -51,6 +55,8 @@ class PrefixCache:
         self.hosted: OrderedDict[Key, Entry] = OrderedDict()
         self.held: Counter[int] = Counter()  # page -> number of entries that hold it
         self.tails: dict[bytes, Counter[int]] = {}  # hash -> numbers of tokens after it that entries have
+        self.seen: OrderedDict[bytes, None] = OrderedDict()  # hashes of recent prompts' pages
+        self.claims: dict[bytes, Request] = {}  # hash -> the running request that will cache the states after it
 
     def key(self, tokens: Sequence[int], hashes: Sequence[bytes]) -> Key:
         whole = len(tokens) // self.page_size
@@ -67,6 +73,28 @@ class PrefixCache:
                     self.touch(entry)
                     return entry
         return None
+
+    def remember(self, request: Request) -> int:
+        """Remember the pages of a new prompt; tokens of those that it shares with an earlier one, the last left out."""
+        pages = request.hashes[: (request.prompt_len - 1) // self.page_size]
+        shared = next((i for i in range(len(pages), 0, -1) if pages[i - 1] in self.seen), 0)
+        for page in request.hashes:
+            self.seen[page] = None
+            self.seen.move_to_end(page)
+        while len(self.seen) > REMEMBERED:
+            self.seen.popitem(last=False)
+        return shared * self.page_size
+
+    def claim(self, request: Request, end: int) -> None:
+        """The request caches the states after `end` tokens of its prompt, whole pages, unless another is about to."""
+        if self.claims.setdefault(request.hashes[end // self.page_size - 1], request) is request:
+            request.branch = end
+
+    def release(self, request: Request) -> None:
+        """The request no longer runs."""
+        if request.branch:
+            del self.claims[request.hashes[request.branch // self.page_size - 1]]
+            request.branch = 0
 
     def touch(self, entry: Entry) -> None:
         (self.entries if entry.at is None else self.hosted).move_to_end(entry.key)

@@ -130,7 +130,7 @@ class Scheduler:
         if request.status is not Status.RUNNING or request.text is None or request.held > request.prompt_len:
             return False
         at_end = request.held == request.prompt_len and not c.whole_chunks  # a chunk of its own has other bits
-        inside = c.prefix_interval and request.held % c.prefix_interval == 0
+        inside = c.prefix_interval and (request.held % c.prefix_interval == 0 or request.held == request.branch)
         return bool(at_end or inside) and self.memory.worth_keeping(request.held)
 
     def turn_due(self, request: Request) -> bool:
@@ -157,7 +157,7 @@ class Scheduler:
         n = c.prefill_chunk
         if c.whole_chunks or c.prefix_interval:
             n -= request.held % n
-        n = min(n, request.prefill_len - request.held)
+        n = min(n, (request.branch if request.held < request.branch else request.prefill_len) - request.held)
         if n <= budget:
             return n
         return 0 if c.whole_chunks else budget

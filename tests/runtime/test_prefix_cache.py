@@ -1,13 +1,17 @@
 """The prefix cache: a prompt starts from the longest prefix that has been run, and its logits are those of a miss."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.batching import tokens
-from helpers.eager_bundle import eager_engine
+from helpers.eager_bundle import eager_engine, mini_config
 from torch import Tensor
 
+from jet_export.backends.eager import EagerEngine
 from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
+from jet_export.model.jet_nemotron import random_model
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.copies import WORD, row_words
@@ -132,6 +136,16 @@ def test_the_cache_is_bounded_and_evicts_the_least_recently_used(engine) -> None
         assert len(entries_of(cached)) <= 3
     assert found == [False, False, True, False, True, False]  # c took the place of b
     assert cached.metrics.memory.evictions == 3
+
+
+def test_a_model_of_full_attention_alone_has_only_pages_to_share(device) -> None:
+    config = dataclasses.replace(mini_config(), layer_types=("attn",) * 2, window_size=0)
+    model = random_model(config, torch.float32, device, 0, max_positions=LIMITS.max_seq_len)
+    cached, plain = batching(EagerEngine(model, LIMITS)), batching(EagerEngine(model, LIMITS), prefix_cache_bytes=0)
+    text = tokens(PAGE + 40, 0)
+    run(cached, text[:-9])
+    hit, miss = run(cached, text), run(plain, text)
+    assert hit.cached_tokens == PAGE + 31 and hit.tokens == miss.tokens and leaves_nothing(cached)
 
 
 def test_short_prompts_and_sessions_are_not_cached(engine) -> None:

@@ -110,6 +110,26 @@ def test_a_prompt_starts_from_the_longest_prefix_of_any_length() -> None:
     assert s.memory.counts.hits == 4 and s.memory.counts.hit_tokens == 70 + 72 + 64 + 64
 
 
+def test_the_second_prompt_that_begins_alike_caches_the_pages_they_share() -> None:
+    """At 48 tokens, where no chunk ends; one of several that run at once does it, and the others run undivided."""
+    s = scheduler(slots=4, pages=40, prefill_chunk=64, token_budget=400, **{**CACHE, "prefix_interval": 64})
+    common = list(range(50))
+    run(s, [*common, *[7] * 50])
+    requests = []
+    for i in range(3):
+        text = [*common, *[80 + i] * 40]
+        requests.append(submit(s, 90, 1, text=text, hashes=page_hashes(text, 16)))
+    plan = s.plan()
+    assert [r.cached_tokens for r in requests] == [0, 0, 0] and [n for _, _, n in plan.prefill] == [48, 64, 64]
+    s.advance(plan)
+    assert [s.prefix_due(r) for r in requests] == [True, True, True]
+    s.keep_prefix(requests[0], common[:48])
+    for r in requests:
+        s.finish(r)
+    assert s.prefixes is not None and not s.prefixes.claims
+    assert run(s, [*common, 1, 2]).cached_tokens == 48
+
+
 def test_deterministic_prefixes_are_whole_chunks_of_prompts() -> None:
     s = scheduler(**CACHE, whole_chunks=True, token_budget=40)
     text = list(range(70))

@@ -275,6 +275,7 @@ class Life(RuleBasedStateMachine):
         holders = Counter(p for r in running for p in r.pages) + Counter(p for e in entries for p in e.pages)
         assert s.pages.holders == [holders[i] for i in range(s.pages.size)]
         assert sorted([*holders, *s.pages._free]) == list(range(s.pages.size))
+        assert not prefixes or all(r in running and r.branch for r in prefixes.claims.values())
         for r in running:
             assert len(r.pages) == len(set(r.pages)) and r.held <= len(r.pages) * self.c.page_size
             assert len(r.window_pages) == self.c.pages_for(r.max_held)[1]
