@@ -8,8 +8,6 @@ made once. To the host a copy of the states goes by a stream of its own, so that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -157,7 +155,7 @@ class StateCopies:
         flat.record_stream(self.outward)
 
 
-def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """In one launch."""
     if targets:  # a model of full attention alone has no other states
         torch._foreach_copy_(targets, sources)
