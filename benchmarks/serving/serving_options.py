@@ -57,14 +57,15 @@ def add_serving(parser: argparse.ArgumentParser, *, slots: int | None = None, pr
     group.add_argument("--token-budget", type=int, help="tokens per step")
     group.add_argument("--mixed-prefill", type=int, help="prompt tokens of a step that also decodes")
     group.add_argument("--prefix-cache-bytes", default=prefix_cache, help="such as 512M or 4G; 0: no cache")
+    group.add_argument("--host-cache-bytes", help="host memory for preempted requests and evicted prefixes")
 
 
 def given_serving(args: argparse.Namespace) -> dict[str, Any]:
     """The serving options that were given, by the names of `Serving`."""
-    names = ("slots", "kv_tokens", "token_budget", "mixed_prefill", "prefix_cache_bytes")
+    names = ("slots", "kv_tokens", "token_budget", "mixed_prefill", "prefix_cache_bytes", "host_cache_bytes")
     found = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "prefix_cache_bytes" in found:
-        found["prefix_cache_bytes"] = parse_bytes(found["prefix_cache_bytes"], "--prefix-cache-bytes")
+    for name in found.keys() & {"prefix_cache_bytes", "host_cache_bytes"}:
+        found[name] = parse_bytes(found[name], "--" + name.replace("_", "-"))
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from helpers.eager_bundle import eager_engine
 
+from jet_export.bench import ideal
 from jet_export.bench.ideal import Speeds, batch_sizes, measure_speeds, simulate
 from jet_export.bundle.limits import Limits
 from jet_export.utils.errors import JetExportError
@@ -102,7 +103,8 @@ def test_bad_sizes_are_refused() -> None:
         measure_speeds(eager_engine(Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=32)), [5], held_tokens=8)
 
 
-def test_speeds_of_an_engine_are_those_of_the_clock_given(device) -> None:
+def test_speeds_of_an_engine_are_those_of_the_clock_given(device, monkeypatch) -> None:
+    monkeypatch.setattr(ideal, "REPEATS", 1)
     engine = eager_engine(Limits(max_batch_size=3, max_seq_len=64, prefill_chunk=32), device=device)
     ticks = iter(range(10**6))
     speeds = measure_speeds(engine, [1, 3], held_tokens=500, now=lambda: float(next(ticks)))  # each read a second later

@@ -10,6 +10,7 @@ import pytest
 from helpers.eager_bundle import eager_engine
 from helpers.scripts import load_script
 
+from jet_export.bench import ideal
 from jet_export.bundle.limits import Limits
 from jet_export.runtime.params import Params
 from jet_export.runtime.tokenizer import ByteTokenizer
@@ -82,6 +83,7 @@ def run(script, monkeypatch, tmp_path, *words: str) -> dict:
 
 
 def over_engine(script, monkeypatch, device, max_seq_len: int) -> None:
+    monkeypatch.setattr(ideal, "REPEATS", 1)
     limits = Limits(max_batch_size=4, max_seq_len=max_seq_len, prefill_chunk=64)
     engine = eager_engine(limits, device=device)
     manifest = SimpleNamespace(limits=limits, model={"name": "mini"}, quantization=None, dtype="float32")
@@ -96,6 +98,7 @@ def test_a_bundle_and_its_cache(script, device, monkeypatch, tmp_path, capsys) -
     assert all(0 < r["ttft_ms_p50"] <= r["ttft_ms_max"] for r in result["turns"])
     assert result["step_ms"] == result["speeds"]["step_ms"]["2"] > 0 and result["environment"]["commit"]
     assert result["serving"] == {"token_budget": 64, "prefix_cache_bytes": 2**26}
+    assert result["prompt_tokens_cached"] >= 2 * 70  # at least the prompts of the first turn
     assert "2 conversations at once" in capsys.readouterr().out
     result = run(script, monkeypatch, tmp_path, "mini", "--prefix-cache-bytes", "0")
     assert result["prompt_tokens_cached"] == 0

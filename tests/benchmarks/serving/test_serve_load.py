@@ -8,6 +8,7 @@ import sys
 import pytest
 from helpers.scripts import load_script
 
+from jet_export.bench import ideal
 from jet_export.bench.ideal import Speeds
 
 
@@ -115,6 +116,7 @@ def test_every_part_runs_on_an_engine(load, tmp_path, monkeypatch, capsys) -> No
 
     limits = Limits(max_batch_size=4, max_seq_len=200, prefill_chunk=64)
     engine = eager_engine(limits)
+    monkeypatch.setattr(ideal, "REPEATS", 1)
     manifest = type(
         "M",
         (),

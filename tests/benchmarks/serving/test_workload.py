@@ -9,6 +9,7 @@ import pytest
 from helpers.eager_bundle import eager_engine, eager_llm
 from helpers.scripts import load_script
 
+from jet_export.bench import ideal
 from jet_export.bundle.limits import Limits
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
@@ -64,6 +65,7 @@ def test_a_run_prints_and_writes_the_share_of_the_ideal(script, device, tmp_path
     monkeypatch.setattr(script, "load_engine", lambda path: (engine, SimpleNamespace(limits=limits)))
     monkeypatch.setattr(script, "load_tokenizer", lambda path: ByteTokenizer())
     monkeypatch.setattr(script, "requests", lambda n, vocab: work)
+    monkeypatch.setattr(ideal, "REPEATS", 1)
     words = ["workload.py", "mini", "--slots", "3", "--kinds", "greedy", "--output", str(tmp_path / "r.json")]
     monkeypatch.setattr(sys, "argv", words)
     script.main()
