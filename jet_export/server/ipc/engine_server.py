@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 
@@ -111,19 +112,26 @@ class Link:
             raise ValueError(f"a message of kind {kind}")
 
     def _submit(self, submit: Submit) -> None:
-        """All prompts or none."""
+        """All prompts or none: then no output may go out before the last one is queued. The lock also holds up the
+        steps, so it is not taken for one prompt."""
         ids = range(submit.first, submit.first + len(submit.prompts))
-        with self.batching.lock:  # an output must not come before its sequence is known
+        with self.batching.lock if len(ids) > 1 else contextlib.nullcontext():
             try:
                 for i, prompt in zip(ids, submit.prompts, strict=True):
-                    on_output = self._sender(i)
-                    self._sequences[i] = self.batching.submit(prompt, submit.params, on_output, text=False)
+                    self._add(i, self.batching.submit(prompt, submit.params, self._sender(i), text=False))
             except JetExportError as e:
                 refused = Refused(submit.first, isinstance(e, QueueFull), str(e))
-                self.channel.send(Kind.REFUSED, refused.encode())  # what the cancelled ones send comes after it
+                self.channel.send(Kind.REFUSED, refused.encode())  # before what the cancelled ones send
                 for i in ids:
                     if i in self._sequences:
                         self.batching.cancel(self._sequences[i])
+
+    def _add(self, i: int, sequence: RunningSequence) -> None:
+        with self.batching.lock:
+            if sequence.finish_reason is None:  # otherwise it has run meanwhile
+                self._sequences[i] = sequence
+            if sequence.tokens and sequence.cached_tokens:  # its first token went out before it was known here
+                self._cached.append((i, sequence.cached_tokens))
 
     def _sender(self, i: int) -> OnOutput:
         def put(output: Output) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from jet_export.server.openai.http import (
 from jet_export.utils.errors import JetExportError
 
 MAX_FRONTENDS = 64
+# Python's 5 ms are longer than a step: the engine's thread would wait that long for one that takes in requests.
+SWITCH_INTERVAL = 0.0005  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,9 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
 
     listener = listen(http.host, http.port)
     address = url(listener)
-    raise_file_limit(log)
     batching, fingerprint = load_batching(bundle, serving)
+    raise_file_limit(log)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     name = str(Manifest.load(bundle).model["name"])
     template = load_chat_template(bundle)
     frontends = default_frontends(batching.engine.device.type) if http.frontends is None else http.frontends
