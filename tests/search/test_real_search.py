@@ -1,4 +1,5 @@
-"""`jet-export search` as users run it: jet-tiny's layers as real CPU engines, killed in the middle, and resumed."""
+"""`jet-export search` as users run it: three of jet-tiny's layers as real CPU engines, killed in the middle, and
+resumed."""
 
 import json
 import os
@@ -7,17 +8,19 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jet_export.model.config import JetDims, JetNemotronConfig
+from jet_export.model.hub import PRESETS
 
 SPACE = """
 [jet]
 sizes = ["128x64x2", "256x256x4"]
 [attention]
-layout = ["jjjajjj"]
+layout = ["jaj"]
 [measure]
 batch = [2]
 context = [128]
@@ -27,9 +30,26 @@ layers = 1
 """
 
 
+def write_inputs(folder: Path, space: str = SPACE) -> None:
+    replace(PRESETS["jet-tiny"](), layer_types=("jet", "attn", "jet")).save(folder / "three.json")
+    (folder / "space.toml").write_text(space)
+
+
 def command(*more: str) -> list[str]:
     main = "from jet_export.cli.app import main; main()"
-    words = ["search", "--model", "jet-tiny", "--device", "cpu", "--space", "space.toml", "--whole", "0", "--jobs", "1"]
+    words = [
+        "search",
+        "--model",
+        "three.json",
+        "--device",
+        "cpu",
+        "--space",
+        "space.toml",
+        "--whole",
+        "0",
+        "--jobs",
+        "1",
+    ]
     return [sys.executable, "-c", main, *words, *more]
 
 
@@ -46,7 +66,7 @@ def rows(database: Path) -> dict[tuple[str, str], tuple[float, str]]:
 
 @pytest.mark.timeout(600)
 def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
-    (tmp_path / "space.toml").write_text(SPACE)
+    write_inputs(tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     database = tmp_path / "searches" / "measurements.db"
     first = subprocess.Popen(
@@ -60,7 +80,7 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
     _, err = first.communicate()
     kept = rows(database)
     assert set(kept) == {("base", "decode"), ("base", "prefill")}, err.decode()
-    assert not (tmp_path / "searches" / "jet-tiny-inductor" / "best.json").exists()
+    assert not (tmp_path / "searches" / "three-inductor" / "best.json").exists()
 
     second = subprocess.run(
         command("--resume", "--whole", "1"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -73,16 +93,16 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
     base, jet, attn, whole = (after[kind, "decode"][0] for kind in kinds)
     assert whole > jet > base > 0
 
-    out = tmp_path / "searches" / "jet-tiny-inductor"
+    out = tmp_path / "searches" / "three-inductor"
     results = json.loads((out / "results.json").read_text())
     able, refused = results["points"]
-    assert able["decode_ms"] == pytest.approx(base + 6 * (jet - base) + (attn - base))
+    assert able["decode_ms"] == pytest.approx(base + 2 * (jet - base) + (attn - base))
     assert able["whole_decode_ms"] == pytest.approx(whole)
     assert {p["phase"]: p["predicted_ms"] for p in results["predictions"]}["decode"] == able["decode_ms"]
     assert able["chosen"] and able["point"].startswith("128x64x2")
     assert "cache" in refused["refused"] and refused["decode_ms"] is None
     best = JetNemotronConfig.from_json_file(out / "best.json")
-    assert best.jet_dims(0) == JetDims(2, 128, 64) and best.layer_types == ("jet",) * 3 + ("attn",) + ("jet",) * 3
+    assert best.jet_dims(0) == JetDims(2, 128, 64) and best.layer_types == ("jet", "attn", "jet")
     assert [p.name for p in (tmp_path / "searches" / "measurements.db.engines").rglob("*.pt2")] == []
 
 
@@ -90,14 +110,14 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
 @pytest.mark.timeout(1200)
 def test_a_search_on_a_gpu_predicts_the_whole_model(tmp_path) -> None:
     space = SPACE.replace('["128x64x2", "256x256x4"]', '["64x64x4", "128x64x2"]').replace("layers = 1", "layers = 2")
-    (tmp_path / "space.toml").write_text(space)
+    write_inputs(tmp_path, space)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
 
     def search(*more: str) -> dict:
         words = command("--device", "cuda", "--whole", "1", "--jobs", "2", *more)
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / "searches" / "jet-tiny-inductor" / "results.json").read_text())
+        return json.loads((tmp_path / "searches" / "three-inductor" / "results.json").read_text())
 
     results = search()
     if results["noisy_measurements"]["over 10 %"] or results["left_out"]:  # other tests share the host
