@@ -21,16 +21,6 @@ from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer, loa
 from jet_export.utils.errors import JetExportError
 
 
-def load_batching(
-    bundle: str | Path, serving: Serving | None, *, cuda_graphs: bool = True
-) -> tuple[BatchingEngine, str]:
-    """(engine with continuous batching, fingerprint of its bundle)."""
-    engine, manifest = load_engine(bundle)
-    eos = manifest.config.eos_token_id
-    batching = BatchingEngine(engine, load_tokenizer(bundle), eos, serving, cuda_graphs=cuda_graphs)
-    return batching, manifest.fingerprint
-
-
 class AsyncLLM(Sessions):
     """A loaded bundle that many asyncio tasks share. `start` it before use and `stop` it at the end.
 
@@ -38,8 +28,11 @@ class AsyncLLM(Sessions):
     """
 
     def __init__(self, bundle: str | Path, serving: Serving | None = None, *, cuda_graphs: bool = True) -> None:
-        self.batching, self.fingerprint = load_batching(bundle, serving, cuda_graphs=cuda_graphs)
-        self.engine, self.mailbox = self.batching.engine, Mailbox(self.batching)
+        self.engine, manifest = load_engine(bundle)
+        self.fingerprint = manifest.fingerprint
+        tokenizer, eos = load_tokenizer(bundle), manifest.config.eos_token_id
+        self.batching = BatchingEngine(self.engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)
+        self.mailbox = Mailbox(self.batching)
 
     @classmethod
     def over(cls, batching: BatchingEngine, fingerprint: str = "") -> AsyncLLM:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.plan import Capacity
 from jet_export.server.openai.http import (
     KEEP_ALIVE,
     http_server,
@@ -48,8 +49,7 @@ class HttpOptions:
 
 def default_frontends(device: str) -> int:
     """None on a CPU, where the engine itself needs the cores; on a GPU one for each four cores, at most four."""
-    cores = len(os.sched_getaffinity(0))
-    return 0 if device == "cpu" else max(1, min(4, cores // 4))
+    return 0 if device == "cpu" else max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
 def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str], None]) -> None:
@@ -61,20 +61,36 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
     except ImportError as e:
         raise JetExportError(f"serve needs {e.name}.", "Install it: pip install 'jet-export[serve]'") from None
     from jet_export.bundle.manifest import Manifest
-    from jet_export.runtime.async_llm import AsyncLLM, load_batching
+    from jet_export.runtime.async_llm import AsyncLLM
     from jet_export.server.openai.chat import load_chat_template
     from jet_export.server.openai.frontend import FrontEndConfig
     from jet_export.server.openai.supervisor import FrontEnds
 
     listener = listen(http.host, http.port)
-    address = url(listener)
-    batching, fingerprint = load_batching(bundle, serving)
+    llm = AsyncLLM(bundle, serving)
     raise_file_limit(log)
     sys.setswitchinterval(SWITCH_INTERVAL)
     name = str(Manifest.load(bundle).model["name"])
     template = load_chat_template(bundle)
-    frontends = default_frontends(batching.engine.device.type) if http.frontends is None else http.frontends
-    c = batching.scheduler.capacity
+    log_capacity(name, llm.batching.scheduler.capacity, log)
+    frontends = default_frontends(llm.engine.device.type) if http.frontends is None else http.frontends
+    paths = ("completions", "chat/completions") if template else ("completions",)
+    if not frontends:
+        log_addresses(url(listener), paths, log)
+        app = create_app(llm, name, template)
+        run_server(http_server(app, keep_alive=http.keep_alive, close=llm.batching.close), listener)
+        return
+    log(f"front ends: {frontends} processes for HTTP and text")
+    vocab_size = llm.engine.config.vocab_size
+    config = FrontEndConfig(
+        name=name, bundle=str(bundle), limits=llm.limits, vocab_size=vocab_size, keep_alive=http.keep_alive
+    )
+    address = url(listener)
+    listeners = [listener, *(listen_too(listener) for _ in range(frontends - 1))]
+    FrontEnds(llm.batching, listeners, config).run(lambda: log_addresses(address, paths, log))
+
+
+def log_capacity(name: str, c: Capacity, log: Callable[[str], None]) -> None:
     log(f"{name}: {c.slots} sequences at once, {c.pages} KV pages of {c.page_size} tokens, {c.max_seq_len} a sequence")
     if c.whole_chunks:
         log("deterministic: a request's bits do not depend on the others")
@@ -82,25 +98,8 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
         size = f"{c.prefix_rows * c.row_bytes / 2**20:.0f} MiB"
         log(f"prefix cache: {c.prefix_rows} prefixes ({size}), {c.host_bytes / 2**20:.0f} MiB of host memory")
 
-    def log_addresses() -> None:
-        if frontends:
-            log(f"front ends: {frontends} processes for HTTP and text")
-        for path in ("completions", "chat/completions") if template else ("completions",):
-            log(f"POST {address}/v1/{path}")
-        log(f"GET  {address}/v1/models  /health  /metrics")
 
-    llm = AsyncLLM.over(batching, fingerprint)
-    if not frontends:
-        log_addresses()
-        server = http_server(create_app(llm, name, template), keep_alive=http.keep_alive, close=batching.close)
-        run_server(server, listener)
-        return
-    config = FrontEndConfig(
-        name=name,
-        bundle=str(bundle),
-        limits=llm.limits,
-        vocab_size=batching.engine.config.vocab_size,
-        keep_alive=http.keep_alive,
-    )
-    listeners = [listener, *(listen_too(listener) for _ in range(frontends - 1))]
-    FrontEnds(batching, listeners, config).run(log_addresses)
+def log_addresses(address: str, paths: Sequence[str], log: Callable[[str], None]) -> None:
+    for path in paths:
+        log(f"POST {address}/v1/{path}")
+    log(f"GET  {address}/v1/models  /health  /metrics")
