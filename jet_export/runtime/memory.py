@@ -101,7 +101,7 @@ class Memory:
             return True
         if self.prefixes is None:
             return False
-        if pages + spare > self.pages.free + self._evictable(but):
+        if pages + spare > 1 and pages + spare > self.pages.free + self._evictable(but):
             return False
         while pages > self.pages.free and self.evict(but):
             pass

@@ -12,6 +12,7 @@ class Pool:
         self.size = size
         self._free = list(range(size - 1, -1, -1))  # descending: the lowest number is taken first
         self.holders = [0] * size
+        self.given = 0  # references dropped so far
 
     @property
     def free(self) -> int:
@@ -39,6 +40,7 @@ class Pool:
         for i in items:
             assert self.holders[i] > 0
             self.holders[i] -= 1
+            self.given += 1
             if not self.holders[i]:
                 self._free.append(i)
 

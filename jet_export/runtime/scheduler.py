@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 
 from jet_export.runtime.memory import Copies, Memory
 from jet_export.runtime.plan import Capacity, Plan, Request, Status
@@ -41,6 +42,7 @@ class Scheduler:
         self.prefixes = self.memory.prefixes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
+        self.blocked: tuple[Request, int] | None = None  # did not fit when so many pages had been given back
 
     def check(self, request: Request) -> None:
         """Raises JetExportError if the request could never run."""
@@ -84,7 +86,8 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Request]:
         """End the requests that have waited longer than the timeout to start, and return them."""
-        late = [r for r in self.waiting if not r.preemptions and now - r.arrival > self.capacity.wait_timeout]
+        waited = takewhile(lambda r: r.preemptions or now - r.arrival > self.capacity.wait_timeout, self.waiting)
+        late = [r for r in waited if not r.preemptions]
         for request in late:
             self.finish(request)
         return late
@@ -92,11 +95,13 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step; empty if nothing runs."""
         self.memory.evicted_bytes = 0
-        grown, preempted = self._grow()
+        page = self.capacity.page_size
+        full = [r for r in self.running if r.held >= len(r.pages) * page]
+        grown, preempted = self._grow([r for r in full if r.generated and not r.launched and not r.in_prompt])
         if not preempted:
             self._admit()
         ready = [r for r in self.running if not r.in_prompt and not r.launched]
-        decode = tuple(r for r in ready if r.generated and self._lacks(r) <= 0)
+        decode = tuple(r for r in ready if r.generated and r.held < len(r.pages) * page)
         budget = self.capacity.token_budget - len(decode)
         if decode and self.capacity.mixed_prefill is not None:
             budget = min(budget, self.capacity.mixed_prefill)
@@ -113,15 +118,19 @@ class Scheduler:
     def advance(self, plan: Plan) -> list[Request]:
         """`plan` is launched. Returns the requests it samples a token for, without those cancelled in the meantime."""
         sampled = []
-        fed = [*plan.prefill, *((r, 0, 0) for r in plan.resumed), *((r, 0, 1) for r in plan.decode)]
-        decode = set(plan.decode)
-        for request, _, n in fed:
+        for request, _, n in plan.prefill:
             if request.status is Status.RUNNING:
                 request.held += n
                 # The prefill of a request that has been preempted ends at a token that was sampled before.
-                if not request.in_prompt and (request in decode or not request.generated):
-                    request.generated += 1
+                if not request.in_prompt and not request.generated:
                     sampled.append(request)
+        sampled += [r for r in plan.resumed if r.status is Status.RUNNING]
+        for request in plan.decode:
+            if request.status is Status.RUNNING:
+                request.held += 1
+                sampled.append(request)
+        for request in sampled:
+            request.generated += 1
         return sampled
 
     def prefix_due(self, request: Request) -> bool:
@@ -162,26 +171,20 @@ class Scheduler:
             return n
         return 0 if c.whole_chunks else budget
 
-    def _lacks(self, request: Request) -> int:
-        """Pages that its next token needs and it does not have."""
-        return self.capacity.pages_for(request.held + 1)[0] - len(request.pages)
+    def _grow(self, lacking: list[Request]) -> tuple[tuple[tuple[Request, int], ...], bool]:
+        """Give requests that decode the page they lack, oldest first: (request, pages); whether any is preempted.
 
-    def _grow(self) -> tuple[tuple[tuple[Request, int], ...], bool]:
-        """Give the requests that decode the pages they lack, oldest first: (request, pages); whether any is preempted.
-
-        A request stays without a page for this step if it is the only one that has not launched its last token.
+        One stays without a page for this step if no younger one can be preempted and a request is about to end.
         """
         grown, preempted = [], False
-        for request in list(self.running):
-            if request.in_prompt or request.launched or not request.generated:
-                continue
-            while request.status is Status.RUNNING and self._lacks(request) > 0:
+        for request in lacking:
+            while request.status is Status.RUNNING:
                 if self.memory.make_room(1):
                     most = self.capacity.pages_for(request.max_held)[0] - len(request.pages)
                     pages = max(1, min(AHEAD, most, self.memory.pages.free // (4 * len(self.running))))
                     self.memory.grow(request, pages)
                     grown.append((request, pages))
-                    continue
+                    break
                 youngest = next(r for r in reversed(self.running) if not r.launched)
                 if youngest is request and any(r.launched for r in self.running):
                     break
@@ -197,11 +200,14 @@ class Scheduler:
         request.status = Status.WAITING
 
     def _admit(self) -> None:
+        page = self.capacity.page_size
         while self.waiting and self.memory.slots.free:
             request = self.waiting[0]
-            page = self.capacity.page_size
+            if self.blocked == (request, self.pages.given):
+                return
             growing = sum(r.max_held > len(r.pages) * page for r in self.running)  # each a page, before it is preempted
             if not self.memory.admit(request, growing):
+                self.blocked = request, self.pages.given
                 return
             self.waiting.popleft()
             request.status = Status.RUNNING
