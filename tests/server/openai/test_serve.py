@@ -1,6 +1,9 @@
 """`serve`: what it prints, which processes it starts, and the sockets and limits under them."""
 
+import os
 import resource
+import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +22,15 @@ from jet_export.utils.errors import JetExportError
 
 def test_the_default_number_of_front_ends(monkeypatch) -> None:
     for cores, expected in ((1, 1), (4, 1), (8, 2), (16, 4), (128, 4)):
-        monkeypatch.setattr(serve.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         assert (serve.default_frontends("cpu"), serve.default_frontends("cuda")) == (0, expected)
 
 
 @pytest.mark.parametrize(("frontends", "listeners"), [(None, 1), (0, 1), (3, 3)])
 def test_what_is_started_and_said(tmp_path: Path, monkeypatch, frontends, listeners) -> None:
     """The engine and what serves are stand-ins."""
-    started, said = [], []
+    started: list[socket.socket] = []
+    said: list[str] = []
 
     def run(self, on_ready) -> None:
         started.extend(self.listeners)
@@ -37,7 +41,7 @@ def test_what_is_started_and_said(tmp_path: Path, monkeypatch, frontends, listen
     monkeypatch.setattr(Manifest, "load", lambda bundle: SimpleNamespace(model={"name": "mini"}))
     monkeypatch.setattr(supervisor.FrontEnds, "run", run)
     monkeypatch.setattr(serve, "run_server", lambda server, listener: started.append(listener))
-    monkeypatch.setattr(serve.sys, "setswitchinterval", lambda seconds: None)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
     (tmp_path / "chat_template.jinja").write_text("x")
     options = serve.HttpOptions(port=0, keep_alive=5, frontends=frontends)
     serve.serve(tmp_path, options, Serving(), said.append)
@@ -66,8 +70,9 @@ def test_a_port_that_another_server_has_is_refused() -> None:
     [((1024, 20_000), 20_000, False), ((1024, resource.RLIM_INFINITY), 65536, False), ((256, 1024), 1024, True)],
 )
 def test_the_limit_of_open_files(monkeypatch, limits, raised, warned) -> None:
-    said, made = [], []
-    monkeypatch.setattr(http.resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(http.resource, "setrlimit", lambda _, limit: made.append(limit))
+    said: list[str] = []
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: made.append(limit))
     http.raise_file_limit(said.append)
     assert made == [(raised, limits[1])] and bool(said) == warned
