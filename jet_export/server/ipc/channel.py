@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 HEADER = struct.Struct("=IB")
 MAX_FRAME = 1 << 28  # bytes
 MAX_UNSENT = 1 << 28  # bytes; a peer that is this far behind has hung
-READ = 1 << 18  # bytes
+READ = 1 << 16  # bytes at once
 
 
 class Frames:

@@ -100,7 +100,7 @@ def test_answers_are_the_engines(reference, text, through) -> None:
 
 @pytest.mark.parametrize("through", ["this process", "a channel"])
 def test_what_the_prefix_cache_had_is_told(through) -> None:
-    llm = async_llm()
+    llm = async_llm(prefix_cache_bytes=1 << 26)
     prompt = [i % 128 for i in range(300)]
 
     async def cached(engine: ServingEngine) -> list[int]:
