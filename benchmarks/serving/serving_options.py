@@ -56,13 +56,14 @@ def add_serving(parser: argparse.ArgumentParser, *, slots: int | None = None, pr
     group.add_argument("--kv-tokens", type=int)
     group.add_argument("--token-budget", type=int, help="tokens per step")
     group.add_argument("--mixed-prefill", type=int, help="prompt tokens of a step that also decodes")
+    group.add_argument("--tpot-ms", type=float, help="milliseconds of a step that decodes, which bound them")
     group.add_argument("--prefix-cache-bytes", default=prefix_cache, help="such as 512M or 4G; 0: no cache")
     group.add_argument("--host-cache-bytes", help="host memory for preempted requests and evicted prefixes")
 
 
 def given_serving(args: argparse.Namespace) -> dict[str, Any]:
     """The serving options that were given, by the names of `Serving`."""
-    names = ("slots", "kv_tokens", "token_budget", "mixed_prefill", "prefix_cache_bytes", "host_cache_bytes")
+    names = ("slots", "kv_tokens", "token_budget", "mixed_prefill", "tpot_ms", "prefix_cache_bytes", "host_cache_bytes")
     found = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in found.keys() & {"prefix_cache_bytes", "host_cache_bytes"}:
         found[name] = parse_bytes(found[name], "--" + name.replace("_", "-"))

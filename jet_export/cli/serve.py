@@ -43,7 +43,11 @@ def serve(
     token_budget: Annotated[int | None, typer.Option(help="Tokens per step; default 512 on a CPU, else 2048.")] = None,
     mixed_prefill: Annotated[
         int | None,
-        typer.Option(help="Prompt tokens of a step that also decodes, at most; default 512 on a GPU."),
+        typer.Option(help="Prompt tokens of a step that also decodes; default on a GPU: 500 or more, by the batch."),
+    ] = None,
+    tpot_ms: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds per output token to keep: bounds the prompt tokens of each step."),
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429; Triton: 503).")] = 256,
     wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue before a request is refused (503).")] = 60.0,
@@ -66,6 +70,7 @@ def serve(
         kv_tokens=kv_tokens,
         token_budget=token_budget,
         mixed_prefill=mixed_prefill,
+        tpot_ms=tpot_ms,
         max_waiting=max_waiting,
         wait_timeout=wait_timeout,
         deterministic=deterministic,

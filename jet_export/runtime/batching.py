@@ -7,6 +7,7 @@ thread (`start`) or by the caller (`step`); `submit` and `cancel` may be called 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.model.cache import pages_per_sequence
-from jet_export.runtime.capacity import Serving, capacity
+from jet_export.runtime.capacity import Serving, capacity, pacing
 from jet_export.runtime.copies import StateCopies
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.metrics import Gauges, Metrics
@@ -52,13 +53,14 @@ class BatchingEngine:
     ) -> None:
         self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, eos, clock
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
-        c = capacity(engine, serving or Serving())
+        serving = serving or Serving()
+        c, self.pacing = capacity(engine, serving), pacing(engine, serving)
         table, _ = pages_per_sequence(engine.config, c.max_seq_len, c.prefill_chunk)
         sizes = {"slots": c.slots, "pages": c.pages, "window_pages": c.window_pages, "ring_pages": c.ring_pages}
         pools = PoolSize(table_pages=table, **sizes)
         self.runner = Runner(engine, cuda_graphs, pools=pools, deterministic=c.whole_chunks)
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
-        self.scheduler = Scheduler(c, copies)
+        self.scheduler = Scheduler(c, copies, self.pacing)
         self.metrics = Metrics(memory=self.scheduler.memory.counts)
         self.executor = Executor(engine, self.runner, self.metrics, eos)
         self.sequences: dict[Request, RunningSequence] = {}
@@ -67,6 +69,7 @@ class BatchingEngine:
         self.thread: threading.Thread | None = None
         self.stopping = False
         self.next_step: InFlightStep | None = None  # launched while the step before it still ran
+        self.finished_at = -math.inf  # the step before, on the engine's clock
         self.delivering = False  # the outputs of a step are being delivered; `after_step` follows
         self.after_step: Callable[[], None] = lambda: None
 
@@ -98,7 +101,7 @@ class BatchingEngine:
         tokens = [*start.tokens, *prompt]
         # A session without a new prompt goes on by decoding the token that it sampled last.
         pending = int(start.held > 0 and not prompt and len(tokens) > start.held)
-        cached = self.scheduler.prefixes is not None and not start.held
+        cached = self.scheduler.prefixes is not None and not start.held and keep is None
         hashes = page_hashes(prompt, self.scheduler.capacity.page_size) if cached else ()
         with self.lock:
             if self.stopping:
@@ -170,7 +173,9 @@ class BatchingEngine:
                 return None, True
             inputs = self.executor.collect(plan, self.sequences)
         try:
+            began = self.clock()
             step = self.executor.launch(plan, inputs)
+            step.launched_at = began
         except Exception as e:
             self._fail(inputs, e)
             return None, False
@@ -190,6 +195,10 @@ class BatchingEngine:
             return
         with self.lock:
             now, delivered = self.clock(), 0
+            if self.pacing:
+                seconds = now - max(step.launched_at, self.finished_at)
+                self.pacing.observe(len(step.plan.decode), step.plan.prefill_tokens, seconds)
+            self.finished_at = now
             self.delivering = True
             try:
                 for row, sequence in enumerate(step.inputs.sampled):

@@ -17,7 +17,7 @@ from torch import Tensor
 from jet_export.bundle.limits import Limits
 
 ALIGNED = 4  # int32s of 16 bytes: the kernels load whole vectors
-MAX_TOKENS = 1024  # of a captured call: longer ones take the GPU longer than the host needs to launch them
+MAX_TOKENS = 2048  # of a captured call: longer ones take the GPU longer than the host needs to launch them
 
 
 def round_up(n: int, step: int) -> int:
@@ -52,7 +52,7 @@ def captured_size(tokens: int, sequences: int, limits: Limits) -> CallSize | Non
     outputs = min(round_up(sequences, step), max(limits.max_batch_size, sequences))
     padded = outputs + 1  # the last one takes the tokens that are left over
     least = tokens + padded - sequences
-    room = round_up(least, 32 if least <= MAX_TOKENS // 2 else 64)
+    room = round_up(least, 32 if least <= 512 else 64)
     if room > min(MAX_TOKENS, limits.max_prefill_tokens):
         return None
     return CallSize(tokens=room, sequences=padded, outputs=outputs)

@@ -10,6 +10,7 @@ from jet_export.backends.base import Engine
 from jet_export.bundle.memory import available_memory, workspace_per_token
 from jet_export.model.cache import PAGE, cdiv, pages_per_sequence
 from jet_export.runtime.copies import WORD, row_words
+from jet_export.runtime.pacing import Pacing
 from jet_export.runtime.plan import Capacity
 from jet_export.utils.errors import JetExportError
 
@@ -29,7 +30,8 @@ class Serving:
     max_waiting: int = 256  # requests in the queue
     wait_timeout: float = 60.0  # seconds in the queue
     deterministic: bool = False  # batch-invariant: a request's bits do not depend on the others; slower
-    mixed_prefill: int | None = None  # prompt tokens of a step that also decodes; None: 512 on a GPU, else token_budget
+    mixed_prefill: int | None = None  # prompt tokens of a step that also decodes; None: by pacing.py on a GPU, else all
+    tpot_ms: float | None = None  # milliseconds of a step that decodes, which bound its prompt tokens; None: no bound
     prefix_cache_bytes: int | None = None  # device memory for states of cached prefixes; None: a share; 0: no cache
     host_cache_bytes: int | None = None  # host memory for preempted requests and evicted prefixes; None: a share
 
@@ -81,7 +83,7 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
             preempted=slots * (row_bytes + full * page_bytes) if total < slots * full else 0,
             prefixes=bool(rows),
         ),
-        mixed_prefill=_mixed_prefill(engine, serving),
+        mixed_prefill=serving.mixed_prefill,
     )
 
 
@@ -144,13 +146,25 @@ def _host_bytes(engine: Engine, serving: Serving, *, preempted: int, prefixes: b
     return min(useful, HOST_BYTES, available_memory(torch.device("cpu")) // SHARE) // WORD * WORD
 
 
-def _mixed_prefill(engine: Engine, serving: Serving) -> int | None:
-    """How long a prompt may hold up those that decode: on a GPU 512 tokens take about as long as a step of decode."""
+def pacing(engine: Engine, serving: Serving) -> Pacing | None:
+    """What chooses the prompt tokens of a step that also decodes; None: `mixed_prefill`, or all that the budget leaves.
+
+    Raises JetExportError for options that contradict each other."""
     if serving.mixed_prefill is not None and serving.mixed_prefill < 1:
         raise JetExportError(f"mixed_prefill is {serving.mixed_prefill}.", "It must be at least 1.")
+    if serving.tpot_ms is not None and not serving.tpot_ms > 0:
+        raise JetExportError(f"tpot_ms is {serving.tpot_ms}.", "It must be above 0.")
+    if serving.tpot_ms is not None and serving.mixed_prefill is not None:
+        raise JetExportError("mixed_prefill and tpot_ms bound the same thing.", "Give one of them.")
     if serving.deterministic:
+        if serving.tpot_ms is not None or serving.mixed_prefill is not None:
+            raise JetExportError(
+                "mixed_prefill and tpot_ms need prompts in parts of any length.",
+                "Leave them out: deterministic runs whole chunks.",
+            )
         return None
-    return serving.mixed_prefill or (512 if engine.device.type == "cuda" else None)
+    automatic = serving.mixed_prefill is None and engine.device.type == "cuda"
+    return Pacing(serving.tpot_ms) if automatic or serving.tpot_ms is not None else None
 
 
 def _chunk_and_budget(engine: Engine, serving: Serving, slots: int) -> tuple[int, int]:

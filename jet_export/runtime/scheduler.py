@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from jet_export.runtime.memory import Copies, Memory
+from jet_export.runtime.pacing import Pacing
 from jet_export.runtime.plan import Capacity, Plan, Request, Status
 from jet_export.utils.errors import JetExportError
 
@@ -35,8 +36,8 @@ class QueueFull(JetExportError):
 class Scheduler:
     """Not thread-safe: the caller holds a lock. Times are seconds on the caller's clock."""
 
-    def __init__(self, capacity: Capacity, copies: Copies) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: Capacity, copies: Copies, pacing: Pacing | None = None) -> None:
+        self.capacity, self.pacing = capacity, pacing
         self.memory = Memory(capacity, copies)
         self.slots, self.pages, self.window_pages = self.memory.slots, self.memory.pages, self.memory.window_pages
         self.prefixes = self.memory.prefixes
@@ -103,8 +104,9 @@ class Scheduler:
         ready = [r for r in self.running if not r.in_prompt and not r.launched]
         decode = tuple(r for r in ready if r.generated and r.held < len(r.pages) * page)
         budget = self.capacity.token_budget - len(decode)
-        if decode and self.capacity.mixed_prefill is not None:
-            budget = min(budget, self.capacity.mixed_prefill)
+        beside = self.pacing.prompt_tokens(len(decode)) if self.pacing else self.capacity.mixed_prefill
+        if decode and beside is not None:
+            budget = min(budget, beside)
         prefill = []
         for request in self.running:
             if request.in_prompt and budget:

@@ -33,6 +33,7 @@ class InFlightStep:
 
     plan: Plan
     inputs: StepInputs
+    launched_at: float = 0.0  # on the engine's clock
     tokens: Callable[[], list[int]]  # of inputs.sampled
     logprobs: Callable[[], dict[int, Logprob]]  # row -> log probabilities, of the sequences that asked
     prompt_logits: dict[int, Tensor]  # row -> a copy of its logits, of sequences whose prompt is kept
