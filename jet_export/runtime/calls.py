@@ -58,6 +58,13 @@ def captured_size(tokens: int, sequences: int, limits: Limits) -> CallSize | Non
     return CallSize(tokens=room, sequences=padded, outputs=outputs)
 
 
+def decode_bucket(sequences: int) -> int:
+    """Rows of the captured decode step that serves so many sequences: 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, ..."""
+    power = 1 << (sequences - 1).bit_length()
+    middle = 3 * power // 4
+    return middle if power > 8 and sequences <= middle else power
+
+
 def pack(
     slots: Sequence[int],
     tokens: Sequence[Sequence[int] | None],  # of each sequence; None: the token that its slot sampled last

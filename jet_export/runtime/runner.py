@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
-from jet_export.runtime.calls import ALIGNED, CallSize, captured_size, pack, round_up
+from jet_export.runtime.calls import ALIGNED, CallSize, captured_size, decode_bucket, pack, round_up
 from jet_export.runtime.graphs import DecodeGraph, GraphCache, MixedGraph
 from jet_export.runtime.transfer import to_device, upload
 
@@ -167,7 +167,7 @@ class Runner:
     def _bucket(self, n: int) -> int:
         if self.deterministic:
             return max(self.limits.max_batch_size, n)
-        return min(1 << (n - 1).bit_length(), max(self.limits.max_batch_size, n))
+        return min(decode_bucket(n), max(self.limits.max_batch_size, n))
 
     def _replay(self, slots: list[int], tokens: Tensor | None) -> Tensor:
         n, bucket = len(slots), self._bucket(len(slots))

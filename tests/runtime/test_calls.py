@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jet_export.bundle.limits import Limits
-from jet_export.runtime.calls import ALIGNED, MAX_TOKENS, captured_size, pack
+from jet_export.runtime.calls import ALIGNED, MAX_TOKENS, captured_size, decode_bucket, pack
 
 LIMITS = Limits(max_batch_size=256, max_seq_len=4096, prefill_chunk=2048)
 TOKENS = st.one_of(st.none(), st.lists(st.integers(0, 151_935), min_size=1, max_size=40))
@@ -43,6 +43,12 @@ def test_captured_sizes_are_few_and_waste_little(sequences: int) -> None:
         size = captured_size(n, sequences, LIMITS)
         assert size is not None and size.sequences <= LIMITS.max_batch_size + 1
         assert size.tokens - n <= 64 + max(8, sequences // 4) and size.tokens <= MAX_TOKENS
+
+
+def test_a_decode_step_has_at_most_half_its_rows_more() -> None:
+    buckets = [decode_bucket(n) for n in range(1, 1025)]
+    assert sorted(set(buckets)) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    assert all(n <= bucket <= max(1.5 * n, n + 3) for n, bucket in enumerate(buckets, 1))
 
 
 def test_a_call_longer_than_the_graphs_is_not_captured() -> None:
