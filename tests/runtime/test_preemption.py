@@ -52,21 +52,28 @@ def run(engine: BatchingEngine, asked: list[tuple[list[int], Params]], gap: int 
     return out
 
 
+ASKED = [(tokens(PAGE - 3 * i, i), hot(i, 16) if i else Params(16)) for i in range(4)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["", "deterministic"])
+def alone(request, engine) -> tuple[bool, list[RunningSequence]]:
+    """Whether it is deterministic, and each of ASKED by itself."""
+    if request.param:
+        require_placeless_rows(engine.model, LIMITS.max_batch_size)
+    plain = batching(engine, deterministic=request.param)
+    return request.param, [run(plain, [a])[0] for a in ASKED]
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("host", [PLENTY, 0], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
-def test_preempted_requests_have_the_tokens_they_have_alone(engine, overlap, host, deterministic) -> None:
-    """Four requests that need two pages each, in five pages: two are greedy, two sampled with penalties."""
-    if deterministic:
-        require_placeless_rows(engine.model, LIMITS.max_batch_size)
-    asked = [(tokens(PAGE - 3 * i, i), hot(i, 20) if i % 2 else Params(20)) for i in range(4)]
-    plain = batching(engine, deterministic=deterministic)
-    alone = [run(plain, [a])[0] for a in asked]
+def test_preempted_requests_have_the_tokens_they_have_alone(engine, alone, overlap: bool, host: int) -> None:
+    """Four requests that need two pages each, in five pages: one greedy, three sampled with penalties."""
+    deterministic, singles = alone
     small = batching(engine, overlap, kv_tokens=5 * PAGE, host_cache_bytes=host, deterministic=deterministic)
-    among = run(small, asked)
+    among = run(small, ASKED)
     counts = small.metrics.memory
     assert counts.preemptions > 0 and (counts.bytes_in > 0) == (counts.bytes_out > 0) == (host > 0)
-    for a, b in zip(alone, among, strict=True):
+    for a, b in zip(singles, among, strict=True):
         assert a.finish_reason == b.finish_reason == "length" and a.tokens == b.tokens
         if not overlap:
             x, y = torch.stack(a.logits), torch.stack(b.logits)
@@ -110,18 +117,28 @@ def test_a_session_is_preempted_and_continued(engine) -> None:
         assert small.metrics.memory.preemptions > 0 and results[0] == results[1]
 
 
-@settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 2**16))
-def test_any_order_of_arrivals_and_cancellations_changes_no_bit(engine, seed: int) -> None:
-    """Deterministic, in few pages, with and without prefixes, room on the host, and overlap: each request as alone."""
+FAMILIES = [tokens(257, i) for i in (10, 11)]
+CASES = [
+    (FAMILIES[i % 2][:cut] + tokens(5 + i, 100 + i), hot(i, new, stop_ids=tuple(range(stops))) if i else Params(new))
+    for i, (cut, new, stops) in enumerate(
+        [(120, 20, 0), (256, 12, 0), (256, 12, 9), (256, 3, 0), (10, 20, 9), (120, 20, 0)]
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def answers(engine) -> list[RunningSequence]:
+    """Each of CASES by itself."""
     require_placeless_rows(engine.model, LIMITS.max_batch_size)
+    plain = batching(engine, deterministic=True)
+    return [run(plain, [case])[0] for case in CASES]
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_any_order_of_arrivals_and_cancellations_changes_no_bit(engine, answers, seed: int) -> None:
+    """Deterministic, in few pages, with and without prefixes, room on the host, and overlap: each request as alone."""
     rng = random.Random(seed)
-    families = [tokens(300, i) for i in (10, 11)]
-    asked = []
-    for i in range(6):
-        prompt = rng.choice(families)[: rng.choice([10, 120, 256])] + tokens(rng.randint(1, 8), 100 + i)
-        new = rng.choice([3, 12, 20])
-        asked.append((prompt, rng.choice([Params(new), hot(i, new), hot(i, new, stop_ids=tuple(range(9)))])))
     one = batching(engine).scheduler.capacity.row_bytes
     crowd = batching(
         engine,
@@ -131,23 +148,20 @@ def test_any_order_of_arrivals_and_cancellations_changes_no_bit(engine, seed: in
         prefix_cache_bytes=rng.choice([0, one, 20 * one]),
         host_cache_bytes=rng.choice([0, 2 * one, PLENTY]),
     )
-    running, cancelled = [], rng.sample(range(6), 2)
-    for i, (prompt, params) in enumerate(asked):
-        running.append(crowd.submit(prompt, params, lambda _: None))
+    running = []
+    order = [rng.randrange(len(CASES)) for _ in range(6)]
+    for i in order:
+        running.append(crowd.submit(*CASES[i], lambda _: None))
         for _ in range(rng.choice([0, 1, 10])):
             crowd.step()
-        if i in cancelled and rng.random() < 0.5:
-            crowd.cancel(running[rng.randint(0, i)])
+        if rng.random() < 0.2:
+            crowd.cancel(rng.choice(running))
     run(crowd, [])
-    plain = batching(engine, deterministic=True)
-    for s, (prompt, params) in zip(running, asked, strict=True):
-        alone = plain.submit(prompt, params, lambda _: None)
-        while plain.step():
-            pass
+    for i, s in zip(order, running, strict=True):
         if s.finish_reason == "cancelled":
-            assert s.tokens == alone.tokens[: len(s.tokens)]
+            assert s.tokens == answers[i].tokens[: len(s.tokens)]
         else:
-            assert (s.tokens, s.finish_reason) == (alone.tokens, alone.finish_reason)
+            assert (s.tokens, s.finish_reason) == (answers[i].tokens, answers[i].finish_reason)
     while crowd.scheduler.memory.evict():
         pass
     assert crowd.scheduler.pages.used == 0

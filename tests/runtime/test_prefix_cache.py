@@ -77,12 +77,12 @@ def test_every_turn_of_a_conversation_starts_where_the_last_one_ended(engine, ov
     rows = 1 if host else 50
     cached = batching(engine, overlap, prefix_cache_bytes=rows * row_bytes(engine), host_cache_bytes=host)
     plain = batching(engine, prefix_cache_bytes=0)
-    texts = [tokens(41, 1), tokens(3 * PAGE - 40, 2)]
+    texts = [tokens(41, 1), tokens(2 * PAGE - 20, 2)]
     held = [0, 0]
     for turn in range(3):
         for i, text in enumerate(texts):
-            answer = run(cached, text, 12, stop_ids=(5,))
-            alone = run(plain, text, 12, stop_ids=(5,))
+            answer = run(cached, text, 8, stop_ids=(5,))
+            alone = run(plain, text, 8, stop_ids=(5,))
             assert answer.tokens == alone.tokens and answer.cached_tokens == held[i]
             if not overlap:
                 assert torch.allclose(logits(answer), logits(alone), rtol=1e-3, atol=1e-4)
@@ -151,6 +151,9 @@ def test_a_model_of_full_attention_alone_has_only_pages_to_share(device) -> None
 def test_short_prompts_and_sessions_are_not_cached(engine) -> None:
     cached = batching(engine, prefix_cache_bytes=MANY)
     run(cached, tokens(9, 0), 2)
+    cached.submit(tokens(99, 0), Params(1), lambda _: None, keep="prompt")
+    while cached.step():
+        pass
     assert not entries_of(cached) and cached.metrics.memory.queries == 0
 
 
@@ -199,7 +202,7 @@ def test_sampled_answers_do_not_depend_on_the_cache(engine) -> None:
     text = tokens(150, 0)
     hot = {"sampling": Sampling(temperature=1.0, seed=3), "repetition_penalty": 1.2, "frequency_penalty": 0.4}
     for _ in range(2):
-        answer, alone = run(cached, text, 20, **hot), run(plain, text, 20, **hot)
+        answer, alone = run(cached, text, 9, **hot), run(plain, text, 9, **hot)
         assert answer.tokens == alone.tokens
         text = [*text, *answer.tokens, 1, 2]
     assert cached.metrics.prefix_hits == 1
