@@ -15,21 +15,19 @@ from collections.abc import Callable
 from torch import Tensor
 
 from jet_export.backends.base import Engine
-from jet_export.model.cache import pages_per_sequence
-from jet_export.runtime.capacity import Serving, capacity, pacing
+from jet_export.runtime.capacity import Serving, capacity, pacing, pool_size
 from jet_export.runtime.copies import StateCopies
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.metrics import Gauges, Metrics
-from jet_export.runtime.params import Logprob, Output, Params
+from jet_export.runtime.params import Logprob, Output, Params, check_tokens
 from jet_export.runtime.plan import Request
 from jet_export.runtime.prefix import page_hashes
-from jet_export.runtime.runner import PoolSize, Runner
+from jet_export.runtime.runner import Runner
 from jet_export.runtime.scheduler import QueueFull, Scheduler
 from jet_export.runtime.sequence import Keep, OnOutput, RunningSequence
 from jet_export.runtime.snapshot import EMPTY, Snapshot
 from jet_export.runtime.step import InFlightStep, StepInputs
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
-from jet_export.utils.errors import JetExportError
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +53,7 @@ class BatchingEngine:
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         serving = serving or Serving()
         c, self.pacing = capacity(engine, serving), pacing(engine, serving)
-        table, _ = pages_per_sequence(engine.config, c.max_seq_len, c.prefill_chunk)
-        sizes = {"slots": c.slots, "pages": c.pages, "window_pages": c.window_pages, "ring_pages": c.ring_pages}
-        pools = PoolSize(table_pages=table, **sizes)
-        self.runner = Runner(engine, cuda_graphs, pools=pools, deterministic=c.whole_chunks)
+        self.runner = Runner(engine, cuda_graphs, pools=pool_size(c), deterministic=c.whole_chunks)
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
         self.scheduler = Scheduler(c, copies, self.pacing)
         self.metrics = Metrics(memory=self.scheduler.memory.counts)
@@ -96,7 +91,7 @@ class BatchingEngine:
         of each token. `text` False: Outputs carry no text.
         Raises JetExportError for ids outside the vocabulary and requests that could never run; QueueFull.
         """
-        self._check_ids((*prompt, *params.stop_ids))
+        check_tokens((*prompt, *params.stop_ids), self.engine.config.vocab_size)
         start = start or EMPTY
         tokens = [*start.tokens, *prompt]
         # A session without a new prompt goes on by decoding the token that it sampled last.
@@ -133,12 +128,6 @@ class BatchingEngine:
             self.sequences[request] = sequence
             self.work.notify()
             return sequence
-
-    def _check_ids(self, ids: tuple[int, ...]) -> None:
-        vocab = self.engine.config.vocab_size
-        bad = next((t for t in ids if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise JetExportError(f"token {bad} is not in the vocabulary of {vocab}.")
 
     def cancel(self, sequence: RunningSequence, reason: str = "cancelled") -> None:
         """End a request now: its slot and pages are free on return. Does nothing if it has ended already."""

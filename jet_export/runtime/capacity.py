@@ -12,6 +12,7 @@ from jet_export.model.cache import PAGE, cdiv, pages_per_sequence
 from jet_export.runtime.copies import WORD, row_words
 from jet_export.runtime.pacing import Pacing
 from jet_export.runtime.plan import Capacity
+from jet_export.runtime.runner import PoolSize
 from jet_export.utils.errors import JetExportError
 
 INTERVAL = 256  # tokens: prefixes inside a prompt are cached at most this often, after whole chunks
@@ -84,6 +85,17 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
             prefixes=bool(rows),
         ),
         mixed_prefill=serving.mixed_prefill,
+    )
+
+
+def pool_size(c: Capacity) -> PoolSize:
+    """The runner's pools."""
+    return PoolSize(
+        slots=c.slots,
+        pages=c.pages,
+        window_pages=c.window_pages,
+        table_pages=cdiv(c.max_seq_len, c.page_size),
+        ring_pages=c.ring_pages,
     )
 
 

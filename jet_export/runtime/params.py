@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 
 from jet_export.kernels.sampling_ref import MAX_BLOCKED
@@ -50,6 +51,13 @@ class Params:
             raise JetExportError(f"logprobs {self.logprobs} is not between 0 and {MAX_LOGPROBS}.")
         if not -(2**63) <= self.sampling.seed < 2**63:
             raise JetExportError("seed is not a 64-bit integer.")
+
+
+def check_tokens(ids: Iterable[int], vocab: int) -> None:
+    """Raises JetExportError for a token id outside the vocabulary."""
+    bad = next((t for t in ids if not 0 <= t < vocab), None)
+    if bad is not None:
+        raise JetExportError(f"token {bad} is not in the vocabulary of {vocab}.")
 
 
 @dataclass(frozen=True)
