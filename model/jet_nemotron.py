@@ -117,6 +117,14 @@ class Attention(nn.Module):
         return torch.cat([self.q_norm(q), self.k_norm(k), v], 1).flatten(1)
 
 
+def add(h: Tensor, y: Tensor) -> Tensor:
+    """h + y. The sum of two 16-bit numbers is the same by way of fp32, and Inductor then adds in the kernel that reads
+    the sum next; it would give `h + x @ W` to cuBLAS, which first copies h."""
+    if h.dtype not in (torch.bfloat16, torch.float16) or onnx_mode():
+        return h + y
+    return (h.float() + y.float()).to(h.dtype)
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, c: JetNemotronConfig, layer: int) -> None:
         super().__init__()
@@ -130,11 +138,10 @@ class DecoderLayer(nn.Module):
     def forward(self, h: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
         x = self.input_layernorm(h)
         if self.kind == "jet":
-            h = h + self.self_attn(x, batch, state, form)
+            h = add(h, self.self_attn(x, batch, state, form))
         else:
-            h = h + self.self_attn(x, cos_sin, batch, state, form)
-        out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
-        return out
+            h = add(h, self.self_attn(x, cos_sin, batch, state, form))
+        return add(h, self.mlp(self.post_attention_layernorm(h)))
 
 
 class PackedOutput(NamedTuple):
