@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from jet_export.runtime.output_stream import OutputStream
-from jet_export.runtime.params import Output, Params
+from jet_export.runtime.params import Output, Params, check_tokens
 from jet_export.runtime.scheduler import QueueFull
 from jet_export.runtime.serving_engine import RequestLimits, Status
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
@@ -66,7 +66,8 @@ class EngineClient:
 
     def submit(self, prompts: Sequence[Sequence[int]], params: Params) -> OutputStream:
         """See ServingEngine; at least one prompt. Refusals of the engine come with the first batch."""
-        self._check_ids(*prompts, params.stop_ids)
+        for row in (*prompts, params.stop_ids):
+            check_tokens(row, self.vocab_size)
         ids = [next(self._next) % IDS for _ in prompts]
         if ids[-1] < ids[0]:  # the numbers began again
             ids = [next(self._next) % IDS for _ in prompts]
@@ -96,13 +97,6 @@ class EngineClient:
             return await answer
         finally:
             del self._questions[question]
-
-    def _check_ids(self, *rows: Sequence[int]) -> None:
-        vocab = self.vocab_size
-        for row in rows:
-            if row and not (min(row) >= 0 and max(row) < vocab):
-                bad = next(t for t in row if not 0 <= t < vocab)
-                raise JetExportError(f"token {bad} is not in the vocabulary of {vocab}.")
 
     def _on_frame(self, kind: int, payload: bytes) -> None:
         if kind == Kind.OUTPUTS:
