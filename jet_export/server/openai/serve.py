@@ -80,7 +80,7 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
         app = create_app(llm, name, template)
         run_server(http_server(app, keep_alive=http.keep_alive, close=llm.batching.close), listener)
         return
-    log(f"front ends: {frontends} processes for HTTP and text")
+    log(f"HTTP and text in processes of their own: {frontends}")
     vocab_size = llm.engine.config.vocab_size
     config = FrontEndConfig(
         name=name, bundle=str(bundle), limits=llm.limits, vocab_size=vocab_size, keep_alive=http.keep_alive

@@ -52,7 +52,7 @@ def test_what_is_started_and_said(tmp_path: Path, monkeypatch, frontends, listen
         f"POST {address}/v1/chat/completions",
         f"GET  {address}/v1/models  /health  /metrics",
     ]
-    assert ("front ends: 3 processes for HTTP and text" in said) == (frontends == 3)
+    assert ("HTTP and text in processes of their own: 3" in said) == (frontends == 3)
     for listener in started:
         listener.close()
 
