@@ -9,7 +9,7 @@ device runs them in that order, before the step that is being planned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from jet_export.runtime.plan import Capacity, Request
@@ -145,16 +145,20 @@ class Memory:
         c, prefixes, end = self.capacity, self.prefixes, len(tokens)
         assert prefixes is not None and end == request.held
         key = prefixes.key(tokens, page_hashes(tokens, c.page_size, request.hashes))
+        parent, request.entry = request.entry, key
         if key in prefixes.entries:
             prefixes.entries.move_to_end(key)
             return
         if not prefixes.rows.free:
             self.evict()
+        hits = 0
         if key in prefixes.hosted:
+            hits = prefixes.hosted[key].hits
             self._forget(prefixes.hosted[key])
         (row,) = prefixes.rows.take(1)
         self.copies.slot_to_row(request, row)
-        prefixes.add(Entry(key=key, end=end, row=row, pages=tuple(request.pages[: c.pages_for(end)[0]])))
+        pages = tuple(request.pages[: c.pages_for(end)[0]])
+        prefixes.add(Entry(key=key, end=end, row=row, pages=pages, parent=parent, hits=hits))
 
     @property
     def requests_pages(self) -> int:
@@ -181,7 +185,8 @@ class Memory:
             return False
         self.counts.evictions += 1
         size = self.capacity.state_bytes(entry.end)
-        at = self._host_room(size, but) if self.evicted_bytes + size <= LARGEST else None
+        wanted = not entry.superseded and self.evicted_bytes + size <= LARGEST
+        at = self._host_room(size, but) if wanted else None
         if at is not None and not self.copies.row_to_host(entry, at):
             self.host.give(at)
             at = None
@@ -189,7 +194,7 @@ class Memory:
         if at is not None:
             self.evicted_bytes += size
             self.counts.bytes_out += size
-            prefixes.add(Entry(key=entry.key, end=entry.end, at=at))
+            prefixes.add(replace(entry, row=-1, pages=(), at=at))
         return True
 
     def _evictable(self, but: Entry | None = None) -> int:
@@ -212,11 +217,14 @@ class Memory:
     def _start_from(self, request: Request, entry: Entry) -> None:
         assert self.prefixes is not None and request.text is not None
         request.held = entry.end
+        self.prefixes.use(entry)
         if entry.at is None:
+            request.entry = entry.key
             partial = entry.end % self.capacity.page_size
             self.copies.row_to_slot(entry.row, request, entry.pages[-1] if partial else None)
             request.restored = True
         else:
+            request.entry = entry.parent
             self._restore(request, entry.at)
             self.keep(request, request.text[: entry.end])
 

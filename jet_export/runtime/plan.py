@@ -101,6 +101,7 @@ class Request:
     kept: int | None = None  # first byte of its states in the host's memory, while it waits
     restored: bool = False  # the states of the `held` tokens are in the slot: from the prefix cache or from `kept`
     prepared: bool = False  # the runner and the sampler know the slot, its pages and its states
+    entry: tuple[bytes, tuple[int, ...]] | None = None  # key of the prefix it started from or cached last
     branch: int = 0  # the prefill of its prompt stops here too: another prompt has begun with the same pages
     preemptions: int = 0
     cached_tokens: int | None = None  # prompt tokens that the prefix cache had, once admitted

@@ -6,8 +6,10 @@ are only ever appended to, so an entry's own tokens stay as they are in a last p
 request that starts from it takes a copy of that page. On the host an entry is one block of bytes.
 
 Entries are found by the chained hash of their whole pages, and the tokens after these: a lookup costs a hash a page.
-Each tier is in order of use, least recently used first. The hashes of recent prompts' pages are remembered without
-states: where a second prompt branches off a first, such as after a system prompt, its states are cached for the third.
+Each tier is in order of use, least recently used first, except for superseded entries: once a request starts from an
+entry, such as the end of a turn, those on the way to it are of use only if others share them, and go first. The hashes
+of recent prompts' pages are remembered without states: where a second prompt branches off a first, such as after a
+system prompt, its states are cached for the third.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ class Entry:
     row: int = -1
     pages: tuple[int, ...] = ()  # of all its tokens; the last may hold others' tokens behind them
     at: int | None = None
+    parent: Key | None = None  # the entry that its maker started from or cached before
+    hits: int = 0  # requests that started from it
+    superseded: bool = False  # the first to be evicted, and not to the host
 
 
 def page_hashes(tokens: Sequence[int], page_size: int, known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
@@ -95,6 +100,16 @@ class PrefixCache:
         if request.branch:
             del self.claims[request.hashes[request.branch // self.page_size - 1]]
             request.branch = 0
+
+    def use(self, entry: Entry) -> None:
+        """A request starts from an entry: those on the way to it are superseded, if at most one request used them."""
+        entry.hits, entry.superseded, key = entry.hits + 1, False, entry.parent
+        while key is not None and (before := self.entries.get(key)) is not None:
+            if before.superseded or before.hits > 1:
+                break
+            before.superseded = True
+            self.entries.move_to_end(key, last=False)
+            key = before.parent
 
     def touch(self, entry: Entry) -> None:
         (self.entries if entry.at is None else self.hosted).move_to_end(entry.key)

@@ -161,6 +161,23 @@ def test_the_least_recently_used_prefix_moves_to_the_host_and_comes_back() -> No
     assert s.memory.counts.bytes_in == 12 and s.memory.host.used == 12
 
 
+def test_earlier_turns_of_a_conversation_go_first_and_not_to_the_host() -> None:
+    """Each turn starts from the end of the one before; a prefix that several have used stays."""
+    s = scheduler(**{**CACHE, "prefix_rows": 5, "prefix_interval": 320}, host_bytes=1000)
+    other, text = list(range(500, 520)), list(range(20))
+    run(s, other)
+    for turn in range(4):
+        assert run(s, text, 3).cached_tokens == (20 + 7 * turn - 5 if turn else 0)
+        text = [*text, 900, 901, *[turn] * 5]
+    assert s.prefixes is not None and s.memory.counts.evictions == 4 and not s.prefixes.hosted
+    assert run(s, [*other, 7]).cached_tokens == 20
+    shared = list(range(700, 720))
+    for i in range(3):
+        run(s, [*shared, *[i] * i])
+    entry = s.prefixes.entries[s.prefixes.key(shared, page_hashes(shared, 16))]
+    assert entry.hits == 2 and not entry.superseded
+
+
 def test_prefixes_give_way_to_requests_but_not_the_one_that_is_used() -> None:
     s = scheduler(**CACHE, pages=6)
     old, new = list(range(33)), list(range(50, 90))
