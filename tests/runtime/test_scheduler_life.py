@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from helpers.fake_copies import FakeCopies, submit
+from helpers.fake_copies import FakeCopies, capacities, fits, submit
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -12,40 +12,6 @@ from jet_export.runtime.plan import Capacity, Plan, Request, Status
 from jet_export.runtime.prefix import page_hashes
 from jet_export.runtime.scheduler import QueueFull, Scheduler
 from jet_export.utils.errors import JetExportError
-
-
-@st.composite
-def capacities(draw, cached: bool = False) -> Capacity:
-    slots, whole = draw(st.integers(1, 5)), draw(st.booleans())
-    page = draw(st.sampled_from([1, 4] if cached else [1, 4, 16]))
-    chunk = draw(st.sampled_from([2, 4, 8]) if cached else st.integers(1, 20))
-    pages = draw(st.integers(2 if page == 16 else 60 // page, 90 // page))
-    ring = draw(st.integers(1, 3))
-    return Capacity(
-        slots=slots,
-        pages=pages,
-        window_pages=draw(st.integers(ring, slots * ring)),
-        page_size=page,
-        ring_pages=ring,
-        max_seq_len=pages * page,
-        prefill_chunk=chunk,
-        token_budget=slots + chunk * whole + draw(st.integers(0, 30)),
-        max_waiting=draw(st.integers(0, 6)),
-        wait_timeout=draw(st.sampled_from([5.0, 50.0])),
-        whole_chunks=whole,
-        mixed_prefill=None if whole else draw(st.none() | st.integers(1, 12)),
-        prefix_interval=chunk * draw(st.integers(1, 3)) if cached else 0,
-        prefix_rows=draw(st.integers(1, 5)) if cached else 0,
-        row_bytes=50,
-        page_bytes=7,
-        host_bytes=draw(st.sampled_from([0, 300, 10**6])),
-    )
-
-
-def fits(c: Capacity, prompt: int, new: int) -> bool:
-    pages, window = c.pages_for(prompt + new - 1)
-    return prompt + new <= c.max_seq_len and pages <= c.pages and window <= c.window_pages
-
 
 SEEN: Counter[str] = Counter()  # what happened in all runs of the machines
 
