@@ -6,7 +6,8 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b, qwen3_1_7b
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.presets import jet_2b, jet_4b, qwen3_1_7b
 from jet_export.utils.errors import JetExportError
 
 JET_TINY_DIR = Path(str(files("jet_export"))) / "data" / "jet-tiny"

@@ -28,6 +28,7 @@ from jet_export.model.fp8_checkpoint import (
     scale_names,
     scale_value,
 )
+from jet_export.model.unread import check_unread
 from jet_export.utils.errors import JetExportError
 
 SHARD_BYTES = 4 * 2**30
@@ -159,7 +160,8 @@ def _tensors(files: CheckpointFiles, names: list[str]) -> Iterator[tuple[str, Te
 def check_tensors(files: CheckpointFiles) -> list[str]:
     """The modules that the checkpoint holds in FP8.
 
-    Raises JetExportError naming a missing tensor or an unsupported format, before a model is allocated."""
+    Raises JetExportError naming a tensor that is missing or one too many, or an unsupported format, before a model is
+    allocated."""
     layout = checkpoint_layout(files.config)
     missing = [name for name in layout if name not in files.file_of]
     if missing:
@@ -168,6 +170,7 @@ def check_tensors(files: CheckpointFiles) -> list[str]:
             f"{files.directory}: tensor {missing[0]}{more} missing from the checkpoint.",
             "It does not match config.json (layer_types, tie_word_embeddings), or a shard was not downloaded.",
         )
+    check_unread(files.config, layout, files.file_of, str(files.directory))
     check_quant_algo(files.directory, files.config)
     return quantised_modules({n: s.param for n, s in layout.items()}, files.file_of, str(files.directory))
 
@@ -176,7 +179,7 @@ def check_tensors(files: CheckpointFiles) -> list[str]:
 def load_checkpoint(model: WeightedModel, files: CheckpointFiles, fp8: list[str]) -> None:
     """Fill a model of the checkpoint's config; the modules `fp8` become Fp8Linear.
 
-    Raises JetExportError naming a tensor of the wrong shape or dtype.
+    Raises JetExportError naming a tensor of the wrong shape or dtype, or with a NaN or an infinity.
     """
     layout = checkpoint_layout(files.config)
     place_fp8_linears(model, fp8)
@@ -184,8 +187,22 @@ def load_checkpoint(model: WeightedModel, files: CheckpointFiles, fp8: list[str]
     for name, tensor in _tensors(files, list(layout)):
         param, start, shape = layout[name]
         _check_tensor(files.file_of[name], name, tensor, shape, params[param].dtype)
-        params[param][start : start + shape[0]].copy_(tensor)
+        rows = params[param][start : start + shape[0]]
+        rows.copy_(tensor)
+        if not is_finite(rows):
+            raise JetExportError(
+                f"{files.file_of[name]}: {name} has a NaN or an infinity.",
+                "The checkpoint is damaged, or was saved by a training run that had diverged.",
+            )
     _load_scales(model, files, layout, fp8)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite, in one pass over it without a temporary of its size."""
+    if x.dtype == FP8:  # NaN is 0x7f and 0xff; there is no infinity
+        return not any(bool((rows.view(torch.uint8) & 0x7F == 0x7F).any()) for rows in torch.split(x, 1024))
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _check_tensor(file: Path, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

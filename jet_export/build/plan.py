@@ -18,6 +18,7 @@ from jet_export.bundle.target import host_target, target_device
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
+from jet_export.model.weights import CheckpointFiles, check_tensors
 from jet_export.plugins.targets import check_fp8, parse_sms, sm_name, sm_of_arch
 from jet_export.runtime.tokenizer import Tokenizer
 from jet_export.utils.errors import JetExportError
@@ -104,6 +105,8 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if options.checkpoint is not None and not (options.checkpoint / "config.json").is_file():
         raise JetExportError(f"--checkpoint {options.checkpoint}: no config.json there.")
     config = _config(options, directory)
+    if directory is not None and not options.random_weights:
+        check_tensors(CheckpointFiles.open(directory))
     _check_tokenizer(options, config)
     limits, warnings = _limits(options, config)
     fp8 = options.fp8 or (is_fp8_checkpoint(config) and not options.random_weights)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
 from jet_export.cli import bench, build, export_hf, generate, inspect, search, serve, verify
-from jet_export.utils.errors import GPU_MEMORY, JetExportError, out_of_gpu_memory
+from jet_export.utils.errors import GPU_MEMORY, JetExportError, JetExportWarning, out_of_gpu_memory
+
+PYTHONS_SHOWWARNING = warnings.showwarning
 
 app = typer.Typer(
     name="jet-export",
@@ -54,8 +57,17 @@ app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --
 app.command(epilog="Example: jet-export search --model jet-2b --output searches/jet-2b")(search.search)
 
 
+def show_warning(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+    """Our own warnings in one line, without the line of code that Python prints; others as ever."""
+    if issubclass(category, JetExportWarning):
+        typer.echo(f"warning: {message}", err=True)
+    else:
+        PYTHONS_SHOWWARNING(message, category, *where, **rest)
+
+
 def main() -> None:
     """Console entry point. Bad input: one message on standard error, exit status 2."""
+    warnings.showwarning = show_warning
     try:
         app()
     except JetExportError as e:

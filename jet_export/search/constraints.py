@@ -132,6 +132,8 @@ def one_jet_layer(config: JetNemotronConfig, dims: JetDims) -> JetNemotronConfig
         conv_size=config.conv_size,
         dconv_generator_reduction=config.dconv_generator_reduction,
         vocab_size=16,
+        bos_token_id=0,
+        eos_token_id=0,
     ).with_jet_dims({0: dims})
 
 

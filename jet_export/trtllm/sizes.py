@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.presets import jet_2b, jet_4b
 from jet_export.trtllm.adapt import hybrid_fields
 from jet_export.trtllm.engine_flow import recurrent_fields
 from jet_export.utils.console import human

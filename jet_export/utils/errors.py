@@ -8,6 +8,10 @@ class JetExportError(Exception):
         super().__init__(f"{what}\n{todo}" if todo else what)
 
 
+class JetExportWarning(UserWarning):
+    """Something that the user should know of and that does not stop the work; the CLI prints it in one line."""
+
+
 GPU_MEMORY = (
     "Other processes hold it (nvidia-smi lists them), or the bundle's limits, the batch or the context need more than "
     "there is: jet-export inspect says how much."

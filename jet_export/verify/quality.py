@@ -88,7 +88,8 @@ def measure_quality(engine: Engine, manifest: Manifest, directory: Path, text: s
     runners = {name: Runner(limited(e, 1, WINDOW), cuda_graphs=False) for name, e in engines.items()}
     tokenizer = Tokenizer(directory / TOKENIZER)
     piece = text.encode()[:SLICE_BYTES].decode(errors="ignore")
-    out = held_out(runners, [manifest.config.eos_token_id, *tokenizer.encode(piece)], len(piece.encode()))
+    start = [t for t in (manifest.config.eos_token_id, manifest.config.bos_token_id) if t >= 0][:1]
+    out = held_out(runners, [*start, *tokenizer.encode(piece)], len(piece.encode()))
     if sha256_file(directory / TOKENIZER) == sha256_file(JET_TINY_DIR / TOKENIZER):
         out.recall = recall(runners, HfTokenizer.from_file(str(directory / TOKENIZER)))
     return out

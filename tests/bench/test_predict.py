@@ -16,7 +16,7 @@ from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.memory import MemoryBudget, weight_bytes
 from jet_export.cli import app as cli
 from jet_export.model.cache import state_specs
-from jet_export.model.config import jet_2b
+from jet_export.model.presets import jet_2b
 from jet_export.utils.errors import JetExportError
 
 GPU = {"gpu": "NVIDIA H100 80GB HBM3", "gpu_bytes": str(85_520_809_984)}

@@ -19,7 +19,7 @@ from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import MemoryBudget
-from jet_export.model.config import jet_2b
+from jet_export.model.presets import jet_2b
 from jet_export.utils.errors import JetExportError
 
 COMMAND = ["jet-export", "build", "--model", "jet-2b", "--random-weights", "--max-batch-size=64"]

@@ -15,7 +15,7 @@ from jet_export.bench.roofline import (
 )
 from jet_export.bundle.memory import weight_bytes
 from jet_export.model.cache import PAGE, state_specs
-from jet_export.model.config import jet_2b, jet_4b, qwen3_1_7b
+from jet_export.model.presets import jet_2b, jet_4b, qwen3_1_7b
 from jet_export.model.weights import checkpoint_layout
 
 BF16 = torch.bfloat16

@@ -270,7 +270,7 @@ print(memory.before, memory.grown)
 def test_writing_needs_no_copy_of_the_model(tmp_path) -> None:
     """A 300 MB model in three shards: private memory grows by less than 30 MB."""
     values = {**CONFIG.to_dict(), "hidden_size": 512, "intermediate_size": 4096, "vocab_size": 512}
-    values["layer_types"] = ["jet", "attn"] * 6
+    values |= {"layer_types": ["jet", "attn"] * 6, "num_hidden_layers": 12}
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "out").mkdir()
     args = [sys.executable, "-c", EXPORT, str(tmp_path / "config.json"), str(tmp_path / "out")]

@@ -6,7 +6,7 @@ import pytest
 
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import MANIFEST, SCHEMA_VERSION, Manifest
-from jet_export.model.config import jet_2b
+from jet_export.model.presets import jet_2b
 from jet_export.utils.errors import JetExportError
 
 

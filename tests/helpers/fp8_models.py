@@ -24,6 +24,8 @@ CONFIG = JetNemotronConfig(
     expand_v=2.0,
     window_size=24,
     vocab_size=128,
+    bos_token_id=0,
+    eos_token_id=0,
     max_position_embeddings=1024,
 )
 CALIBRATION = calibration_tokens(None, TEXT, vocab_size=CONFIG.vocab_size, seq_len=64, windows=3)

@@ -62,7 +62,7 @@ def build_fp8(output: Path, model: JetNemotronForCausalLM, **options) -> None:
 
 def four_b(layers: tuple[str, ...] = ("jet", "attn")) -> JetNemotronForCausalLM:
     """jet-4b's dimensions, two layers and a short vocabulary."""
-    config = replace(PRESETS["jet-4b"](), layer_types=layers, vocab_size=4096)
+    config = replace(PRESETS["jet-4b"](), layer_types=layers, vocab_size=4096, bos_token_id=0, eos_token_id=0)
     return random_model(config, torch.bfloat16, "cpu", 0, max_positions=160)
 
 

@@ -6,8 +6,9 @@ import pytest
 from helpers.golden import DATA, MINI_NAMES, load_golden
 
 from jet_export.bundle.memory import parameter_count
-from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
+from jet_export.model.config import JetNemotronConfig
 from jet_export.model.hub import load_config
+from jet_export.model.presets import jet_2b, jet_4b
 from jet_export.utils.errors import JetExportError
 
 

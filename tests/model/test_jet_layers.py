@@ -12,8 +12,9 @@ from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import parameter_count
 from jet_export.model.cache import state_specs
-from jet_export.model.config import JetDims, JetNemotronConfig, expand_v_of, jet_2b
+from jet_export.model.config import JetDims, JetNemotronConfig, expand_v_of
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.model.presets import jet_2b
 from jet_export.plugins.cases import JetBlockCase, model_cases
 from jet_export.utils.errors import JetExportError
 
@@ -134,7 +135,7 @@ def edited(layers: object) -> dict:
         ({"0": {"num_heads": 2, "head_dim": 40, "expand_v": 1}}, "head_k_dim of jet layer 0 is 40"),
         ({"0": {"num_heads": 2, "head_dim": 32, "expand_v": 40}}, "head_v_dim of jet layer 0 is 1280"),
         ({"0": {"num_heads": 0, "head_dim": 32, "expand_v": 1}}, "num_heads of jet layer 0 is 0"),
-        ({"0": {"head_dim": 32, "expand_v": 1}}, "'num_heads' is missing"),
+        ({"0": {"head_dim": 32, "expand_v": 1}}, r"jet.layers.0.num_heads' is missing"),
         ([1], "wrong type"),
     ],
 )

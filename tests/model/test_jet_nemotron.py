@@ -131,7 +131,7 @@ def test_no_room_is_refused_before_anything_is_written(model, config, device) ->
 
 
 def test_random_weights_use_the_published_initialisation(config) -> None:
-    wide = JetNemotronConfig.from_dict({**config.to_dict(), "layer_types": ["jet"] * 200})
+    wide = JetNemotronConfig.from_dict({**config.to_dict(), "layer_types": ["jet"] * 200, "num_hidden_layers": 200})
     model = random_model(wide, torch.float32, seed=3)
     blocks: list[Any] = [layer.self_attn for layer in model.layers]
     A = torch.cat([block.A_log for block in blocks]).exp()

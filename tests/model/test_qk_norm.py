@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from helpers.compare import relative_error
 
 from jet_export.bundle.memory import parameter_count
-from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b, qwen3_1_7b
+from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.model.presets import jet_2b, jet_4b, qwen3_1_7b
 from jet_export.model.weights import checkpoint_layout
 
 TOLERANCE = 2e-5  # fp32
@@ -21,6 +22,8 @@ def config() -> JetNemotronConfig:
         qwen3_1_7b(),
         layer_types=("attn",) * 3,
         vocab_size=199,
+        bos_token_id=0,
+        eos_token_id=0,
         max_position_embeddings=512,
         hidden_size=64,
         intermediate_size=96,

@@ -1,6 +1,7 @@
 """Checkpoints: fused parameters are filled and split exactly; damaged checkpoints are refused by name."""
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -14,8 +15,8 @@ from safetensors.torch import save_file
 from jet_export.model import weights
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
-from jet_export.model.weights import checkpoint_layout
-from jet_export.utils.errors import JetExportError
+from jet_export.model.weights import checkpoint_layout, is_finite
+from jet_export.utils.errors import JetExportError, JetExportWarning
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ print(memory.grown)
 def test_loading_needs_the_model_and_little_more(golden: Golden, tmp_path) -> None:
     """A 300 MB model of many tensors: private memory grows by its size and less than 60 MB more."""
     values = {**golden.config, "hidden_size": 512, "intermediate_size": 4096, "vocab_size": 512}
-    values["layer_types"] = ["jet", "attn"] * 6
+    values |= {"layer_types": ["jet", "attn"] * 6, "num_hidden_layers": 12}
     model = random_model(JetNemotronConfig.from_dict(values), torch.float32)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert size > 300e6
@@ -144,3 +145,42 @@ def test_extra_tensors_are_ignored(golden: Golden, tmp_path) -> None:
     golden.weights["model.rotary_emb.inv_freq"] = torch.zeros(3)
     save_file(golden.weights, tmp_path / "extra.safetensors")
     assert torch.equal(golden.model(tmp_path / "b")(golden.input_ids), reference)
+
+
+def test_a_tensor_of_a_layer_beyond_the_count_is_refused(golden: Golden, tmp_path) -> None:
+    golden.weights["model.layers.4.mlp.up_proj.weight"] = torch.zeros(128, 64)
+    message = r"tensor model.layers.4.mlp.up_proj.weight is of layer 4, and config.json has 4 layers\.\nUse the config"
+    with pytest.raises(JetExportError, match=message):
+        golden.model(tmp_path)
+
+
+def test_a_bias_that_the_config_does_not_have_is_refused(golden: Golden, tmp_path) -> None:
+    golden.weights["model.layers.0.mlp.up_proj.bias"] = torch.zeros(128)
+    with pytest.raises(JetExportError, match=r"up_proj.bias is there, and config.json describes a model without it"):
+        golden.model(tmp_path)
+
+
+def test_other_unread_tensors_are_named(golden: Golden, tmp_path) -> None:
+    golden.weights |= {"score.weight": torch.zeros(2), "model.layers.0.self_attn.gate.weight": torch.zeros(2)}
+    with pytest.warns(JetExportWarning, match=r"not read: model.layers.0.self_attn.gate.weight, score.weight\."):
+        golden.model(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.A_log", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_refused(golden: Golden, tmp_path, name: str, value: float) -> None:
+    golden.weights[name] = golden.weights[name].clone()
+    golden.weights[name].view(-1)[-1] = value
+    with pytest.raises(JetExportError, match=rf"model.safetensors: {name} has a NaN or an infinity\.\nThe checkpoint"):
+        golden.model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_is_finite(dtype: torch.dtype) -> None:
+    """FP8 in pieces of 1,024 rows."""
+    x = torch.randn(2050, 3).clamp(-2, 2).to(dtype)
+    assert is_finite(x)
+    for row in (0, 1023, 1024, 2049):
+        y = x.clone()
+        y[row, 1] = math.nan
+        assert not is_finite(y)

@@ -161,6 +161,7 @@ class TestQuantizeFp8:
             "from jet_export.model.jet_nemotron import random_model\n"
             "m = random_model(C(hidden_size=32, intermediate_size=32, layer_types=('attn',), num_attention_heads=2,\n"
             "    num_key_value_heads=2, head_dim=16, jet_num_heads=2, head_k_dim=32, expand_v=1.0, vocab_size=64,\n"
+            "    bos_token_id=0, eos_token_id=0,\n"
             "    max_position_embeddings=64))\n"
             "q.quantize_fp8(m, [torch.arange(32)[None]], progress=lambda done, n: print(done, 'of', n))\n"
         )

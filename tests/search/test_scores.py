@@ -127,7 +127,7 @@ def test_a_callable_that_fails_is_named(tmp_path, body: str, message: str) -> No
 
 
 def test_the_papers_file_covers_its_table() -> None:
-    from jet_export.model.config import jet_2b
+    from jet_export.model.presets import jet_2b
 
     rows, remarks = published()
     assert set(rows) == set(read_space(SPACES / "paper.toml", jet_2b()).sizes)

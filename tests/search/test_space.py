@@ -9,7 +9,8 @@ import pytest
 from helpers.eager_bundle import mini_config
 from helpers.fake_executor import prepared
 
-from jet_export.model.config import JetDims, jet_2b, jet_4b
+from jet_export.model.config import JetDims
+from jet_export.model.presets import jet_2b, jet_4b
 from jet_export.search.constraints import Constraints
 from jet_export.search.points import Point, all_points, count_points
 from jet_export.search.space import SPACES, default_space, layout_of, read_space

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from jet_export.build.export_hf import run_export
 from jet_export.build.plan import BuildOptions
 from jet_export.model.cache import state_specs
-from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
+from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.model.presets import jet_2b, jet_4b
 from jet_export.trtllm.engine_flow import LAYER, recurrent_fields, save_engine_flow
 from jet_export.utils.errors import JetExportError
 

@@ -10,7 +10,8 @@ from helpers.fp8_models import CONFIG
 from helpers.paths import ROOT
 
 from jet_export.model.cache import state_specs
-from jet_export.model.config import JetNemotronConfig, jet_2b, jet_4b
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.presets import jet_2b, jet_4b
 from jet_export.trtllm.adapt import KNOWN
 from jet_export.trtllm.sizes import rows, state_shapes, tables
 
