@@ -91,7 +91,7 @@ class BatchingEngine:
         of each token. `text` False: Outputs carry no text.
         Raises JetExportError for ids outside the vocabulary and requests that could never run; QueueFull.
         """
-        check_tokens((*prompt, *params.stop_ids), self.engine.config.vocab_size)
+        check_tokens((*prompt, *params.token_ids), self.engine.config.vocab_size)
         start = start or EMPTY
         tokens = [*start.tokens, *prompt]
         # A session without a new prompt goes on by decoding the token that it sampled last.

@@ -41,8 +41,8 @@ class Params:
                 raise JetExportError(f"{name} {getattr(self, name)} is not a number.")
         if any(math.isnan(bias) for _, bias in self.logit_bias):
             raise JetExportError("logit_bias: not a number.")
-        if self.min_tokens < 0:
-            raise JetExportError(f"min_tokens {self.min_tokens} is negative.")
+        if not 0 <= self.min_tokens <= self.max_new_tokens:
+            raise JetExportError(f"min_tokens {self.min_tokens} is not between 0 and max_tokens {self.max_new_tokens}.")
         if self.min_tokens and len(self.stop_ids) >= MAX_BLOCKED:
             raise JetExportError(f"min_tokens with {len(self.stop_ids)} stop_ids: at most {MAX_BLOCKED - 1}.")
         if len(self.stop) > MAX_STOPS or any(not 1 <= len(s) <= MAX_STOP_CHARS for s in self.stop):
@@ -51,6 +51,11 @@ class Params:
             raise JetExportError(f"logprobs {self.logprobs} is not between 0 and {MAX_LOGPROBS}.")
         if not -(2**63) <= self.sampling.seed < 2**63:
             raise JetExportError("seed is not a 64-bit integer.")
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens that it names, which must be in the vocabulary."""
+        return (*self.stop_ids, *(token for token, _ in self.logit_bias))
 
 
 def check_tokens(ids: Iterable[int], vocab: int) -> None:

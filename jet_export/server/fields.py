@@ -47,4 +47,4 @@ def first_error(e: ValidationError) -> str:
     where = ".".join(str(x) for x in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where[:100]} is not supported."
-    return f"{where[:100]}: {error['msg']}."
+    return f"{where[:100]}: {error['msg'].removeprefix('Value error, ')}."

@@ -66,7 +66,7 @@ class EngineClient:
 
     def submit(self, prompts: Sequence[Sequence[int]], params: Params) -> OutputStream:
         """See ServingEngine; at least one prompt. Refusals of the engine come with the first batch."""
-        for row in (*prompts, params.stop_ids):
+        for row in (*prompts, params.token_ids):
             check_tokens(row, self.vocab_size)
         ids = [next(self._next) % IDS for _ in prompts]
         if ids[-1] < ids[0]:  # the numbers began again

@@ -1,7 +1,7 @@
 """Request bodies of OpenAI's API, and the engine parameters they map to.
 
-Fields that the engine cannot honour are refused, not ignored. Beyond OpenAI's fields: top_k, repetition_penalty,
-stop_token_ids, ignore_eos.
+Fields that would change the answer and cannot be honoured are refused by name; those that change nothing here are
+accepted. Beyond OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, min_tokens.
 """
 
 from __future__ import annotations
@@ -10,14 +10,31 @@ import json
 import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
-from jet_export.server.fields import One, Text, Zero, first_error
+from jet_export.server.fields import One, Text, first_error
 from jet_export.utils.errors import JetExportError
 
+MAX_BIASES = 1024  # entries of logit_bias
+
+
+def _bias(values: dict[str, float]) -> dict[str, float]:
+    """OpenAI's: token id -> -100 to 100."""
+    if len(values) > MAX_BIASES:
+        raise ValueError(f"{len(values)} tokens; at most {MAX_BIASES}")
+    for token, bias in values.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise ValueError(f"{token[:20]!r} is not a token id")
+        if not -100 <= bias <= 100:
+            raise ValueError(f"{bias} for token {token} is not between -100 and 100")
+    return values
+
+
 Ids = list[int]
+Penalty = Annotated[float, Field(ge=-2, le=2)]  # OpenAI's range
+Bias = Annotated[dict[str, float], AfterValidator(_bias)]
 
 
 class ApiError(Exception):
@@ -36,27 +53,39 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class CommonBody(BaseModel):
+class Ignored(BaseModel):
+    """Fields of OpenAI's that change no answer here: accepted and ignored."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class CommonBody(Ignored):
     model: Text
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: Text | list[Text] | None = None
     stop_token_ids: Ids = []
     ignore_eos: bool = False
+    min_tokens: int = 0
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: One | None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    user: str | None = None  # accepted and ignored, like metadata and store
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Bias = {}
 
     def params(self, max_new_tokens: int, logprobs: int | None) -> Params:
         """Raises JetExportError. The seed is random unless given."""
@@ -65,6 +94,7 @@ class CommonBody(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k,
             top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p,
             seed=secrets.randbits(63) if self.seed is None else self.seed,
         )
         return Params(
@@ -75,6 +105,10 @@ class CommonBody(BaseModel):
             stop_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token), float(bias)) for token, bias in self.logit_bias.items()),
+            min_tokens=self.min_tokens,
         )
 
     @property
@@ -126,6 +160,14 @@ class ChatBody(CommonBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
+    # What these are without tools, speech and reasoning; predicted outputs only save time.
+    modalities: list[Literal["text"]] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    prediction: dict[str, Any] | None = None
 
 
 Body = TypeVar("Body", bound=CommonBody)
