@@ -152,10 +152,11 @@ def attention_triton(
     """Launches the kernels: those of decode, of prefill, or both. Arguments as `attention_ref`, and `form.Form`."""
     inputs = qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens
     sizes = num_heads, num_kv_heads, head_dim, window, k_scale, v_scale
-    if form == Form.DECODE:
+    form = Form(int(form))  # may be symbolic in a dynamic torch.compile
+    if form is Form.DECODE:
         return attention_decode_triton(*inputs, *sizes)
-    o = attention_prefill_triton(*inputs, *sizes, mixed=form == Form.MIXED)
-    return attention_decode_triton(*inputs, *sizes, out=o) if form == Form.MIXED else o
+    o = attention_prefill_triton(*inputs, *sizes, mixed=form is Form.MIXED)
+    return attention_decode_triton(*inputs, *sizes, out=o) if form is Form.MIXED else o
 
 
 @torch.library.custom_op("jet::attention_cpu", mutates_args=("kv_cache",))

@@ -153,10 +153,11 @@ def gated_delta_rule_triton(
     q, k, v, beta, g = (rows(x) for x in (q, k, v, beta, g))
     head_dims = (q.shape[1], q.shape[2], v.shape[2])
     inputs = q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims
-    if form == Form.DECODE:
+    form = Form(int(form))  # may be symbolic in a dynamic torch.compile
+    if form is Form.DECODE:
         return decode_delta_rule_triton(*inputs)
-    o = chunk_delta_rule_triton(*inputs, mixed=form == Form.MIXED)
-    return decode_delta_rule_triton(*inputs, out=o) if form == Form.MIXED else o
+    o = chunk_delta_rule_triton(*inputs, mixed=form is Form.MIXED)
+    return decode_delta_rule_triton(*inputs, out=o) if form is Form.MIXED else o
 
 
 @torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args={"recurrent_state"})

@@ -83,14 +83,15 @@ def jet_block_triton(
     off_z = off_u + H * V
     tail = recurrent_state, cu_seqlens, slots, context_lens, (H, K, V)
     out: Tensor | None = None
-    if form != Form.DECODE:
-        mixed = form == Form.MIXED
+    form = Form(int(form))  # may be symbolic in a dynamic torch.compile
+    if form is not Form.DECODE:
+        mixed = form is Form.MIXED
         v = dynamic_conv_triton(qkuz, kappa, conv_state, cu_seqlens, slots, context_lens, off_u, mixed)
         o = chunk_delta_rule_triton(
             qkuz, qkuz, v, ba, ba, *tail, offsets=(0, H * K, H), raw_gates=(A_log, dt_bias), mixed=mixed
         )
         out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_gate=off_z)
-    if form != Form.PREFILL:  # after the norm, which knows of no sequences: it also writes the rows of single tokens
+    if form is not Form.PREFILL:  # after the norm, which knows no sequences and writes the rows of single tokens too
         out = decode_delta_rule_triton(
             qkuz, qkuz, qkuz, ba, ba, *tail, offsets=(0, H * K, off_u, H, off_z), conv=(kappa, conv_state),
             raw_gates=(A_log, dt_bias), norm=(w_o, qkuz, norm_eps), out=out,
