@@ -19,7 +19,7 @@ PRESETS: dict[str, Callable[[], JetNemotronConfig]] = {
     "qwen3-1.7b": qwen3_1_7b,  # an architecture to compare speeds with, without a checkpoint
 }
 CARD = "README.md"
-CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
 
 
 def is_hub_id(name: str) -> bool:

@@ -153,6 +153,7 @@ class JetNemotronForCausalLM(WeightedModel):
     """The model: `from_pretrained` loads it, `forward` is the batch API, engines are built from `forward_packed`."""
 
     cos_sin: Tensor
+    loaded_from: Path | None = None  # the checkpoint's directory
 
     def __init__(self, config: JetNemotronConfig, max_positions: int | None = None) -> None:
         super().__init__()
@@ -189,15 +190,18 @@ class JetNemotronForCausalLM(WeightedModel):
         """
         from jet_export.model.hub import resolve_checkpoint
 
-        files = CheckpointFiles.open(resolve_checkpoint(str(source)))
+        directory = resolve_checkpoint(str(source))
+        files = CheckpointFiles.open(directory)
         fp8 = check_tensors(files)
         model = empty_model(files.config, dtype, torch.device(device), max_positions)
         load_checkpoint(model, files, fp8)
+        model.loaded_from = directory
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and safetensors under the published names, for `from_pretrained` and the published code."""
-        save_checkpoint(self, Path(path))
+        """Write config.json and safetensors under the published names, for `from_pretrained` and the published code;
+        and, in `tokenizer/` too, the tokenizer of the directory that the model was loaded from."""
+        save_checkpoint(self, Path(path), self.loaded_from)
 
     def new_cache(
         self,

@@ -28,6 +28,7 @@ from jet_export.model.fp8_checkpoint import (
     scale_names,
     scale_value,
 )
+from jet_export.model.hf_files import copy_tokenizer, write_config
 from jet_export.model.unread import check_unread
 from jet_export.utils.errors import JetExportError
 
@@ -252,8 +253,9 @@ def published_tensors(model: WeightedModel) -> dict[str, Tensor]:
     return {n: own[s.param][s.start : s.start + s.shape[0]].detach() for n, s in layout.items()}
 
 
-def save_checkpoint(model: WeightedModel, directory: Path) -> None:
-    """The published layout: fused parameters split again, shards of at most 4 GiB, config.json."""
+def save_checkpoint(model: WeightedModel, directory: Path, source: Path | None) -> None:
+    """The published layout: fused parameters split again, shards of at most 4 GiB, config.json, and the tokenizer of
+    the directory `source`, if it has one."""
     layout = checkpoint_layout(model.config)
     quantised = sorted({s.param for s in layout.values()} - dict(model.named_parameters()).keys())
     if quantised:
@@ -263,7 +265,9 @@ def save_checkpoint(model: WeightedModel, directory: Path) -> None:
         )
     directory.mkdir(parents=True, exist_ok=True)
     save_shards(published_tensors(model), directory)
-    model.config.save(directory / "config.json")
+    write_config(model.config.to_dict(), directory)
+    if source is not None:
+        copy_tokenizer(source, directory, beside=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -29,6 +29,7 @@ from jet_export.model.fp8_checkpoint import (
     kv_scale_tensors,
     quantization_config,
 )
+from jet_export.model.hf_files import write_config
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.weights import checkpoint_layout, published_tensors, save_shards
 from jet_export.quantization.quantize import linear_paths
@@ -82,7 +83,7 @@ def check_output(output: Path, force: bool) -> None:
 def write_export(plan: BuildPlan, target: str, directory: Path, progress: Progress) -> None:
     with progress.stage("load weights"):
         model = load_model(plan)
-        copy_side_files(plan, directory)
+        copy_side_files(plan, directory, beside=True)
     quantize_model(plan, model, directory, progress)
     with progress.stage("write weights"):
         save = save_unified if target == "hf" else save_engine_flow
@@ -98,8 +99,7 @@ def save_unified(model: JetNemotronForCausalLM, directory: Path, kv_fp8: bool) -
     untied = c.tie_word_embeddings and isinstance(model.lm_head, Fp8Linear)
     config = {**c.to_dict(), "tie_word_embeddings": c.tie_word_embeddings and not untied}
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
-    for field in ("quantization_config", "auto_map"):  # of the source; auto_map names Python files that are not copied
-        config.pop(field, None)
+    config.pop("quantization_config", None)  # of the source
     tensors = published_tensors(model)
     param_of = {n: s.param for n, s in checkpoint_layout(c).items()}
     if untied:
@@ -116,7 +116,7 @@ def save_unified(model: JetNemotronForCausalLM, directory: Path, kv_fp8: bool) -
         config["quantization_config"] = quantization_config(quant)
         (directory / HF_QUANT_CONFIG).write_text(json.dumps(quant, indent=4) + "\n")
     save_shards(tensors, directory)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(config, directory)
     return quant
 
 

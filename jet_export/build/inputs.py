@@ -11,7 +11,8 @@ import torch
 from jet_export.build.plan import BuildPlan
 from jet_export.build.steps import CALIBRATION, versions
 from jet_export.bundle.dtypes import dtype_name
-from jet_export.bundle.manifest import TOKENIZER, Manifest
+from jet_export.bundle.manifest import Manifest
+from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import sha256_file
 
@@ -34,7 +35,7 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         **(
             {"decode_one": o.decode_one} if plan.build_device.type == "cuda" and plan.backend.name == "inductor" else {}
         ),
-        **({"tokenizer": sha256_file(o.tokenizer / TOKENIZER)} if o.tokenizer else {}),
+        **({"tokenizer": sha256_file(tokenizer_directory(o.tokenizer) / TOKENIZER)} if o.tokenizer else {}),
         "versions": versions(plan.backend.name),
     }
     if o.fp8 or plan.dtypes.kv_cache == torch.float8_e4m3fn:

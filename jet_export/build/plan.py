@@ -12,11 +12,11 @@ from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.backend_choice import BackendChoice, choose_backend
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
-from jet_export.bundle.manifest import TOKENIZER
 from jet_export.bundle.memory import Memory, engine_memory, weight_bytes
 from jet_export.bundle.target import host_target, target_device
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
+from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
 from jet_export.model.weights import CheckpointFiles, check_tensors
 from jet_export.plugins.targets import check_fp8, parse_sms, sm_name, sm_of_arch
@@ -149,7 +149,7 @@ def _check_tokenizer(options: BuildOptions, config: JetNemotronConfig) -> None:
         return
     if not options.random_weights:
         raise JetExportError("--tokenizer: belongs to --random-weights; a checkpoint has its own.", "Leave it out.")
-    path = directory / TOKENIZER
+    path = tokenizer_directory(directory) / TOKENIZER
     if not path.is_file():
         raise JetExportError(f"--tokenizer {directory}: no {TOKENIZER} there.", "Name a directory that has one.")
     largest = Tokenizer(path).largest_id

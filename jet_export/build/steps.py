@@ -12,9 +12,9 @@ import torch
 
 from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.plan import BuildPlan
-from jet_export.bundle.manifest import TOKENIZER
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import holds_kv_scales
+from jet_export.model.hf_files import TOKENIZER, copy_tokenizer, tokenizer_directory
 from jet_export.model.hub import checkpoint_licence, licence_files, resolve_checkpoint
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.model.weights import CheckpointFiles
@@ -25,13 +25,6 @@ from jet_export.utils.progress import Progress
 from jet_export.utils.version import __version__
 
 CALIBRATION = DATA / "calibration.txt"
-TOKENIZER_FILES = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 
 
 def versions(backend: str) -> dict[str, str]:
@@ -85,24 +78,19 @@ def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
     return JetNemotronForCausalLM.from_pretrained(plan.directory, plan.dtypes.model, device, plan.limits.max_seq_len)
 
 
-def copy_side_files(plan: BuildPlan, tmp: Path) -> str | None:
-    """Copy the checkpoint's tokenizer and licence. Returns the licence's name, where it is known."""
+def copy_side_files(plan: BuildPlan, tmp: Path, beside: bool = False) -> str | None:
+    """Copy the checkpoint's tokenizer and licence. Returns the licence's name, where it is known. `beside`: the
+    tokenizer not only to tokenizer/."""
     if plan.options.tokenizer is not None:
-        copy_tokenizer(plan.options.tokenizer, tmp)
+        copy_tokenizer(plan.options.tokenizer, tmp, beside)
         return None
     directory = plan.directory
     if directory is None or (plan.options.random_weights and plan.options.model != "jet-tiny"):
         return None
-    copy_tokenizer(directory, tmp)
+    copy_tokenizer(directory, tmp, beside)
     for p in licence_files(directory):
         shutil.copyfile(p, tmp / p.name)
     return checkpoint_licence(directory)
-
-
-def copy_tokenizer(directory: Path, to: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, to / name)
 
 
 def quantize_model(
@@ -139,7 +127,8 @@ def _calibration(plan: BuildPlan, directory: Path) -> list[torch.Tensor]:
     from jet_export.runtime.tokenizer import Tokenizer
 
     text = read_calibration_text(plan.options.calibration or CALIBRATION)
-    tokenizer = Tokenizer(directory / TOKENIZER) if (directory / TOKENIZER).exists() else None
+    path = tokenizer_directory(directory) / TOKENIZER
+    tokenizer = Tokenizer(path) if path.exists() else None
     # With random weights, more text would not make the scales more meaningful, and takes a CPU minutes.
     length, windows = (128, 1) if plan.options.random_weights else (512, 8)
     return calibration_tokens(

@@ -23,7 +23,6 @@ from jet_export.utils.files import sha256_file
 SCHEMA_VERSION = 2  # 1: the prefill graph took no single tokens of sequences that decode
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.utils.errors import JetExportError
 
 MAX_HELD_BACK = 16  # tokens that TextStream holds back for the end of a character, which has at most 4 bytes
@@ -45,7 +46,7 @@ class ByteTokenizer:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | ByteTokenizer:
-    path = Path(directory) / "tokenizer.json"
+    path = tokenizer_directory(directory) / TOKENIZER
     return Tokenizer(path) if path.is_file() else ByteTokenizer()
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.backends.eager import EagerEngine
-from jet_export.bundle.manifest import TOKENIZER, Manifest
+from jet_export.bundle.manifest import Manifest
+from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.model.hub import JET_TINY_DIR, local_directory
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.runtime.runner import Runner
@@ -86,12 +87,13 @@ def measure_quality(engine: Engine, manifest: Manifest, directory: Path, text: s
     if plain is not None:
         engines["unquantised"] = plain
     runners = {name: Runner(limited(e, 1, WINDOW), cuda_graphs=False) for name, e in engines.items()}
-    tokenizer = Tokenizer(directory / TOKENIZER)
+    path = tokenizer_directory(directory) / TOKENIZER
+    tokenizer = Tokenizer(path)
     piece = text.encode()[:SLICE_BYTES].decode(errors="ignore")
     start = [t for t in (manifest.config.eos_token_id, manifest.config.bos_token_id) if t >= 0][:1]
     out = held_out(runners, [*start, *tokenizer.encode(piece)], len(piece.encode()))
-    if sha256_file(directory / TOKENIZER) == sha256_file(JET_TINY_DIR / TOKENIZER):
-        out.recall = recall(runners, HfTokenizer.from_file(str(directory / TOKENIZER)))
+    if sha256_file(path) == sha256_file(JET_TINY_DIR / TOKENIZER):
+        out.recall = recall(runners, HfTokenizer.from_file(str(path)))
     return out
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from jet_export.backends.base import Engine
 from jet_export.backends.eager import EagerEngine, load_eager
 from jet_export.backends.load import load_engine
-from jet_export.bundle.manifest import TOKENIZER
+from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.tokenizer import Tokenizer
 from jet_export.utils.environment import environment
@@ -156,10 +156,11 @@ def verify_bundle(bundle: Path, text: Path | None, seed: int, emit: Callable[[st
     eager = load_eager(bundle, manifest, getattr(engine, "weights", None))
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
     out = Verification(str(bundle), device=device)
-    trained = (bundle / TOKENIZER).is_file() and not manifest.model["source"].startswith("random weights")
+    tokenizer = tokenizer_directory(bundle) / TOKENIZER
+    trained = tokenizer.is_file() and not manifest.model["source"].startswith("random weights")
     prompts = random_prompts(eager.config, tokens_needed(eager), seed)
     if trained:  # the middle sequence reads text
-        ids = Tokenizer(bundle / TOKENIZER).encode(held_out[: 8 * len(prompts[0])])
+        ids = Tokenizer(tokenizer).encode(held_out[: 8 * len(prompts[0])])
         prompts[1][: len(ids)] = ids[: len(prompts[1])]
     for stage in verify_engines(engine, eager, prompts, seed):
         out.stages.append(stage)

@@ -130,10 +130,13 @@ def test_manifest_and_weights(quick, tmp_path) -> None:
 def test_checkpoint_build_copies_tokenizer_and_licence(quick, tmp_path) -> None:
     checkpoint = load_golden(DATA / MINI_NAMES[0]).save_checkpoint(tmp_path / "ckpt")
     (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "generation_config.json").write_text("{}")
     (checkpoint / "LICENSE").write_text("The Licence, version 1\nmore\n")
     make(options(tmp_path, model=str(checkpoint), random_weights=False))
     directory = tmp_path / "out/bundle"
-    assert (directory / "tokenizer.json").read_text() == "{}"
+    assert (directory / "tokenizer/tokenizer.json").read_text() == "{}"
+    assert (directory / "generation_config.json").is_file()
+    assert not (directory / "tokenizer.json").exists()
     assert (directory / "LICENSE").exists()
     assert Manifest.load(directory).model["licence"] == "The Licence, version 1"
 
@@ -267,9 +270,11 @@ def test_random_weights_take_a_tokenizer_along(quick, tmp_path) -> None:
     given = tokenizer_of(tmp_path / "tokenizer", 100)
     make(options(tmp_path, tokenizer=given))
     bundle = tmp_path / "out/bundle"
-    assert (bundle / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
+    assert (bundle / "tokenizer/tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
     manifest = Manifest.load(bundle)
-    assert {"tokenizer.json", "chat_template.jinja"} <= manifest.files.keys()
+    assert {
+        f"tokenizer/{n}" for n in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    } <= manifest.files.keys()
     assert make(options(tmp_path, tokenizer=given)) == [f"{bundle} is up to date."]
     with pytest.raises(JetExportError, match=r"other inputs \(tokenizer was \w+.*, now None\)"):
         make(options(tmp_path))

@@ -297,8 +297,10 @@ def test_jet_tiny_and_a_build_from_the_export(tmp_path) -> None:
     assert names == {
         "README.md",
         "config.json",
+        "configuration_jet_nemotron.py",
         "hf_quant_config.json",
         "model.safetensors",
+        "tokenizer",
         "tokenizer.json",
         "tokenizer_config.json",
     }

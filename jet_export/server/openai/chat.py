@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jet_export.model.hf_files import tokenizer_directory
 from jet_export.utils.errors import JetExportError
 
 
@@ -42,12 +43,13 @@ def _raise(message: str) -> None:
 
 def load_chat_template(directory: str | Path) -> ChatTemplate | None:
     """The chat template of a bundle's tokenizer, or None."""
-    path = Path(directory) / "tokenizer_config.json"
+    directory = tokenizer_directory(directory)
+    path = directory / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     source = config.get("chat_template")
     if isinstance(source, list):  # several, by name
         source = next((t["template"] for t in source if t["name"] == "default"), None)
-    file = Path(directory) / "chat_template.jinja"
+    file = directory / "chat_template.jinja"
     if file.is_file():
         source = file.read_text(encoding="utf-8")
     if not source:
