@@ -28,6 +28,7 @@ from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.server.openai.app import create_app
 from jet_export.server.openai.frontend import FrontEndConfig
 from jet_export.server.openai.http import http_server, listen, listen_too, raise_file_limit, run_server, url
+from jet_export.server.openai.options import ApiOptions
 from jet_export.server.openai.supervisor import FrontEnds
 
 LIMITS = RequestLimits(slots=4096, max_waiting=4096, max_seq_len=1 << 20)
@@ -127,10 +128,14 @@ def serve(options: argparse.Namespace) -> None:
     address = url(listener)
     if not options.frontends:
         print(address, flush=True)
-        run_server(http_server(create_app(AsyncLLM.over(source), "stub"), close=source.close), listener)
+        run_server(
+            http_server(create_app(AsyncLLM.over(source), ApiOptions(names=("stub",))), close=source.close), listener
+        )
         return
     listeners = [listener, *(listen_too(listener) for _ in range(options.frontends - 1))]
-    config = FrontEndConfig(name="stub", bundle=str(options.tokenizer), limits=LIMITS, vocab_size=VOCAB)
+    config = FrontEndConfig(
+        options=ApiOptions(names=("stub",)), bundle=str(options.tokenizer), limits=LIMITS, vocab_size=VOCAB
+    )
     FrontEnds(source, listeners, config).run(lambda: print(address, flush=True))
 
 

@@ -18,7 +18,7 @@ def serve(
     ] = False,
     triton_repo: Annotated[Path | None, typer.Option(help="Only write a Triton model repository here.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in --triton-repo.")] = False,
-    host: Annotated[str, typer.Option(help="Address to listen on; there is no authentication.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="With --openai; 0 picks a free one.")] = 8000,
     http_port: Annotated[int, typer.Option(help="Triton's HTTP; 0 picks a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Triton's gRPC; 0 picks a free one.")] = 8001,
@@ -35,6 +35,24 @@ def serve(
             "Default: 0 on a CPU, else up to 4."
         ),
     ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="With --openai: what clients call the model, once for each name; answers carry the first."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="JET_API_KEY", help="With --openai: clients send it as a bearer token. Default: no key."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="With --openai: an origin whose pages may call the API, once for each; '*': any."),
+    ] = None,
+    ssl_certfile: Annotated[str | None, typer.Option(help="With --openai: TLS certificate (chain), PEM.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="With --openai: its key, PEM.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="With --openai: a file with a Jinja template to use instead of the bundle's.")
+    ] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="With --openai: log each request.")] = False,
     slots: Annotated[int | None, typer.Option(help="Sequences at once; default: the bundle's max_batch_size.")] = None,
     kv_tokens: Annotated[
         int | None,
@@ -80,10 +98,22 @@ def serve(
     if openai:
         if triton_repo:
             raise JetExportError("serve: --openai and --triton-repo exclude each other.")
+        from jet_export.server.openai.http import Tls
+        from jet_export.server.openai.options import ApiOptions
         from jet_export.server.openai.serve import HttpOptions
         from jet_export.server.openai.serve import serve as run_openai
 
-        http = HttpOptions(host=host, port=port, keep_alive=keep_alive_timeout, frontends=frontends)
+        if (ssl_certfile is None) != (ssl_keyfile is None):
+            raise JetExportError("serve: --ssl-certfile and --ssl-keyfile go together.")
+        api = ApiOptions(
+            names=tuple(served_model_name or ()),
+            api_key=api_key,
+            origins=tuple(cors_origin or ()),
+            access_log=access_log,
+            chat_template=chat_template,
+        )
+        tls = Tls(certfile=ssl_certfile, keyfile=ssl_keyfile) if ssl_certfile and ssl_keyfile else None
+        http = HttpOptions(host=host, port=port, keep_alive=keep_alive_timeout, frontends=frontends, api=api, tls=tls)
         run_openai(bundle, http, serving, typer.echo)
         return
     from jet_export.server.triton.repository import Repository, gpu_indices, write_repository

@@ -34,6 +34,13 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def decode_with_special(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The tokens as the vocabulary spells them."""
+        return [self._tokenizer.id_to_token(i) or "" for i in ids]
+
 
 class ByteTokenizer:
     """UTF-8 bytes as ids, for models without a tokenizer; ids above 255 decode to their number in brackets."""
@@ -42,7 +49,13 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
-        return "".join(chr(i) if 32 <= i < 127 else f"[{i}]" for i in ids)
+        return "".join(self.pieces(ids))
+
+    def decode_with_special(self, ids: list[int]) -> str:
+        return self.decode(ids)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        return [chr(i) if 32 <= i < 127 else f"[{i}]" for i in ids]
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | ByteTokenizer:

@@ -25,7 +25,17 @@ from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.server.openai.app import create_app
 from jet_export.server.openai.chat import ChatTemplate
 from jet_export.server.openai.frontend import FrontEndConfig
-from jet_export.server.openai.http import KEEP_ALIVE, http_server, listen, listen_too, raise_file_limit, run_server, url
+from jet_export.server.openai.http import (
+    KEEP_ALIVE,
+    Tls,
+    http_server,
+    listen,
+    listen_too,
+    raise_file_limit,
+    run_server,
+    url,
+)
+from jet_export.server.openai.options import API_KEY, ApiOptions
 from jet_export.server.openai.supervisor import FrontEnds
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=400, prefill_chunk=64)
@@ -42,16 +52,22 @@ def async_llm(limits: Limits = LIMITS, **serving) -> AsyncLLM:
 
 @contextmanager
 def server(
-    llm: AsyncLLM, template: str | None = TEMPLATE, max_body_bytes: int | None = None, keep_alive: float = KEEP_ALIVE
+    llm: AsyncLLM,
+    template: str | None = TEMPLATE,
+    keep_alive: float = KEEP_ALIVE,
+    tls: Tls | None = None,
+    tokenizer_config: dict | None = None,
+    **options,
 ):
-    """The server's address."""
-    app = create_app(llm, "mini", ChatTemplate(template, {}) if template else None, max_body_bytes)
+    """The server's address. `options`: of ApiOptions."""
+    options.setdefault("names", ("mini",))
+    app = create_app(llm, ApiOptions(**options), ChatTemplate(template, {}) if template else None, tokenizer_config)
     listener = listen("127.0.0.1", 0)
-    uvicorn = http_server(app, keep_alive=keep_alive, grace=1, close=llm.batching.close)
+    uvicorn = http_server(app, keep_alive=keep_alive, grace=1, close=llm.batching.close, tls=tls)
     thread = threading.Thread(target=lambda: uvicorn.run(sockets=[listener]), daemon=True)
     thread.start()
     try:
-        yield url(listener)
+        yield url(listener, tls)
     finally:
         uvicorn.should_exit = True
         thread.join(60)
@@ -99,11 +115,12 @@ def main(port: int, grace: float, keep_alive: float, frontends: int, directory: 
     llm = async_llm(replace(LIMITS, max_batch_size=batch))
     if not frontends:
         print(address, flush=True)
-        server = http_server(create_app(llm, "mini"), grace=grace, keep_alive=keep_alive, close=llm.batching.close)
+        app = create_app(llm, ApiOptions(names=("mini",)))
+        server = http_server(app, grace=grace, keep_alive=keep_alive, close=llm.batching.close)
         run_server(server, listener)
         return
     config = FrontEndConfig(
-        name="mini",
+        options=ApiOptions(names=("mini",), api_key=os.environ.get(API_KEY)),
         bundle=directory,
         limits=llm.limits,
         vocab_size=llm.engine.config.vocab_size,

@@ -19,18 +19,18 @@ class ChatTemplate:
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
-        self.special = special
+        self.source, self.special = source, special
         try:
             self.template = environment.from_string(source)
         except TemplateError as e:
             raise JetExportError(f"The tokenizer's chat template is no template ({e}).") from None
 
-    def __call__(self, messages: list[dict[str, str]]) -> str:
-        """Raises JetExportError if the template refuses the messages."""
+    def __call__(self, messages: list[dict[str, str]], generation_prompt: bool = True) -> str:
+        """The text, up to where the answer begins. Raises JetExportError if the template refuses the messages."""
         from jinja2 import TemplateError
 
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+            return self.template.render(messages=messages, add_generation_prompt=generation_prompt, **self.special)
         except (TemplateError, TypeError, ValueError) as e:
             raise JetExportError(f"The chat template refuses these messages: {e}.") from None
 
@@ -41,17 +41,27 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def load_chat_template(directory: str | Path) -> ChatTemplate | None:
-    """The chat template of a bundle's tokenizer, or None."""
-    directory = tokenizer_directory(directory)
-    path = directory / "tokenizer_config.json"
+def load_tokenizer_config(directory: str | Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty without one."""
+    path = tokenizer_directory(directory) / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config
+
+
+def load_chat_template(directory: str | Path, file: str | None = None) -> ChatTemplate | None:
+    """The chat template of a bundle's tokenizer, or None; `file` is one to use instead.
+
+    Raises JetExportError if there is no such file, or it has no template."""
+    config = load_tokenizer_config(directory)
     source = config.get("chat_template")
     if isinstance(source, list):  # several, by name
         source = next((t["template"] for t in source if t["name"] == "default"), None)
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        source = file.read_text(encoding="utf-8")
+    path = Path(file) if file else tokenizer_directory(directory) / "chat_template.jinja"
+    if file or path.is_file():
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise JetExportError(f"--chat-template {path}: {e}.", "Give a file with a Jinja template.") from None
     if not source:
         return None
     special = {

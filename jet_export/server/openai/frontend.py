@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import socket
 import sys
 from dataclasses import asdict, dataclass
@@ -18,28 +19,34 @@ from jet_export.runtime.serving_engine import RequestLimits
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.server.ipc.engine_client import EngineClient
 from jet_export.server.openai.app import create_app
-from jet_export.server.openai.chat import load_chat_template
-from jet_export.server.openai.http import GRACE, KEEP_ALIVE, http_server, run_server
+from jet_export.server.openai.chat import load_chat_template, load_tokenizer_config
+from jet_export.server.openai.http import GRACE, KEEP_ALIVE, Tls, http_server, run_server
+from jet_export.server.openai.middleware import log_access
+from jet_export.server.openai.options import API_KEY, ApiOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontEndConfig:
     """What a front end knows of its engine."""
 
-    name: str  # of the model, for clients
+    options: ApiOptions
     bundle: str  # its tokenizer and chat template
     limits: RequestLimits
     vocab_size: int
     keep_alive: float = KEEP_ALIVE  # seconds
     grace: float = GRACE  # seconds
+    tls: Tls | None = None
 
     def encode(self) -> str:
-        return json.dumps(asdict(self))
+        """Without the API key, which is in the environment."""
+        return json.dumps({**asdict(self), "options": self.options.without_key()})
 
     @classmethod
     def decode(cls, text: str) -> FrontEndConfig:
         values = json.loads(text)
-        return cls(**{**values, "limits": RequestLimits(*values["limits"])})
+        options = ApiOptions.of(values["options"], os.environ.get(API_KEY))
+        tls = values["tls"] and Tls(**values["tls"])
+        return cls(**{**values, "limits": RequestLimits(*values["limits"]), "options": options, "tls": tls})
 
 
 class FrontEnd:
@@ -47,8 +54,13 @@ class FrontEnd:
 
     def __init__(self, config: FrontEndConfig, channel: socket.socket) -> None:
         self.engine = EngineClient(channel, load_tokenizer(config.bundle), config.limits, config.vocab_size)
-        app = create_app(self.engine, config.name, load_chat_template(config.bundle))
-        self.server = http_server(app, keep_alive=config.keep_alive, grace=config.grace, on_started=self.engine.ready)
+        template = load_chat_template(config.bundle, config.options.chat_template)
+        app = create_app(self.engine, config.options, template, load_tokenizer_config(config.bundle))
+        self.server = http_server(
+            app, keep_alive=config.keep_alive, grace=config.grace, on_started=self.engine.ready, tls=config.tls
+        )
+        if config.options.access_log:
+            log_access()
         self.lost = False
         self.engine.on_drain, self.engine.on_lost = self._stop, self._on_lost
 

@@ -7,14 +7,16 @@ import contextlib
 import resource
 import signal
 import socket
+import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jet_export.utils.errors import JetExportError
 
 if TYPE_CHECKING:
     import uvicorn
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
 GRACE = 10.0  # seconds that running requests have to finish after SIGTERM
 # A client may send its next request just when an idle connection is closed, and then sees a reset: longer than the idle
@@ -22,6 +24,24 @@ GRACE = 10.0  # seconds that running requests have to finish after SIGTERM
 KEEP_ALIVE = 75.0
 OPEN_FILES = 65536  # one for each connection
 FEW_FILES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """PEM files. Raises JetExportError if they are not a certificate and its key."""
+
+    certfile: str
+    keyfile: str
+
+    def __post_init__(self) -> None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certfile, self.keyfile, password=lambda: b"")  # asks nobody for one
+        except OSError as e:
+            raise JetExportError(
+                f"--ssl-certfile {self.certfile} --ssl-keyfile {self.keyfile}: {e}.",
+                "Give a PEM certificate (chain) and its key, without a password.",
+            ) from None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -40,9 +60,9 @@ def listen_too(listener: socket.socket) -> socket.socket:
     return socket.create_server(listener.getsockname()[:2], family=listener.family, reuse_port=True)
 
 
-def url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def url(listener: socket.socket, tls: Tls | None = None) -> str:
+    scheme, (host, port) = "https" if tls else "http", listener.getsockname()[:2]
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def raise_file_limit(log: Callable[[str], None]) -> None:
@@ -58,12 +78,13 @@ def raise_file_limit(log: Callable[[str], None]) -> None:
 
 
 def http_server(
-    app: FastAPI,
+    app: ASGIApp,
     *,
     keep_alive: float = KEEP_ALIVE,
     grace: float = GRACE,
     on_started: Callable[[], None] = lambda: None,
     close: Callable[[], None] = lambda: None,
+    tls: Tls | None = None,
 ) -> uvicorn.Server:
     """`on_started()` once it listens; `close()` if requests still run `grace` seconds after it is told to stop."""
     import uvicorn
@@ -86,6 +107,8 @@ def http_server(
             server_header=False,
             timeout_keep_alive=max(1, round(keep_alive)),
             timeout_graceful_shutdown=int(grace) + 5,  # covers clients that do not read their answers
+            ssl_certfile=tls.certfile if tls else None,
+            ssl_keyfile=tls.keyfile if tls else None,
         )
     )
 

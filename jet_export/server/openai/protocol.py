@@ -170,7 +170,7 @@ class ChatBody(CommonBody):
     prediction: dict[str, Any] | None = None
 
 
-Body = TypeVar("Body", bound=CommonBody)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def parse(kind: type[Body], raw: bytes) -> Body:

@@ -6,13 +6,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.plan import Capacity
 from jet_export.server.openai.http import (
     KEEP_ALIVE,
+    Tls,
     http_server,
     listen,
     listen_too,
@@ -20,6 +21,7 @@ from jet_export.server.openai.http import (
     run_server,
     url,
 )
+from jet_export.server.openai.options import ApiOptions
 from jet_export.utils.errors import JetExportError
 
 MAX_FRONTENDS = 64
@@ -35,6 +37,8 @@ class HttpOptions:
     port: int = 8000  # 0: a free one
     keep_alive: float = KEEP_ALIVE  # seconds that an idle connection stays open
     frontends: int | None = None  # processes for HTTP and text; 0: the engine's own; None: see `default_frontends`
+    api: ApiOptions = field(default_factory=lambda: ApiOptions(names=()))  # no names: the bundle's
+    tls: Tls | None = None
 
     def __post_init__(self) -> None:
         """Raises JetExportError naming the option that is out of range."""
@@ -62,30 +66,40 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
         raise JetExportError(f"serve needs {e.name}.", "Install it: pip install 'jet-export[serve]'") from None
     from jet_export.bundle.manifest import Manifest
     from jet_export.runtime.async_llm import AsyncLLM
-    from jet_export.server.openai.chat import load_chat_template
+    from jet_export.server.openai.chat import load_chat_template, load_tokenizer_config
     from jet_export.server.openai.frontend import FrontEndConfig
+    from jet_export.server.openai.middleware import log_access
     from jet_export.server.openai.supervisor import FrontEnds
 
+    template = load_chat_template(bundle, http.api.chat_template)
     listener = listen(http.host, http.port)
     llm = AsyncLLM(bundle, serving)
     raise_file_limit(log)
     sys.setswitchinterval(SWITCH_INTERVAL)
     name = str(Manifest.load(bundle).model["name"])
-    template = load_chat_template(bundle)
+    api = replace(http.api, names=http.api.names or (name,))
     log_capacity(name, llm.batching.scheduler.capacity, log)
     frontends = default_frontends(llm.engine.device.type) if http.frontends is None else http.frontends
     paths = ("completions", "chat/completions") if template else ("completions",)
     if not frontends:
-        log_addresses(url(listener), paths, log)
-        app = create_app(llm, name, template)
-        run_server(http_server(app, keep_alive=http.keep_alive, close=llm.batching.close), listener)
+        log_addresses(url(listener, http.tls), paths, log)
+        app = create_app(llm, api, template, load_tokenizer_config(bundle))
+        if api.access_log:
+            log_access()
+        close = llm.batching.close
+        run_server(http_server(app, keep_alive=http.keep_alive, close=close, tls=http.tls), listener)
         return
     log(f"HTTP and text in processes of their own: {frontends}")
     vocab_size = llm.engine.config.vocab_size
     config = FrontEndConfig(
-        name=name, bundle=str(bundle), limits=llm.limits, vocab_size=vocab_size, keep_alive=http.keep_alive
+        options=api,
+        bundle=str(bundle),
+        limits=llm.limits,
+        vocab_size=vocab_size,
+        keep_alive=http.keep_alive,
+        tls=http.tls,
     )
-    address = url(listener)
+    address = url(listener, http.tls)
     listeners = [listener, *(listen_too(listener) for _ in range(frontends - 1))]
     FrontEnds(llm.batching, listeners, config).run(lambda: log_addresses(address, paths, log))
 

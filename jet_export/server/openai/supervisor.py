@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.server.ipc.engine_server import EngineServer, Link
 from jet_export.server.openai.frontend import FrontEndConfig
+from jet_export.server.openai.options import API_KEY
 from jet_export.utils.errors import JetExportError
 
 log = logging.getLogger(__name__)
@@ -111,6 +113,10 @@ class FrontEnds:
                 )
             log.error("a front end died with status %d; its requests are cancelled, another one starts", status)
 
+    def _environment(self) -> dict[str, str]:
+        key = self.config.options.api_key
+        return {**os.environ, API_KEY: key} if key else {k: v for k, v in os.environ.items() if k != API_KEY}
+
     async def _run_one(self, listener: socket.socket, ready: asyncio.Event, on_ready: Callable[[], None]) -> int:
         """A front end from start to end; its exit status."""
         ours, theirs = socket.socketpair()
@@ -119,6 +125,7 @@ class FrontEnds:
                 *(sys.executable, "-m", MODULE, self.config.encode(), str(theirs.fileno()), str(listener.fileno())),
                 pass_fds=(theirs.fileno(), listener.fileno()),
                 start_new_session=True,  # Ctrl-C is for this process, which tells the front ends
+                env=self._environment(),
             )
 
         def on_first_ready() -> None:

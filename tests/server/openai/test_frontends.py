@@ -25,6 +25,7 @@ from jet_export.server.ipc.channel import HEADER
 from jet_export.server.ipc.messages import Kind, Submit, encode_outputs
 from jet_export.server.openai.frontend import FrontEndConfig
 from jet_export.server.openai.http import listen, raise_file_limit, url
+from jet_export.server.openai.options import ApiOptions
 from jet_export.server.openai.supervisor import MODULE
 
 IDLE, BUSY = 1000, 512  # connections
@@ -185,7 +186,9 @@ def test_a_front_end_that_dies_is_started_again_and_its_requests_are_cancelled()
 def test_streams_of_an_engine_that_dies_end_with_an_error_and_the_front_end_exits(tmp_path) -> None:
     """A front end alone, whose engine is this test."""
     engine, channel = socket.socketpair()
-    config = FrontEndConfig(name="mini", bundle=str(tmp_path), limits=RequestLimits(4, 4, 400), vocab_size=128)
+    config = FrontEndConfig(
+        options=ApiOptions(names=("mini",)), bundle=str(tmp_path), limits=RequestLimits(4, 4, 400), vocab_size=128
+    )
     with channel, engine, listen("127.0.0.1", 0) as listener:
         fds = (channel.fileno(), listener.fileno())
         command = [sys.executable, "-m", MODULE, config.encode(), *map(str, fds)]

@@ -276,6 +276,10 @@ def test_command_line(monkeypatch, capsys, tmp_path) -> None:
         ((str(tmp_path), "--openai", "--port", "99999"), "--port 99999"),
         ((str(tmp_path), "--openai", "--frontends", "-1"), "--frontends -1: not between 0 and 64"),
         ((str(tmp_path), "--openai", "--prefix-cache-bytes", "4GB"), "--prefix-cache-bytes 4GB: not a size"),
+        ((str(tmp_path), "--openai", "--chat-template", "none.jinja"), "--chat-template none.jinja: "),
+        ((str(tmp_path), "--openai", "--api-key", "\n"), "--api-key: not a key"),
+        ((str(tmp_path), "--openai", "--ssl-certfile", "none.pem"), "go together"),
+        ((str(tmp_path), "--openai", "--ssl-certfile", "none.pem", "--ssl-keyfile", "k"), "--ssl-certfile none.pem"),
         ((str(tmp_path), "--openai", "--prefix-cache-bytes", "-1"), "--prefix-cache-bytes -1: not a size"),
     ):
         status, out = run_cli(monkeypatch, capsys, *args)

@@ -1,0 +1,96 @@
+"""/v1/completions and /v1/chat/completions: from the body of a request to its response."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from jet_export.runtime.params import Params
+from jet_export.runtime.serving_engine import ServingEngine
+from jet_export.server.fields import max_prompt_bytes
+from jet_export.server.openai.answers import Answer, ChatAnswer, CompletionAnswer
+from jet_export.server.openai.chat import ChatTemplate
+from jet_export.server.openai.events import EventStream, collect, raise_failure, until_disconnect
+from jet_export.server.openai.options import ApiOptions
+from jet_export.server.openai.protocol import ApiError, ChatBody, CommonBody, CompletionBody, Message, parse
+
+
+class Api:
+    """The generation endpoints, over one engine."""
+
+    def __init__(self, engine: ServingEngine, options: ApiOptions, template: ChatTemplate | None) -> None:
+        self.engine, self.names, self.template = engine, options.names, template
+        self.name = self.names[0]
+        self.limits = engine.limits
+        self.max_body_bytes = options.max_body_bytes or max_prompt_bytes(self.limits.max_seq_len)
+
+    async def completions(self, request: Request) -> Response:
+        body = parse(CompletionBody, await self.read(request))
+        self.check_model(body.model)
+        if body.echo and body.logprobs is not None:
+            raise ApiError(400, "echo and logprobs together are not supported.")
+        asked = body.prompts
+        limit = self.limits.slots + self.limits.max_waiting
+        if not 1 <= len(asked) <= limit:
+            raise ApiError(400, f"prompt: {len(asked)} prompts; between 1 and {limit} are accepted.")
+        prompts = await asyncio.to_thread(lambda: [self.ids(p) for p in asked])
+        params = body.params(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
+        decode = self.engine.tokenizer.decode
+        echo = [p if isinstance(p, str) else decode(p) for p in asked] if body.echo else None
+        answer = CompletionAnswer(self.name, self.engine.tokenizer, prompts, echo)
+        return await self._answer(request, body, answer, params)
+
+    async def chat(self, request: Request) -> Response:
+        body = parse(ChatBody, await self.read(request))
+        self.check_model(body.model)
+        prompt = await asyncio.to_thread(lambda: self.ids(self.chat_text(body.messages), special_tokens=False))
+        room = max(self.limits.max_seq_len - len(prompt), 1)
+        limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true.")
+        params = body.params(min(limits, default=room), (body.top_logprobs or 0) if body.logprobs else None)
+        answer = ChatAnswer(self.name, self.engine.tokenizer, [prompt])
+        return await self._answer(request, body, answer, params)
+
+    def chat_text(self, messages: list[Message], generation_prompt: bool = True) -> str:
+        """The messages through the chat template."""
+        if self.template is None:
+            raise ApiError(400, f"{self.name}'s tokenizer has no chat template; use /v1/completions.")
+        return self.template([m.plain() for m in messages], generation_prompt)
+
+    async def read(self, request: Request) -> bytes:
+        """The body. Raises ApiError if it is longer than allowed or not JSON by its type."""
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "Content-Type must be application/json.")
+        raw = bytearray()
+        async for part in request.stream():
+            raw += part
+            if len(raw) > self.max_body_bytes:
+                raise ApiError(413, f"The body is longer than {self.max_body_bytes} bytes.")
+        return bytes(raw)
+
+    def check_model(self, asked: str) -> None:
+        if asked not in self.names:
+            raise ApiError(404, f"Model {asked[:100]!r} is not served here; {self.name!r} is.", "model_not_found")
+
+    def ids(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
+        if isinstance(prompt, str):
+            return self.engine.tokenizer.encode(prompt, special_tokens)
+        return prompt
+
+    async def _answer(self, request: Request, body: CommonBody, answer: Answer, params: Params) -> Response:
+        outputs = self.engine.submit(answer.prompts, params)
+        try:
+            if not body.stream:
+                await until_disconnect(request, collect(outputs, answer))
+                return JSONResponse(answer.result())
+            # Before the stream begins, a failure still gets its own status.
+            first = await until_disconnect(request, outputs.batch())
+            raise_failure(first[0][1])
+            return EventStream(first, outputs, answer, body.usage_in_stream)
+        except BaseException:
+            outputs.close()
+            raise
