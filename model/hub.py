@@ -11,12 +11,12 @@ from jet_export.model.presets import jet_2b, jet_4b, qwen3_1_7b
 from jet_export.utils.errors import JetExportError
 
 JET_TINY_DIR = Path(str(files("jet_export"))) / "data" / "jet-tiny"
-HUB_ID = {"jet-2b": "jet-ai/Jet-Nemotron-2B", "jet-4b": "jet-ai/Jet-Nemotron-4B"}
+HUB_ID = {"jet-2b": "jet-ai/Jet-Nemotron-2B", "jet-4b": "jet-ai/Jet-Nemotron-4B", "qwen3-1.7b": "Qwen/Qwen3-1.7B-Base"}
 PRESETS: dict[str, Callable[[], JetNemotronConfig]] = {
     "jet-tiny": lambda: JetNemotronConfig.from_json_file(JET_TINY_DIR / "config.json"),
     "jet-2b": jet_2b,
     "jet-4b": jet_4b,
-    "qwen3-1.7b": qwen3_1_7b,  # an architecture to compare speeds with, without a checkpoint
+    "qwen3-1.7b": qwen3_1_7b,  # the baseline
 }
 CARD = "README.md"
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]

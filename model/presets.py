@@ -48,8 +48,7 @@ def jet_4b() -> JetNemotronConfig:
 
 
 def qwen3_1_7b() -> JetNemotronConfig:
-    """Sizes of Qwen/Qwen3-1.7B-Base, the paper's baseline: full attention alone. For comparisons of speed, with random
-    weights: its own checkpoints are of another model type. The jet sizes are not used."""
+    """Qwen/Qwen3-1.7B-Base, the paper's baseline: full attention alone. The jet sizes are not used."""
     return JetNemotronConfig(
         hidden_size=2048,
         intermediate_size=6144,
@@ -59,6 +58,7 @@ def qwen3_1_7b() -> JetNemotronConfig:
         head_dim=128,
         qk_norm=True,
         qkv_bias=False,
+        model_type="qwen3",
         jet_num_heads=1,
         head_k_dim=32,
         expand_v=2.0,
