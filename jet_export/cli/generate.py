@@ -98,7 +98,7 @@ def stream(bundle: Path, prompts: list[str], options: GenerateOptions) -> None:
             first.append(time.monotonic())
             if len(prompts) == 1:
                 print(prompts[0], end="", flush=True)
-        if len(prompts) == 1 and (token != llm.eos or options.ignore_eos):
+        if len(prompts) == 1 and (token not in llm.eos or options.ignore_eos):
             print(text.push(token), end="", flush=True)
 
     start = time.monotonic()

@@ -17,7 +17,7 @@ from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sequence import Keep, RunningSequence
 from jet_export.runtime.serving_engine import RequestLimits, Status
 from jet_export.runtime.sessions import Session, Sessions
-from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer, load_tokenizer
+from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer, load_eos, load_tokenizer
 from jet_export.utils.errors import JetExportError
 
 
@@ -30,7 +30,8 @@ class AsyncLLM(Sessions):
     def __init__(self, bundle: str | Path, serving: Serving | None = None, *, cuda_graphs: bool = True) -> None:
         self.engine, manifest = load_engine(bundle)
         self.fingerprint = manifest.fingerprint
-        tokenizer, eos = load_tokenizer(bundle), manifest.config.eos_token_id
+        config, tokenizer = manifest.config, load_tokenizer(bundle)
+        eos = load_eos(bundle, config.eos_token_id, config.vocab_size)
         self.batching = BatchingEngine(self.engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)
         self.mailbox = Mailbox(self.batching)
 

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from jet_export.runtime.capacity import Serving, capacity, pacing, pool_size
 from jet_export.runtime.copies import StateCopies
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.metrics import Gauges, Metrics
-from jet_export.runtime.params import Logprob, Output, Params, check_tokens
+from jet_export.runtime.params import Logprob, Output, Params, check_tokens, end_tokens
 from jet_export.runtime.plan import Request
 from jet_export.runtime.prefix import page_hashes
 from jet_export.runtime.runner import Runner
@@ -42,14 +42,14 @@ class BatchingEngine:
         self,
         engine: Engine,
         tokenizer: Tokenizer | ByteTokenizer,
-        eos: int,
+        eos: int | Sequence[int],
         serving: Serving | None = None,
         *,
         cuda_graphs: bool = True,
         overlap: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, eos, clock
+        self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, end_tokens(eos), clock
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         serving = serving or Serving()
         c, self.pacing = capacity(engine, serving), pacing(engine, serving)
@@ -57,7 +57,7 @@ class BatchingEngine:
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
         self.scheduler = Scheduler(c, copies, self.pacing)
         self.metrics = Metrics(memory=self.scheduler.memory.counts)
-        self.executor = Executor(engine, self.runner, self.metrics, eos)
+        self.executor = Executor(engine, self.runner, self.metrics, self.eos)
         self.sequences: dict[Request, RunningSequence] = {}
         self.lock = threading.RLock()
         self.work = threading.Condition(self.lock)
@@ -92,6 +92,7 @@ class BatchingEngine:
         Raises JetExportError for ids outside the vocabulary and requests that could never run; QueueFull.
         """
         check_tokens((*prompt, *params.token_ids), self.engine.config.vocab_size)
+        params.check_ends(self.eos)
         start = start or EMPTY
         tokens = [*start.tokens, *prompt]
         # A session without a new prompt goes on by decoding the token that it sampled last.

@@ -25,7 +25,7 @@ from jet_export.runtime.transfer import copy_to_host
 class Executor:
     """See the module."""
 
-    def __init__(self, engine: Engine, runner: Runner, metrics: Metrics, eos: int) -> None:
+    def __init__(self, engine: Engine, runner: Runner, metrics: Metrics, eos: tuple[int, ...]) -> None:
         self.engine, self.runner, self.metrics, self.eos = engine, runner, metrics, eos
         slots, vocab = len(runner.context_lens), engine.config.vocab_size
         self.sampler = SlotSampler(slots, vocab, engine.device, last_tokens=runner.last_tokens)

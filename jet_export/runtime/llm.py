@@ -14,13 +14,13 @@ from jet_export.backends.base import Engine
 from jet_export.backends.load import load_engine
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
-from jet_export.runtime.params import Output, Params
+from jet_export.runtime.params import Output, Params, end_tokens
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.sequence import OnOutput, RunningSequence
 from jet_export.runtime.sessions import Session, Sessions
 from jet_export.runtime.snapshot import Snapshot
-from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer, load_eos, load_tokenizer
 from jet_export.utils.errors import JetExportError
 
 OnToken = Callable[[int, int], None]  # (index of the prompt, token)
@@ -51,7 +51,7 @@ class LLM(Sessions):
         self._open(
             engine,
             load_tokenizer(bundle),
-            self.manifest.config.eos_token_id,
+            load_eos(bundle, self.manifest.config.eos_token_id, self.manifest.config.vocab_size),
             fingerprint=self.manifest.fingerprint,
             cuda_graphs=cuda_graphs,
             deterministic=deterministic,
@@ -62,7 +62,7 @@ class LLM(Sessions):
         cls,
         engine: Engine,
         tokenizer: Tokenizer | ByteTokenizer,
-        eos: int,
+        eos: int | Sequence[int],
         *,
         fingerprint: str = "",
         cuda_graphs: bool = True,
@@ -77,7 +77,7 @@ class LLM(Sessions):
         self,
         engine: Engine,
         tokenizer: Tokenizer | ByteTokenizer,
-        eos: int,
+        eos: int | Sequence[int],
         *,
         fingerprint: str,
         cuda_graphs: bool,
@@ -96,12 +96,13 @@ class LLM(Sessions):
         self.batching = BatchingEngine(engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)
 
     @property
-    def eos(self) -> int:
+    def eos(self) -> tuple[int, ...]:
+        """End-of-sequence tokens."""
         return self.batching.eos
 
     @eos.setter
-    def eos(self, token: int) -> None:
-        self.batching.eos = token
+    def eos(self, tokens: int | Sequence[int]) -> None:
+        self.batching.eos = self.batching.executor.eos = end_tokens(tokens)
 
     @property
     def runner(self) -> Runner:

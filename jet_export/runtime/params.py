@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from jet_export.kernels.sampling_ref import MAX_BLOCKED
@@ -56,6 +56,17 @@ class Params:
     def token_ids(self) -> tuple[int, ...]:
         """The tokens that it names, which must be in the vocabulary."""
         return (*self.stop_ids, *(token for token, _ in self.logit_bias))
+
+    def check_ends(self, eos: Sequence[int]) -> None:
+        """Raises JetExportError if `min_tokens` would have to keep too many tokens away."""
+        ends = len(self.stop_ids) + len(eos)
+        if self.min_tokens and ends > MAX_BLOCKED:
+            raise JetExportError(f"min_tokens with {ends} stop_ids and end-of-sequence tokens: at most {MAX_BLOCKED}.")
+
+
+def end_tokens(eos: int | Sequence[int]) -> tuple[int, ...]:
+    """End-of-sequence tokens; a negative one is none."""
+    return tuple(i for i in ([eos] if isinstance(eos, int) else eos) if i >= 0)
 
 
 def check_tokens(ids: Iterable[int], vocab: int) -> None:

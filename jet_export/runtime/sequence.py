@@ -46,10 +46,10 @@ class RunningSequence:
         """Its states or logits are read after the step: the next step must not be launched over them."""
         return self.keep is not None or self.keep_logits
 
-    def row_settings(self, eos: int) -> RowSettings:
+    def row_settings(self, eos: tuple[int, ...]) -> RowSettings:
         """What the sampler is asked for."""
         p, s = self.params, self.params.sampling
-        ends = (*p.stop_ids, *(() if p.ignore_eos or eos < 0 else (eos,)))
+        ends = (*p.stop_ids, *(() if p.ignore_eos else eos))
         return RowSettings(
             temperature=s.temperature,
             top_k=s.top_k,
@@ -82,12 +82,12 @@ class RunningSequence:
         self.position += 1
         return None if token == self.tokens[self.position - 1] else -1
 
-    def append(self, token: int, eos: int) -> tuple[str, str | None]:
+    def append(self, token: int, eos: tuple[int, ...]) -> tuple[str, str | None]:
         """Add a sampled token; returns the text that is now final, and the finish reason if the request ends here."""
         self.tokens.append(token)
         self.position = len(self.tokens)
         full = len(self.tokens) == self.params.max_new_tokens
-        if token in self.params.stop_ids or (token == eos and not self.params.ignore_eos):
+        if token in self.params.stop_ids or (token in eos and not self.params.ignore_eos):
             return self.text.flush()[0] if self.text else "", "stop"
         if self.text is None:
             return "", "length" if full else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,11 @@ class Tokenizer:
         """Of all tokens, those that were added to its vocabulary included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that `decode` leaves out, such as ends of turns."""
+        return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """`special_tokens`: add those that the tokenizer puts around a text; a chat template brings its own."""
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
@@ -45,6 +51,8 @@ class Tokenizer:
 class ByteTokenizer:
     """UTF-8 bytes as ids, for models without a tokenizer; ids above 255 decode to their number in brackets."""
 
+    special_ids: frozenset[int] = frozenset()
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         return list(text.encode("utf-8"))
 
@@ -61,6 +69,22 @@ class ByteTokenizer:
 def load_tokenizer(directory: str | Path) -> Tokenizer | ByteTokenizer:
     path = tokenizer_directory(directory) / TOKENIZER
     return Tokenizer(path) if path.is_file() else ByteTokenizer()
+
+
+def load_eos(directory: str | Path, default: int, vocab: int) -> tuple[int, ...]:
+    """End-of-sequence tokens: those of generation_config.json, an id or a list, else the model's (`default`).
+
+    Raises JetExportError for anything else there."""
+    path = Path(directory) / "generation_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    if found is None:
+        return (default,)
+    ids = found if isinstance(found, list) else [found]
+    if any(type(i) is not int or not 0 <= i < vocab for i in ids):
+        raise JetExportError(
+            f"{path}: eos_token_id {found} is not in the vocabulary of {vocab}.", "Give a token id, or a list of them."
+        )
+    return tuple(ids)
 
 
 class TextStream:

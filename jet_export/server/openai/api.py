@@ -23,6 +23,7 @@ class Api:
     def __init__(self, engine: ServingEngine, options: ApiOptions, template: ChatTemplate | None) -> None:
         self.engine, self.names, self.template = engine, options.names, template
         self.name = self.names[0]
+        self.turn_ends = template.turn_ends(engine.tokenizer) if template else ()
         self.limits = engine.limits
         self.max_body_bytes = options.max_body_bytes or max_prompt_bytes(self.limits.max_seq_len)
 
@@ -50,7 +51,8 @@ class Api:
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.")
-        params = body.params(min(limits, default=room), (body.top_logprobs or 0) if body.logprobs else None)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        params = body.params(min(limits, default=room), logprobs, self.turn_ends)
         answer = ChatAnswer(self.name, self.engine.tokenizer, [prompt])
         return await self._answer(request, body, answer, params)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jet_export.model.hf_files import tokenizer_directory
+from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 from jet_export.utils.errors import JetExportError
 
 
@@ -33,6 +34,17 @@ class ChatTemplate:
             return self.template.render(messages=messages, add_generation_prompt=generation_prompt, **self.special)
         except (TemplateError, TypeError, ValueError) as e:
             raise JetExportError(f"The chat template refuses these messages: {e}.") from None
+
+    def turn_ends(self, tokenizer: Tokenizer | ByteTokenizer) -> tuple[int, ...]:
+        """The special token that the template puts behind an answer, such as <|im_end|>; empty if it puts none."""
+        answer = "A"
+        try:
+            text = self([{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}], False)
+        except JetExportError:
+            return ()
+        _, found, rest = text.rpartition(answer)
+        ids = tokenizer.encode(rest, special_tokens=False) if found else []
+        return tuple(i for i in ids[:1] if i in tokenizer.special_ids)
 
 
 def _raise(message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -87,8 +88,9 @@ class CommonBody(Ignored):
     frequency_penalty: Penalty = 0.0
     logit_bias: Bias = {}
 
-    def params(self, max_new_tokens: int, logprobs: int | None) -> Params:
-        """Raises JetExportError. The seed is random unless given."""
+    def params(self, max_new_tokens: int, logprobs: int | None, ends: Iterable[int] = ()) -> Params:
+        """`ends`: tokens that end the answer as the end of sequence does. Raises JetExportError. The seed is random
+        unless given."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         sampling = Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -102,7 +104,7 @@ class CommonBody(Ignored):
             sampling,
             repetition_penalty=self.repetition_penalty,
             stop=stop,
-            stop_ids=tuple(self.stop_token_ids),
+            stop_ids=(*self.stop_token_ids, *(() if self.ignore_eos else ends)),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             presence_penalty=self.presence_penalty,
