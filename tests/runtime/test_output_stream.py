@@ -23,7 +23,7 @@ def engine_outputs(tokens: list[int], params: Params, text: StopText | None) -> 
     sequence = RunningSequence(request=None, prompt=[1], params=params, text=text, on_output=lambda _: None)  # type: ignore[arg-type]
     outputs: list[Output] = []
     for token in tokens:
-        made, reason = sequence.append(token, EOS)
+        made, reason = sequence.append(token, (EOS,))
         outputs.append(Output(token, made, None, reason))
         if reason:
             break
