@@ -121,12 +121,10 @@ def attend_fp8(
 
 
 @triton.jit
-def decode_row(cu_seqlens, i_n, T, MIXED: tl.constexpr):
-    """The row of a sequence's only token; -1 if it has more."""
-    if MIXED:
-        bos, eos = sequence_bounds(cu_seqlens, i_n, T)
-        return tl.where(eos - bos == 1, bos, -1).to(tl.int64)
-    return i_n
+def only_token(cu_seqlens, i_n, T):
+    """The row of a sequence's only token, int64; -1 if it has more."""
+    bos, eos = sequence_bounds(cu_seqlens, i_n, T)
+    return tl.where(eos - bos == 1, bos, -1).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["T", "splits", "M", "P", "pages", "stride_table"])
@@ -141,7 +139,9 @@ def attention_decode_kernel(
     p = context_of(context_lens, i_n, M, PAGE, WINDOW)
     key_lo, tile_lo, tile_hi, per_split = tiles_of(p, splits, WINDOW, BN)
     tile = tile_lo + i_s * per_split
-    i_t = decode_row(cu_seqlens, i_n, T, MIXED)
+    i_t = i_n
+    if MIXED:
+        i_t = only_token(cu_seqlens, i_n, T)
     if (i_t < 0) | (tl.load(slots + i_n) < 0) | ((i_s > 0) & (tile >= tile_hi)):
         return
 
@@ -202,9 +202,11 @@ def attention_combine_kernel(
     BN: tl.constexpr, BS: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     i_d, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i_t = decode_row(cu_seqlens, i_n, T, MIXED)
-    if i_t < 0:
-        return
+    i_t = i_n
+    if MIXED:
+        i_t = only_token(cu_seqlens, i_n, T)
+        if i_t < 0:
+            return
     _, tile_lo, tile_hi, per_split = tiles_of(context_of(context_lens, i_n, M, PAGE, WINDOW), splits, WINDOW, BN)
     used = tl.maximum(tl.cdiv(tile_hi - tile_lo, per_split), 1)
     if tl.load(slots + i_n) < 0:
