@@ -92,12 +92,12 @@ class BatchingEngine:
         Raises JetExportError for ids outside the vocabulary and requests that could never run; QueueFull.
         """
         check_tokens((*prompt, *params.token_ids), self.engine.config.vocab_size)
-        params.check_ends(self.eos)
         start = start or EMPTY
+        params.check(self.eos, start.held)
         tokens = [*start.tokens, *prompt]
         # A session without a new prompt goes on by decoding the token that it sampled last.
         pending = int(start.held > 0 and not prompt and len(tokens) > start.held)
-        cached = self.scheduler.prefixes is not None and not start.held and keep is None
+        cached = self.scheduler.prefixes is not None and not (start.held or keep or params.prompt_logprobs is not None)
         hashes = page_hashes(prompt, self.scheduler.capacity.page_size) if cached else ()
         with self.lock:
             if self.stopping:
@@ -179,13 +179,13 @@ class BatchingEngine:
     def _finish(self, step: InFlightStep) -> None:
         """Wait for the tokens of a step and hand them out."""
         try:
-            tokens, logprobs = step.tokens(), step.logprobs()
+            tokens, logprobs = step.results()
         except Exception as e:
             self._fail(step.inputs, e)
             return
         with self.lock:
             now, delivered = self.clock(), 0
-            if self.pacing:
+            if self.pacing and not step.scores:
                 seconds = now - max(step.launched_at, self.finished_at)
                 self.pacing.observe(len(step.plan.decode), step.plan.prefill_tokens, seconds)
             self.finished_at = now
@@ -225,7 +225,7 @@ class BatchingEngine:
         if len(sequence.tokens) == 1:
             sequence.first_token_at = now
             self.metrics.ttft.observe(now - sequence.request.arrival)
-        output = Output(token, text, logprob, reason)
+        output = Output(token, text, logprob, reason, sequence.delivered_logprobs)
         if reason:
             if sequence.keep == "end":
                 sequence.snapshot = self.executor.snapshot(sequence)

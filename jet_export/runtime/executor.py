@@ -16,6 +16,7 @@ from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.plan import Plan, Request
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampler import SlotSampler
+from jet_export.runtime.scoring import Score, ScoredChunk
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
 from jet_export.runtime.step import InFlightStep, StepInputs
@@ -38,12 +39,18 @@ class Executor:
         self.runner.extend([(r.slot, r.pages, n) for r, n in plan.grown if r.prepared])
         for request, first, n in plan.prefill:
             sequence = self._prepared(sequences[request])
+            inputs.sequences.append(sequence)
+            tokens, ends = sequence.fed(first, n), first + n == request.prefill_len and not request.generated
+            if sequence.score_to(first + n):
+                chunk = ScoredChunk(sequence=sequence, slot=request.slot, first=first, tokens=tokens, ends=ends)
+                inputs.scored.append(chunk)
+                continue
             inputs.prefill_slots.append(request.slot)
-            inputs.prefill_tokens.append(sequence.fed(first, n))
-            if first + n == request.prefill_len and not request.generated:
+            inputs.prefill_tokens.append(tokens)
+            if ends:
                 inputs.prompt_ends.append(len(inputs.prefill_slots) - 1)
                 inputs.sampled.append(sequence)
-            inputs.sequences.append(sequence)
+        inputs.sampled += [chunk.sequence for chunk in inputs.scored if chunk.ends]
         for request in plan.resumed:
             sequence = self._prepared(sequences[request])
             assert sequence.start is not None and sequence.start.logits is not None
@@ -62,7 +69,7 @@ class Executor:
     def launch(self, plan: Plan, inputs: StepInputs) -> InFlightStep:
         """Launch a step; returns before its tokens are known. Raises whatever the engine raises."""
         sampled = inputs.sampled
-        logits = self._run(inputs)
+        logits, scores = self._run(inputs)
         slots = torch.tensor(inputs.sampled_slots, dtype=torch.int32)
         tokens, lse = self.sampler.sample(logits, self.runner.to_device(slots))
         top = {i: s.params.logprobs for i, s in enumerate(sampled) if s.params.logprobs is not None}
@@ -72,6 +79,7 @@ class Executor:
             inputs=inputs,
             tokens=lambda: on_host().tolist(),
             logprobs=launch_logprobs(logits, tokens, lse, top),
+            scores=scores,
             prompt_logits={i: logits[i].clone() for i, s in enumerate(sampled) if s.keep == "prompt"},
             kept_logits=logits.float().cpu() if any(s.keep_logits for s in sampled) else None,
         )
@@ -100,15 +108,18 @@ class Executor:
                 self.runner.last_tokens[request.slot] = token
         return sequence
 
-    def _run(self, inputs: StepInputs) -> Tensor:
-        """Logits [len(inputs.sampled), vocab]. They may be a buffer that the next step overwrites."""
+    def _run(self, inputs: StepInputs) -> tuple[Tensor, list[Score]]:
+        """Logits [len(inputs.sampled), vocab], which may be a buffer that the next step overwrites, and the scores."""
+        scored = [(chunk.ends, *chunk.run(self.runner)) for chunk in inputs.scored]
+        scores = [score for _, _, score in scored]
         together = bool(inputs.prefill_slots) and not self.runner.deterministic
         prompts, decoded = self._together(inputs) if together else self._apart(inputs)
         saved = [torch.stack(inputs.saved_logits)] if inputs.saved_logits else []
-        rows = [x for x in (*prompts, *saved, *decoded) if len(x)]
+        ended = [logits for ends, logits, _ in scored if ends]
+        rows = [x for x in (*prompts, *ended, *saved, *decoded) if len(x)]
         if not rows:
-            return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device)
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+            return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device), scores
+        return rows[0] if len(rows) == 1 else torch.cat(rows), scores
 
     def _together(self, inputs: StepInputs) -> tuple[list[Tensor], list[Tensor]]:
         """Logits of the prompts that end and of the sequences that decode, in one call: all rows share its products."""

@@ -82,7 +82,7 @@ class OutputStream:
                 if reason is None:
                     self._cancel(i, "stop")
                 reason = "stop"
-            output = Output(output.token, text, output.logprob, reason)
+            output = Output(output.token, text, output.logprob, reason, output.prompt_logprobs)
         if reason is not None:
             self._running.discard(i)
         return output

@@ -26,6 +26,7 @@ class Params:
     stop_ids: tuple[int, ...] = ()  # in addition to the model's end-of-sequence token
     ignore_eos: bool = False
     logprobs: int | None = None  # log probability of each token, and of this many most likely tokens
+    prompt_logprobs: int | None = None  # the same of each prompt token but the first; the prefix cache is not used
     presence_penalty: float = 0.0  # taken from the logits of tokens in the output
     frequency_penalty: float = 0.0  # the same, times how often they are in it
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
@@ -47,8 +48,9 @@ class Params:
             raise JetExportError(f"min_tokens with {len(self.stop_ids)} stop_ids: at most {MAX_BLOCKED - 1}.")
         if len(self.stop) > MAX_STOPS or any(not 1 <= len(s) <= MAX_STOP_CHARS for s in self.stop):
             raise JetExportError(f"stop: at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters.")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise JetExportError(f"logprobs {self.logprobs} is not between 0 and {MAX_LOGPROBS}.")
+        for asked in (self.logprobs, self.prompt_logprobs):
+            if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+                raise JetExportError(f"logprobs {asked} is not between 0 and {MAX_LOGPROBS}.")
         if not -(2**63) <= self.sampling.seed < 2**63:
             raise JetExportError("seed is not a 64-bit integer.")
 
@@ -57,8 +59,11 @@ class Params:
         """The tokens that it names, which must be in the vocabulary."""
         return (*self.stop_ids, *(token for token, _ in self.logit_bias))
 
-    def check_ends(self, eos: Sequence[int]) -> None:
-        """Raises JetExportError if `min_tokens` would have to keep too many tokens away."""
+    def check(self, eos: Sequence[int], held: int) -> None:
+        """Raises JetExportError if `min_tokens` would have to keep too many tokens away, or `prompt_logprobs` are asked
+        for in a session that holds tokens already."""
+        if self.prompt_logprobs is not None and held:
+            raise JetExportError("prompt_logprobs need the whole prompt.", "Do not continue a session.")
         ends = len(self.stop_ids) + len(eos)
         if self.min_tokens and ends > MAX_BLOCKED:
             raise JetExportError(f"min_tokens with {ends} stop_ids and end-of-sequence tokens: at most {MAX_BLOCKED}.")
@@ -93,3 +98,4 @@ class Output:
     text: str = ""
     logprob: Logprob | None = None
     finish_reason: str | None = None
+    prompt_logprobs: tuple[Logprob, ...] = ()  # of the first Output, if asked for: those of prompt token 1 and on

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from jet_export.kernels.sampling_ref import RowSettings
-from jet_export.runtime.params import Output, Params
+from jet_export.runtime.params import Logprob, Output, Params
 from jet_export.runtime.plan import Request
 from jet_export.runtime.snapshot import Snapshot
 from jet_export.runtime.tokenizer import StopText
@@ -36,6 +36,8 @@ class RunningSequence:
     keep_logits: bool = False
     tokens: list[int] = field(default_factory=list)
     position: int = 0  # of the next token that the sampler draws; below len(tokens) while a preempted request replays
+    scored: int = 0  # prompt tokens whose log probabilities have been launched, with `prompt_logprobs`
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # of prompt[1:], as far as they are known
     logits: list[Tensor] = field(default_factory=list)  # of each token, on the CPU, with `keep_logits`
     snapshot: Snapshot | None = None
     first_token_at: float = 0.0  # seconds, on the engine's clock
@@ -68,6 +70,23 @@ class RunningSequence:
     def cached_tokens(self) -> int:
         """Prompt tokens that the prefix cache had."""
         return self.request.cached_tokens or 0
+
+    def score_to(self, end: int) -> bool:
+        """The first `end` tokens are about to be fed: whether log probabilities are to be launched with them."""
+        end = min(end, len(self.prompt) - 1)
+        if self.params.prompt_logprobs is None or self.scored >= end:
+            return False
+        self.scored = end
+        return True
+
+    def add_prompt_logprobs(self, first: int, found: list[Logprob]) -> None:
+        """Those of the prompt tokens from `first` on; a preempted request may have some of them already."""
+        self.prompt_logprobs += found[len(self.prompt_logprobs) + 1 - first :]
+
+    @property
+    def delivered_logprobs(self) -> tuple[Logprob, ...]:
+        """The log probabilities of the prompt that go out with the token that was appended last."""
+        return tuple(self.prompt_logprobs) if self.prompt_logprobs and len(self.tokens) == 1 else ()
 
     def fed(self, first: int, n: int) -> list[int]:
         """n of the tokens that the model is fed: the prompt, then the answer."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jet_export.runtime.params import Logprob
 from jet_export.runtime.plan import Plan
+from jet_export.runtime.scoring import Score, ScoredChunk
 from jet_export.runtime.sequence import RunningSequence
 
 
@@ -19,9 +20,10 @@ class StepInputs:
     prefill_slots: list[int] = field(default_factory=list)
     prefill_tokens: list[list[int]] = field(default_factory=list)
     prompt_ends: list[int] = field(default_factory=list)  # rows of the prefill call that end a prompt
+    scored: list[ScoredChunk] = field(default_factory=list)  # prompt chunks in calls of their own
     saved_logits: list[Tensor] = field(default_factory=list)  # [vocab] each, of the resumed requests
     decode_slots: list[int] = field(default_factory=list)
-    # Sequences that get a token: of prompt_ends, saved_logits and decode_slots, in this order.
+    # Sequences that get a token: of prompt_ends, scored, saved_logits and decode_slots, in this order.
     sampled: list[RunningSequence] = field(default_factory=list)
     sampled_slots: list[int] = field(default_factory=list)  # of `sampled`: a cancellation takes a request's slot away
     sequences: list[RunningSequence] = field(default_factory=list)  # all that take part
@@ -36,8 +38,15 @@ class InFlightStep:
     launched_at: float = 0.0  # on the engine's clock
     tokens: Callable[[], list[int]]  # of inputs.sampled
     logprobs: Callable[[], dict[int, Logprob]]  # row -> log probabilities, of the sequences that asked
+    scores: list[Score]  # of the prompts that are scored
     prompt_logits: dict[int, Tensor]  # row -> a copy of its logits, of sequences whose prompt is kept
     kept_logits: Tensor | None  # a copy on the CPU, if a sequence keeps its logits
+
+    def results(self) -> tuple[list[int], dict[int, Logprob]]:
+        """Tokens and log probabilities of inputs.sampled; those of prompts go to their sequences."""
+        for score in self.scores:
+            score.deliver()
+        return self.tokens(), self.logprobs()
 
     @property
     def blocks_overlap(self) -> bool:

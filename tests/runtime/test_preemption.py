@@ -13,7 +13,8 @@ from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
-from jet_export.runtime.params import Params
+from jet_export.runtime.params import Output, Params
+from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.tokenizer import ByteTokenizer
@@ -165,3 +166,30 @@ def test_any_order_of_arrivals_and_cancellations_changes_no_bit(engine, answers,
     while crowd.scheduler.memory.evict():
         pass
     assert crowd.scheduler.pages.used == 0
+
+
+AFTER = [(PAGE - 3 * i, 16) for i in range(4)]  # (prompt tokens, new ones): preempted while they decode
+INSIDE = [(PAGE - 3, PAGE + 20), (3 * PAGE - 10, 8)]  # the second while it is in its prompt
+
+
+@pytest.mark.parametrize("lengths", [AFTER, INSIDE], ids=["after", "inside"])
+def test_the_log_probabilities_of_a_prompt_are_delivered_once(engine, lengths) -> None:
+    """To requests that are preempted too, and whose tokens are computed again."""
+    asked = [(tokens(n, i), Params(new, prompt_logprobs=1)) for i, (n, new) in enumerate(lengths)]
+    delivered: list[list[Output]] = [[] for _ in asked]
+    slow = 2 if lengths is INSIDE else None
+    small = batching(engine, overlap=True, kv_tokens=5 * PAGE, host_cache_bytes=0, mixed_prefill=slow)
+    running = []
+    for (prompt, params), outputs in zip(asked, delivered, strict=True):
+        running.append(small.submit(prompt, params, outputs.append))
+    inside = False
+    while small.step():
+        inside |= any(r.request.preemptions and not r.tokens for r in running)
+    assert small.metrics.memory.preemptions > 0 and inside == (lengths is INSIDE)
+    for (prompt, _), outputs in zip(asked, delivered, strict=True):
+        runner = Runner(engine)
+        parts = [runner.prefill([0], [prompt[i : i + 64]], all_logits=True) for i in range(0, len(prompt), 64)]
+        expected = torch.cat(parts).log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        first, *rest = outputs
+        assert [p.chosen for p in first.prompt_logprobs] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert not any(o.prompt_logprobs for o in rest)

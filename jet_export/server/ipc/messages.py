@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import IntEnum
+from itertools import islice
 from typing import Any, NamedTuple
 
 from jet_export.runtime.params import Logprob, Output, Params
@@ -34,6 +35,7 @@ REASONS = (None, "stop", "length", "cancelled", "timeout", "error")  # of Output
 _REASON = {reason: i for i, reason in enumerate(REASONS)}
 _NO_TOKEN = -1
 _COUNTS = struct.Struct("=II")
+_OUTPUT_COUNTS = struct.Struct("=III")
 _LOGPROB = struct.Struct("=IId")  # row of its output, length of `top`, chosen
 _ID = struct.Struct("=I")
 
@@ -129,16 +131,18 @@ def decode_cached(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def encode_outputs(outputs: Sequence[tuple[int, Output]]) -> bytes:
-    """(request id, Output) each, without their text: ids, tokens and reasons, then the rows with log probabilities."""
+    """(request id, Output) each, without their text: ids, tokens and reasons, then the rows with log probabilities, of
+    their token and of their prompts' tokens."""
     n = len(outputs)
     logprobs = [(row, o.logprob) for row, (_, o) in enumerate(outputs) if o.logprob is not None]
+    prompts = [(row, p) for row, (_, o) in enumerate(outputs) for p in o.prompt_logprobs]
     parts = [
-        _COUNTS.pack(n, len(logprobs)),
+        _OUTPUT_COUNTS.pack(n, len(logprobs), len(prompts)),
         array("I", [i for i, _ in outputs]).tobytes(),
         array("i", [_NO_TOKEN if o.token is None else o.token for _, o in outputs]).tobytes(),
         bytes([_REASON[o.finish_reason] for _, o in outputs]),
     ]
-    for row, p in logprobs:
+    for row, p in (*logprobs, *prompts):
         parts.append(_LOGPROB.pack(row, len(p.top), p.chosen))
         parts.append(array("i", [t for t, _ in p.top]).tobytes())
         parts.append(array("d", [v for _, v in p.top]).tobytes())
@@ -146,22 +150,25 @@ def encode_outputs(outputs: Sequence[tuple[int, Output]]) -> bytes:
 
 
 def decode_outputs(data: bytes) -> Iterator[tuple[int, Output]]:
-    n, k = _COUNTS.unpack_from(data)
-    at = _COUNTS.size
+    n, k, m = _OUTPUT_COUNTS.unpack_from(data)
+    at = _OUTPUT_COUNTS.size
     ids, tokens = array("I", data[at : at + 4 * n]), array("i", data[at + 4 * n : at + 8 * n])
     reasons = data[at + 8 * n : at + 9 * n]
-    logprobs = _decode_logprobs(data, at + 9 * n, k) if k else {}
+    scored = _decode_logprobs(data, at + 9 * n)
+    logprobs = dict(islice(scored, k)) if k else {}
+    prompts: dict[int, list[Logprob]] = {}
+    for row, p in islice(scored, m) if m else ():
+        prompts.setdefault(row, []).append(p)
     for row, (i, token, reason) in enumerate(zip(ids, tokens, reasons, strict=True)):
-        yield i, Output(None if token == _NO_TOKEN else token, "", logprobs.get(row), REASONS[reason])
+        prompt = tuple(prompts.get(row, ()))
+        yield i, Output(None if token == _NO_TOKEN else token, "", logprobs.get(row), REASONS[reason], prompt)
 
 
-def _decode_logprobs(data: bytes, at: int, k: int) -> dict[int, Logprob]:
-    """row -> its log probabilities."""
-    logprobs = {}
-    for _ in range(k):
+def _decode_logprobs(data: bytes, at: int) -> Iterator[tuple[int, Logprob]]:
+    """(row, log probabilities), from byte `at` on; as many as are taken."""
+    while True:
         row, n, chosen = _LOGPROB.unpack_from(data, at)
         at += _LOGPROB.size
         tokens, values = array("i", data[at : at + 4 * n]), array("d", data[at + 4 * n : at + 12 * n])
-        logprobs[row] = Logprob(chosen, tuple(zip(tokens, values, strict=True)))
+        yield row, Logprob(chosen, tuple(zip(tokens, values, strict=True)))
         at += 12 * n
-    return logprobs

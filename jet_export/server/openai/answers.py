@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from json.encoder import encode_basestring
 from typing import Any
 
-from jet_export.runtime.params import Output
+from jet_export.runtime.params import Logprob, Output
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 
 DONE = "data: [DONE]\n\n"
@@ -105,33 +105,66 @@ def event(value: dict[str, Any]) -> str:
 
 
 class CompletionAnswer(Answer):
-    """`echo[i]`: text that precedes the completion of prompt i."""
+    """`echo[i]`: text that precedes the completion of prompt i; `scored`: with the log probabilities of its tokens.
+    `empty`: the completion is left out, whatever token the engine made."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer | ByteTokenizer, prompts: list[list[int]], echo: list[str] | None
+        self,
+        model: str,
+        tokenizer: Tokenizer | ByteTokenizer,
+        prompts: list[list[int]],
+        echo: list[str] | None,
+        *,
+        scored: bool = False,
+        empty: bool = False,
     ) -> None:
         super().__init__(model, tokenizer, prompts)
-        self.echo = echo
+        self.echo, self.scored, self.empty = echo, scored, empty
         self.offsets = [0] * len(prompts)  # characters streamed so far, with log probabilities
+        self._begun = [not scored] * len(prompts)  # the prompt has been streamed
 
     def opening(self) -> list[dict[str, Any]]:
+        if self.scored:  # comes with its log probabilities
+            return []
         return [_completion_choice(i, text, None, None) for i, text in enumerate(self.echo or [])]
+
+    def add(self, index: int, output: Output) -> None:
+        super().add(index, self._kept(output))
+
+    def event(self, index: int, output: Output) -> str:
+        return super().event(index, self._kept(output))
 
     def choice(self, index: int, text: str, outputs: list[Output], reason: str | None) -> dict[str, Any]:
         before = self.echo[index] if self.echo else ""
-        return _completion_choice(index, before + text, self._logprobs(outputs, 0), reason)
+        rows = self._prompt_rows(index, outputs[0]) if self.scored else []
+        return _completion_choice(index, before + text, self._logprobs(rows + self._rows(outputs), 0), reason)
 
     def delta(self, index: int, output: Output) -> dict[str, Any]:
-        logprobs = self._logprobs([output], self.offsets[index])
-        if output.token is not None and logprobs:
-            self.offsets[index] += len(self.token_text(output.token))
-        return _completion_choice(index, output.text, logprobs, output.finish_reason)
+        text, rows = output.text, self._rows([output])
+        if not self._begun[index]:
+            self._begun[index] = True
+            text, rows = (self.echo[index] if self.echo else "") + text, self._prompt_rows(index, output) + rows
+        logprobs = self._logprobs(rows, self.offsets[index])
+        self.offsets[index] += sum(len(token) for token, _ in rows)
+        return _completion_choice(index, text, logprobs, output.finish_reason)
 
-    def _logprobs(self, outputs: list[Output], offset: int) -> dict[str, Any] | None:
-        """text_offset counts the characters of the preceding tokens, without the prompt."""
-        scored = [(self.token_text(o.token), o.logprob) for o in outputs if o.token is not None and o.logprob]
+    def _kept(self, output: Output) -> Output:
+        if not self.empty or output.token is None:
+            return output
+        return Output(None, "", None, output.finish_reason and "length", output.prompt_logprobs)
+
+    def _rows(self, outputs: list[Output]) -> list[tuple[str, Logprob | None]]:
+        return [(self.token_text(o.token), o.logprob) for o in outputs if o.token is not None and o.logprob]
+
+    def _prompt_rows(self, index: int, output: Output) -> list[tuple[str, Logprob | None]]:
+        """Of the prompt's tokens; nothing precedes the first."""
+        texts = [self.token_text(t) for t in self.prompts[index]]
+        return list(zip(texts, (None, *output.prompt_logprobs), strict=True))
+
+    def _logprobs(self, scored: list[tuple[str, Logprob | None]], offset: int) -> dict[str, Any] | None:
+        """text_offset counts the characters of the preceding tokens, without the prompt unless it is scored."""
         if not scored:
             return None
         offsets = []
@@ -140,8 +173,8 @@ class CompletionAnswer(Answer):
             offset += len(text)
         return {
             "tokens": [text for text, _ in scored],
-            "token_logprobs": [p.chosen for _, p in scored],
-            "top_logprobs": [{self.token_text(t): v for t, v in reversed(p.top)} for _, p in scored],
+            "token_logprobs": [p and p.chosen for _, p in scored],
+            "top_logprobs": [p and {self.token_text(t): v for t, v in reversed(p.top)} for _, p in scored],
             "text_offset": offsets,
         }
 

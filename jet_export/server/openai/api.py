@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -30,17 +31,19 @@ class Api:
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await self.read(request))
         self.check_model(body.model)
-        if body.echo and body.logprobs is not None:
-            raise ApiError(400, "echo and logprobs together are not supported.")
         asked = body.prompts
         limit = self.limits.slots + self.limits.max_waiting
         if not 1 <= len(asked) <= limit:
             raise ApiError(400, f"prompt: {len(asked)} prompts; between 1 and {limit} are accepted.")
         prompts = await asyncio.to_thread(lambda: [self.ids(p) for p in asked])
-        params = body.params(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
+        empty = bool(body.echo) and body.max_tokens == 0  # the engine makes a token at least
+        params = body.params(int(empty) or (16 if body.max_tokens is None else body.max_tokens), body.logprobs)
+        scored = bool(body.echo) and body.logprobs is not None
+        if scored:
+            params = replace(params, prompt_logprobs=body.logprobs)
         decode = self.engine.tokenizer.decode
         echo = [p if isinstance(p, str) else decode(p) for p in asked] if body.echo else None
-        answer = CompletionAnswer(self.name, self.engine.tokenizer, prompts, echo)
+        answer = CompletionAnswer(self.name, self.engine.tokenizer, prompts, echo, scored=scored, empty=empty)
         return await self._answer(request, body, answer, params)
 
     async def chat(self, request: Request) -> Response:

@@ -28,7 +28,14 @@ logprobs = st.builds(
     st.floats(max_value=0, allow_nan=False),
     st.lists(st.tuples(tokens, st.floats(allow_nan=False)), max_size=3).map(tuple),
 )
-outputs = st.builds(Output, st.none() | tokens, st.just(""), st.none() | logprobs, st.sampled_from(REASONS))
+outputs = st.builds(
+    Output,
+    st.none() | tokens,
+    st.just(""),
+    st.none() | logprobs,
+    st.sampled_from(REASONS),
+    st.lists(logprobs, max_size=3).map(tuple),
+)
 
 
 @given(st.lists(st.tuples(ids, outputs)))
@@ -44,6 +51,7 @@ PARAMS = Params(
     stop_ids=(1, 2),
     ignore_eos=True,
     logprobs=3,
+    prompt_logprobs=1,
     presence_penalty=-0.5,
     frequency_penalty=0.5,
     logit_bias=((3, -float("inf")), (4, 1.5)),

@@ -94,7 +94,9 @@ FIELDS = [
     ({"logit_bias": {"1": 101}}, "101.0 for token 1 is not between -100 and 100"),
     ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
     ({"suffix": "x"}, "suffix is not supported"),
-    ({"echo": True, "logprobs": 1}, "echo and logprobs"),
+    ({"echo": True, "logprobs": 21}, "logprobs 21"),
+    ({"echo": True, "logprobs": 1, "prompt": []}, "prompt"),
+    ({"echo": True, "max_tokens": -1}, "max_new_tokens is -1"),
 ]
 CHAT = [
     ({"messages": []}, "messages"),
