@@ -92,6 +92,7 @@ class AsyncLLM(Sessions):
     def submit(self, prompts: Sequence[Sequence[int]], params: Params) -> OutputStream:
         """The outputs of the prompts, in batches as they arrive, in the running event loop; close it at the end.
 
+        With params.n > 1 each prompt comes n times in a row; the others start from the states of the first.
         Raises JetExportError for a prompt that could never run, QueueFull if too many requests wait; then none runs.
         """
         texts = [StopText(self.tokenizer, params.stop) for _ in prompts]
@@ -153,6 +154,8 @@ class AsyncLLM(Sessions):
                         start=sessions[i].snapshot if sessions else None,
                         keep=keep,
                         text=texts is None,
+                        leader=submitted[i - i % params.n] if i % params.n else None,
+                        choice=i % params.n,
                     )
                 )
         except BaseException:

@@ -83,12 +83,15 @@ class BatchingEngine:
         keep: Keep | None = None,
         keep_logits: bool = False,
         text: bool = True,
+        leader: RunningSequence | None = None,
+        choice: int = 0,
     ) -> RunningSequence:
         """Queue a prompt. The stepping thread calls `on_output` with each Output, in order; it must not block.
 
         `start`: continue from this snapshot; the prompt may then be empty. `keep`: leave a snapshot of the "end" in
         `RunningSequence.snapshot`, or one of the "prompt", and then generate no token. `keep_logits`: keep the logits
-        of each token. `text` False: Outputs carry no text.
+        of each token. `text` False: Outputs carry no text. `leader`: has the same prompt, of which this
+        is answer number `choice`.
         Raises JetExportError for ids outside the vocabulary and requests that could never run; QueueFull.
         """
         check_tokens((*prompt, *params.token_ids), self.engine.config.vocab_size)
@@ -110,6 +113,8 @@ class BatchingEngine:
                 hashes=hashes,
                 start=start.held,
                 generated=pending,
+                leads=cached and params.n > 1 and choice == 0,
+                leader=leader.request if leader and cached and leader.prompt == tokens else None,
             )
             try:
                 self.scheduler.submit(request)
@@ -125,6 +130,7 @@ class BatchingEngine:
                 start=start,
                 keep=keep,
                 keep_logits=keep_logits,
+                choice=choice,
             )
             self.sequences[request] = sequence
             self.work.notify()

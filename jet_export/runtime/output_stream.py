@@ -19,7 +19,7 @@ class OutputStream:
 
     def __init__(self, prompts: int, cancel: Callable[[int, str], None], texts: Sequence[StopText] | None) -> None:
         self._cancel, self._texts = cancel, texts
-        self._cached = [0] * prompts
+        self.cached = [0] * prompts  # tokens of each that the prefix cache had
         self._running = set(range(prompts))
         self._arrived: list[tuple[int, Output]] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -28,11 +28,11 @@ class OutputStream:
     @property
     def cached_tokens(self) -> int:
         """Tokens of the prompts that the prefix cache had, of those prompts that have an output."""
-        return sum(self._cached)
+        return sum(self.cached)
 
     def put_cached(self, i: int, tokens: int) -> None:
         """The prefix cache had so many tokens of prompt i."""
-        self._cached[i] = tokens
+        self.cached[i] = tokens
 
     def put(self, i: int, output: Output) -> None:
         """An output of the engine."""

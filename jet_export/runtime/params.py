@@ -11,6 +11,7 @@ from jet_export.runtime.sampling import Sampling
 from jet_export.utils.errors import JetExportError
 
 MAX_LOGPROBS = 20
+MAX_CHOICES = 128  # OpenAI's
 MAX_STOPS, MAX_STOP_CHARS = 16, 256
 
 
@@ -30,6 +31,7 @@ class Params:
     presence_penalty: float = 0.0  # taken from the logits of tokens in the output
     frequency_penalty: float = 0.0  # the same, times how often they are in it
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
+    n: int = 1  # answers to each prompt, drawn with different random numbers; see ServingEngine.submit
     min_tokens: int = 0  # before so many are generated, neither the end-of-sequence token nor stop_ids are
 
     def __post_init__(self) -> None:
@@ -42,6 +44,8 @@ class Params:
                 raise JetExportError(f"{name} {getattr(self, name)} is not a number.")
         if any(math.isnan(bias) for _, bias in self.logit_bias):
             raise JetExportError("logit_bias: not a number.")
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise JetExportError(f"n {self.n} is not between 1 and {MAX_CHOICES}.")
         if not 0 <= self.min_tokens <= self.max_new_tokens:
             raise JetExportError(f"min_tokens {self.min_tokens} is not between 0 and max_tokens {self.max_new_tokens}.")
         if self.min_tokens and len(self.stop_ids) >= MAX_BLOCKED:

@@ -103,6 +103,9 @@ class Request:
     prepared: bool = False  # the runner and the sampler know the slot, its pages and its states
     entry: tuple[bytes, tuple[int, ...]] | None = None  # key of the prefix it started from or cached last
     branch: int = 0  # the prefill of its prompt stops here too: another prompt has begun with the same pages
+    leads: bool = False  # others with the same prompt start from its states
+    leader: Request | None = None  # the one whose states this one starts from
+    fork_at: int = 0  # where those that it leads start: the prefill of its prompt stops here too
     preemptions: int = 0
     cached_tokens: int | None = None  # prompt tokens that the prefix cache had, once admitted
     prefill_len: int = field(init=False)
@@ -115,6 +118,12 @@ class Request:
     def max_held(self) -> int:
         """The last generated token is returned but never fed back."""
         return self.prompt_len + self.max_new_tokens - 1
+
+    @property
+    def awaits_leader(self) -> bool:
+        """Whether the states to start from are still to come."""
+        leader = self.leader
+        return leader is not None and leader.status is not Status.ENDED and leader.held < leader.fork_at
 
     @property
     def in_prompt(self) -> bool:

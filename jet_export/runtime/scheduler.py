@@ -70,6 +70,8 @@ class Scheduler:
         self.check(request)
         assert 0 <= request.start <= request.prompt_len
         assert request.generated == 0 or (request.generated == 1 and request.start == request.prompt_len)
+        if request.leads and self.memory.worth_keeping(request.prompt_len - 1):
+            request.fork_at = request.prompt_len - 1  # the last token always runs, for its logits
         if self.unstarted >= self.capacity.max_waiting + self.memory.slots.free:
             raise QueueFull(f"{self.capacity.max_waiting} requests are waiting already.", "Try again later.")
         self.waiting.append(request)
@@ -141,7 +143,8 @@ class Scheduler:
         if request.status is not Status.RUNNING or request.text is None or request.held > request.prompt_len:
             return False
         at_end = request.held == request.prompt_len and not c.whole_chunks  # a chunk of its own has other bits
-        inside = c.prefix_interval and (request.held % c.prefix_interval == 0 or request.held == request.branch)
+        stops = request.branch, request.fork_at
+        inside = c.prefix_interval and (request.held % c.prefix_interval == 0 or request.held in stops)
         return bool(at_end or inside) and self.memory.worth_keeping(request.held)
 
     def turn_due(self, request: Request) -> bool:
@@ -168,7 +171,8 @@ class Scheduler:
         n = c.prefill_chunk
         if c.whole_chunks or c.prefix_interval:
             n -= request.held % n
-        n = min(n, (request.branch if request.held < request.branch else request.prefill_len) - request.held)
+        stops = request.branch, 0 if c.whole_chunks else request.fork_at, request.prefill_len
+        n = min(n, min(stop for stop in stops if stop > request.held) - request.held)
         if n <= budget:
             return n
         return 0 if c.whole_chunks else budget
@@ -205,7 +209,7 @@ class Scheduler:
         page = self.capacity.page_size
         while self.waiting and self.memory.slots.free:
             request = self.waiting[0]
-            if self.blocked == (request, self.pages.given):
+            if request.awaits_leader or self.blocked == (request, self.pages.given):
                 return
             growing = sum(r.max_held > len(r.pages) * page for r in self.running)  # each a page, before it is preempted
             if not self.memory.admit(request, growing):

@@ -33,6 +33,7 @@ class RunningSequence:
     on_output: OnOutput
     start: Snapshot | None = None  # continue from here
     keep: Keep | None = None
+    choice: int = 0  # which of several answers to one prompt
     keep_logits: bool = False
     tokens: list[int] = field(default_factory=list)
     position: int = 0  # of the next token that the sampler draws; below len(tokens) while a preempted request replays
@@ -64,6 +65,7 @@ class RunningSequence:
             min_tokens=p.min_tokens,
             blocked=ends if p.min_tokens else (),
             seed=s.seed,
+            choice=self.choice,
         )
 
     @property

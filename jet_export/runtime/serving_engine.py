@@ -38,6 +38,7 @@ class ServingEngine(Protocol):
     def submit(self, prompts: Sequence[Sequence[int]], params: Params) -> OutputStream:
         """The outputs of the prompts, in batches as they arrive, in the running event loop; close it at the end.
 
+        With params.n > 1 each prompt comes n times in a row; the others start from the states of the first.
         Here or in the first batch: JetExportError for a prompt that could never run, QueueFull if too many requests
         wait; then none runs.
         """

@@ -117,8 +117,19 @@ class Link:
         ids = range(submit.first, submit.first + len(submit.prompts))
         with self.batching.lock if len(ids) > 1 else contextlib.nullcontext():
             try:
-                for i, prompt in zip(ids, submit.prompts, strict=True):
-                    self._add(i, self.batching.submit(prompt, submit.params, self._sender(i), text=False))
+                leader: RunningSequence | None = None
+                for at, (i, prompt) in enumerate(zip(ids, submit.prompts, strict=True)):
+                    choice = at % submit.params.n
+                    sequence = self.batching.submit(
+                        prompt,
+                        submit.params,
+                        self._sender(i),
+                        text=False,
+                        leader=leader if choice else None,
+                        choice=choice,
+                    )
+                    leader = leader if choice else sequence
+                    self._add(i, sequence)
             except JetExportError as e:
                 refused = Refused(submit.first, isinstance(e, QueueFull), str(e))
                 self.channel.send(Kind.REFUSED, refused.encode())  # before what the cancelled ones send

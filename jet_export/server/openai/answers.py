@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from json.encoder import encode_basestring
 from typing import Any
 
+from jet_export.runtime.output_stream import OutputStream
 from jet_export.runtime.params import Logprob, Output
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 
@@ -22,6 +23,8 @@ class Answer(ABC):
     prefix: str
     whole: str  # the "object" field of a whole answer
     part: str  # the "object" field of a chunk
+
+    n = 1  # answers to each prompt; `prompts` has each so many times, in a row
 
     def __init__(self, model: str, tokenizer: Tokenizer | ByteTokenizer, prompts: list[list[int]]) -> None:
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
@@ -78,7 +81,7 @@ class Answer(ABC):
         return {**self._head(self.part), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        prompt = sum(len(p) for p in self.prompts)
+        prompt = sum(len(p) for p in self.prompts[:: self.n])
         generated = self.generated
         return {
             "prompt_tokens": prompt,
@@ -89,6 +92,10 @@ class Answer(ABC):
 
     def token_text(self, token: int) -> str:
         return self.tokenizer.decode([token])
+
+    def ended(self, outputs: OutputStream) -> None:
+        """Every prompt has ended."""
+        self.cached_tokens = sum(outputs.cached[:: self.n])
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -188,7 +195,7 @@ class ChatAnswer(Answer):
 
     def opening(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]
+        return [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(len(self.prompts))]
 
     def choice(self, index: int, text: str, outputs: list[Output], reason: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}

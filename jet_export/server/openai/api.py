@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from jet_export.runtime.params import Params
+from jet_export.runtime.params import MAX_CHOICES, Params
 from jet_export.runtime.serving_engine import ServingEngine
 from jet_export.server.fields import max_prompt_bytes
 from jet_export.server.openai.answers import Answer, ChatAnswer, CompletionAnswer
@@ -16,6 +17,12 @@ from jet_export.server.openai.chat import ChatTemplate
 from jet_export.server.openai.events import EventStream, collect, raise_failure, until_disconnect
 from jet_export.server.openai.options import ApiOptions
 from jet_export.server.openai.protocol import ApiError, ChatBody, CommonBody, CompletionBody, Message, parse
+
+T = TypeVar("T")
+
+
+def repeated(values: list[T], n: int) -> list[T]:
+    return [value for value in values for _ in range(n)]
 
 
 class Api:
@@ -32,9 +39,9 @@ class Api:
         body = parse(CompletionBody, await self.read(request))
         self.check_model(body.model)
         asked = body.prompts
-        limit = self.limits.slots + self.limits.max_waiting
-        if not 1 <= len(asked) <= limit:
-            raise ApiError(400, f"prompt: {len(asked)} prompts; between 1 and {limit} are accepted.")
+        self._check_number(len(asked), body.n)
+        if body.best_of not in (None, body.n):
+            raise ApiError(400, f"best_of {body.best_of} is not supported, except as n.")
         prompts = await asyncio.to_thread(lambda: [self.ids(p) for p in asked])
         empty = bool(body.echo) and body.max_tokens == 0  # the engine makes a token at least
         params = body.params(int(empty) or (16 if body.max_tokens is None else body.max_tokens), body.logprobs)
@@ -43,12 +50,14 @@ class Api:
             params = replace(params, prompt_logprobs=body.logprobs)
         decode = self.engine.tokenizer.decode
         echo = [p if isinstance(p, str) else decode(p) for p in asked] if body.echo else None
+        prompts, echo = repeated(prompts, body.n), echo and repeated(echo, body.n)
         answer = CompletionAnswer(self.name, self.engine.tokenizer, prompts, echo, scored=scored, empty=empty)
         return await self._answer(request, body, answer, params)
 
     async def chat(self, request: Request) -> Response:
         body = parse(ChatBody, await self.read(request))
         self.check_model(body.model)
+        self._check_number(1, body.n)
         prompt = await asyncio.to_thread(lambda: self.ids(self.chat_text(body.messages), special_tokens=False))
         room = max(self.limits.max_seq_len - len(prompt), 1)
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
@@ -56,8 +65,16 @@ class Api:
             raise ApiError(400, "top_logprobs needs logprobs: true.")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = body.params(min(limits, default=room), logprobs, self.turn_ends)
-        answer = ChatAnswer(self.name, self.engine.tokenizer, [prompt])
+        answer = ChatAnswer(self.name, self.engine.tokenizer, [prompt] * body.n)
         return await self._answer(request, body, answer, params)
+
+    def _check_number(self, prompts: int, n: int) -> None:
+        limit = self.limits.slots + self.limits.max_waiting
+        if not 1 <= n <= MAX_CHOICES:
+            raise ApiError(400, f"n {n} is not between 1 and {MAX_CHOICES}.")
+        if not 1 <= prompts * n <= limit:
+            times = f", {n} answers to each" if n > 1 else ""
+            raise ApiError(400, f"prompt: {prompts} prompts{times}; between 1 and {limit} are accepted.")
 
     def chat_text(self, messages: list[Message], generation_prompt: bool = True) -> str:
         """The messages through the chat template."""
@@ -87,6 +104,7 @@ class Api:
         return prompt
 
     async def _answer(self, request: Request, body: CommonBody, answer: Answer, params: Params) -> Response:
+        answer.n = params.n
         outputs = self.engine.submit(answer.prompts, params)
         try:
             if not body.stream:

@@ -28,7 +28,7 @@ async def collect(outputs: OutputStream, answer: Answer) -> None:
         for i, output in batch:
             raise_failure(output)
             answer.add(i, output)
-    answer.cached_tokens = outputs.cached_tokens
+    answer.ended(outputs)
 
 
 def raise_failure(output: Output) -> None:
@@ -97,7 +97,7 @@ class EventStream(Response):
         return "".join(parts)
 
     def _end(self) -> str:
-        self.answer.cached_tokens = self.outputs.cached_tokens
+        self.answer.ended(self.outputs)
         return (event(self.answer.usage_chunk()) if self.usage else "") + DONE
 
     async def _close_on_disconnect(self, receive: Receive) -> None:

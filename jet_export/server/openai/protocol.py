@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
-from jet_export.server.fields import One, Text, first_error
+from jet_export.server.fields import Text, first_error
 from jet_export.utils.errors import JetExportError
 
 MAX_BIASES = 1024  # entries of logit_bias
@@ -83,7 +83,7 @@ class CommonBody(Ignored):
     min_tokens: int = 0
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: One | None = None
+    n: int = 1
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: Bias = {}
@@ -107,6 +107,7 @@ class CommonBody(Ignored):
             stop_ids=(*self.stop_token_ids, *(() if self.ignore_eos else ends)),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            n=self.n,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple((int(token), float(bias)) for token, bias in self.logit_bias.items()),
@@ -122,7 +123,7 @@ class CompletionBody(CommonBody):
     prompt: Text | Ids | list[Text] | list[Ids]
     echo: bool | None = None
     logprobs: int | None = None
-    best_of: One | None = None
+    best_of: int | None = None
 
     @property
     def prompts(self) -> list[str] | list[Ids]:

@@ -49,7 +49,13 @@ def by_the_engine(llm: AsyncLLM, prompts: list[list[int]], params: Params) -> li
     """Text and stop strings made in the thread that takes the steps."""
     out: list[tuple[int, Output]] = []
     for i, prompt in enumerate(prompts):
-        llm.batching.submit(prompt, params, lambda output, i=i: out.append((i, output)))  # type: ignore[misc]
+        choice = i % params.n
+        llm.batching.submit(
+            prompt,
+            params,
+            lambda output, i=i: out.append((i, output)),  # type: ignore[misc]
+            choice=choice,
+        )
     while llm.batching.step():
         pass
     return sorted(out, key=lambda item: item[0])
@@ -77,6 +83,8 @@ def test_answers_are_the_engines(reference, text, through) -> None:
     cases = [
         ([PROMPT], plain),
         ([PROMPT], replace(plain, logprobs=3)),
+        ([PROMPT, list(b"other")], replace(plain, logprobs=1, prompt_logprobs=2)),
+        ([PROMPT] * 3, replace(plain, sampling=Sampling(temperature=1.3, seed=7), n=3)),
         ([PROMPT], replace(plain, sampling=Sampling(temperature=1.3, top_p=0.9, seed=7), stop_ids=tuple(range(60)))),
         *(([PROMPT], replace(plain, stop=stop)) for stop in stops),
         ([PROMPT, [1], [2, 3, 4]], replace(plain, stop=stops[0])),
@@ -94,8 +102,8 @@ def test_answers_are_the_engines(reference, text, through) -> None:
             return [await read(client.submit(*case)) for case in cases]
 
     assert asyncio.run(in_process() if through == "this process" else over_a_channel()) == expected
-    counts = llm.batching.metrics.requests
-    assert unused(llm) and counts["cancelled"] == 0 and counts["stop"] + counts["length"] == len(cases) + 2
+    counts, asked = llm.batching.metrics.requests, sum(len(prompts) for prompts, _ in cases)
+    assert unused(llm) and counts["cancelled"] == 0 and counts["stop"] + counts["length"] == asked
 
 
 @pytest.mark.parametrize("through", ["this process", "a channel"])

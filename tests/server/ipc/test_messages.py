@@ -56,6 +56,7 @@ PARAMS = Params(
     frequency_penalty=0.5,
     logit_bias=((3, -float("inf")), (4, 1.5)),
     min_tokens=2,
+    n=2,
 )
 
 
