@@ -41,7 +41,7 @@ _ID = struct.Struct("=I")
 
 
 class Submit(NamedTuple):
-    """Prompt i has the id `first` + i."""
+    """Prompt i has the id `first` + i. Each comes params.n times in a row, and is sent once."""
 
     first: int
     prompts: list[list[int]]
@@ -49,10 +49,11 @@ class Submit(NamedTuple):
 
     def encode(self) -> bytes:
         """Raises OverflowError for a token id of more than 32 bits."""
-        lengths = array("I", [len(p) for p in self.prompts])
-        tokens = b"".join(array("i", p).tobytes() for p in self.prompts)
+        prompts = self.prompts[:: self.params.n]
+        lengths = array("I", [len(p) for p in prompts])
+        tokens = b"".join(array("i", p).tobytes() for p in prompts)
         params = json.dumps(asdict(self.params)).encode()
-        return _COUNTS.pack(self.first, len(self.prompts)) + lengths.tobytes() + tokens + params
+        return _COUNTS.pack(self.first, len(prompts)) + lengths.tobytes() + tokens + params
 
     @classmethod
     def decode(cls, data: bytes) -> Submit:
@@ -64,7 +65,8 @@ class Submit(NamedTuple):
             prompts.append(array("i", data[offset : offset + 4 * length]).tolist())
             offset += 4 * length
         values = {k: _tuples(v) for k, v in json.loads(data[offset:]).items()}
-        return cls(first, prompts, Params(**{**values, "sampling": Sampling(**values["sampling"])}))
+        params = Params(**{**values, "sampling": Sampling(**values["sampling"])})
+        return cls(first, [p for p in prompts for _ in range(params.n)], params)
 
 
 def _tuples(value: Any) -> Any:

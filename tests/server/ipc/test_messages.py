@@ -62,7 +62,11 @@ PARAMS = Params(
 
 @given(ids, st.lists(st.lists(tokens)))
 def test_submit(first, prompts) -> None:
-    assert Submit.decode(Submit(first, prompts, PARAMS).encode()) == (first, prompts, PARAMS)
+    twice = [p for p in prompts for _ in range(PARAMS.n)]
+    sent = Submit(first, twice, PARAMS).encode()
+    assert Submit.decode(sent) == (first, twice, PARAMS)
+    alone = Submit(first, prompts, dataclasses.replace(PARAMS, n=1)).encode()
+    assert len(sent) == len(alone)  # a prompt is sent once
 
 
 def test_every_field_of_params_is_tried() -> None:
