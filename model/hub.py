@@ -81,8 +81,9 @@ def hub_id_of(name: str) -> str | None:
     return hub_id if is_hub_id(hub_id) else None
 
 
-def resolve_checkpoint(name: str) -> Path:
-    """The directory with the weights of `name`, downloaded from the hub if it is not local.
+def resolve_checkpoint(name: str, code: bool = False) -> Path:
+    """The directory with the weights of `name`, downloaded from the hub if it is not local. `code`: its Python files
+    too.
 
     Raises JetExportError for an unknown name, or if the hub cannot be reached.
     """
@@ -91,7 +92,8 @@ def resolve_checkpoint(name: str) -> Path:
     found = local_directory(name)
     if found is not None:
         return found
-    return _from_hub(name, lambda i: huggingface_hub.snapshot_download(i, allow_patterns=CHECKPOINT_FILES))
+    patterns = [*CHECKPOINT_FILES, *(["*.py"] if code else [])]
+    return _from_hub(name, lambda i: huggingface_hub.snapshot_download(i, allow_patterns=patterns))
 
 
 def hub_config(name: str) -> JetNemotronConfig:

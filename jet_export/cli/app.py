@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jet_export.cli import bench, build, export_hf, generate, inspect, search, serve, verify
+from jet_export.cli import bench, build, export_hf, generate, inspect, search, serve, try_model, verify
 from jet_export.utils.errors import GPU_MEMORY, JetExportError, JetExportWarning, out_of_gpu_memory
 
 PYTHONS_SHOWWARNING = warnings.showwarning
@@ -54,6 +54,7 @@ app.command(epilog="Example: jet-export serve bundles/jet-tiny-fp8-inductor --op
 app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --fp8 --output jet-4b-fp8")(
     export_hf.export_hf
 )
+app.command("try", epilog="Example: jet-export try jet-2b --trust-remote-code")(try_model.try_model)
 app.command(epilog="Example: jet-export search --model jet-2b --output searches/jet-2b")(search.search)
 
 
