@@ -113,7 +113,8 @@ class FrontEnds:
                 )
             log.error("a front end died with status %d; its requests are cancelled, another one starts", status)
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Of a front end: it finds the API key there."""
         key = self.config.options.api_key
         return {**os.environ, API_KEY: key} if key else {k: v for k, v in os.environ.items() if k != API_KEY}
 
@@ -125,7 +126,7 @@ class FrontEnds:
                 *(sys.executable, "-m", MODULE, self.config.encode(), str(theirs.fileno()), str(listener.fileno())),
                 pass_fds=(theirs.fileno(), listener.fileno()),
                 start_new_session=True,  # Ctrl-C is for this process, which tells the front ends
-                env=self._environment(),
+                env=self.environment(),
             )
 
         def on_first_ready() -> None:

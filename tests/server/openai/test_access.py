@@ -13,13 +13,14 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from helpers.serving import async_llm, program, server
+from helpers.serving import async_llm, server
 
 from jet_export.runtime.serving_engine import RequestLimits
 from jet_export.server.openai.frontend import FrontEndConfig
 from jet_export.server.openai.http import Tls
 from jet_export.server.openai.middleware import access, wrapped
 from jet_export.server.openai.options import API_KEY, ApiOptions
+from jet_export.server.openai.supervisor import FrontEnds
 from jet_export.utils.errors import JetExportError
 
 KEY = "sk-secret"
@@ -109,10 +110,12 @@ def test_a_key_is_not_on_the_command_line_of_a_front_end(monkeypatch) -> None:
     assert FrontEndConfig.decode(text) == config
 
 
-def test_front_ends_ask_for_the_key(monkeypatch) -> None:
-    monkeypatch.setenv(API_KEY, KEY)
-    with program("0", "0", "--frontends", "1") as (_, address):
-        assert [post(address, key).status_code for key in (KEY, "wrong")] == [200, 401]
+@pytest.mark.parametrize("key", [KEY, None])
+def test_a_front_end_has_the_key_in_its_environment(monkeypatch, key) -> None:
+    monkeypatch.setenv(API_KEY, "another")
+    options = ApiOptions(names=("a",), api_key=key)
+    config = FrontEndConfig(options=options, bundle="x", limits=RequestLimits(1, 2, 3), vocab_size=4)
+    assert FrontEnds(async_llm().batching, [], config).environment().get(API_KEY) == key
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")

@@ -89,7 +89,7 @@ def test_a_client_that_disconnects_ends_all_of_them(address, llm) -> None:
 
 
 @pytest.mark.parametrize("serving", [{}, {"prefix_cache_bytes": 0}, {"deterministic": True}], ids=str)
-@pytest.mark.parametrize("steps", [None, 0, 1, 4])
+@pytest.mark.parametrize("steps", [None, 1])
 def test_answers_do_not_depend_on_the_first_one(serving, steps) -> None:
     """It is cancelled after so many steps, if any; requests behind them are served too."""
     engine = BatchingEngine(eager_engine(LIMITS), ByteTokenizer(), -1, Serving(**serving))
