@@ -91,6 +91,8 @@ def test_every_command_is_one_that_exists(session, tmp_path, monkeypatch) -> Non
                 text = Path(command[1]).read_text()
                 if "parser_of(" in text:
                     text += (BENCHMARKS / "kernels/arguments.py").read_text()
+                if "serving_options" in text:
+                    text += (BENCHMARKS / "serving/serving_options.py").read_text()
                 known = {o for o in options if f'"{o}"' in text}
             assert set(options) <= known, command
 
