@@ -39,7 +39,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("\n", "⏎").replace("|", "\\|")
+    return text.replace("\n", "⏎").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _speed(report: dict[str, Any]) -> list[str]:

@@ -170,11 +170,11 @@ MINIMAL: dict[str, Any] = {
     "model": "m",
     "command": "jet-export try m",
     "environment": dict.fromkeys(("gpu", "cpu", "torch", "cuda", "triton", "driver", "python", "date", "commit"), "?"),
-    "steps": [{"step": "a|b", "status": "failed", "why": "two\nlines"}],
+    "steps": [{"step": "a|b", "status": "failed", "why": "two\n<lines>"}],
     "precisions": {},
 }
 
 
 def test_a_page_of_nothing_is_a_page() -> None:
     text = page(MINIMAL)
-    assert "| a\\|b | failed |  | two⏎lines |" in text
+    assert "| a\\|b | failed |  | two⏎&lt;lines> |" in text
