@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jet_export.cli.options import command_line
+from jet_export.utils.errors import JetExportError
 
 
 def try_model(
@@ -22,14 +23,20 @@ def try_model(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the checkpoint's published code, to compare with it.")
     ] = False,
+    reference_python: Annotated[
+        Path | None, typer.Option(help="Interpreter of another environment, which runs the published code.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Default: try/<model>.")] = None,
 ) -> None:
     """Fetch, build, verify, compare and measure a model on this machine; writes try.json and try.md, a page to share.
 
     Exit status 1 where a step failed."""
+    from jet_export.tryout.published import Published
     from jet_export.tryout.report import PAGE
     from jet_export.tryout.run import TryOptions, run_try
 
+    if reference_python is not None and not reference_python.is_file():
+        raise JetExportError(f"--reference-python {reference_python}: no such file.", "Name a Python interpreter.")
     options = TryOptions(
         model=model,
         output=output or Path("try") / (Path(model).name or "model"),
@@ -40,7 +47,7 @@ def try_model(
         device=device,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
-        trust_remote_code=trust_remote_code,
+        published=Published(trust_remote_code, reference_python),
     )
     report = run_try(options, command_line(), typer.echo)
     for failure in report["failures"]:

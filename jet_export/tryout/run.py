@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.tryout.measure import Subject
 from jet_export.tryout.outputs import NEW_TOKENS, Outputs, run_prompts
 from jet_export.tryout.prompts import PROMPTS
-from jet_export.tryout.published import run_published, why_not
+from jet_export.tryout.published import Published
 from jet_export.tryout.report import NOT_RUN, Emit, Report
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import check_directory
@@ -40,7 +40,7 @@ class TryOptions:
     device: str = "auto"
     max_batch_size: int | None = None  # 32 on a GPU, 4 on a CPU
     max_seq_len: int | None = None  # 8192 on a GPU, 1024 on a CPU, at most the model's
-    trust_remote_code: bool = False
+    published: Published = field(default_factory=Published)
 
 
 def run_try(o: TryOptions, command: list[str], emit: Emit) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def encoded(bundle: Path, plan: BuildPlan) -> list[list[int]]:
 def reference_outputs(report: Report, o: TryOptions, plan: BuildPlan, prompts: list[list[int]]) -> Outputs | None:
     """The published code's outputs, where transformers can run it; else the PyTorch model's, not quantised."""
     directory = None if o.random_weights else plan.directory
-    why = why_not(plan.config, directory, o.trust_remote_code)
+    why = o.published.why_not(plan.config, directory)
     if why is None:
         found = report.step("published code", lambda: published_outputs(o, plan, prompts))
         if isinstance(found, Outputs):
@@ -142,7 +142,7 @@ def published_outputs(o: TryOptions, plan: BuildPlan, prompts: list[list[int]]) 
     if o.checkpoint is None and plan.source.startswith("hub"):
         directory = resolve_checkpoint(o.model, code=True)
     assert directory is not None
-    return run_published(directory, prompts, o.output / "outputs", plan.build_device.type, o.trust_remote_code)
+    return o.published.run(directory, prompts, o.output / "outputs", plan.build_device.type)
 
 
 def eager_outputs(plan: BuildPlan, prompts: list[list[int]], how: str) -> Outputs:

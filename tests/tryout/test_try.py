@@ -131,15 +131,16 @@ def test_why_the_published_code_is_not_run(monkeypatch, tmp_path) -> None:
     config = load_golden(DATA / MINI_NAMES[0]).config
     named = {**config, "auto_map": {"AutoModelForCausalLM": "modeling_jet_nemotron.JetNemotronForCausalLM"}}
     plain, with_code = (JetNemotronConfig.from_dict(c) for c in (config, named))
-    why = published.why_not
+    untrusted, trusted = published.Published(), published.Published(trust_remote_code=True)
     monkeypatch.setattr(published, "find_spec", lambda name: None)
-    assert "random weights" in (why(plain, None, True) or "")
-    assert "pip install transformers" in (why(with_code, tmp_path, True) or "")
+    assert "random weights" in (trusted.why_not(plain, None) or "")
+    assert "pip install transformers" in (trusted.why_not(with_code, tmp_path) or "")
+    assert published.Published(True, Path("python")).why_not(with_code, tmp_path) is None
     monkeypatch.setattr(published, "find_spec", lambda name: object())
-    assert "names no published code" in (why(plain, tmp_path, True) or "")
-    assert "--trust-remote-code runs it" in (why(with_code, tmp_path, False) or "")
-    assert why(with_code, tmp_path, True) is None
-    assert why(JetNemotronConfig.from_dict(load_qwen("qwen3").config), tmp_path, False) is None
+    assert "names no published code" in (trusted.why_not(plain, tmp_path) or "")
+    assert "--trust-remote-code runs it" in (untrusted.why_not(with_code, tmp_path) or "")
+    assert trusted.why_not(with_code, tmp_path) is None
+    assert untrusted.why_not(JetNemotronConfig.from_dict(load_qwen("qwen3").config), tmp_path) is None
 
 
 def test_the_published_code_of_a_qwen(tmp_path) -> None:
@@ -147,7 +148,7 @@ def test_the_published_code_of_a_qwen(tmp_path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     golden = load_qwen("qwen2")
     prompts = [golden.outputs["prompt"].tolist(), [5, 6, 7]]
-    found = published.run_published(golden.save_checkpoint(tmp_path / "ckpt"), prompts, tmp_path, "cpu", False)
+    found = published.Published().run(golden.save_checkpoint(tmp_path / "ckpt"), prompts, tmp_path, "cpu")
     assert isinstance(found, Outputs), found
     assert found.tokens[0, 0] == golden.outputs["greedy"][0]
     engine = EagerEngine(golden.model(tmp_path / "again"), Limits(max_batch_size=1, max_seq_len=64, prefill_chunk=64))
@@ -159,10 +160,11 @@ def test_the_published_code_of_a_qwen(tmp_path) -> None:
 
 def test_published_code_that_does_not_run_says_why(tmp_path, monkeypatch) -> None:
     def failing(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[0] == "other/python"
         return subprocess.CompletedProcess(command, 1, "", "Traceback\n  ...\nImportError: no module named fla\n\n")
 
     monkeypatch.setattr(subprocess, "run", failing)
-    why = published.run_published(tmp_path, [[1]], tmp_path, "cpu", True)
+    why = published.Published(python=Path("other/python")).run(tmp_path, [[1]], tmp_path, "cpu")
     assert why == "transformers could not run it: ImportError: no module named fla"
 
 
