@@ -121,6 +121,8 @@ def packed_gated_delta_rule_ref(
     o, final = initial.new_zeros(q.shape[0], H, V), torch.empty_like(initial)
     bounds = cu_seqlens.tolist()
     lens = [b - a for a, b in itertools.pairwise(bounds)]
+    if form == Form.DECODE and max(lens) > 1:
+        raise ValueError("a call of the form DECODE has one token a sequence")
     steps = [n for n, size in enumerate(lens) if size == 1 and form != Form.PREFILL]
     if steps:
         t = torch.tensor([bounds[n] for n in steps])
