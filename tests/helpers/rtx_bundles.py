@@ -84,11 +84,18 @@ def rtx_bundle(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     return built_once(tmp_path_factory, f"rtx {name}", MAKERS[name])
 
 
+def link_files(bundle: Path, copy: Path) -> None:
+    """The bundle's files as links; directories are directories."""
+    for file in bundle.rglob("*"):
+        if file.is_file():
+            (copy / file.relative_to(bundle)).parent.mkdir(exist_ok=True)
+            (copy / file.relative_to(bundle)).symlink_to(file)
+
+
 def run_on_cpu(bundle: Path, copy: Path) -> Path:
     """The bundle for a fake TensorRT: its manifest says that it is for this machine."""
     copy.mkdir()
-    for file in bundle.iterdir():
-        (copy / file.name).symlink_to(file)
+    link_files(bundle, copy)
     manifest = Manifest.load(bundle)
     from jet_export.bundle.target import host_target
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.fake_tensorrt import FakeTensorRT, Refused
-from helpers.rtx_bundles import needs_rtx, rtx_bundle, run_on_cpu
+from helpers.rtx_bundles import link_files, needs_rtx, rtx_bundle, run_on_cpu
 
 from jet_export.backends.eager import load_eager
 from jet_export.backends.load import load_engine
@@ -192,8 +192,7 @@ def test_library_in_the_plan_or_beside_it(fake, bundle, tmp_path) -> None:
     m.backend["library_in_plan"] = False
     flavor = FLAVORS["tensorrt-rtx"]
     assert TensorRTEngine(fake, flavor, bundle, m).runtime.engine_host_code_allowed is False
-    for file in bundle.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+    link_files(bundle, tmp_path)
     (tmp_path / "libjet_plugins.so").unlink()
     (tmp_path / "libjet_plugins.so").write_bytes(b"\x7fELF")
     with pytest.raises(
@@ -204,8 +203,7 @@ def test_library_in_the_plan_or_beside_it(fake, bundle, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["libjet_plugins.so", "engine.plan"])
 def test_altered_or_missing_files_are_refused_before_they_are_loaded(fake, bundle, tmp_path, name) -> None:
-    for file in bundle.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+    link_files(bundle, tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(JetExportError, match=rf"{name} is missing.\nBuild it again here: jet-export build .* --force"):
         LLM(tmp_path)
@@ -216,8 +214,7 @@ def test_altered_or_missing_files_are_refused_before_they_are_loaded(fake, bundl
 
 
 def test_another_version_is_refused(bundle, tmp_path, monkeypatch) -> None:
-    for file in bundle.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+    link_files(bundle, tmp_path)
     values = json.loads((bundle / "manifest.json").read_text())
     values["backend"]["tensorrt-rtx"] = "1.6.0.9"
     (tmp_path / "manifest.json").unlink()
