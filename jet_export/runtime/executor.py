@@ -124,7 +124,7 @@ class Executor:
     def _together(self, inputs: StepInputs) -> tuple[list[Tensor], list[Tensor]]:
         """Logits of the prompts that end and of the sequences that decode, in one call: all rows share its products."""
         slots, tokens, ends = inputs.prefill_slots, inputs.prefill_tokens, inputs.prompt_ends
-        rest = [i for i in range(len(slots)) if i not in set(ends)]  # their logits are of no use: they come last
+        rest = sorted(set(range(len(slots))) - set(ends))  # their logits are of no use: they come last
         n, decode = len(ends), inputs.decode_slots
         fed: list[list[int] | None] = [*(tokens[i] for i in ends), *[None] * len(decode), *(tokens[i] for i in rest)]
         logits = self.runner.mixed([*(slots[i] for i in ends), *decode, *(slots[i] for i in rest)], fed)
