@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from jet_export.kernels.sampling_ref import MAX_BLOCKED
+from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.sampling import Sampling
 from jet_export.utils.errors import JetExportError
 
@@ -33,6 +34,7 @@ class Params:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
     n: int = 1  # answers to each prompt, drawn with different random numbers; see ServingEngine.submit
     min_tokens: int = 0  # before so many are generated, neither the end-of-sequence token nor stop_ids are
+    grammar: Grammar | None = None  # which the answer matches; it ends where the grammar does
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

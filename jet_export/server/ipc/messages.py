@@ -12,6 +12,7 @@ from enum import IntEnum
 from itertools import islice
 from typing import Any, NamedTuple
 
+from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.params import Logprob, Output, Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.serving_engine import Status
@@ -65,7 +66,8 @@ class Submit(NamedTuple):
             prompts.append(array("i", data[offset : offset + 4 * length]).tolist())
             offset += 4 * length
         values = {k: _tuples(v) for k, v in json.loads(data[offset:]).items()}
-        params = Params(**{**values, "sampling": Sampling(**values["sampling"])})
+        grammar = values["grammar"] and Grammar(**values["grammar"])
+        params = Params(**{**values, "sampling": Sampling(**values["sampling"]), "grammar": grammar})
         return cls(first, [p for p in prompts for _ in range(params.n)], params)
 
 

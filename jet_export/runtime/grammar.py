@@ -1,0 +1,82 @@
+"""Structured output: what a request's answer must match, as JSON, a regular expression or a grammar.
+
+A description only, which travels with Params; grammar_compile.py compiles it and token_masks.py applies it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from jet_export.utils.errors import JetExportError
+
+Kind = Literal["json_schema", "regex", "lark", "choice", "tagged"]
+MAX_BYTES = 1 << 20  # of a grammar's text
+MAX_CHOICE_OPTIONS = 4096
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """`kind` says what `text` is; use the constructors below. Whether it compiles is found when it is submitted.
+
+    Raises JetExportError for an unknown kind and for a text of more than MAX_BYTES."""
+
+    kind: Kind
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise JetExportError(f"{self.kind!r} is no kind of grammar.", f"Use one of {', '.join(get_args(Kind))}.")
+        if len(self.text) > MAX_BYTES or len(self.text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+            raise JetExportError(f"The {self.name} is longer than {MAX_BYTES} bytes.", "Give a smaller one.")
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        names = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "list of choices"}
+        return names.get(self.kind, "grammar")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
+        """JSON text that a JSON schema accepts: a schema, or one as JSON."""
+        return cls("json_schema", schema if isinstance(schema, str) else _json(schema))
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """Text that a regular expression matches as a whole (syntax of Rust's regex, without look-around)."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """Text that a context-free grammar derives from `start`: in llguidance's Lark, or in llama.cpp's GBNF, whose
+        `root ::=` tells it apart."""
+        return cls("lark", text)
+
+    @classmethod
+    def choice(cls, options: Iterable[str]) -> Grammar:
+        """One of some texts."""
+        listed = list(options)
+        if not 1 <= len(listed) <= MAX_CHOICE_OPTIONS:
+            raise JetExportError(f"choice: {len(listed)} texts; between 1 and {MAX_CHOICE_OPTIONS} are accepted.")
+        return cls("choice", _json(listed))
+
+    @classmethod
+    def tagged(cls, begin: str, schema: Mapping[str, Any] | bool, end: str, *, most: int | None = 1) -> Grammar:
+        """JSON that a schema accepts between two texts, such as a tool call: up to `most` of them (None: any number),
+        a newline between two. Added tokens of the tokenizer that stand in the texts, such as <tool_call>, are made as
+        such, and as text where the tokenizer has no such token."""
+        return cls("tagged", _json({"begin": begin, "schema": schema, "end": end, "most": most}))
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise JetExportError(f"The grammar is no JSON ({str(e)[:200]}).") from None
