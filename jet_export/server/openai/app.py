@@ -1,4 +1,5 @@
-"""The endpoints: /v1/completions, /v1/chat/completions, /v1/models, /tokenize and its like, /health, /metrics.
+"""The endpoints: /v1/completions, /v1/chat/completions, /v1/models, /tokenize and its like, /health, /metrics, and a
+page at /.
 
 A client that disconnects cancels its requests. Bad requests are answered 4xx with a reason, 429 if the queue is full,
 503 if a request waited too long or the server shuts down.
@@ -24,6 +25,7 @@ from jet_export.server.openai.chat import ChatTemplate
 from jet_export.server.openai.events import ClientDisconnected
 from jet_export.server.openai.middleware import wrapped
 from jet_export.server.openai.options import ApiOptions
+from jet_export.server.openai.page import serve_page
 from jet_export.server.openai.protocol import ApiError, refusal
 from jet_export.server.openai.tokenization import Tokenization
 from jet_export.utils.errors import JetExportError
@@ -50,6 +52,7 @@ def create_app(
     app.add_api_route("/tokenize", tokenization.tokenize, methods=["POST"])
     app.add_api_route("/detokenize", tokenization.detokenize, methods=["POST"])
     app.add_api_route("/tokenizer_info", tokenization.info, methods=["GET"])
+    app.add_api_route("/", serve_page, methods=["GET"])
     _add_models(app, api)
     _add_status(app, engine)
     _add_error_handlers(app)

@@ -19,7 +19,7 @@ from jet_export.server.openai.protocol import ApiError
 log = logging.getLogger(__name__)
 access = logging.getLogger("jet_export.access")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-OPEN_PATHS = ("/health",)  # need no key
+OPEN_PATHS = ("/", "/health")  # need no key
 
 
 def wrapped(app: ASGIApp, options: ApiOptions) -> ASGIApp:

@@ -15,7 +15,7 @@ class ApiOptions:
     """Raises JetExportError naming the option that cannot be used."""
 
     names: tuple[str, ...]  # what clients call the model; answers carry the first
-    api_key: str | None = None  # asked for as a bearer token, except by /health
+    api_key: str | None = None  # asked for as a bearer token, except by / and /health
     origins: tuple[str, ...] = ()  # of web pages whose scripts may call the API (CORS); "*": any
     access_log: bool = False  # a line for each request
     chat_template: str | None = None  # a file to use instead of the bundle's

@@ -117,3 +117,4 @@ def log_addresses(address: str, paths: Sequence[str], log: Callable[[str], None]
     for path in paths:
         log(f"POST {address}/v1/{path}")
     log(f"GET  {address}/v1/models  /health  /metrics")
+    log(f"a page to try it from: {address}/")

@@ -47,10 +47,11 @@ def test_what_is_started_and_said(tmp_path: Path, monkeypatch, frontends, listen
     serve.serve(tmp_path, options, Serving(), said.append)
     address = http.url(started[0])
     assert [http.url(s) for s in started] == [address] * listeners
-    assert said[-3:] == [
+    assert said[-4:] == [
         f"POST {address}/v1/completions",
         f"POST {address}/v1/chat/completions",
         f"GET  {address}/v1/models  /health  /metrics",
+        f"a page to try it from: {address}/",
     ]
     assert ("HTTP and text in processes of their own: 3" in said) == (frontends == 3)
     for listener in started:
