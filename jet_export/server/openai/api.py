@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -15,8 +15,10 @@ from jet_export.server.fields import max_prompt_bytes
 from jet_export.server.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from jet_export.server.openai.chat import ChatTemplate
 from jet_export.server.openai.events import EventStream, collect, raise_failure, until_disconnect
+from jet_export.server.openai.messages import Message
 from jet_export.server.openai.options import ApiOptions
-from jet_export.server.openai.protocol import ApiError, ChatBody, CommonBody, CompletionBody, Message, parse
+from jet_export.server.openai.protocol import ApiError, ChatBody, CommonBody, CompletionBody, parse, refusing
+from jet_export.server.openai.tool_answers import ToolAnswer
 
 T = TypeVar("T")
 
@@ -58,14 +60,19 @@ class Api:
         body = parse(ChatBody, await self.read(request))
         self.check_model(body.model)
         self._check_number(1, body.n)
-        prompt = await asyncio.to_thread(lambda: self.ids(self.chat_text(body.messages), special_tokens=False))
+        box = body.toolbox()
+        prompt = await asyncio.to_thread(self._chat_ids, body.messages, box.described())
         room = max(self.limits.max_seq_len - len(prompt), 1)
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = body.params(min(limits, default=room), logprobs, self.turn_ends)
-        answer = ChatAnswer(self.name, self.engine.tokenizer, [prompt] * body.n)
+        prompts = [prompt] * body.n
+        answer = ChatAnswer(self.name, self.engine.tokenizer, prompts)
+        if box.tools:
+            answer = ToolAnswer(self.name, self.engine.tokenizer, prompts, box)
+            params = replace(params, grammar=box.grammar() or params.grammar)
         return await self._answer(request, body, answer, params)
 
     def _check_number(self, prompts: int, n: int) -> None:
@@ -76,11 +83,18 @@ class Api:
             times = f", {n} answers to each" if n > 1 else ""
             raise ApiError(400, f"prompt: {prompts} prompts{times}; between 1 and {limit} are accepted.")
 
-    def chat_text(self, messages: list[Message], generation_prompt: bool = True) -> str:
-        """The messages through the chat template."""
+    def _chat_ids(self, messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
+        return self.ids(self.chat_text(messages, tools), special_tokens=False)
+
+    def chat_text(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, generation_prompt: bool = True
+    ) -> str:
+        """The messages through the chat template. Raises ApiError and JetExportError."""
         if self.template is None:
             raise ApiError(400, f"{self.name}'s tokenizer has no chat template; use /v1/completions.")
-        return self.template([m.plain() for m in messages], generation_prompt)
+        with refusing():
+            plain = [m.plain(f"messages.{i}") for i, m in enumerate(messages)]
+        return self.template(plain, generation_prompt, tools)
 
     async def read(self, request: Request) -> bytes:
         """The body. Raises ApiError if it is longer than allowed or not JSON by its type."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,36 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: dict[str, str]) -> None:
         from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.meta import find_undeclared_variables
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+        environment.filters["tojson"] = _tojson
         self.source, self.special = source, special
         try:
             self.template = environment.from_string(source)
+            self.takes_tools = "tools" in find_undeclared_variables(environment.parse(source))
         except TemplateError as e:
             raise JetExportError(f"The tokenizer's chat template is no template ({e}).") from None
 
-    def __call__(self, messages: list[dict[str, str]], generation_prompt: bool = True) -> str:
-        """The text, up to where the answer begins. Raises JetExportError if the template refuses the messages."""
+    def __call__(
+        self,
+        messages: list[dict[str, Any]],
+        generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
+        """The text, up to where the answer begins. `tools`: JSON schemas of functions.
+
+        Raises JetExportError if the template refuses the messages, or has no place for tools."""
         from jinja2 import TemplateError
 
+        if tools and not self.takes_tools:
+            raise JetExportError("tools: the chat template has no place for them.", "Use --chat-template with one.")
+        values = {"messages": messages, "tools": tools or None, "add_generation_prompt": generation_prompt}
         try:
-            return self.template.render(messages=messages, add_generation_prompt=generation_prompt, **self.special)
+            return self.template.render(**values, **self.special)
         except (TemplateError, TypeError, ValueError) as e:
             raise JetExportError(f"The chat template refuses these messages: {e}.") from None
 
@@ -45,6 +60,15 @@ class ChatTemplate:
         _, found, rest = text.rpartition(answer)
         ids = tokenizer.encode(rest, special_tokens=False) if found else []
         return tuple(i for i in ids[:1] if i in tokenizer.special_ids)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    """As transformers has it: Jinja's own escapes HTML and sorts the keys."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _raise(message: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.server.fields import Text, first_error
+from jet_export.server.openai.messages import Message, Tool, ToolChoice
+from jet_export.server.openai.tools import Toolbox
 from jet_export.utils.errors import JetExportError
 
 MAX_BIASES = 1024  # entries of logit_bias
@@ -135,23 +138,6 @@ class CompletionBody(CommonBody):
         return self.prompt  # type: ignore[return-value]
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = None
-
-    def plain(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": self.role, "content": text, **({"name": self.name} if self.name else {})}
-
-
 class ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
@@ -163,14 +149,21 @@ class ChatBody(CommonBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    # What these are without tools, speech and reasoning; predicted outputs only save time.
-    modalities: list[Literal["text"]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    function_call: Literal["none", "auto"] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    # What these are without speech and reasoning; predicted outputs only save time.
+    modalities: list[Literal["text"]] | None = None
+    function_call: Literal["none", "auto"] | None = None
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None
     prediction: dict[str, Any] | None = None
+
+    def toolbox(self) -> Toolbox:
+        """Raises ApiError 400."""
+        several = self.parallel_tool_calls is not False
+        with refusing():
+            return Toolbox.of(self.tools or (), self.tool_choice, several)
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -194,6 +187,15 @@ def parse(kind: type[Body], raw: bytes) -> Body:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON number")
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A ValueError inside is an ApiError 400."""
+    try:
+        yield
+    except ValueError as e:
+        raise ApiError(400, str(e)) from None
 
 
 def refusal(e: JetExportError) -> ApiError:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from jet_export.server.fields import Text
 from jet_export.server.openai.api import Api
-from jet_export.server.openai.protocol import ApiError, Ids, Message, parse
+from jet_export.server.openai.messages import Message, Tool
+from jet_export.server.openai.protocol import ApiError, Ids, parse
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -23,6 +24,7 @@ class TokenizeBody(BaseModel):
     model: Text | None = None
     prompt: Text | None = None
     messages: list[Message] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None  # by default those of a text
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -72,7 +74,8 @@ class Tokenization:
     def _tokens(self, body: TokenizeBody) -> Ids:
         if body.messages is None:
             return self.tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
-        text = self.api.chat_text(body.messages, body.add_generation_prompt)
+        tools = [tool.plain() for tool in body.tools or []]
+        text = self.api.chat_text(body.messages, tools, body.add_generation_prompt)
         return self.tokenizer.encode(text, body.add_special_tokens is True)
 
     def _check_model(self, asked: str | None) -> None:

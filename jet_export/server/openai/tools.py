@@ -1,0 +1,70 @@
+"""tools and tool_choice of a chat: which functions the model may call, and what it is told of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jet_export.runtime.grammar import Grammar
+from jet_export.server.openai.messages import NamedTool, Tool, ToolChoice
+
+MAX_TOOLS = 128  # OpenAI's
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """The functions of a request. `required`: the answer is calls and nothing else. Empty: none may be called."""
+
+    shown: tuple[Tool, ...] = ()  # to the model
+    tools: tuple[Tool, ...] = ()  # that it may call
+    required: bool = False
+    several: bool = True  # calls in an answer
+
+    @classmethod
+    def of(cls, tools: Sequence[Tool], choice: ToolChoice | None, several: bool) -> Toolbox:
+        """Raises ValueError, which names the field."""
+        if len(tools) > MAX_TOOLS:
+            raise ValueError(f"tools: {len(tools)} functions; at most {MAX_TOOLS}.")
+        names = [t.function.name for t in tools]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice is not None:
+            raise ValueError(f"tools: there are two functions {twice!r}.")
+        if choice == "none":
+            return cls()
+        if isinstance(choice, NamedTool):
+            named = tuple(t for t in tools if t.function.name == choice.function.name)
+            if not named:
+                raise ValueError(f"tool_choice: {choice.function.name!r} is not one of tools.")
+            return cls(tuple(tools), named, True, False)
+        if choice == "required" and not tools:
+            raise ValueError("tool_choice: required needs tools.")
+        return cls(tuple(tools), tuple(tools), choice == "required", several)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(t.function.name for t in self.tools)
+
+    def described(self) -> list[dict[str, Any]]:
+        """For the chat template."""
+        return [t.plain() for t in self.shown]
+
+    def grammar(self) -> Grammar | None:
+        """Of an answer that has to call a function; None if it need not. The arguments' schemas are documents of their
+        own, in which references resolve."""
+        if not self.required:
+            return None
+        calls = [f"call_{i}" for i in range(len(self.tools))]
+        lines = [f"start: call{' (NEWLINE call)*' if self.several else ''}", f"call: {' | '.join(calls)}"]
+        lines.append(r"NEWLINE: /\n/")
+        for call, tool in zip(calls, self.tools, strict=True):
+            before = _quoted('<tool_call>\n{"name": ' + json.dumps(tool.function.name) + ', "arguments": ')
+            schema = json.dumps({"type": "object", **(tool.function.parameters or {})})
+            lines.append(f"{call}: {before} arguments_{call} {_quoted(chr(125) + chr(10) + '</tool_call>')}")
+            lines.append(f"arguments_{call}: %json {schema}")
+        return Grammar.lark("\n".join(lines))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
