@@ -16,7 +16,8 @@ from helpers.paths import ROOT
 FOLDERS = ["jet_export", "kernels", "model", "plugins", "tests", "examples", "benchmarks", "docs"]
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 DOCUMENTS = sorted(
-    [ROOT / "README.md", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))],
+    # INDEX.md quotes commands of earlier commits.
+    [ROOT / "README.md", *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.md") if p.name != "INDEX.md")],
     key=lambda path: path.relative_to(ROOT).parts,
 )
 SCRIPTS = {path.name for path in SOURCES}

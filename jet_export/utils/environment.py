@@ -6,7 +6,9 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +100,22 @@ def device_slug() -> str:
     return "-".join(words[:2]) if words[0] in ("rtx", "tesla") else words[0]
 
 
+def command_line() -> str:
+    """How this process was started, as one types it in the checkout: paths of the machine are cut short."""
+    script, *options = (_shown(word) for word in sys.argv)
+    return shlex.join([*(["python"] if script.endswith(".py") else []), script, *options])
+
+
+def _shown(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write `result` and the environment as JSON."""
+    """Write the environment, the command, unless the result has its own, and `result` as JSON."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+    whole = {"environment": environment(), "command": command_line(), **result}
+    path.write_text(json.dumps(whole, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """What a result is measured with: above all the commit, which is our own checkout's or unknown."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from helpers.paths import ROOT
 
 import jet_export
-from jet_export.utils.environment import environment, source_commit, version_lines
+from jet_export.utils.environment import environment, source_commit, version_lines, write_result
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
@@ -65,3 +66,13 @@ def test_an_installed_copy_inside_another_repository_has_no_commit(tmp_path, fol
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=site, capture_output=True, text=True, check=True)
     file, commit = done.stdout.split()
     assert Path(file).is_relative_to(site) and commit == "unknown"
+
+
+def test_a_result_says_how_it_was_made_without_paths_of_the_machine(tmp_path, monkeypatch) -> None:
+    argv = [f"{ROOT}/benchmarks/kernels/gemv.py", "/data/bundles/jet-2b", "--output", f"{ROOT}/out", "--rows", "a b"]
+    monkeypatch.setattr(sys, "argv", argv)
+    write_result(tmp_path / "x" / "r.json", {"rows": []})
+    result = json.loads((tmp_path / "x" / "r.json").read_text())
+    assert result["command"] == "python benchmarks/kernels/gemv.py jet-2b --output out --rows 'a b'"
+    write_result(tmp_path / "r.json", {"command": "jet-export build"})
+    assert json.loads((tmp_path / "r.json").read_text())["command"] == "jet-export build"
