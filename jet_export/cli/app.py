@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jet_export.cli import bench, build, export_hf, generate, inspect, search, serve, try_model, verify
+from jet_export.cli import bench, build, evaluate, export_hf, generate, inspect, search, serve, try_model, verify
 from jet_export.utils.errors import GPU_MEMORY, JetExportError, JetExportWarning, out_of_gpu_memory
 
 PYTHONS_SHOWWARNING = warnings.showwarning
@@ -49,6 +49,9 @@ app.command(epilog="Example: jet-export verify bundles/jet-tiny-fp8-inductor --j
 app.command(epilog="Example: jet-export bench bundles/jet-2b-fp8-inductor --protocol paper --baseline qwen3-1.7b")(
     bench.bench
 )
+app.command(
+    "eval", epilog="Example: jet-export eval bundles/jet-2b-fp8-inductor --tasks needle,bits_per_byte --limit 50"
+)(evaluate.evaluate)
 app.command(epilog="Example: jet-export inspect --model jet-4b --batch 64 --context 65536")(inspect.inspect)
 app.command(epilog="Example: jet-export serve bundles/jet-tiny-fp8-inductor --openai --port 8000")(serve.serve)
 app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --fp8 --output jet-4b-fp8")(
