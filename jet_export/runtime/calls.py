@@ -7,7 +7,7 @@ Captured calls have few sizes: what a call does not use belongs to padding seque
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jet_export.bundle.limits import Limits
 
+ALONE = 8  # prompts in a call of a whole step's tokens: nothing decodes beside them yet
 ALIGNED = 4  # int32s of 16 bytes: the kernels load whole vectors
 MAX_TOKENS = 2048  # of a captured call: longer ones take the GPU longer than the host needs to launch them
 
@@ -48,11 +49,10 @@ class CallSize:
 
 def captured_size(tokens: int, sequences: int, limits: Limits) -> CallSize | None:
     """The size of the captured call that serves so many tokens and sequences; None if it is too long for one."""
-    step = max(8, (1 << sequences.bit_length()) >> 3)
-    outputs = min(round_up(sequences, step), max(limits.max_batch_size, sequences))
+    outputs = min(max(8, decode_bucket(sequences)), max(limits.max_batch_size, sequences))
     padded = outputs + 1  # the last one takes the tokens that are left over
     least = tokens + padded - sequences
-    room = round_up(least, 32 if least <= 512 else 64)
+    room = round_up(least, 32 if least <= 256 else 64)
     if room > min(MAX_TOKENS, limits.max_prefill_tokens):
         return None
     return CallSize(tokens=room, sequences=padded, outputs=outputs)
@@ -63,6 +63,20 @@ def decode_bucket(sequences: int) -> int:
     power = 1 << (sequences - 1).bit_length()
     middle = 3 * power // 4
     return middle if power > 8 and sequences <= middle else power
+
+
+def service_sizes(slots: int, token_budget: int, prompt_tokens: Callable[[int], int], limits: Limits) -> list[CallSize]:
+    """The sizes of the captured calls that serving needs, the largest first.
+
+    `token_budget`: tokens of a step; `prompt_tokens`: those of prompts, where so many sequences decode beside them.
+    """
+    sizes = set()
+    for sequences in range(1, slots + 1):
+        longest = token_budget if sequences <= ALONE else min(token_budget, sequences + prompt_tokens(sequences))
+        for tokens in range(sequences, longest + 1, 8):
+            sizes.add(captured_size(tokens, sequences, limits))
+        sizes.add(captured_size(longest, sequences, limits))
+    return sorted(sizes - {None}, key=lambda size: (-size.tokens, -size.sequences))
 
 
 def pack(

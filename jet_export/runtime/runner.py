@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
-from jet_export.runtime.calls import ALIGNED, CallSize, captured_size, decode_bucket, pack, round_up
+from jet_export.runtime.calls import ALIGNED, CallSize, captured_size, decode_bucket, pack, round_up, service_sizes
 from jet_export.runtime.graphs import DecodeGraph, GraphCache, MixedGraph
 from jet_export.runtime.transfer import to_device, upload
 
@@ -69,6 +69,21 @@ class Runner:
         self.last_tokens = torch.zeros(n, dtype=torch.int64, device=self.device)  # what each slot decodes next
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
         self.graphs = GraphCache(self.device)
+
+    def capture_calls(self, token_budget: int, prompt_tokens: Callable[[int], int]) -> None:
+        """Capture the graphs of the calls that serving makes, so that no request waits for one. Nothing may run yet.
+
+        `token_budget`: tokens of a step; `prompt_tokens`: those of prompts, where so many sequences decode beside them.
+        """
+        if not self.cuda_graphs:
+            return
+        slots = len(self.context_lens)
+        if not self.deterministic:
+            for size in service_sizes(slots, token_budget, prompt_tokens, self.limits):
+                if size not in self.graphs.mixed:
+                    self._capture_mixed(size)
+        for bucket in {self._bucket(n) for n in range(slots, 0, -1)} - self.graphs.decode.keys():
+            self._capture(bucket)
 
     def reset(self, slot: int) -> None:
         """Empty a slot. Its states need no clearing: with context_lens 0 the kernels start from zero states."""

@@ -1,6 +1,7 @@
 """Packed calls: what goes in comes out, every sequence has a token, and padding owns what is left over."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jet_export.bundle.limits import Limits
-from jet_export.runtime.calls import ALIGNED, MAX_TOKENS, captured_size, decode_bucket, pack
+from jet_export.runtime.calls import ALIGNED, ALONE, MAX_TOKENS, captured_size, decode_bucket, pack, service_sizes
+from jet_export.runtime.pacing import usual_prompt_tokens
 
 LIMITS = Limits(max_batch_size=256, max_seq_len=4096, prefill_chunk=2048)
 TOKENS = st.one_of(st.none(), st.lists(st.integers(0, 151_935), min_size=1, max_size=40))
@@ -38,11 +40,11 @@ def test_a_packed_call_holds_its_sequences(tokens: list[list[int] | None], captu
 @pytest.mark.parametrize("sequences", [1, 8, 9, 63, 64, 65, 255, 256])
 def test_captured_sizes_are_few_and_waste_little(sequences: int) -> None:
     sizes = {captured_size(n, sequences, LIMITS) for n in range(sequences, MAX_TOKENS)} - {None}
-    assert len(sizes) <= 16 + 24
+    assert len(sizes) <= 8 + 28
     for n in range(sequences, MAX_TOKENS - 128):
         size = captured_size(n, sequences, LIMITS)
         assert size is not None and size.sequences <= LIMITS.max_batch_size + 1
-        assert size.tokens - n <= 64 + max(8, sequences // 4) and size.tokens <= MAX_TOKENS
+        assert size.tokens - n <= 64 + max(8, sequences // 2) and size.tokens <= MAX_TOKENS
 
 
 def test_a_decode_step_has_at_most_half_its_rows_more() -> None:
@@ -54,3 +56,21 @@ def test_a_decode_step_has_at_most_half_its_rows_more() -> None:
 def test_a_call_longer_than_the_graphs_is_not_captured() -> None:
     assert captured_size(MAX_TOKENS + 1, 4, LIMITS) is None
     assert captured_size(100, 4, Limits(max_batch_size=2, max_seq_len=256, prefill_chunk=32)) is None  # 64 at most
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 3, 16, 64, 256]), st.integers(0, 2**32), st.sampled_from([64, 500, 2048]))
+def test_the_sizes_of_a_service_are_all_that_its_steps_have(slots: int, seed: int, budget: int) -> None:
+    limits = Limits(max_batch_size=slots, max_seq_len=4096, prefill_chunk=2048)
+    budget = max(budget, slots)
+    sizes = service_sizes(slots, budget, usual_prompt_tokens, limits)
+    assert len(set(sizes)) == len(sizes) <= 240
+    rng = random.Random(seed)
+    for _ in range(50):
+        decoding = rng.randint(0, slots)
+        prompts = rng.randint(0, slots - decoding)
+        most = budget - decoding if not decoding else min(budget - decoding, usual_prompt_tokens(decoding))
+        if not prompts or most < prompts or (not decoding and prompts > ALONE):
+            continue
+        tokens = decoding + rng.randint(prompts, most)
+        assert captured_size(tokens, decoding + prompts, limits) in {None, *sizes}

@@ -1,5 +1,6 @@
 """A mixed call of the runner equals the decode and the prefill call that it stands for, by CUDA graph and without."""
 
+import threading
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from helpers.eager_bundle import eager_engine
 
 from jet_export.bundle.limits import Limits
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
+from jet_export.runtime.params import Params
 from jet_export.runtime.runner import Runner
+from jet_export.runtime.tokenizer import ByteTokenizer
 
 LIMITS = Limits(max_batch_size=6, max_seq_len=400, prefill_chunk=64)
 
@@ -49,3 +54,20 @@ def test_the_tables_are_read_when_the_call_runs(device: torch.device) -> None:
         steps = [runner.mixed([2], [parts[a:b]]).clone() for a, b in pairwise(range(0, 201, 50))]
         logits.append(torch.cat(steps))
     assert torch.equal(*logits)
+
+
+@pytest.mark.gpu
+def test_a_service_has_every_graph_before_its_first_request(device: torch.device) -> None:
+    engine = eager_engine(LIMITS, device=device)
+    batching = BatchingEngine(engine, ByteTokenizer(), -1, Serving(slots=6, token_budget=128))
+    batching.start()
+    try:
+        graphs = batching.runner.graphs
+        captured = len(graphs.mixed), len(graphs.decode)
+        ended = threading.Semaphore(0)
+        for i in range(24):
+            batching.submit(text(1 + 13 * i % 90, i), Params(5 + i), lambda o: o.finish_reason and ended.release())
+        assert all(ended.acquire(timeout=60) for _ in range(24))
+    finally:
+        batching.stop()
+    assert all(captured) and (len(graphs.mixed), len(graphs.decode)) == captured
