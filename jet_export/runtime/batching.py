@@ -109,6 +109,7 @@ class BatchingEngine:
                 prompt_len=len(tokens) - pending,
                 max_new_tokens=params.max_new_tokens + pending,
                 arrival=self.clock(),
+                priority=params.priority,
                 text=tokens if cached else None,
                 hashes=hashes,
                 start=start.held,

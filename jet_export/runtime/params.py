@@ -33,6 +33,7 @@ class Params:
     frequency_penalty: float = 0.0  # the same, times how often they are in it
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
     n: int = 1  # answers to each prompt, drawn with different random numbers; see ServingEngine.submit
+    priority: int = 0  # the lower is started first, and preempted last
     min_tokens: int = 0  # before so many are generated, neither the end-of-sequence token nor stop_ids are
     grammar: Grammar | None = None  # which the answer matches; it ends where the grammar does
 
@@ -57,6 +58,8 @@ class Params:
         for asked in (self.logprobs, self.prompt_logprobs):
             if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
                 raise JetExportError(f"logprobs {asked} is not between 0 and {MAX_LOGPROBS}.")
+        if not -(2**31) <= self.priority < 2**31:
+            raise JetExportError(f"priority {self.priority} is not a 32-bit integer.")
         if not -(2**63) <= self.sampling.seed < 2**63:
             raise JetExportError("seed is not a 64-bit integer.")
 

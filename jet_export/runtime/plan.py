@@ -89,6 +89,7 @@ class Request:
     prompt_len: int
     max_new_tokens: int
     arrival: float  # seconds, on the caller's clock
+    priority: int = 0  # the lower goes first
     start: int = 0
     generated: int = 0
     text: Sequence[int] | None = None  # the prompt, if the prefix cache may hold it
@@ -108,6 +109,7 @@ class Request:
     fork_at: int = 0  # where those that it leads start: the prefill of its prompt stops here too
     preemptions: int = 0
     cached_tokens: int | None = None  # prompt tokens that the prefix cache had, once admitted
+    rank: tuple[int, int] = (0, 0)  # its place: its priority, and its number among all that were submitted
     prefill_len: int = field(init=False)
     begun: int = field(init=False)  # `generated` at submission
 

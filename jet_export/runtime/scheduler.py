@@ -1,12 +1,13 @@
 """The scheduler: which requests each step runs, and when they get slots and pages. Plain Python, no tensors.
 
-Requests wait in one queue, first come first served. A request is admitted once a slot and the pages of its prompt are
-free, and takes further pages as its tokens need them. When none is left, even after evicting cached prefixes
-(memory.py), the youngest running request is preempted: it gives up slot and pages, goes to the head of the queue, and
-continues later from its states or from its tokens. Running requests followed by waiting ones are always in order of
-arrival: requests never overtake each other, and the oldest, which is never preempted, advances in every step, so each
-ends. A step decodes one token for each sequence whose prompt has been prefilled, and spends the rest of the token
-budget on prompt chunks, oldest first (a mixed step).
+Requests wait in one queue: by priority, the lower first, and first come first served among equals. A request is
+admitted once a slot and the pages of its prompt are free, and takes further pages as its tokens need them. When none is
+left, even after evicting cached prefixes (memory.py), the last of the running requests is preempted, in the same order:
+it gives up slot and pages, goes back to the queue, and continues later from its states or from its tokens. Requests of
+one priority never overtake each other. The first of those that run is never preempted and advances in every step, so
+each request ends, unless others that go before it never cease to arrive. A step decodes one token for each sequence
+whose prompt has been prefilled, and spends the rest of the token budget on prompt chunks, in the same order (a mixed
+step).
 
     plan() -> launch the step -> advance(plan) -> finish() the requests that its tokens end, or cancels, at any time
 
@@ -17,6 +18,7 @@ is admitted by a later plan at the earliest: all its tokens are known then.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from itertools import takewhile
@@ -41,8 +43,9 @@ class Scheduler:
         self.memory = Memory(capacity, copies)
         self.slots, self.pages, self.window_pages = self.memory.slots, self.memory.pages, self.memory.window_pages
         self.prefixes = self.memory.prefixes
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
+        self.waiting: deque[Request] = deque()  # by rank, as `running` is
+        self.running: list[Request] = []
+        self.submitted = 0
         self.blocked: tuple[Request, int] | None = None  # did not fit when so many pages had been given back
 
     def check(self, request: Request) -> None:
@@ -74,23 +77,35 @@ class Scheduler:
             request.fork_at = request.prompt_len - 1  # the last token always runs, for its logits
         if self.unstarted >= self.capacity.max_waiting + self.memory.slots.free:
             raise QueueFull(f"{self.capacity.max_waiting} requests are waiting already.", "Try again later.")
-        self.waiting.append(request)
+        self.submitted += 1
+        request.rank = request.priority, self.submitted
+        self._queue(request)
         return request
+
+    def _queue(self, request: Request) -> None:
+        """Among the waiting ones, by rank: nearly always at an end."""
+        if not self.waiting or request.rank > self.waiting[-1].rank:
+            self.waiting.append(request)
+        elif request.rank < self.waiting[0].rank:
+            self.waiting.appendleft(request)
+        else:
+            insort(self.waiting, request, key=_rank)
 
     @property
     def unstarted(self) -> int:
-        """Requests that have never run. The preempted ones are the head of the queue."""
-        preempted = 0
-        for request in self.waiting:
-            if not request.preemptions:
-                break
-            preempted += 1
-        return len(self.waiting) - preempted
+        """Requests that have never run."""
+        return sum(not r.preemptions for r in self.waiting)
 
     def expire(self, now: float) -> list[Request]:
         """End the requests that have waited longer than the timeout to start, and return them."""
-        waited = takewhile(lambda r: r.preemptions or now - r.arrival > self.capacity.wait_timeout, self.waiting)
-        late = [r for r in waited if not r.preemptions]
+
+        def waited(r: Request) -> bool:
+            return bool(r.preemptions) or now - r.arrival > self.capacity.wait_timeout
+
+        if not self.waiting:
+            return []
+        by_arrival = self.waiting[0].priority == self.waiting[-1].priority
+        late = [r for r in (takewhile if by_arrival else filter)(waited, self.waiting) if not r.preemptions]
         for request in late:
             self.finish(request)
         return late
@@ -105,10 +120,7 @@ class Scheduler:
             self._admit()
         ready = [r for r in self.running if not r.in_prompt and not r.launched]
         decode = tuple(r for r in ready if r.generated and r.held < len(r.pages) * page)
-        budget = self.capacity.token_budget - len(decode)
-        beside = self.pacing.prompt_tokens(len(decode)) if self.pacing else self.capacity.mixed_prefill
-        if decode and beside is not None:
-            budget = min(budget, beside)
+        budget = self.prompt_tokens(len(decode))
         prefill = []
         for request in self.running:
             if request.in_prompt and budget:
@@ -165,6 +177,12 @@ class Scheduler:
         self.memory.release(request)
         request.status = Status.ENDED
 
+    def prompt_tokens(self, decoding: int) -> int:
+        """The most prompt tokens of a step in which so many sequences decode."""
+        budget = self.capacity.token_budget - decoding
+        beside = self.pacing.prompt_tokens(decoding) if self.pacing else self.capacity.mixed_prefill
+        return budget if beside is None or not decoding else min(budget, beside)
+
     def _chunk(self, request: Request, budget: int) -> int:
         """Length of the request's next prompt chunk; 0 if a whole chunk does not fit the budget."""
         c = self.capacity
@@ -178,9 +196,9 @@ class Scheduler:
         return 0 if c.whole_chunks else budget
 
     def _grow(self, lacking: list[Request]) -> tuple[tuple[tuple[Request, int], ...], bool]:
-        """Give requests that decode the page they lack, oldest first: (request, pages); whether any is preempted.
+        """Give requests that decode the page they lack, the first first: (request, pages); whether any is preempted.
 
-        One stays without a page for this step if no younger one can be preempted and a request is about to end.
+        One stays without a page for this step if none behind it can be preempted and a request is about to end.
         """
         grown, preempted = [], False
         for request in lacking:
@@ -191,10 +209,10 @@ class Scheduler:
                     self.memory.grow(request, pages)
                     grown.append((request, pages))
                     break
-                youngest = next(r for r in reversed(self.running) if not r.launched)
-                if youngest is request and any(r.launched for r in self.running):
+                last = next(r for r in reversed(self.running) if not r.launched)
+                if last is request and any(r.launched for r in self.running):
                     break
-                self._preempt(youngest)
+                self._preempt(last)
                 preempted = True
         return tuple((r, n) for r, n in grown if r.status is Status.RUNNING), preempted
 
@@ -202,7 +220,7 @@ class Scheduler:
         assert self.running[0] is not request
         self.memory.preempt(request)
         self.running.remove(request)
-        self.waiting.appendleft(request)
+        self._queue(request)
         request.status = Status.WAITING
 
     def _admit(self) -> None:
@@ -217,4 +235,8 @@ class Scheduler:
                 return
             self.waiting.popleft()
             request.status = Status.RUNNING
-            self.running.append(request)
+            insort(self.running, request, key=_rank)
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

@@ -242,6 +242,37 @@ def test_a_small_request_does_not_overtake_one_that_waits_for_memory() -> None:
     assert [bigger.status, small.status] == [Status.RUNNING, Status.RUNNING]
 
 
+def test_the_lower_priority_goes_first() -> None:
+    s = scheduler(slots=1, max_waiting=9)
+    running = submit(s, 4, 3)
+    s.advance(s.plan())
+    order = [submit(s, 4, 1, priority=p) for p in (3, 0, -1, 0, 3)]
+    assert list(s.waiting) == [order[i] for i in (2, 1, 3, 0, 4)]
+    assert s.plan().decode == (running,)  # whoever runs goes on while there is room
+    s.finish(running)
+    assert s.plan().prefill[0][0] is order[2]
+
+
+def test_the_higher_priority_is_preempted_first_and_then_the_younger() -> None:
+    s = scheduler(slots=3, pages=6, window_pages=6, token_budget=64)
+    first, second, third = (submit(s, 12, 40, priority=p) for p in (5, 0, 0))
+    s.advance(s.plan())
+    while not first.preemptions:
+        s.advance(s.plan())
+    assert s.running == [second, third] and list(s.waiting) == [first]
+    while not third.preemptions:
+        s.advance(s.plan())
+    assert s.running == [second] and list(s.waiting) == [third, first]
+
+
+def test_a_timeout_does_not_depend_on_the_place_in_the_queue() -> None:
+    s = scheduler(slots=1)
+    submit(s, 4, 9)
+    s.plan()
+    late, young = submit(s, 4, 9, priority=2), submit(s, 4, 9, now=8.0, priority=1)
+    assert s.expire(11.0) == [late] and list(s.waiting) == [young]
+
+
 def test_a_full_queue_refuses_and_forgets() -> None:
     s = scheduler(slots=1, max_waiting=1)
     submit(s, 1, 1)

@@ -33,12 +33,18 @@ class Life(RuleBasedStateMachine):
         self.text: dict[Request, list[int]] = {}  # its prompt, then numbers unique to it as generated tokens
         self.in_flight: set[Request] = set()  # those whose last token is not known yet
 
-    @rule(common=st.integers(0, 50), own=st.integers(1, 9), new=st.integers(1, 30), family=st.integers(0, 1))
-    def submit(self, common: int, own: int, new: int, family: int) -> None:
+    @rule(
+        common=st.integers(0, 50),
+        own=st.integers(1, 9),
+        new=st.integers(1, 30),
+        family=st.integers(0, 1),
+        priority=st.sampled_from([0, 0, 0, -1, 5]),
+    )
+    def submit(self, common: int, own: int, new: int, family: int, priority: int = 0) -> None:
         """A prompt that shares a prefix with others of its family."""
         unique = 100 + 200 * self.count
         text = [family] * common + list(range(unique, unique + own + new))
-        self.accept(text, common + own, new, text=text[: common + own])
+        self.accept(text, common + own, new, text=text[: common + own], priority=priority)
         for _ in range(common // 8):  # part of it runs before the next prompt of the family arrives
             self.step()
 
@@ -256,8 +262,12 @@ class Life(RuleBasedStateMachine):
             assert prefixes and e.key == prefixes.key(text, page_hashes(text, self.c.page_size))
             if self.c.whole_chunks:
                 assert e.end % self.c.prefix_interval == 0
-        assert [*running, *s.waiting] == self.alive  # in order of arrival
-        assert [r for r in self.alive if r in self.started] == self.alive[: len(self.started & set(self.alive))]
+        for requests in (running, list(s.waiting)):
+            assert requests == sorted(requests, key=lambda r: (r.priority, self.alive.index(r)))
+        for priority in {r.priority for r in self.alive}:  # no one overtakes another of its priority
+            alive = [r for r in self.alive if r.priority == priority]
+            assert [r for r in (*running, *s.waiting) if r.priority == priority] == alive
+            assert [r for r in alive if r in self.started] == alive[: len(self.started & set(alive))]
 
     def teardown(self) -> None:
         if not hasattr(self, "s"):
@@ -268,8 +278,10 @@ class Life(RuleBasedStateMachine):
         SEEN.update(bytes_in=counts.bytes_in)
 
     def finish(self) -> None:
-        """No starvation: all end, each within as many steps as it has tokens once it is the oldest."""
-        for _ in range(sum(r.prompt_len + r.max_new_tokens for r in self.alive)):
+        """No starvation: all end, each within as many steps as it has tokens once it is the first. One that runs is so
+        until one of a lower priority is admitted."""
+        steps = sum(r.prompt_len + r.max_new_tokens for r in self.alive)
+        for _ in range(steps * len({r.priority for r in self.alive})):
             if not self.alive:
                 break
             self.step()

@@ -1,7 +1,7 @@
 """Request bodies of OpenAI's API, and the engine parameters they map to.
 
 Fields that would change the answer and cannot be honoured are refused by name; those that change nothing here are
-accepted. Beyond OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, min_tokens.
+accepted. Beyond OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, min_tokens, priority.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class CommonBody(Ignored):
     stop_token_ids: Ids = []
     ignore_eos: bool = False
     min_tokens: int = 0
+    priority: int = 0
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int = 1
@@ -115,6 +116,7 @@ class CommonBody(Ignored):
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple((int(token), float(bias)) for token, bias in self.logit_bias.items()),
             min_tokens=self.min_tokens,
+            priority=self.priority,
         )
 
     @property
