@@ -52,6 +52,10 @@ def serve(
     chat_template: Annotated[
         str | None, typer.Option(help="With --openai: a file with a Jinja template to use instead of the bundle's.")
     ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(help="With --openai: auto takes sampling defaults from the bundle's generation_config.json."),
+    ] = "none",
     access_log: Annotated[bool, typer.Option("--access-log", help="With --openai: log each request.")] = False,
     slots: Annotated[int | None, typer.Option(help="Sequences at once; default: the bundle's max_batch_size.")] = None,
     kv_tokens: Annotated[
@@ -113,7 +117,15 @@ def serve(
             chat_template=chat_template,
         )
         tls = Tls(certfile=ssl_certfile, keyfile=ssl_keyfile) if ssl_certfile and ssl_keyfile else None
-        http = HttpOptions(host=host, port=port, keep_alive=keep_alive_timeout, frontends=frontends, api=api, tls=tls)
+        http = HttpOptions(
+            host=host,
+            port=port,
+            keep_alive=keep_alive_timeout,
+            frontends=frontends,
+            api=api,
+            tls=tls,
+            generation_config=generation_config,
+        )
         run_openai(bundle, http, serving, typer.echo)
         return
     from jet_export.server.triton.repository import Repository, gpu_indices, write_repository

@@ -32,13 +32,13 @@ class Api:
 
     def __init__(self, engine: ServingEngine, options: ApiOptions, template: ChatTemplate | None) -> None:
         self.engine, self.names, self.template = engine, options.names, template
-        self.name = self.names[0]
+        self.name, self.defaults = self.names[0], options.sampling_defaults
         self.turn_ends = template.turn_ends(engine.tokenizer) if template else ()
         self.limits = engine.limits
         self.max_body_bytes = options.max_body_bytes or max_prompt_bytes(self.limits.max_seq_len)
 
     async def completions(self, request: Request) -> Response:
-        body = parse(CompletionBody, await self.read(request))
+        body = parse(CompletionBody, await self.read(request)).with_defaults(self.defaults)
         self.check_model(body.model)
         asked = body.prompts
         self._check_number(len(asked), body.n)
@@ -57,7 +57,7 @@ class Api:
         return await self._answer(request, body, answer, params)
 
     async def chat(self, request: Request) -> Response:
-        body = parse(ChatBody, await self.read(request))
+        body = parse(ChatBody, await self.read(request)).with_defaults(self.defaults)
         self.check_model(body.model)
         self._check_number(1, body.n)
         box = body.toolbox()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jet_export.utils.errors import JetExportError
@@ -20,6 +20,7 @@ class ApiOptions:
     access_log: bool = False  # a line for each request
     chat_template: str | None = None  # a file to use instead of the bundle's
     max_body_bytes: int | None = None  # None: by the longest prompt
+    sampling_defaults: dict[str, float] = field(default_factory=dict)  # of fields that a request leaves out
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):

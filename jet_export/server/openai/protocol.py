@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -118,6 +118,10 @@ class CommonBody(Ignored):
             min_tokens=self.min_tokens,
             priority=self.priority,
         )
+
+    def with_defaults(self, defaults: Mapping[str, float]) -> Self:
+        """With these values of fields that were left out."""
+        return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
 
     @property
     def usage_in_stream(self) -> bool:

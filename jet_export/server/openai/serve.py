@@ -39,11 +39,17 @@ class HttpOptions:
     frontends: int | None = None  # processes for HTTP and text; 0: the engine's own; None: see `default_frontends`
     api: ApiOptions = field(default_factory=lambda: ApiOptions(names=()))  # no names: the bundle's
     tls: Tls | None = None
+    generation_config: str = "none"  # "auto": the bundle's sampling defaults
 
     def __post_init__(self) -> None:
         """Raises JetExportError naming the option that is out of range."""
         if not 0 < self.keep_alive < math.inf:
             raise JetExportError(f"--keep-alive-timeout {self.keep_alive}: not a time.", "Give seconds, e.g. 75.")
+        if self.generation_config not in ("auto", "none"):
+            raise JetExportError(
+                f"--generation-config {self.generation_config}: neither auto nor none.",
+                "auto takes sampling defaults from the bundle's generation_config.json.",
+            )
         if self.frontends is not None and not 0 <= self.frontends <= MAX_FRONTENDS:
             raise JetExportError(
                 f"--frontends {self.frontends}: not between 0 and {MAX_FRONTENDS}.",
@@ -67,17 +73,22 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
     from jet_export.bundle.manifest import Manifest
     from jet_export.runtime.async_llm import AsyncLLM
     from jet_export.server.openai.chat import load_chat_template, load_tokenizer_config
+    from jet_export.server.openai.defaults import load_sampling_defaults
     from jet_export.server.openai.frontend import FrontEndConfig
     from jet_export.server.openai.middleware import log_access
     from jet_export.server.openai.supervisor import FrontEnds
 
     template = load_chat_template(bundle, http.api.chat_template)
+    defaults = load_sampling_defaults(bundle) if http.generation_config == "auto" else {}
     listener = listen(http.host, http.port)
     llm = AsyncLLM(bundle, serving)
     raise_file_limit(log)
     sys.setswitchinterval(SWITCH_INTERVAL)
     name = str(Manifest.load(bundle).model["name"])
-    api = replace(http.api, names=http.api.names or (name,))
+    api = replace(http.api, names=http.api.names or (name,), sampling_defaults=defaults)
+    if http.generation_config == "auto":
+        values = ", ".join(f"{k} {v}" for k, v in defaults.items())
+        log(f"sampling defaults of generation_config.json: {values or 'none'}")
     log_capacity(name, llm.batching.scheduler.capacity, log)
     frontends = default_frontends(llm.engine.device.type) if http.frontends is None else http.frontends
     paths = ("completions", "chat/completions") if template else ("completions",)
