@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from jet_export.backends.base import Engine
 from jet_export.runtime.capacity import Serving, capacity, pacing, pool_size
 from jet_export.runtime.copies import StateCopies
 from jet_export.runtime.executor import Executor
+from jet_export.runtime.grammar_compile import GrammarCompiler
+from jet_export.runtime.grammar_masks import accept
 from jet_export.runtime.metrics import Gauges, Metrics
 from jet_export.runtime.params import Logprob, Output, Params, check_tokens, end_tokens
 from jet_export.runtime.plan import Request
@@ -28,6 +31,7 @@ from jet_export.runtime.sequence import Keep, OnOutput, RunningSequence
 from jet_export.runtime.snapshot import EMPTY, Snapshot
 from jet_export.runtime.step import InFlightStep, StepInputs
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
+from jet_export.utils.errors import JetExportError
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ class BatchingEngine:
         self.scheduler = Scheduler(c, copies, self.pacing)
         self.metrics = Metrics(memory=self.scheduler.memory.counts)
         self.executor = Executor(engine, self.runner, self.metrics, self.eos)
+        self.grammars = GrammarCompiler(tokenizer, engine.config.vocab_size, self.eos)
         self.sequences: dict[Request, RunningSequence] = {}
         self.lock = threading.RLock()
         self.work = threading.Condition(self.lock)
@@ -92,8 +97,10 @@ class BatchingEngine:
         `RunningSequence.snapshot`, or one of the "prompt", and then generate no token. `keep_logits`: keep the logits
         of each token. `text` False: Outputs carry no text. `leader`: has the same prompt, of which this
         is answer number `choice`.
-        Raises JetExportError for ids outside the vocabulary and requests that could never run; QueueFull.
+        Raises JetExportError for ids outside the vocabulary, grammars that do not compile and requests that could
+        never run; QueueFull. It waits for a grammar that has not been compiled (`grammars`).
         """
+        compiled = self.grammars.compile(params.grammar) if params.grammar else None
         check_tokens((*prompt, *params.token_ids), self.engine.config.vocab_size)
         start = start or EMPTY
         params.check(self.eos, start.held)
@@ -132,6 +139,7 @@ class BatchingEngine:
                 keep=keep,
                 keep_logits=keep_logits,
                 choice=choice,
+                compiled=compiled,
             )
             self.sequences[request] = sequence
             self.work.notify()
@@ -147,21 +155,23 @@ class BatchingEngine:
 
         With overlap scheduling the next step is planned and launched before the tokens of this one are read, so that
         the device does not wait for the host. A sequence found to have ended is then decoded once more, in vain;
-        nothing that uses its slot or pages next can run before that step, as all work goes to one stream.
+        nothing that uses its slot or pages next can run before that step, as all work goes to one stream. Where
+        grammars take part, only the draw of the next step waits for the tokens of this one, while its forward pass
+        runs.
         """
         step, self.next_step = self.next_step, None
         if step is None:
-            step, idle = self._launch()
+            step, idle = self._launch(draw=True)
             if step is None:
                 return not idle
         if self.overlap and not step.blocks_overlap:
-            self.next_step, _ = self._launch()
+            self.next_step, _ = self._launch(draw=not step.masked)
         self._finish(step)
         return True
 
-    def _launch(self) -> tuple[InFlightStep | None, bool]:
-        """Plan and launch a step. (None, True) if there is nothing to run, (None, False) if the launch fails: its
-        requests have then ended with an error."""
+    def _launch(self, draw: bool) -> tuple[InFlightStep | None, bool]:
+        """Plan and launch a step, with its draw unless grammars take part and `draw` is False. (None, True) if there is
+        nothing to run, (None, False) if the launch fails: its requests have then ended with an error."""
         with self.lock:
             plan = self.scheduler.plan()
             for request in self.scheduler.expire(self.clock()):
@@ -173,6 +183,8 @@ class BatchingEngine:
             began = self.clock()
             step = self.executor.launch(plan, inputs)
             step.launched_at = began
+            if draw or not step.masked:
+                self.executor.draw(step)
         except Exception as e:
             self._fail(inputs, e)
             return None, False
@@ -183,15 +195,30 @@ class BatchingEngine:
                     self.scheduler.keep_prefix(request, self.sequences[request].fed(0, request.held))
         return step, False
 
+    def _draw_next(self) -> None:
+        """Launch the draw of the next step, if it has waited for the tokens of this one."""
+        step = self.next_step
+        if step is not None and step.draw is None:
+            try:
+                self.executor.draw(step)
+            except Exception as e:
+                self.next_step = None
+                self._fail(step.inputs, e)
+
     def _finish(self, step: InFlightStep) -> None:
         """Wait for the tokens of a step and hand them out."""
         try:
-            tokens, logprobs = step.results()
+            tokens, now = step.tokens(), self.clock()
+            accept(step.inputs.sampled, tokens)
+            self._draw_next()
+            logprobs = step.logprobs()
         except Exception as e:
             self._fail(step.inputs, e)
+            self._draw_next()
             return
+        assert step.draw is not None
         with self.lock:
-            now, delivered = self.clock(), 0
+            delivered = 0
             if self.pacing and not step.scores:
                 seconds = now - max(step.launched_at, self.finished_at)
                 self.pacing.observe(len(step.plan.decode), step.plan.prefill_tokens, seconds)
@@ -201,9 +228,9 @@ class BatchingEngine:
                 for row, sequence in enumerate(step.inputs.sampled):
                     token = sequence.drawn(tokens[row])
                     if sequence.finish_reason is None and token is not None:  # else it ended after the launch
-                        if step.kept_logits is not None and sequence.keep_logits:
-                            sequence.logits.append(step.kept_logits[row])
-                        self._add_token(sequence, token, logprobs.get(row), step.prompt_logits.get(row), now)
+                        if step.draw.kept_logits is not None and sequence.keep_logits:
+                            sequence.logits.append(step.draw.kept_logits[row])
+                        self._add_token(sequence, token, logprobs.get(row), step.draw.prompt_logits.get(row), now)
                         delivered += 1
                 self.metrics.step(now, prompt_tokens=step.plan.prefill_tokens, tokens=delivered)
             finally:
@@ -221,6 +248,10 @@ class BatchingEngine:
         self, sequence: RunningSequence, token: int, logprob: Logprob | None, prompt_logits: Tensor | None, now: float
     ) -> None:
         """Deliver a sampled token, and end the request if it is the last."""
+        matcher = sequence.matcher
+        if matcher is not None and matcher.error:
+            self.executor.failure = JetExportError(f"The grammar of the request failed: {matcher.error}.")
+            token = -1
         if token < 0:
             self._end(sequence, Output(None, finish_reason="error"))
             return
@@ -228,24 +259,36 @@ class BatchingEngine:
             sequence.snapshot = self.executor.snapshot(sequence, prompt_logits)
             self._end(sequence, Output(None, finish_reason="length"))
             return
+        if matcher is not None and matcher.closed == len(sequence.tokens):  # found when this token was to be drawn
+            self._end_kept(sequence, Output(None, sequence.rest(), finish_reason="stop"))
+            return
         text, reason = sequence.append(token, self.eos)
         if len(sequence.tokens) == 1:
             sequence.first_token_at = now
             self.metrics.ttft.observe(now - sequence.request.arrival)
         output = Output(token, text, logprob, reason, sequence.delivered_logprobs)
-        if reason:
-            if sequence.keep == "end":
-                sequence.snapshot = self.executor.snapshot(sequence)
-            if self.scheduler.turn_due(sequence.request):
-                self.scheduler.keep_prefix(sequence.request, sequence.fed(0, sequence.request.held))
-            self._end(sequence, output)
+        if matcher is not None and matcher.closed == len(sequence.tokens) and reason != "stop":
+            self._deliver(sequence, replace(output, finish_reason=None))
+            self._end_kept(sequence, Output(None, sequence.rest(), finish_reason="stop"))
+        elif reason:
+            self._end_kept(sequence, output)
         else:
             self._deliver(sequence, output)
+
+    def _end_kept(self, sequence: RunningSequence, last: Output) -> None:
+        """The request has its whole answer; what is to be kept of its states is."""
+        if sequence.finish_reason is not None:
+            return
+        if sequence.keep == "end":
+            sequence.snapshot = self.executor.snapshot(sequence)
+        if self.scheduler.turn_due(sequence.request):
+            self.scheduler.keep_prefix(sequence.request, sequence.fed(0, sequence.request.held))
+        self._end(sequence, last)
 
     def _end(self, sequence: RunningSequence, last: Output) -> None:
         if sequence.finish_reason is not None:
             return
-        sequence.finish_reason = last.finish_reason
+        sequence.finish_reason, sequence.matcher = last.finish_reason, None
         self.scheduler.finish(sequence.request)
         del self.sequences[sequence.request]
         self.metrics.requests[str(last.finish_reason)] += 1
@@ -262,7 +305,8 @@ class BatchingEngine:
             self._end(sequence, Output(None, finish_reason="cancelled"))
 
     def start(self) -> None:
-        """Start the thread that takes the steps."""
+        """Capture the CUDA graphs of the steps to come, and start the thread that takes them."""
+        self.runner.capture_calls(self.scheduler.capacity.token_budget, self.scheduler.prompt_tokens)
         self.thread = threading.Thread(target=self._loop, name="jet-engine", daemon=True)
         self.thread.start()
 

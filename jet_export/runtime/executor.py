@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jet_export.backends.base import Engine
+from jet_export.runtime.grammar_masks import TokenMasks
 from jet_export.runtime.logprobs import launch_logprobs
 from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.plan import Plan, Request
@@ -19,7 +20,7 @@ from jet_export.runtime.sampler import SlotSampler
 from jet_export.runtime.scoring import Score, ScoredChunk
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
-from jet_export.runtime.step import InFlightStep, StepInputs
+from jet_export.runtime.step import Draw, InFlightStep, StepInputs
 from jet_export.runtime.transfer import copy_to_host
 
 
@@ -31,6 +32,7 @@ class Executor:
         slots, vocab = len(runner.context_lens), engine.config.vocab_size
         self.sampler = SlotSampler(slots, vocab, engine.device, last_tokens=runner.last_tokens)
         self.sampler.warm_up(engine.dtype)
+        self.masks = TokenMasks(slots, vocab, engine.device)
         self.failure: Exception | None = None  # the last one
 
     def collect(self, plan: Plan, sequences: Mapping[Request, RunningSequence]) -> StepInputs:
@@ -67,19 +69,23 @@ class Executor:
 
     @torch.inference_mode()
     def launch(self, plan: Plan, inputs: StepInputs) -> InFlightStep:
-        """Launch a step; returns before its tokens are known. Raises whatever the engine raises."""
-        sampled = inputs.sampled
+        """Launch the forward pass of a step; `draw` comes next. Raises whatever the engine raises."""
         logits, scores = self._run(inputs)
-        slots = torch.tensor(inputs.sampled_slots, dtype=torch.int32)
-        tokens, lse = self.sampler.sample(logits, self.runner.to_device(slots))
+        return InFlightStep(plan=plan, inputs=inputs, logits=logits, scores=scores)
+
+    @torch.inference_mode()
+    def draw(self, step: InFlightStep) -> None:
+        """Launch the draw of a step's tokens; returns before they are known. Its sequences with a grammar have been
+        told the tokens of the step before. Raises whatever the engine raises."""
+        sampled, logits = step.inputs.sampled, step.logits
+        allowed = self.masks.fill([s.matcher for s in sampled]) if step.masked else None
+        slots = torch.tensor(step.inputs.sampled_slots, dtype=torch.int32)
+        tokens, lse = self.sampler.sample(logits, self.runner.to_device(slots), allowed)
         top = {i: s.params.logprobs for i, s in enumerate(sampled) if s.params.logprobs is not None}
         on_host = copy_to_host(tokens)
-        return InFlightStep(
-            plan=plan,
-            inputs=inputs,
+        step.draw = Draw(
             tokens=lambda: on_host().tolist(),
             logprobs=launch_logprobs(logits, tokens, lse, top),
-            scores=scores,
             prompt_logits={i: logits[i].clone() for i, s in enumerate(sampled) if s.keep == "prompt"},
             kept_logits=logits.float().cpu() if any(s.keep_logits for s in sampled) else None,
         )
@@ -102,7 +108,9 @@ class Executor:
                 load_states(self.runner, request.slot, request.start, sequence.start.states)
             sequence.position = request.generated - request.begun  # none, if it has been preempted and replays
             made = sequence.tokens[: sequence.position]
-            self.sampler.begin(request.slot, sequence.row_settings(self.eos), sequence.prompt, made)
+            sequence.match(made, self.eos)
+            masked = sequence.compiled is not None
+            self.sampler.begin(request.slot, sequence.row_settings(self.eos), sequence.prompt, made, masked)
             if request.generated:  # decodes the token that was sampled last, here or by its session
                 (token,) = sequence.fed(request.prompt_len + request.generated - 1, 1)
                 self.runner.last_tokens[request.slot] = token

@@ -1,6 +1,6 @@
 """Structured output: what a request's answer must match, as JSON, a regular expression or a grammar.
 
-A description only, which travels with Params; grammar_compile.py compiles it and token_masks.py applies it.
+A description only, which travels with Params; grammar_compile.py compiles it and grammar_masks.py applies it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jet_export.utils.errors import JetExportError
 
 Kind = Literal["json_schema", "regex", "lark", "choice", "tagged"]
 MAX_BYTES = 1 << 20  # of a grammar's text
+MAX_LARK_BYTES = 1 << 18  # of those that are compiled by recursion over their rules
 MAX_CHOICE_OPTIONS = 4096
 
 
@@ -21,7 +22,7 @@ MAX_CHOICE_OPTIONS = 4096
 class Grammar:
     """`kind` says what `text` is; use the constructors below. Whether it compiles is found when it is submitted.
 
-    Raises JetExportError for an unknown kind and for a text of more than MAX_BYTES."""
+    Raises JetExportError for an unknown kind, and for a text that is too long or no JSON where it must be."""
 
     kind: Kind
     text: str
@@ -29,8 +30,9 @@ class Grammar:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise JetExportError(f"{self.kind!r} is no kind of grammar.", f"Use one of {', '.join(get_args(Kind))}.")
-        if len(self.text) > MAX_BYTES or len(self.text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-            raise JetExportError(f"The {self.name} is longer than {MAX_BYTES} bytes.", "Give a smaller one.")
+        limit = MAX_LARK_BYTES if self.kind == "lark" else MAX_BYTES
+        if len(self.text) > limit or len(self.text.encode("utf-8", "surrogatepass")) > limit:
+            raise JetExportError(f"The {self.name} is longer than {limit} bytes.", "Give a smaller one.")
 
     @property
     def name(self) -> str:
@@ -41,7 +43,16 @@ class Grammar:
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
         """JSON text that a JSON schema accepts: a schema, or one as JSON."""
-        return cls("json_schema", schema if isinstance(schema, str) else _json(schema))
+        if isinstance(schema, str):
+            if len(schema) > MAX_BYTES:
+                return cls("json_schema", schema)  # refused
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError) as e:
+                raise JetExportError(f"The JSON schema is no JSON ({str(e)[:200]}).") from None
+        if not isinstance(schema, Mapping | bool):
+            raise JetExportError("A JSON schema is an object, true or false.")
+        return cls("json_schema", _json(schema))
 
     @classmethod
     def json_object(cls) -> Grammar:

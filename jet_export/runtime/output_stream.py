@@ -83,6 +83,8 @@ class OutputStream:
                     self._cancel(i, "stop")
                 reason = "stop"
             output = Output(output.token, text, output.logprob, reason, output.prompt_logprobs)
+        elif self._texts is not None and reason == "stop":  # its grammar ends with the token before
+            output = Output(None, self._texts[i].flush()[0], finish_reason=reason)
         if reason is not None:
             self._running.discard(i)
         return output

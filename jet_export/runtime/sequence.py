@@ -9,6 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from jet_export.kernels.sampling_ref import RowSettings
+from jet_export.runtime.grammar_compile import CompiledGrammar
+from jet_export.runtime.grammar_masks import AnswerMatcher
 from jet_export.runtime.params import Logprob, Output, Params
 from jet_export.runtime.plan import Request
 from jet_export.runtime.snapshot import Snapshot
@@ -41,6 +43,8 @@ class RunningSequence:
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # of prompt[1:], as far as they are known
     logits: list[Tensor] = field(default_factory=list)  # of each token, on the CPU, with `keep_logits`
     snapshot: Snapshot | None = None
+    compiled: CompiledGrammar | None = None  # which its answer must match
+    matcher: AnswerMatcher | None = None  # where the answer is in it, from its first step until it ends
     first_token_at: float = 0.0  # seconds, on the engine's clock
     finish_reason: str | None = None
 
@@ -52,7 +56,7 @@ class RunningSequence:
     def row_settings(self, eos: tuple[int, ...]) -> RowSettings:
         """What the sampler is asked for."""
         p, s = self.params, self.params.sampling
-        ends = (*p.stop_ids, *(() if p.ignore_eos else eos))
+        ends = self._ends(eos)
         return RowSettings(
             temperature=s.temperature,
             top_k=s.top_k,
@@ -67,6 +71,15 @@ class RunningSequence:
             seed=s.seed,
             choice=self.choice,
         )
+
+    def _ends(self, eos: tuple[int, ...]) -> tuple[int, ...]:
+        return (*self.params.stop_ids, *(() if self.params.ignore_eos else eos))
+
+    def match(self, made: list[int], eos: tuple[int, ...]) -> None:
+        """The sampler goes on behind these tokens of the answer: its grammar does, too."""
+        if self.compiled is not None:
+            self.matcher = self.matcher or AnswerMatcher(self.compiled, self._ends(eos))
+            self.matcher.rewind(made)
 
     @property
     def cached_tokens(self) -> int:
@@ -103,13 +116,17 @@ class RunningSequence:
         self.position += 1
         return None if token == self.tokens[self.position - 1] else -1
 
+    def rest(self) -> str:
+        """The text held back, as no more tokens come."""
+        return self.text.flush()[0] if self.text else ""
+
     def append(self, token: int, eos: tuple[int, ...]) -> tuple[str, str | None]:
         """Add a sampled token; returns the text that is now final, and the finish reason if the request ends here."""
         self.tokens.append(token)
         self.position = len(self.tokens)
         full = len(self.tokens) == self.params.max_new_tokens
         if token in self.params.stop_ids or (token in eos and not self.params.ignore_eos):
-            return self.text.flush()[0] if self.text else "", "stop"
+            return self.rest(), "stop"
         if self.text is None:
             return "", "length" if full else None
         text, stopped = self.text.push(token)

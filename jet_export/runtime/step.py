@@ -29,24 +29,45 @@ class StepInputs:
     sequences: list[RunningSequence] = field(default_factory=list)  # all that take part
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """The draw of a step's tokens, launched."""
+
+    tokens: Callable[[], list[int]]  # of inputs.sampled
+    logprobs: Callable[[], dict[int, Logprob]]  # row -> log probabilities, of the sequences that asked
+    prompt_logits: dict[int, Tensor]  # row -> a copy of its logits, of sequences whose prompt is kept
+    kept_logits: Tensor | None  # a copy on the CPU, if a sequence keeps its logits
+
+
 @dataclass(kw_only=True)
 class InFlightStep:
-    """A step that has been launched. What is read of it waits for it, and not for what is launched after it."""
+    """A step whose forward pass has been launched, and with or after it the draw of its tokens. What is read of it
+    waits for it, and not for what is launched after it."""
 
     plan: Plan
     inputs: StepInputs
     launched_at: float = 0.0  # on the engine's clock
-    tokens: Callable[[], list[int]]  # of inputs.sampled
-    logprobs: Callable[[], dict[int, Logprob]]  # row -> log probabilities, of the sequences that asked
+    logits: Tensor  # [len(inputs.sampled), vocab], until the step after it is launched
     scores: list[Score]  # of the prompts that are scored
-    prompt_logits: dict[int, Tensor]  # row -> a copy of its logits, of sequences whose prompt is kept
-    kept_logits: Tensor | None  # a copy on the CPU, if a sequence keeps its logits
+    draw: Draw | None = None  # once it has been launched
 
-    def results(self) -> tuple[list[int], dict[int, Logprob]]:
-        """Tokens and log probabilities of inputs.sampled; those of prompts go to their sequences."""
+    def tokens(self) -> list[int]:
+        """Those of inputs.sampled."""
+        assert self.draw is not None
+        return self.draw.tokens()
+
+    def logprobs(self) -> dict[int, Logprob]:
+        """Row of inputs.sampled -> log probabilities, where they are asked for; those of prompts go to their
+        sequences."""
+        assert self.draw is not None
         for score in self.scores:
             score.deliver()
-        return self.tokens(), self.logprobs()
+        return self.draw.logprobs()
+
+    @property
+    def masked(self) -> bool:
+        """Which tokens may be drawn depends on those of the step before."""
+        return any(s.compiled is not None for s in self.inputs.sampled)
 
     @property
     def blocks_overlap(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.utils.errors import JetExportError
@@ -33,6 +34,15 @@ class Tokenizer:
         """The tokens that `decode` leaves out, such as ends of turns."""
         return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that stand beside the vocabulary of pieces of text, such as <|endoftext|>, and their ids."""
+        return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def to_json(self) -> str:
+        """As a tokenizer.json has it."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """`special_tokens`: add those that the tokenizer puts around a text; a chat template brings its own."""
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
@@ -52,6 +62,7 @@ class ByteTokenizer:
     """UTF-8 bytes as ids, for models without a tokenizer; ids above 255 decode to their number in brackets."""
 
     special_ids: frozenset[int] = frozenset()
+    added_tokens: ClassVar[dict[str, int]] = {}
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         return list(text.encode("utf-8"))
