@@ -93,41 +93,55 @@ def show(rows: list[KernelRow]) -> None:
     Console(width=190, highlight=False).print(table(rows))
 
 
-def draw(path: Path, rows: list[KernelRow], environment: dict[str, str]) -> None:
-    """Time of each case relative to ours, a bar a variant; ours with its share of the roofline written on it."""
+def draw(path: Path, rows: list[KernelRow], environment: dict[str, str]) -> list[Path]:
+    """One picture an op, `path`'s name with the op's behind it: the time of each case relative to ours, a bar a
+    variant, with its share of the roofline; models side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = list(dict.fromkeys((r.kernel, r.model, r.shape, r.dtypes) for r in rows))
-    figure, axis = plt.subplots(figsize=(11, 1 + 0.45 * len(cases)))
     variants = list(dict.fromkeys(r.variant for r in rows))
     colours = dict(zip(variants, map(plt.colormaps["tab10"], range(10)), strict=False))
-    shown: set[str] = set()
+    e, written = environment, []
+    where = f"{e['gpu']}, torch {e['torch']}, Triton {e['triton']}, {e['date']}, commit {e['commit']}"
+    for op in dict.fromkeys(r.kernel for r in rows):
+        of = [r for r in rows if r.kernel == op]
+        models = list(dict.fromkeys(r.model for r in of))
+        most = max(len({(r.shape, r.dtypes) for r in of if r.model == model}) for model in models)
+        size = (7.5 * len(models), 1.5 + 0.45 * most)
+        figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained")
+        for axis, model in zip(axes[0], models, strict=True):
+            bars(axis, [r for r in of if r.model == model], colours)
+            axis.set_title(model)
+        shown = [v for v in variants if any(r.variant == v for r in of)]
+        handles = [plt.Rectangle((0, 0), 1, 1, color=colours[v]) for v in shown]
+        figure.legend(handles, shown, loc="outside upper right", ncols=len(shown), fontsize=9)
+        figure.suptitle(f"{op}: {where}", fontsize=9, x=0.01, ha="left")
+        written.append(path.with_name(f"{path.stem}-{op.replace(' ', '-')}.png"))
+        figure.savefig(written[-1], dpi=110)
+        plt.close(figure)
+    return written
+
+
+def bars(axis: Any, rows: list[KernelRow], colours: dict[str, Any]) -> None:
+    cases = list(dict.fromkeys((r.shape, r.dtypes) for r in rows))
     for y, case in enumerate(cases):
-        mine = [r for r in rows if (r.kernel, r.model, r.shape, r.dtypes) == case]
+        mine = [r for r in rows if (r.shape, r.dtypes) == case]
         own = next((r.ms for r in mine if r.variant.startswith(OURS)), mine[0].ms)
         height = 0.8 / len(mine)
         for i, r in enumerate(mine):
-            label = None if r.variant in shown else r.variant
-            shown.add(r.variant)
             place = y - 0.4 + (i + 0.5) * height
-            axis.barh(place, r.ms / own, height, color=colours.get(r.variant), label=label)
+            axis.barh(place, r.ms / own, height, color=colours.get(r.variant))
             text = f"{r.ms:.3g} ms" + (f", {r.share:.0%} of {r.roofline}" if r.share is not None else "")
-            axis.text(r.ms / own, place, f" {text}", va="center", fontsize=6)
-    axis.set_yticks(range(len(cases)), [" ".join(c) for c in cases], fontsize=7)
+            axis.text(r.ms / own, place, f" {text}", va="center", fontsize=8)
+    axis.set_yticks(range(len(cases)), [f"{shape}\n{dtypes}" for shape, dtypes in cases], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("time, ours = 1")
     if axis.get_xlim()[1] > 20:
         axis.set_xscale("log")
-    axis.legend(fontsize=7)
-    e = environment
-    axis.set_title(
-        f"{e['gpu']}, torch {e['torch']}, Triton {e['triton']}, {e['date']}, commit {e['commit']}", fontsize=8
-    )
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    axis.set_xlim(right=axis.get_xlim()[1] * 1.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def read(path: Path) -> tuple[list[KernelRow], dict[str, str]]:

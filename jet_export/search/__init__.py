@@ -17,6 +17,6 @@ predict.py      the whole model's latency from its layers'
 choose.py       the Pareto front and the choice
 run.py          runs a search (directory.py: its output directory)
 
-output.py       the files it writes (html.py, svg.py: the report)
+output.py       the files it writes (report.py, charts.py: the page)
 terminal.py     the lines it prints
 """

@@ -1,4 +1,4 @@
-"""The files that a search writes: results.json, points.csv, layers.csv, best.json, and those of html.py."""
+"""The files that a search writes: results.json, points.csv, layers.csv, best.json, and report.py's page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from jet_export.search.cells import Cell, base_cell, whole_cell
 from jet_export.search.database import Metric
 from jet_export.search.evaluation import Evaluation
-from jet_export.search.html import report
+from jet_export.search.report import report
 from jet_export.search.scores import Published, published
 from jet_export.search.search import Search
 from jet_export.search.spec import RECORD_KEY
@@ -28,10 +28,8 @@ def write_results(search: Search) -> None:
     write_atomically(output / "best.json", json.dumps(best_config(search), indent=2) + "\n")
     write_atomically(output / "points.csv", csv_text(point_rows(search)))
     write_atomically(output / "layers.csv", csv_text(layer_rows(search)))
-    page, picture = report(search, results)
-    write_atomically(output / "front.svg", picture)
-    write_atomically(output / "report.html", page)
     write_atomically(output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_atomically(output / "report.html", report(results))
 
 
 def build_command(search: Search, e: Evaluation) -> str:

@@ -1,9 +1,11 @@
 """The picture of measured rows: its lines, axes and references."""
 
+from itertools import pairwise
+
 import pytest
 from helpers.bench_rows import row
 
-from jet_export.bench.picture import draw, pyplot, scale_speeds, series
+from jet_export.bench.picture import Label, draw, name_ends, pyplot, scale_speeds, series
 
 
 def test_a_line_for_each_model_precision_and_batch() -> None:
@@ -27,21 +29,43 @@ def test_too_many_lines_become_two_per_model() -> None:
 def test_the_picture_names_the_source_of_every_reference(tmp_path, monkeypatch) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-    labels: list[str] = []
-    plot = Axes.plot
+    marks: list[str] = []
+    notes: list[str] = []
+    annotate, write = Axes.annotate, Figure.text
 
-    def recorded(self, *args, **kwargs):
-        labels.append(str(kwargs.get("label")))
-        return plot(self, *args, **kwargs)
+    def recorded_mark(self, text, *args, **kwargs):
+        marks.append(text)
+        return annotate(self, text, *args, **kwargs)
 
-    monkeypatch.setattr(Axes, "plot", recorded)
+    def recorded_note(self, x, y, text, *args, **kwargs):
+        notes.extend(text.splitlines())
+        return write(self, x, y, text, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "annotate", recorded_mark)
+    monkeypatch.setattr(Figure, "text", recorded_note)
     environment = {"gpu": "none", "torch": "2", "date": "today", "commit": "abc"}
     draw(tmp_path / "x.png", [row(128, 10_000, context=65536)], environment)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    paper = [x for x in labels if "2,885" in x]
-    assert paper and "arXiv 2508.15884" in paper[0] and "H100" in paper[0]
-    assert any("published code as we ran it" in x for x in labels)
+    assert "2,885 at B128 (1)" in marks and "1,042 at B128 (2)" in marks and "94,200 at B16 (2)" in marks
+    assert any(n.startswith("(1) paper (arXiv 2508.15884), its H100") for n in notes)
+    assert any(n.startswith("(2) published code as we ran it") for n in notes)
+
+
+def test_names_of_lines_do_not_overlap() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib.text import Text
+
+    figure, axis = pyplot().subplots()
+    ends = (100.0, 101.0, 101.0, 400.0)
+    for y in ends:
+        axis.plot([1, 2], [50, y])
+    name_ends(axis, [Label(y, f"line to {y}", "black") for y in ends])
+    figure.canvas.draw()
+    boxes = sorted((Text.get_window_extent(text) for text in axis.texts), key=lambda box: box.y0)
+    assert len(boxes) == 4 and all(a.y1 <= b.y0 for a, b in pairwise(boxes))
+    pyplot().close(figure)
 
 
 @pytest.mark.parametrize("speeds", [(82.0, 394.0), (82.0, 9e4), (3681.0, 4288.0), (5.0, 5.0)])

@@ -2,6 +2,8 @@
 
 import json
 
+import math
+
 import pytest
 from helpers.fake_executor import SPACE, prepared, searched
 
@@ -132,3 +134,6 @@ def test_the_papers_file_covers_its_table() -> None:
     rows, remarks = published()
     assert set(rows) == set(read_space(SPACES / "paper.toml", jet_2b()).sizes)
     assert remarks["cache_mb"] == 154 and "2508.15884" in remarks["source"]
+    speeds = [row.throughput or math.nan for row in rows.values()]
+    assert 100 * (max(speeds) / min(speeds) - 1) == pytest.approx(remarks["spread_percent"], abs=0.05)
+    assert {str(dims): row.math for dims, row in rows.items()} == remarks["scores"]  # what `--scores paper` ranks by

@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 from helpers.eager_bundle import mini_config
 from helpers.fake_executor import SPACE, FakeExecutor, engine_ms, prepared, searched
+from helpers.paths import BENCHMARKS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.model.config import JetDims, JetNemotronConfig
+from jet_export.search import charts
 from jet_export.search.cells import Cell, base_cell, cells_of, whole_cell
 from jet_export.search.choose import Selector
 from jet_export.search.database import Database
 from jet_export.search.evaluation import Evaluation
 from jet_export.search.output import build_command, write_results
 from jet_export.search.points import Point, all_points
+from jet_export.search.report import report
 from jet_export.search.run import build_engines, run_search
 from jet_export.search.terminal import plan_lines, summary_lines
 from jet_export.utils.errors import JetExportError
@@ -131,12 +134,14 @@ class PageParser(HTMLParser):
         super().__init__()
         self.outside: list[str] = []
         self.open: list[str] = []
+        self.charts = 0
 
     def handle_starttag(self, tag, attrs) -> None:
-        if tag not in ("meta", "rect", "path", "circle", "text"):
+        if tag != "meta":
             self.open.append(tag)
-        if tag in ("script", "link", "img", "iframe"):
+        if tag in ("link", "img", "iframe"):
             self.outside.append(tag)
+        self.charts += ("class", "plotly-graph-div") in attrs
         self.outside += [v for k, v in attrs if k in ("src", "href")]
 
     def handle_endtag(self, tag) -> None:
@@ -148,7 +153,7 @@ def test_files(tmp_path) -> None:
     search = prepared(tmp_path, SPACE + "[constraints]\nparameters = [0, 230000]\n")
     searched(search)
     write_results(search)
-    names = {"search.json", "results.json", "points.csv", "layers.csv", "report.html", "front.svg", "best.json"}
+    names = {"search.json", "results.json", "points.csv", "layers.csv", "report.html", "best.json"}
     assert {p.name for p in search.spec.output.iterdir()} == names
     results = json.loads((search.spec.output / "results.json").read_text())
     chosen = [r for r in results["points"] if r["chosen"]]
@@ -157,12 +162,29 @@ def test_files(tmp_path) -> None:
     parser = PageParser()
     parser.feed(page)
     assert parser.outside == []
-    assert "http" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
     for heading in ("Choice", "Throughput against score", "Per-layer latency", "Prediction against measurement"):
         assert f"<h2>{heading}" in page
     for r in results["points"]:
         assert r["point"] in page
-    assert page.count("<svg") == 5  # the front, two of layers, two of predictions
+    assert parser.charts == 3  # the front, layers, predictions
+    assert "default-src 'none'" in page and "<script>" in page  # plotly.js is in it, and nothing is fetched
+
+
+def test_the_page_of_an_earlier_search_has_the_papers_figures(tmp_path, monkeypatch) -> None:
+    """Known ones beside ours; without plotly the page has the tables, and says how to get charts."""
+    results = json.loads((BENCHMARKS / "results/h100/search/results.json").read_text())
+    monkeypatch.setattr(charts, "library", lambda: "")
+    page = report(results)
+    parser = PageParser()
+    parser.feed(page)
+    assert parser.charts == 4 and "Beside the paper" in page
+    cells = re.findall(r"<td>(.*?)</td>", page.split("<td>96x256x12</td>")[1])
+    assert cells[9:12] == ["2,955", "69.6", "34.8"]
+    monkeypatch.setattr(charts, "plotly", lambda: None)
+    page = report(results)
+    parser = PageParser()
+    parser.feed(page)
+    assert parser.charts == 0 and "pip install 'jet-export[search]'" in page and "<td>96x256x12</td>" in page
 
 
 def test_best_json_builds_at_once(tmp_path, monkeypatch) -> None:

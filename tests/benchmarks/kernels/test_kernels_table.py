@@ -1,6 +1,7 @@
 """The table of kernels: rooflines and comparisons, from given times."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers.scripts import load_script
@@ -47,5 +48,6 @@ def test_a_result_can_be_read_and_drawn_again(kt, tmp_path) -> None:
     file.write_text(json.dumps({"environment": environment, "rows": kt.to_dicts(rows(kt))}))
     again, where = kt.read(file)
     assert again == rows(kt)
-    kt.draw(tmp_path / "k.png", again, where)
-    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+    written = kt.draw(tmp_path / "k.png", [*again, replace(again[0], kernel="jet_block", model="4b")], where)
+    assert [path.name for path in written] == ["k-attention-decode.png", "k-jet_block.png"]  # one an op
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
