@@ -1,7 +1,6 @@
 """Scores from a proxy, a table or a callable, and the paper's table."""
 
 import json
-
 import math
 
 import pytest
