@@ -1,5 +1,5 @@
-"""The endpoints: /v1/completions, /v1/chat/completions, /v1/models, /tokenize and its like, /health, /metrics, and a
-page at /.
+"""The endpoints: /v1/completions, /v1/chat/completions, /v1/models, /tokenize and its like, /health, /metrics,
+/openapi.json, and a page at /.
 
 A client that disconnects cancels its requests. Bad requests are answered 4xx with a reason, 429 if the queue is full,
 503 if a request waited too long or the server shuts down.
@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
@@ -24,11 +24,13 @@ from jet_export.server.openai.api import Api
 from jet_export.server.openai.chat import ChatTemplate
 from jet_export.server.openai.events import ClientDisconnected
 from jet_export.server.openai.middleware import wrapped
+from jet_export.server.openai.openapi import accepts, describe, failures, generates
 from jet_export.server.openai.options import ApiOptions
 from jet_export.server.openai.page import serve_page
-from jet_export.server.openai.protocol import ApiError, refusal
-from jet_export.server.openai.tokenization import Tokenization
+from jet_export.server.openai.protocol import ApiError, ChatBody, CompletionBody, refusal
+from jet_export.server.openai.tokenization import DetokenizeBody, Tokenization, TokenizeBody
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.version import __version__
 
 
 def create_app(
@@ -45,17 +47,18 @@ def create_app(
         async with engine.running():
             yield
 
-    app = FastAPI(title="jet-export", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route("/v1/completions", api.completions, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
+    app = FastAPI(title="jet-export", lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load scripts
+    app.add_api_route("/v1/completions", api.completions, methods=["POST"], **generates(CompletionBody))
+    app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"], **generates(ChatBody))
     tokenization = Tokenization(api, tokenizer_config or {})
-    app.add_api_route("/tokenize", tokenization.tokenize, methods=["POST"])
-    app.add_api_route("/detokenize", tokenization.detokenize, methods=["POST"])
+    app.add_api_route("/tokenize", tokenization.tokenize, methods=["POST"], **accepts(TokenizeBody))
+    app.add_api_route("/detokenize", tokenization.detokenize, methods=["POST"], **accepts(DetokenizeBody))
     app.add_api_route("/tokenizer_info", tokenization.info, methods=["GET"])
-    app.add_api_route("/", serve_page, methods=["GET"])
+    app.add_api_route("/", serve_page, methods=["GET"], response_class=HTMLResponse)
     _add_models(app, api)
     _add_status(app, engine)
     _add_error_handlers(app)
+    describe(app, CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, version=__version__)
     return wrapped(app, options)
 
 
@@ -70,7 +73,7 @@ def _add_models(app: FastAPI, api: Api) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [described(name) for name in api.names]}
 
-    @app.get("/v1/models/{asked:path}")
+    @app.get("/v1/models/{asked:path}", responses=failures(404))
     async def one_model(asked: str) -> dict[str, Any]:
         api.check_model(asked)
         return described(asked)
@@ -82,7 +85,7 @@ def _add_status(app: FastAPI, engine: ServingEngine) -> None:
         alive = (await engine.status()).alive
         return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         text = (await engine.status()).metrics
         return PlainTextResponse(text, 200 if text else 503, media_type="text/plain; version=0.0.4")
