@@ -33,6 +33,7 @@ class Answer(ABC):
         self.outputs: list[list[Output]] = [[] for _ in prompts]  # of a whole answer
         self.generated = 0  # tokens
         self.cached_tokens = 0  # of the prompts: the prefix cache had them
+        self.reasons: dict[int, str] = {}  # finish reasons, by prompt, of those that have ended
         self._plain: dict[int, tuple[str, str]] = {}  # what surrounds the text in a chunk of nothing but text
 
     @abstractmethod

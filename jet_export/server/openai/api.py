@@ -18,6 +18,7 @@ from jet_export.server.openai.events import EventStream, collect, raise_failure,
 from jet_export.server.openai.messages import Message
 from jet_export.server.openai.options import ApiOptions
 from jet_export.server.openai.protocol import ApiError, ChatBody, CommonBody, CompletionBody, parse, refusing
+from jet_export.server.openai.spans import generating
 from jet_export.server.openai.tool_answers import ToolAnswer
 
 T = TypeVar("T")
@@ -63,11 +64,10 @@ class Api:
         box = body.toolbox()
         prompt = await asyncio.to_thread(self._chat_ids, body.messages, box.described())
         room = max(self.limits.max_seq_len - len(prompt), 1)
-        limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = body.params(min(limits, default=room), logprobs, self.turn_ends)
+        params = body.params(room if body.limit is None else body.limit, logprobs, self.turn_ends)
         prompts = [prompt] * body.n
         answer = ChatAnswer(self.name, self.engine.tokenizer, prompts)
         if box.tools:
@@ -120,14 +120,17 @@ class Api:
     async def _answer(self, request: Request, body: CommonBody, answer: Answer, params: Params) -> Response:
         answer.n = params.n
         outputs = self.engine.submit(answer.prompts, params)
+        ended = generating(request.scope, answer, params, body.limit)
         try:
             if not body.stream:
                 await until_disconnect(request, collect(outputs, answer))
+                ended(None)
                 return JSONResponse(answer.result())
             # Before the stream begins, a failure still gets its own status.
             first = await until_disconnect(request, outputs.batch())
             raise_failure(first[0][1])
-            return EventStream(first, outputs, answer, body.usage_in_stream)
-        except BaseException:
+            return EventStream(first, outputs, answer, body.usage_in_stream, ended)
+        except BaseException as e:
             outputs.close()
+            ended(e.code or str(e.status) if isinstance(e, ApiError) else type(e).__name__)
             raise

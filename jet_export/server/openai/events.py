@@ -15,6 +15,7 @@ from jet_export.runtime.params import Output
 from jet_export.server.fields import FAILURES
 from jet_export.server.openai.answers import DONE, Answer, event
 from jet_export.server.openai.protocol import ApiError
+from jet_export.server.openai.spans import Ended
 
 T = TypeVar("T")
 
@@ -28,6 +29,8 @@ async def collect(outputs: OutputStream, answer: Answer) -> None:
         for i, output in batch:
             raise_failure(output)
             answer.add(i, output)
+            if output.finish_reason is not None:
+                answer.reasons[i] = output.finish_reason
     answer.ended(outputs)
 
 
@@ -65,10 +68,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: list[tuple[int, Output]], outputs: OutputStream, answer: Answer, usage: bool) -> None:
+    def __init__(
+        self, first: list[tuple[int, Output]], outputs: OutputStream, answer: Answer, usage: bool, ended: Ended
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self.first, self.outputs, self.answer, self.usage = first, outputs, answer, usage
+        self.ended = ended
+        self.error: str | None = "client_disconnected"  # until it has ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.ensure_future(self._close_on_disconnect(receive))
@@ -82,11 +89,15 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                 text, batch = "", await self.outputs.batch()
             await send({"type": "http.response.body", "body": self._end().encode(), "more_body": False})
+            if len(self.answer.reasons) == len(self.answer.prompts):
+                self.error = None
         except ApiError as e:
+            self.error = e.code
             await send({"type": "http.response.body", "body": event(e.body()).encode(), "more_body": False})
         finally:
             watch.cancel()
             self.outputs.close()
+            self.ended(self.error)
 
     def _events(self, batch: list[tuple[int, Output]]) -> str:
         """Raises ApiError for a request that failed."""
@@ -94,6 +105,8 @@ class EventStream(Response):
         for i, output in batch:
             raise_failure(output)
             parts.append(self.answer.event(i, output))
+            if output.finish_reason is not None:
+                self.answer.reasons[i] = output.finish_reason
         return "".join(parts)
 
     def _end(self) -> str:

@@ -23,6 +23,7 @@ from jet_export.server.openai.chat import load_chat_template, load_tokenizer_con
 from jet_export.server.openai.http import GRACE, KEEP_ALIVE, Tls, http_server, run_server
 from jet_export.server.openai.middleware import log_access
 from jet_export.server.openai.options import API_KEY, ApiOptions
+from jet_export.server.openai.spans import configure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class FrontEnd:
 
     def __init__(self, config: FrontEndConfig, channel: socket.socket) -> None:
         self.engine = EngineClient(channel, load_tokenizer(config.bundle), config.limits, config.vocab_size)
+        configure()
         template = load_chat_template(config.bundle, config.options.chat_template)
         app = create_app(self.engine, config.options, template, load_tokenizer_config(config.bundle))
         self.server = http_server(

@@ -1,4 +1,4 @@
-"""Around the application: request ids and the access log, CORS, the API key."""
+"""Around the application: request ids and the access log, spans, CORS, the API key."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jet_export.server.openai.options import ApiOptions
 from jet_export.server.openai.protocol import ApiError
+from jet_export.server.openai.spans import Spans, tracer
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("jet_export.access")
@@ -33,6 +34,8 @@ def wrapped(app: ASGIApp, options: ApiOptions) -> ASGIApp:
             allow_headers=("*",),
             expose_headers=("X-Request-Id",),
         )
+    if traced := tracer():
+        app = Spans(app, traced)
     return RequestLog(app, options.access_log)
 
 

@@ -18,6 +18,7 @@ from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.server.fields import Text, first_error
 from jet_export.server.openai.messages import Message, Tool, ToolChoice
+from jet_export.server.openai.structured import StructuredFields
 from jet_export.server.openai.tools import Toolbox
 from jet_export.utils.errors import JetExportError
 
@@ -71,7 +72,7 @@ class Ignored(BaseModel):
     prompt_cache_retention: str | None = None
 
 
-class CommonBody(Ignored):
+class CommonBody(Ignored, StructuredFields):
     model: Text
     max_tokens: int | None = None
     temperature: float | None = None
@@ -117,11 +118,17 @@ class CommonBody(Ignored):
             logit_bias=tuple((int(token), float(bias)) for token, bias in self.logit_bias.items()),
             min_tokens=self.min_tokens,
             priority=self.priority,
+            grammar=self.grammar(),
         )
 
     def with_defaults(self, defaults: Mapping[str, float]) -> Self:
         """With these values of fields that were left out."""
         return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the answer, if asked for."""
+        return self.max_tokens
 
     @property
     def usage_in_stream(self) -> bool:
@@ -144,17 +151,11 @@ class CompletionBody(CommonBody):
         return self.prompt  # type: ignore[return-value]
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    type: Literal["text"]
-
-
 class ChatBody(CommonBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -164,6 +165,10 @@ class ChatBody(CommonBody):
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None
     prediction: dict[str, Any] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return min((n for n in (self.max_completion_tokens, self.max_tokens) if n is not None), default=None)
 
     def toolbox(self) -> Toolbox:
         """Raises ApiError 400."""

@@ -76,8 +76,10 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
     from jet_export.server.openai.defaults import load_sampling_defaults
     from jet_export.server.openai.frontend import FrontEndConfig
     from jet_export.server.openai.middleware import log_access
+    from jet_export.server.openai.spans import configure
     from jet_export.server.openai.supervisor import FrontEnds
 
+    configure()
     template = load_chat_template(bundle, http.api.chat_template)
     defaults = load_sampling_defaults(bundle) if http.generation_config == "auto" else {}
     listener = listen(http.host, http.port)
