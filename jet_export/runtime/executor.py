@@ -17,7 +17,7 @@ from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.plan import Plan, Request
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampler import SlotSampler
-from jet_export.runtime.scoring import Score, ScoredChunk
+from jet_export.runtime.scoring import Score, ScoredChunk, score_chunks
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
 from jet_export.runtime.step import Draw, InFlightStep, StepInputs
@@ -118,12 +118,10 @@ class Executor:
 
     def _run(self, inputs: StepInputs) -> tuple[Tensor, list[Score]]:
         """Logits [len(inputs.sampled), vocab], which may be a buffer that the next step overwrites, and the scores."""
-        scored = [(chunk.ends, *chunk.run(self.runner)) for chunk in inputs.scored]
-        scores = [score for _, _, score in scored]
+        ended, scores = score_chunks(inputs.scored, self.runner)
         together = bool(inputs.prefill_slots) and not self.runner.deterministic
         prompts, decoded = self._together(inputs) if together else self._apart(inputs)
         saved = [torch.stack(inputs.saved_logits)] if inputs.saved_logits else []
-        ended = [logits for ends, logits, _ in scored if ends]
         rows = [x for x in (*prompts, *ended, *saved, *decoded) if len(x)]
         if not rows:
             return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device), scores

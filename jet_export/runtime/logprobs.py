@@ -1,14 +1,17 @@
-"""Log probabilities of sampled tokens and of the most likely ones, computed on the device behind the step."""
+"""Log probabilities of tokens and of the most likely ones, computed on the device behind the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from jet_export.kernels.token_logprobs import token_logprobs
 from jet_export.runtime.params import Logprob
 from jet_export.runtime.transfer import copy_to_host, to_device
+
+ROWS = 64  # of logits, in fp32 at once
 
 
 def launch_logprobs(
@@ -35,5 +38,35 @@ def launch_logprobs(
             row: Logprob(values[0], tuple(zip(ids[:n], values[1 : n + 1], strict=True)))
             for (row, n), values, ids in found
         }
+
+    return wait
+
+
+def launch_prompt_logprobs(
+    logits: Tensor,  # [N, vocab]
+    tokens: Tensor,  # [N] int64
+    top: Sequence[int],  # how many most likely tokens each row asks for
+) -> Callable[[], list[Logprob]]:
+    """The same of every row, the logits being read once in their dtype; only rows that ask for more than one most
+    likely token are made fp32, ROWS at a time."""
+    found = token_logprobs(logits, tokens)
+    numbers = copy_to_host(torch.stack([found.chosen, found.best]))
+    best_token = copy_to_host(found.best_token)
+    more = [i for i, n in enumerate(top) if n > 1]
+    wide = [
+        launch_logprobs(logits, tokens, found.lse, {i: top[i] for i in more[k : k + ROWS]})
+        for k in range(0, len(more), ROWS)
+    ]
+
+    def wait() -> list[Logprob]:
+        chosen, best = numbers().tolist()
+        rows = [
+            Logprob(c, ((t, b),) if n else ())
+            for c, t, b, n in zip(chosen, best_token().tolist(), best, top, strict=True)
+        ]
+        for part in wide:
+            for i, logprob in part().items():
+                rows[i] = logprob
+        return rows
 
     return wait

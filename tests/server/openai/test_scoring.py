@@ -12,7 +12,7 @@ pytest.importorskip("fastapi")
 from helpers.eager_bundle import eager_engine
 from helpers.serving import LIMITS, async_llm, server
 
-from jet_export.runtime import scoring
+from jet_export.runtime import logprobs, scoring
 from jet_export.runtime.runner import Runner
 
 PROMPTS = [[(7 * i * i + n) % 128 for i in range(n)] for n in (1, 2, 65, 200)]  # of one to four chunks
@@ -42,10 +42,11 @@ def score(address: str, prompt, **changes) -> list[dict]:
     return answer.json()["choices"]
 
 
-@pytest.mark.parametrize(("piece", "rows"), [(512, 64), (16, 5)])
-def test_the_log_probabilities_are_those_of_one_forward_pass(address, expected, monkeypatch, piece, rows) -> None:
-    monkeypatch.setattr(scoring, "PIECE", piece)
-    monkeypatch.setattr(scoring, "ROWS", rows)
+@pytest.mark.parametrize(("tokens", "rows"), [(None, 64), (16, 5)])
+def test_the_log_probabilities_are_those_of_one_forward_pass(address, expected, monkeypatch, tokens, rows) -> None:
+    if tokens:
+        monkeypatch.setattr(scoring, "LOGITS_BYTES", tokens * 128 * 4)
+    monkeypatch.setattr(logprobs, "ROWS", rows)
     for prompt, row, choice in zip(PROMPTS, expected, score(address, PROMPTS, logprobs=2), strict=True):
         found = choice["logprobs"]
         n = len(prompt)
