@@ -7,7 +7,7 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch==2.11.0 ||
 READY  := $(VENV)/.ready
 DEMO   := bundles/jet-tiny-fp8-inductor
 
-.PHONY: demo test lint types clean verify-tensorrt
+.PHONY: demo test lint types docs clean verify-tensorrt
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,9 +39,13 @@ types: $(READY)
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../mypy .
 	cd build/types && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache $(CURDIR)/pyproject.toml
 
-lint: $(READY) types
+lint: $(READY) types docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documentation as a site, in build/site; a warning is an error. `$(BIN)/mkdocs serve` shows it while one writes.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) build bundles *.egg-info

@@ -6,7 +6,7 @@
 As in the paper (arXiv 2508.15884) the MLPs, embeddings, norms and the attention of the layers that keep it are copied
 and frozen. JetBlocks replace the other layers' attention, are initialised as published, and are the only trained
 parameters (next-token loss). `--output` is a checkpoint in the published layout, for `jet-export build --model out`.
-docs/retrofit.md describes a full run.
+docs/guides/retrofit.md describes a full run.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def import_callable(path: str, name: str) -> Callable[[JetNemotronConfig, Point]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTable:
-    """A file of scores by the point's sizes ("96x256x12"). See docs/search.md."""
+    """A file of scores by the point's sizes ("96x256x12"). See docs/guides/search.md."""
 
     path: Path
     scores: dict[str, float]

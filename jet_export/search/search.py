@@ -78,7 +78,7 @@ class Search:
         return JetExportError(
             f"--space {self.spec.space_file}: none of the {len(evaluations)} points can be built. "
             f"{'; '.join(shown)}{more}.",
-            "Change [jet] sizes or [constraints]; docs/search.md describes both.",
+            "Change [jet] sizes or [constraints]; docs/guides/search.md describes both.",
         )
 
 

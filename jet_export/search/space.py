@@ -1,4 +1,4 @@
-"""The search space: a TOML file, read and checked. docs/search.md describes every key."""
+"""The search space: a TOML file, read and checked. docs/guides/search.md describes every key."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def read_space(path: Path, preset: JetNemotronConfig) -> Space:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise JetExportError(f"--space {path}: no such file.", "docs/search.md describes the format.") from None
+        raise JetExportError(f"--space {path}: no such file.", "docs/guides/search.md describes the format.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
-        raise JetExportError(f"--space {path}: not valid TOML: {e}.", "docs/search.md describes the format.") from None
+        raise JetExportError(f"--space {path}: not valid TOML: {e}.", "docs/guides/search.md describes the format.") from None
     try:
         return _Reader(path, values).space(preset)
     except OverflowError:
         raise JetExportError(
-            f"--space {path}: a number is too large.", "docs/search.md describes the format."
+            f"--space {path}: a number is too large.", "docs/guides/search.md describes the format."
         ) from None
 
 
@@ -120,7 +120,7 @@ class _Reader:
                 if key not in KEYS[section]:
                     raise self.bad(f"{section}.{key} is not known", f"Known: {', '.join(sorted(KEYS[section]))}.")
 
-    def bad(self, what: str, todo: str = "docs/search.md describes the format.") -> JetExportError:
+    def bad(self, what: str, todo: str = "docs/guides/search.md describes the format.") -> JetExportError:
         return JetExportError(f"--space {self.path}: {what}.", todo)
 
     def get(self, section: str, key: str, default: Any = None) -> Any:

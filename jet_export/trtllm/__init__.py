@@ -1,5 +1,5 @@
 """Jet-Nemotron for TensorRT-LLM's PyTorch backend, as an out-of-tree model. Not run against TensorRT-LLM: written from
-its published source, which `interfaces.toml` cites; see docs/tensorrt-llm.md.
+its published source, which `interfaces.toml` cites; see docs/backends/tensorrt-llm.md.
 
     adapt.py      dependence on TensorRT-LLM's version and on the assumptions of its hybrid-model code
     protocols.py  the parts of its objects that are used here, for mypy

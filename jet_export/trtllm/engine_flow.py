@@ -8,7 +8,7 @@ config.json and rank0.safetensors, one GPU. `layer_types`, `state_size`, `conv_k
 
 which are jet::jet_block's own layouts.
 
-trtllm-build has no such model: it needs one by `--model_cls_file`, which docs/tensorrt-llm.md describes. Not tried.
+trtllm-build has no such model: it needs one by `--model_cls_file`, which docs/backends/tensorrt-llm.md describes. Not tried.
 Source: cpp/tensorrt_llm/batch_manager/rnnStateManager.cpp, tensorrt_llm/models/recurrentgemma/model.py.
 """
 
@@ -29,7 +29,7 @@ from jet_export.utils.version import __version__
 
 LEGACY = (
     "Legacy: for TensorRT-LLM's engine flow (1.2.1 to 1.3.0rc20), which needs a model by --model_cls_file; "
-    "not run against TensorRT-LLM. See docs/tensorrt-llm.md."
+    "not run against TensorRT-LLM. See docs/backends/tensorrt-llm.md."
 )
 LAYER = {  # our module -> TensorRT-LLM's name
     "input_layernorm": "input_layernorm",

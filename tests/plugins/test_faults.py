@@ -1,4 +1,4 @@
-"""Seeded faults: which rung of the ladder catches each. docs/tensorrt-faults.md is this file in words.
+"""Seeded faults: which rung of the ladder catches each. docs/backends/tensorrt-faults.md is this file in words.
 
 Rungs that need a GPU are seeded where the CPU has a stand-in: plugin outputs on replay.py, engines on
 tests/helpers/faults.py; faults of the TensorRT runtime are in tests/backends/tensorrt/test_runtime.py.

@@ -113,7 +113,7 @@ def test_a_wrong_key_is_named(tmp_path, text: str, message: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path) -> None:
-    with pytest.raises(JetExportError, match=r"nowhere.toml: no such file.\ndocs/search.md"):
+    with pytest.raises(JetExportError, match=r"nowhere.toml: no such file.\ndocs/guides/search.md"):
         read_space(tmp_path / "nowhere.toml", mini_config())
 
 

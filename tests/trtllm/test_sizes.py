@@ -1,4 +1,4 @@
-"""docs/tensorrt-llm.md: its sizes are those of the configs, and its commands and options are the program's."""
+"""docs/backends/tensorrt-llm.md: its sizes are those of the configs, and its commands and options are the program's."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from jet_export.model.presets import jet_2b, jet_4b
 from jet_export.trtllm.adapt import KNOWN
 from jet_export.trtllm.sizes import rows, state_shapes, tables
 
-DOCS = (ROOT / "docs/tensorrt-llm.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs/backends/tensorrt-llm.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("config", [jet_2b(), jet_4b(), CONFIG], ids=["jet-2b", "jet-4b", "mini"])
