@@ -15,7 +15,7 @@ HEAD = """# Command line
 
 Written by `python -m jet_export.cli.reference > docs/cli.md` from the commands' own help.
 
-Bad input gets one message (what, where, what to do) on standard error and exit status 2, and leaves nothing half-written.
+Bad input gets one message (what, where, what to do) on standard error, leaves nothing half-written, and exits with 2.
 """
 
 
