@@ -19,7 +19,7 @@ def search(
     backend: Annotated[str, typer.Option(help="Of the engines that are measured: auto or inductor.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Model dtype: bfloat16 or float32.")] = "bfloat16",
-    space: Annotated[Path | None, typer.Option(help="TOML (docs/guides/search.md); default: the paper's table.")] = None,
+    space: Annotated[Path | None, typer.Option(help="TOML: docs/guides/search.md; default: the paper's.")] = None,
     scores: Annotated[str, typer.Option(help="parameters, paper, a file, or FILE.py:FUNCTION.")] = "parameters",
     sampler: Annotated[str, typer.Option(help="auto, exact, grid, tpe or nsga2.")] = "auto",
     trials: Annotated[int | None, typer.Option(help="Points that Optuna looks at; default 200.")] = None,
