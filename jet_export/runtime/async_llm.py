@@ -11,6 +11,7 @@ from pathlib import Path
 from jet_export.backends.load import load_engine
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.grammar_compile import in_loop
 from jet_export.runtime.mailbox import Mailbox
 from jet_export.runtime.output_stream import OutputStream
 from jet_export.runtime.params import Output, Params
@@ -138,30 +139,50 @@ class AsyncLLM(Sessions):
         submitted: list[RunningSequence] = []
         loop = asyncio.get_running_loop()
         keep: Keep | None = "end" if sessions else None
-        outputs = OutputStream(len(prompts), lambda i, reason: self.batching.cancel(submitted[i], reason), texts)
+
+        def cancel(i: int, reason: str) -> None:
+            if submitted:  # otherwise a grammar is being compiled
+                self.batching.cancel(submitted[i], reason)
+
+        outputs = OutputStream(len(prompts), cancel, texts)
 
         def put(i: int, output: Output) -> None:
             outputs.put_cached(i, submitted[i].cached_tokens)
             outputs.put(i, output)
 
-        try:
-            for i, prompt in enumerate(prompts):
-                submitted.append(
-                    self.batching.submit(
-                        list(prompt),
-                        params,
-                        self.mailbox.sender(loop, put, i),
-                        start=sessions[i].snapshot if sessions else None,
-                        keep=keep,
-                        text=texts is None,
-                        leader=submitted[i - i % params.n] if i % params.n else None,
-                        choice=i % params.n,
+        def run() -> None:
+            try:
+                for i, prompt in enumerate(prompts):
+                    submitted.append(
+                        self.batching.submit(
+                            list(prompt),
+                            params,
+                            self.mailbox.sender(loop, put, i),
+                            start=sessions[i].snapshot if sessions else None,
+                            keep=keep,
+                            text=texts is None,
+                            leader=submitted[i - i % params.n] if i % params.n else None,
+                            choice=i % params.n,
+                        )
                     )
-                )
-        except BaseException:
-            for sequence in submitted:
-                self.batching.cancel(sequence)
-            raise
+            except BaseException:
+                for sequence in submitted:
+                    self.batching.cancel(sequence)
+                raise
+
+        def compiled(error: JetExportError | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                if not outputs.closed:
+                    run()
+            except JetExportError as e:
+                outputs.fail(e)
+
+        if params.grammar is None:
+            run()
+        else:
+            self.batching.grammars.start(params.grammar, in_loop(loop, compiled))
         return outputs, submitted
 
     def _claim(self, sessions: Sequence[Session] | None, prompts: int) -> list[Session]:

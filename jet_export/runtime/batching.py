@@ -305,7 +305,9 @@ class BatchingEngine:
             self._end(sequence, Output(None, finish_reason="cancelled"))
 
     def start(self) -> None:
-        """Capture the CUDA graphs of the steps to come, and start the thread that takes them."""
+        """Capture the CUDA graphs of the steps to come, build the vocabulary for grammars, and start the thread that
+        takes the steps."""
+        self.grammars.warm_up()
         self.runner.capture_calls(self.scheduler.capacity.token_budget, self.scheduler.prompt_tokens)
         self.thread = threading.Thread(target=self._loop, name="jet-engine", daemon=True)
         self.thread.start()

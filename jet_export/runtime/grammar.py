@@ -79,11 +79,14 @@ class Grammar:
         return cls("choice", _json(listed))
 
     @classmethod
-    def tagged(cls, begin: str, schema: Mapping[str, Any] | bool, end: str, *, most: int | None = 1) -> Grammar:
-        """JSON that a schema accepts between two texts, such as a tool call: up to `most` of them (None: any number),
-        a newline between two. Added tokens of the tokenizer that stand in the texts, such as <tool_call>, are made as
-        such, and as text where the tokenizer has no such token."""
-        return cls("tagged", _json({"begin": begin, "schema": schema, "end": end, "most": most}))
+    def tagged(cls, items: Iterable[tuple[str, Mapping[str, Any] | bool, str]], *, several: bool = False) -> Grammar:
+        """One of these, or `several` with a newline between two: a text, JSON that a schema accepts, another text.
+        Added tokens of the tokenizer that stand in the texts, such as <tool_call>, are made as such, and spelled where
+        it has none of that name."""
+        listed = [{"begin": begin, "schema": schema, "end": end} for begin, schema, end in items]
+        if not listed:
+            raise JetExportError("tagged: no items.")
+        return cls("tagged", _json({"items": listed, "several": several}))
 
 
 def _json(value: Any) -> str:

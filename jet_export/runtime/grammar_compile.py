@@ -7,16 +7,19 @@ recurses over rules and references.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from jet_export.runtime.grammar import Grammar
+from jet_export.runtime.scheduler import QueueFull
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 from jet_export.utils.errors import JetExportError
 
@@ -30,6 +33,10 @@ MAX_CACHED, MAX_CACHED_BYTES = 64, 1 << 23  # grammars, and bytes of their texts
 MAX_COMPILING = 64  # at once; further ones are refused
 MAX_REASON = 300  # characters
 MAX_WHITESPACE = 32  # characters between two tokens of JSON: a model must not go on with them for ever
+
+
+log = logging.getLogger(__name__)
+OnCompiled = Callable[[JetExportError | None], None]
 
 
 class CompiledGrammar:
@@ -59,10 +66,24 @@ class GrammarCompiler:
         with contextlib.suppress(JetExportError):  # the first request with a grammar is told
             self._tokenizer()
 
-    def start(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        """Compile it in a thread of its own. The future raises JetExportError where it cannot be compiled."""
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Waits for it. Raises JetExportError where it cannot be compiled."""
+        return self._future(grammar).result()
+
+    def start(self, grammar: Grammar, on_end: OnCompiled) -> None:
+        """Compile it without waiting; `on_end(error)` is called from any thread, or here if it is known already.
+        `compile` returns at once then."""
+
+        def ended(future: Future[CompiledGrammar]) -> None:
+            error = future.exception()
+            assert error is None or isinstance(error, JetExportError)
+            on_end(error)
+
+        self._future(grammar).add_done_callback(ended)
+
+    def _future(self, grammar: Grammar) -> Future[CompiledGrammar]:
         with self._lock:
-            found: Future[CompiledGrammar] | None = self._compiling.get(grammar)
+            found = self._compiling.get(grammar)
             if found is not None:
                 return found
             found = Future()
@@ -71,7 +92,8 @@ class GrammarCompiler:
                 found.set_result(self._cached[grammar])
                 return found
             if len(self._compiling) >= MAX_COMPILING:
-                raise JetExportError(f"{MAX_COMPILING} grammars are being compiled.", "Try again.")
+                found.set_exception(QueueFull(f"{MAX_COMPILING} grammars are being compiled.", "Try again later."))
+                return found
             self._compiling[grammar] = found
         with _STACK_SIZE:
             before = threading.stack_size(STACK)
@@ -81,28 +103,27 @@ class GrammarCompiler:
                 threading.stack_size(before)
         return found
 
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Raises JetExportError where it cannot be compiled."""
-        return self.start(grammar).result()
-
     def _run(self, grammar: Grammar, future: Future[CompiledGrammar]) -> None:
+        compiled, error = None, None
         try:
             compiled = self._compile(grammar)
+        except JetExportError as e:
+            error = e
         except Exception as e:
-            if not isinstance(e, JetExportError):
-                e = JetExportError(f"The {grammar.name} cannot be compiled ({str(e)[:200]}).")
-            with self._lock:
-                del self._compiling[grammar]
-            future.set_exception(e)
-            return
+            log.exception("a grammar could not be compiled")
+            error = JetExportError(f"The {grammar.name} cannot be compiled ({type(e).__name__}).")
         with self._lock:
             del self._compiling[grammar]
-            self._cached[grammar] = compiled
-            while len(self._cached) > 1 and (
-                len(self._cached) > MAX_CACHED or sum(len(g.text) for g in self._cached) > MAX_CACHED_BYTES
-            ):
-                self._cached.popitem(last=False)
-        future.set_result(compiled)
+            if compiled is not None:
+                self._cached[grammar] = compiled
+                while len(self._cached) > 1 and (
+                    len(self._cached) > MAX_CACHED or sum(len(g.text) for g in self._cached) > MAX_CACHED_BYTES
+                ):
+                    self._cached.popitem(last=False)
+        if compiled is not None:
+            future.set_result(compiled)
+        else:
+            future.set_exception(error)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         from llguidance import LLMatcher, LLParserLimits
@@ -153,6 +174,16 @@ class GrammarCompiler:
         return _lark(_tagged(json.loads(grammar.text), tokenizer, added), convert=False)
 
 
+def in_loop(loop: asyncio.AbstractEventLoop, on_end: OnCompiled) -> OnCompiled:
+    """`on_end` as an event loop calls it, unless it is closed."""
+
+    def call(error: JetExportError | None) -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(on_end, error)
+
+    return call
+
+
 _STACK_SIZE = threading.Lock()  # of the threads that are started, which is one setting for all
 
 
@@ -175,10 +206,13 @@ def _lark(text: str, convert: bool = True) -> str:
 
 def _tagged(tagged: dict[str, Any], tokenizer: LLTokenizer, added: dict[str, int]) -> str:
     """See Grammar.tagged, in Lark."""
-    begin, end = (_literal(tagged[name], tokenizer, added) for name in ("begin", "end"))
-    most, schema = tagged["most"], _with_options(json.dumps(tagged["schema"]))
-    more = "" if most == 1 else '("\\n" item)*' if most is None else f'("\\n" item){{0,{most - 1}}}'
-    return f"start: item {more}\nitem: {begin} json {end}\njson: %json {schema}\n"
+    items = tagged["items"]
+    lines = [f"start: item{' (NEWLINE item)*' if tagged['several'] else ''}", "NEWLINE: /\\n/"]
+    lines.append("item: " + " | ".join(f"item_{i}" for i in range(len(items))))
+    for i, item in enumerate(items):
+        begin, end = (_literal(item[name], tokenizer, added) for name in ("begin", "end"))
+        lines += [f"item_{i}: {begin} json_{i} {end}", f"json_{i}: %json {_with_options(json.dumps(item['schema']))}"]
+    return "\n".join(lines)
 
 
 def _literal(text: str, tokenizer: LLTokenizer, added: dict[str, int]) -> str:

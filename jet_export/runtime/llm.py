@@ -14,6 +14,7 @@ from jet_export.backends.base import Engine
 from jet_export.backends.load import load_engine
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.params import Output, Params, end_tokens
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampling import Sampling
@@ -31,7 +32,7 @@ Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 class Completion:
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop" (end-of-sequence token) or "length"
+    finish_reason: str  # "stop" (end-of-sequence token, or end of the grammar) or "length"
     logits: Tensor | None = None  # [len(token_ids), vocab] on the CPU, with return_logits
 
 
@@ -121,12 +122,13 @@ class LLM(Sessions):
         ignore_eos: bool = False,
         on_token: OnToken | None = None,
         session: Session | Sequence[Session] | None = None,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids) by at most `max_new_tokens`.
 
         Greedy by default; with `temperature` > 0 prompt i is sampled with `seed` + i. `on_token(i, token)` is called
         with each token as it is generated. `session`, one per prompt: the prompt, which may be empty, continues the
-        session, and the session then holds the prompt and the completion too.
+        session, and the session then holds the prompt and the completion too. `grammar`: every completion matches it.
         Raises JetExportError for an empty prompt, ids outside the vocabulary, and prompts too long for max_seq_len.
         """
         listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
@@ -137,6 +139,7 @@ class LLM(Sessions):
                 max_new_tokens,
                 Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + i),
                 ignore_eos=ignore_eos,
+                grammar=grammar,
             )
             for i in range(len(rows))
         ]

@@ -45,6 +45,11 @@ class OutputStream:
         self._running.clear()
         self._wake()
 
+    @property
+    def closed(self) -> bool:
+        """No prompt runs, nor will."""
+        return not self._running
+
     async def batch(self) -> list[tuple[int, Output]]:
         """The outputs since the last call, at least one: it waits for one. Empty once every prompt has ended."""
         while self._running:

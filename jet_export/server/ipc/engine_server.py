@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
 
 from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.grammar_compile import in_loop
 from jet_export.runtime.params import Output
 from jet_export.runtime.scheduler import QueueFull
 from jet_export.runtime.sequence import OnOutput, RunningSequence
@@ -75,6 +77,7 @@ class Link:
         self._sequences: dict[int, RunningSequence] = {}  # by request id; under the engine's lock, like `_outputs`
         self._outputs: list[tuple[int, Output]] = []
         self._cached: list[tuple[int, int]] = []
+        self._compiling: dict[int, tuple[Submit, dict[int, str]]] = {}  # by first id, with the ids cancelled meanwhile
 
     def flush(self) -> None:
         if self._cached:
@@ -89,6 +92,7 @@ class Link:
         self.channel.send(Kind.DRAIN, b"")
 
     def cancel_all(self) -> None:
+        self._compiling.clear()
         with self.batching.lock:
             for sequence in list(self._sequences.values()):
                 self.batching.cancel(sequence)
@@ -96,13 +100,9 @@ class Link:
     def on_frame(self, kind: int, payload: bytes) -> None:
         """Raises ValueError for a message that makes no sense."""
         if kind == Kind.SUBMIT:
-            self._submit(Submit.decode(payload))
+            self._receive(Submit.decode(payload))
         elif kind == Kind.CANCEL:
-            cancel = Cancel.decode(payload)
-            with self.batching.lock:
-                sequence = self._sequences.get(cancel.id)
-                if sequence:
-                    self.batching.cancel(sequence, cancel.reason)
+            self._cancel(Cancel.decode(payload))
         elif kind == Kind.ASK_STATUS:
             status = Status(self.batching.alive, self.batching.render_metrics())
             self.channel.send(Kind.STATUS, encode_status(decode_id(payload), status))
@@ -110,6 +110,39 @@ class Link:
             self._on_ready()
         else:
             raise ValueError(f"a message of kind {kind}")
+
+    def _receive(self, submit: Submit) -> None:
+        grammar = submit.params.grammar
+        if grammar is None:
+            self._submit(submit)
+            return
+        self._compiling[submit.first] = (submit, {})
+
+        def compiled(error: JetExportError | None) -> None:
+            _, cancelled = self._compiling.pop(submit.first, (submit, None))
+            if cancelled is None:  # the front end is gone
+                return
+            if error is not None:
+                self._refuse(submit, error)
+            elif len(cancelled) < len(submit.prompts):
+                self._submit(submit)
+                for i, reason in cancelled.items():
+                    self._cancel(Cancel(i, reason))
+
+        self.batching.grammars.start(grammar, in_loop(asyncio.get_running_loop(), compiled))
+
+    def _cancel(self, cancel: Cancel) -> None:
+        for submit, cancelled in self._compiling.values():
+            if submit.first <= cancel.id < submit.first + len(submit.prompts):
+                cancelled[cancel.id] = cancel.reason
+        with self.batching.lock:
+            sequence = self._sequences.get(cancel.id)
+            if sequence:
+                self.batching.cancel(sequence, cancel.reason)
+
+    def _refuse(self, submit: Submit, e: JetExportError) -> None:
+        refused = Refused(submit.first, isinstance(e, QueueFull), str(e))
+        self.channel.send(Kind.REFUSED, refused.encode())
 
     def _submit(self, submit: Submit) -> None:
         """All prompts or none: then no output may go out before the last one is queued. The lock also holds up the
@@ -131,8 +164,7 @@ class Link:
                     leader = leader if choice else sequence
                     self._add(i, sequence)
             except JetExportError as e:
-                refused = Refused(submit.first, isinstance(e, QueueFull), str(e))
-                self.channel.send(Kind.REFUSED, refused.encode())  # before what the cancelled ones send
+                self._refuse(submit, e)  # before what the cancelled ones send
                 for i in ids:
                     if i in self._sequences:
                         self.batching.cancel(self._sequences[i])

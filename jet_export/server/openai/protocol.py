@@ -12,34 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
-from jet_export.server.fields import Text, first_error
+from jet_export.server.fields import Bias, Text, bias_pairs, first_error
 from jet_export.server.openai.messages import Message, Tool, ToolChoice
 from jet_export.server.openai.structured import StructuredFields
 from jet_export.server.openai.tools import Toolbox
 from jet_export.utils.errors import JetExportError
 
-MAX_BIASES = 1024  # entries of logit_bias
-
-
-def _bias(values: dict[str, float]) -> dict[str, float]:
-    """OpenAI's: token id -> -100 to 100."""
-    if len(values) > MAX_BIASES:
-        raise ValueError(f"{len(values)} tokens; at most {MAX_BIASES}")
-    for token, bias in values.items():
-        if not (token.isascii() and token.isdecimal() and len(token) < 10):
-            raise ValueError(f"{token[:20]!r} is not a token id")
-        if not -100 <= bias <= 100:
-            raise ValueError(f"{bias} for token {token} is not between -100 and 100")
-    return values
-
-
 Ids = list[int]
 Penalty = Annotated[float, Field(ge=-2, le=2)]  # OpenAI's range
-Bias = Annotated[dict[str, float], AfterValidator(_bias)]
 
 
 class ApiError(Exception):
@@ -115,7 +99,7 @@ class CommonBody(Ignored, StructuredFields):
             n=self.n,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            logit_bias=tuple((int(token), float(bias)) for token, bias in self.logit_bias.items()),
+            logit_bias=bias_pairs(self.logit_bias),
             min_tokens=self.min_tokens,
             priority=self.priority,
             grammar=self.grammar(),

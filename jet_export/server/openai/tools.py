@@ -55,16 +55,8 @@ class Toolbox:
         own, in which references resolve."""
         if not self.required:
             return None
-        calls = [f"call_{i}" for i in range(len(self.tools))]
-        lines = [f"start: call{' (NEWLINE call)*' if self.several else ''}", f"call: {' | '.join(calls)}"]
-        lines.append(r"NEWLINE: /\n/")
-        for call, tool in zip(calls, self.tools, strict=True):
-            before = _quoted('<tool_call>\n{"name": ' + json.dumps(tool.function.name) + ', "arguments": ')
-            schema = json.dumps({"type": "object", **(tool.function.parameters or {})})
-            lines.append(f"{call}: {before} arguments_{call} {_quoted(chr(125) + chr(10) + '</tool_call>')}")
-            lines.append(f"arguments_{call}: %json {schema}")
-        return Grammar.lark("\n".join(lines))
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+        calls = []
+        for tool in self.tools:
+            begin = '<tool_call>\n{"name": ' + json.dumps(tool.function.name) + ', "arguments": '
+            calls.append((begin, {"type": "object", **(tool.function.parameters or {})}, "}\n</tool_call>"))
+        return Grammar.tagged(calls, several=self.several)

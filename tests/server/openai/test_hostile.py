@@ -111,7 +111,8 @@ CHAT = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "has no place for them"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"reasoning_effort": "high"}, "reasoning_effort"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format: json_schema goes with"),
+    ({"response_format": {"type": "grammar"}}, "response_format.type"),
     ({"messages": [{"role": "user", "content": "x" * 400}]}, "exceed max_seq_len"),
     ({"top_logprobs": 2}, "needs logprobs"),
 ]
