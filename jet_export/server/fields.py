@@ -6,6 +6,8 @@ from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, Field, ValidationError
 
+MAX_BIASES = 1024  # entries of logit_bias
+
 
 def _encodable(value: str) -> str:
     """JSON escapes can spell half a surrogate pair, which no tokenizer accepts."""
@@ -16,8 +18,25 @@ def _encodable(value: str) -> str:
     return value
 
 
+def _bias(values: dict[str, float]) -> dict[str, float]:
+    """OpenAI's: token id -> -100 to 100."""
+    if len(values) > MAX_BIASES:
+        raise ValueError(f"{len(values)} tokens; at most {MAX_BIASES}")
+    for token, bias in values.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise ValueError(f"{token[:20]!r} is not a token id")
+        if not -100 <= bias <= 100:
+            raise ValueError(f"{bias} for token {token} is not between -100 and 100")
+    return values
+
+
+def bias_pairs(values: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """As Params has them."""
+    return tuple((int(token), float(bias)) for token, bias in values.items())
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
-Zero = Annotated[float, Field(ge=0, le=0)]
+Bias = Annotated[dict[str, float], AfterValidator(_bias)]
 One = Annotated[int, Field(ge=1, le=1)]
 
 

@@ -10,11 +10,12 @@ import json
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
-from jet_export.server.fields import One, Text, Zero, first_error
+from jet_export.server.fields import Bias, One, Text, bias_pairs, first_error
 from jet_export.utils.errors import JetExportError
 
 RESERVED = "triton_"  # prefix of Triton's own parameters, which gRPC clients send
@@ -37,12 +38,20 @@ class RequestFields(BaseModel):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Bias = {}
+    min_tokens: int = 0
+    priority: int = 0
     seed: int | None = None
     stop_words: Annotated[list[Text], BeforeValidator(_strings)] = []
     stop_token_ids: list[int] = []
     end_id: int | None = None
     ignore_eos: bool = False
+    guided_decoding_guide_type: Literal["", "json", "json_schema", "regex", "ebnf_grammar"] = ""
+    guided_decoding_guide: Text = ""
     logprobs: int | None = None
     return_log_probs: bool = False
     return_cumulative_logprob: bool = False
@@ -56,10 +65,6 @@ class RequestFields(BaseModel):
     n: One = 1
     best_of: One = 1
     num_return_sequences: One = 1
-    presence_penalty: Zero = 0.0
-    frequency_penalty: Zero = 0.0
-    min_tokens: Annotated[int, Field(ge=0, le=1)] = 0
-    min_length: Annotated[int, Field(ge=0, le=1)] = 0
     length_penalty: float = 1.0  # of beam search
     pad_id: int = 0  # unused: nothing is padded
     bad_words: Literal[""] = ""
@@ -73,6 +78,7 @@ class RequestFields(BaseModel):
             temperature=float(sampled) if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p,
             seed=seed - 2**64 if 2**63 <= seed < 2**64 else seed,  # Params takes a signed seed
         )
         stop_ids = (*self.stop_token_ids, *(() if self.end_id is None else (self.end_id,)))
@@ -84,7 +90,24 @@ class RequestFields(BaseModel):
             stop_ids=stop_ids,
             ignore_eos=self.ignore_eos,
             logprobs=self._logprobs(),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=bias_pairs(self.logit_bias),
+            min_tokens=self.min_tokens,
+            priority=self.priority,
+            grammar=self._grammar(),
         )
+
+    def _grammar(self) -> Grammar | None:
+        kind, guide = self.guided_decoding_guide_type, self.guided_decoding_guide
+        if not kind and guide:
+            raise JetExportError("guided_decoding_guide needs guided_decoding_guide_type.")
+        if kind in ("", "json"):
+            return Grammar.json_object() if kind else None
+        if not guide:
+            raise JetExportError(f"guided_decoding_guide_type {kind} needs guided_decoding_guide.")
+        make = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "ebnf_grammar": Grammar.lark}[kind]
+        return make(guide)
 
     def _logprobs(self) -> int | None:
         if self.logprobs is not None:
@@ -103,7 +126,7 @@ class RequestFields(BaseModel):
         return {name for name in flags if not getattr(self, f"return_{name}")}
 
 
-ALIASES = {"stop": "stop_words", "random_seed": "seed"}
+ALIASES = {"stop": "stop_words", "random_seed": "seed", "min_length": "min_tokens"}
 
 
 def parse_request(tensors: dict[str, Any], parameters: str = "") -> RequestFields:

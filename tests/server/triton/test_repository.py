@@ -1,5 +1,6 @@
 """The model repository, the fields of requests, and the checks of an installed tritonserver; no server runs here."""
 
+import json
 import os
 import socket
 import stat
@@ -15,6 +16,7 @@ from helpers.eager_bundle import mini_config
 
 from jet_export.cli import app as cli
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.grammar import Grammar
 from jet_export.server.triton import installation as installed
 from jet_export.server.triton import tritonserver
 from jet_export.server.triton.installation import PYTHON, Installation, check_stub, find_server
@@ -130,6 +132,32 @@ def test_fields_come_from_three_places() -> None:
     assert [parse_request({"text_input": "a", "stream": s}).with_prompt for s in (False, True)] == [True, False]
 
 
+def test_sampling_fields_reach_the_engine() -> None:
+    numbers = {"min_p": 0.5, "presence_penalty": 1.5, "frequency_penalty": -1.0, "min_length": 3, "priority": -1}
+    p = parse_request({"text_input": "a"}, json.dumps({**numbers, "logit_bias": {"7": "-5"}})).params
+    assert (p.sampling.min_p, p.presence_penalty, p.frequency_penalty, p.min_tokens, p.priority) == (
+        0.5,
+        1.5,
+        -1,
+        3,
+        -1,
+    )
+    assert p.logit_bias == ((7, -5.0),)
+
+
+def test_guided_decoding() -> None:
+    """TensorRT-LLM's names."""
+
+    def grammar(kind: str, guide: str = "") -> Grammar | None:
+        given = {"guided_decoding_guide_type": kind, "guided_decoding_guide": guide}
+        return parse_request({"text_input": "a", **given}).params.grammar
+
+    assert grammar("") is None and grammar("json") == Grammar.json_object()
+    assert grammar("json_schema", '{"type": "string"}') == Grammar.json_schema('{"type": "string"}')
+    assert grammar("regex", "a+") == Grammar.regex("a+")
+    assert grammar("ebnf_grammar", 'root ::= "a"') == Grammar.lark('root ::= "a"')
+
+
 @pytest.mark.parametrize(
     ("tensors", "parameters", "message"),
     [
@@ -137,8 +165,14 @@ def test_fields_come_from_three_places() -> None:
         ({"text_input": "a", "input_ids": [1]}, "", "one of the two"),
         ({"text_input": "a"}, '{"lora_name": "x"}', "lora_name is not supported"),
         ({"text_input": "a"}, '{"beam_width": 2}', "beam_width"),
-        ({"text_input": "a"}, '{"min_tokens": 5}', "min_tokens"),
-        ({"text_input": "a"}, '{"presence_penalty": 0.1}', "presence_penalty"),
+        ({"text_input": "a"}, '{"n": 2}', "n: Input should be less than or equal to 1"),
+        ({"text_input": "a"}, '{"num_return_sequences": 2}', "num_return_sequences"),
+        ({"text_input": "a"}, '{"min_length": 50}', "min_tokens 50 is not between"),
+        ({"text_input": "a"}, '{"logit_bias": {"x": 1}}', "'x' is not a token id"),
+        ({"text_input": "a", "min_p": 2.0}, "", "min_p 2.0"),
+        ({"text_input": "a", "guided_decoding_guide": "x"}, "", "needs guided_decoding_guide_type"),
+        ({"text_input": "a", "guided_decoding_guide_type": "regex"}, "", "regex needs guided_decoding_guide"),
+        ({"text_input": "a", "guided_decoding_guide_type": "structural_tag"}, "", "guided_decoding_guide_type"),
         ({"text_input": "a"}, '{"bad_words": "no"}', "bad_words"),
         ({"text_input": "a"}, '{"max_tokens": "many"}', "max_tokens"),
         ({"text_input": "a"}, "[", "parameters is not JSON"),
