@@ -19,6 +19,7 @@ class Strict(BaseModel):
 class TextPart(Strict):
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: dict[str, Any] | None = None  # prefixes are cached where they are worth it
 
 
 class CalledFunction(Strict):

@@ -54,6 +54,7 @@ class Ignored(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
 
 
 class CommonBody(Ignored, StructuredFields):

@@ -86,6 +86,7 @@ def test_fields_that_change_nothing_are_accepted(address) -> None:
         "safety_identifier": "s",
         "prompt_cache_key": "k",
         "prompt_cache_retention": "24h",
+        "prompt_cache_options": {"mode": "implicit"},
     }
     assert completed(address, **ignored, best_of=1, suffix=None) == completed(address)
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}

@@ -106,7 +106,10 @@ CHAT = [
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
-    ({"functions": []}, "functions is not supported"),
+    *(
+        (({name: {}}, f"{name} is not supported"))
+        for name in ("functions", "audio", "web_search_options", "moderation")
+    ),
     ({"tool_choice": "required"}, "required needs tools"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "has no place for them"),
     ({"modalities": ["text", "audio"]}, "modalities"),
