@@ -11,23 +11,26 @@ from jet_export.utils.errors import JetExportError
 
 RNG = random.Random(0)
 EASE = [RNG.random() for _ in range(400)]  # of the documents
-A = Metric("acc", {i: float(RNG.random() < e) for i, e in enumerate(EASE)})
-B = Metric("acc", {i: a if RNG.random() < 0.95 else 1 - a for i, a in A.values.items()})  # answers much as A does
+FIRST = [float(RNG.random() < e) for e in EASE]
+SECOND = [a if RNG.random() < 0.95 else 1 - a for a in FIRST]  # answers much as the first does
+A, B = (Metric("acc", dict(enumerate(values))) for values in (FIRST, SECOND))
+
+
+def stderr(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def test_a_mean_has_the_harness_standard_error() -> None:
-    values = list(A.values.values())
     found = A.estimate()
-    assert found.value == pytest.approx(statistics.mean(values))
-    assert found.stderr == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)))
+    assert found.value == pytest.approx(statistics.mean(FIRST))
+    assert found.stderr == pytest.approx(stderr(FIRST))
 
 
 def test_what_documents_have_in_common_cancels() -> None:
     difference = A.minus(B)
     assert difference.value == pytest.approx(A.estimate().value - B.estimate().value)
-    changes = [A.values[i] - B.values[i] for i in A.values]
-    assert difference.stderr == pytest.approx(statistics.stdev(changes) / math.sqrt(len(changes)))
-    assert difference.stderr < 0.5 * math.hypot(A.estimate().stderr, B.estimate().stderr)
+    assert difference.stderr == pytest.approx(stderr([a - b for a, b in zip(FIRST, SECOND, strict=True)]))
+    assert difference.stderr is not None and difference.stderr < 0.5 * math.hypot(stderr(FIRST), stderr(SECOND))
     same = A.minus(A)
     assert (same.value, same.stderr) == (0, 0)
 

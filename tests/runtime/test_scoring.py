@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from jet_export.bundle.limits import Limits
 from jet_export.runtime import scoring
 from jet_export.runtime.batching import BatchingEngine
-from jet_export.runtime.params import Params
+from jet_export.runtime.params import Logprob, Params
 from jet_export.runtime.scoring import BLOCK, call_tokens, calls
+from jet_export.runtime.sequence import OnOutput
 from jet_export.runtime.tokenizer import ByteTokenizer
 
 
@@ -57,11 +58,13 @@ def test_prompts_of_one_step_have_the_log_probabilities_of_one_forward_pass(monk
     batching = BatchingEngine(engine, ByteTokenizer(), -1, Serving(deterministic=deterministic))
     assert call_tokens(batching.runner) == BLOCK
     prompts = [[(3 * i * i + n) % 128 for i in range(n)] for n in (150, 2, 1, 90)]
-    found: dict[int, tuple] = {}
+    found: dict[int, tuple[Logprob, ...]] = {}
+
+    def take(i: int) -> OnOutput:
+        return lambda output: found.__setitem__(i, output.prompt_logprobs)
+
     for i, prompt in enumerate(prompts):
-        batching.submit(
-            prompt, Params(1, prompt_logprobs=i), lambda o, i=i: found.__setitem__(i, o.prompt_logprobs), text=False
-        )
+        batching.submit(prompt, Params(1, prompt_logprobs=i), take(i), text=False)
     while batching.step():
         pass
     for i, prompt in enumerate(prompts):
