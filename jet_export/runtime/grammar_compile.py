@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 # The work of one step is bounded to some ms: a grammar that needs more ends its request with an error.
-MAX_STEP_ITEMS, MAX_LEXER_STATES, MAX_SYMBOLS = 5000, 50_000, 200_000
+MAX_STEP_ITEMS, MAX_ROW_ITEMS, MAX_LEXER_STATES, MAX_SYMBOLS = 5000, 2000, 50_000, 200_000
 STACK = 1 << 29  # bytes of address space; 1 MB of references to each other need a quarter
 MAX_CACHED, MAX_CACHED_BYTES = 64, 1 << 23  # grammars, and bytes of their texts
 MAX_COMPILING = 64  # at once; further ones are refused
+NOTHING = "NoExtension"  # in llguidance's error where no text can follow
 MAX_REASON = 300  # characters
 MAX_WHITESPACE = 32  # characters between two tokens of JSON: a model must not go on with them for ever
 
@@ -126,23 +127,36 @@ class GrammarCompiler:
             future.set_exception(error)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        tokenizer = self._tokenizer()
         from llguidance import LLMatcher, LLParserLimits
 
-        tokenizer = self._tokenizer()
         limits = LLParserLimits(
             step_max_items=MAX_STEP_ITEMS,
+            max_items_in_row=MAX_ROW_ITEMS,
             max_lexer_states=MAX_LEXER_STATES,
             max_grammar_size=MAX_SYMBOLS,
             verbose_errors=False,
         )
         matcher = LLMatcher(tokenizer, self._source(grammar, tokenizer), log_level=0, limits=limits)
-        if not matcher.is_error():
-            mask = matcher.compute_bitmask()  # what it costs is paid here, and where it fails is found
-            if not matcher.is_error() and (matcher.is_stopped() or not any(mask)):
-                raise JetExportError(f"The {grammar.name} accepts no text that this vocabulary spells.")
-        if matcher.is_error():
-            raise JetExportError(f"The {grammar.name} cannot be used: {_reason(matcher.get_error())}.")
+        # The first masks cost most, and where they fail is found here.
+        self._check(grammar, matcher)
+        further = matcher.deep_copy()
+        for piece in ("{", '"'):  # of an object, the first name is the hardest
+            ids = tokenizer.greedy_tokenize(piece)
+            if further.validate_tokens(ids) < len(ids):
+                break
+            further.consume_tokens(ids)
+            self._check(grammar, further)
         return CompiledGrammar(matcher, tokenizer)
+
+    def _check(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        """Raises JetExportError if no token can follow."""
+        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
+        if matcher.is_error() and NOTHING not in matcher.get_error():
+            raise JetExportError(f"The {grammar.name} cannot be used: {_reason(matcher.get_error())}.")
+        ends = sum(1 << token for token in self._tokenizer().eos_tokens)
+        if not int.from_bytes(mask, "little") & ((1 << self.vocab) - 1) & ~ends:
+            raise JetExportError(f"The {grammar.name} accepts no text that this vocabulary spells.")
 
     def _tokenizer(self) -> LLTokenizer:
         with self._lock:
@@ -251,8 +265,8 @@ class _Bytes:
     bos_token_id = None
 
     def __init__(self, vocab: int, eos: Sequence[int]) -> None:
-        ends = [i for i in eos if i < vocab] or [vocab]
-        tokens = [bytes([i]) for i in range(min(vocab, 256))]
+        ends = [i for i in eos if i < vocab] or [max(vocab, 256)]
+        tokens = [bytes([i]) for i in range(256)]
         tokens += [f"<[{i}]>".encode() for i in range(len(tokens), max(vocab, *ends) + 1)]
         self.tokens, self.eos_token_id = tokens, ends[0]
         self.special_token_ids = sorted({*ends, *range(256, len(tokens))})
