@@ -47,7 +47,7 @@ class ChatTemplate:
         values = {"messages": messages, "tools": tools or None, "add_generation_prompt": generation_prompt}
         try:
             return self.template.render(**values, **self.special)
-        except (TemplateError, TypeError, ValueError) as e:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as e:
             raise JetExportError(f"The chat template refuses these messages: {e}.") from None
 
     def turn_ends(self, tokenizer: Tokenizer | ByteTokenizer) -> tuple[int, ...]:
