@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from helpers.serving import async_llm
 
 from jet_export.runtime.async_llm import AsyncLLM
+from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.output_stream import OutputStream
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sampling import Sampling
@@ -88,6 +90,8 @@ def test_answers_are_the_engines(reference, text, through) -> None:
         ([PROMPT], replace(plain, sampling=Sampling(temperature=1.3, top_p=0.9, seed=7), stop_ids=tuple(range(60)))),
         *(([PROMPT], replace(plain, stop=stop)) for stop in stops),
         ([PROMPT, [1], [2, 3, 4]], replace(plain, stop=stops[0])),
+        ([PROMPT], replace(plain, grammar=Grammar.choice(["hello", "good day"]), stop=("lox", "dayx"), logprobs=1)),
+        ([PROMPT] * 2, replace(plain, grammar=Grammar.regex("[a-z]{20,}"), n=2)),
     ]
     expected = [by_the_engine(reference, *case) for case in cases]
     assert {o.finish_reason for answer in expected for _, o in answer} == {None, "length", "stop"}
@@ -152,6 +156,60 @@ def test_refusals_are_the_engines() -> None:
 
     asyncio.run(main())
     assert unused(llm)
+
+
+@pytest.mark.parametrize("through", ["this process", "a channel"])
+def test_nobody_waits_for_a_grammar_but_its_request(through, monkeypatch) -> None:
+    """While one is compiled, others are answered; what is closed meanwhile does not run."""
+    llm, go = async_llm(), threading.Event()
+    compiler = llm.batching.grammars
+    compile_it = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda grammar: go.wait(60) and compile_it(grammar))
+    slow = [Params(5, grammar=Grammar.regex(f"{c}+")) for c in "abc"]
+
+    async def check(engine: ServingEngine) -> None:
+        waiting = [engine.submit([PROMPT, [1]], params) for params in slow]
+        bad = engine.submit([PROMPT], Params(5, grammar=Grammar.regex("(")))
+        assert len(await read(engine.submit([PROMPT], Params(4)))) == 4
+        waiting[0].close()
+        assert await waiting[0].batch() == []
+        await engine.status()  # the engine knows of it
+        go.set()
+        for stream, c in zip(waiting[1:], "bc", strict=True):
+            assert [o.text for _, o in await read(stream)] == [c] * 10
+        with pytest.raises(JetExportError, match="unclosed group"):
+            await bad.batch()
+        await until(lambda: unused(llm))
+        assert llm.batching.metrics.requests["length"] == 5 and not compiler._compiling
+
+    async def main() -> None:
+        if through == "this process":
+            async with llm.running():
+                await check(llm)
+        else:
+            async with connected(llm) as (client, link, _):
+                await check(client)
+                assert not link._compiling
+
+    asyncio.run(main())
+
+
+def test_a_front_end_that_goes_while_its_grammar_is_compiled_leaves_nothing(monkeypatch) -> None:
+    llm, go = async_llm(), threading.Event()
+    compile_it = llm.batching.grammars._compile
+    monkeypatch.setattr(llm.batching.grammars, "_compile", lambda grammar: go.wait(60) and compile_it(grammar))
+
+    async def main() -> None:
+        async with connected(llm) as (client, link, server):
+            client.submit([PROMPT], Params(5, grammar=Grammar.regex("a+")))
+            await client.status()
+            server.disconnect(link)
+            go.set()
+            await until(lambda: not llm.batching.grammars._compiling)
+            await asyncio.sleep(0)
+            assert unused(llm) and not llm.batching.metrics.requests
+
+    asyncio.run(main())
 
 
 async def until(condition) -> None:

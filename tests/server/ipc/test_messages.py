@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.params import Logprob, Output, Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.serving_engine import Status
@@ -57,6 +58,8 @@ PARAMS = Params(
     logit_bias=((3, -float("inf")), (4, 1.5)),
     min_tokens=2,
     n=2,
+    priority=-3,
+    grammar=Grammar.choice(["é", "b"]),
 )
 
 
