@@ -24,6 +24,7 @@ from jet_export.bench.rows import Row
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import USABLE, Memory, MemoryBudget, available_memory
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import DATA
 
 MIN_ROWS = 4  # three numbers are fitted, and one row is left to show an error
 MIN_BATCHES = 3  # different ones
@@ -134,8 +135,8 @@ def read_tables(file: Path) -> list[StepTable]:
 
 
 def committed_tables() -> list[Path]:
-    """benchmarks/results/**/bench*.json, where the package runs from a checkout."""
-    return sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("bench*.json"))
+    """Those that come with the package."""
+    return sorted((DATA / "measured").rglob("*.json"))
 
 
 def find_table(model: str, precision: str, measured: Path | None) -> StepTable:
@@ -150,7 +151,7 @@ def find_table(model: str, precision: str, measured: Path | None) -> StepTable:
     best = max((t for t in found.values() if t.enough), key=lambda t: len(t.rows), default=None)
     if best is not None:
         return best
-    where = str(measured) if measured else "benchmarks/results"
+    where = str(measured) if measured else "this package"
     raise JetExportError(
         f"--tpot-ms: {where} has no measured table of {model} {precision} (at least {MIN_ROWS} decode steps, "
         f"of at least {MIN_BATCHES} batches).",

@@ -136,7 +136,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         disk_bytes=(2 if sms else 1) * weights + 20_000_000,  # a TensorRT plan has its own copy
         build_memory=max(2 * full, 4 * weights if sms else 0) + 1_500_000_000,
         seconds=expected_seconds(config, full, backend.name),
-        warnings=warnings,
+        warnings=[*warnings, *filter(None, [backend.warning])],
         sms=sms,
         build_device=device,
     )

@@ -21,7 +21,7 @@ def inspect(
     ] = None,
     tpot_ms: Annotated[float | None, typer.Option(help="Milliseconds a token: the largest batch within it.")] = None,
     measured: Annotated[
-        Path | None, typer.Option(help="With --tpot-ms: a bench.json; default a committed one.")
+        Path | None, typer.Option(help="With --tpot-ms: a bench.json; default those of this package.")
     ] = None,
 ) -> None:
     """Layers, precisions, sizes, and the memory that a batch and a context length take."""

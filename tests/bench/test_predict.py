@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.bench_rows import row
+from helpers.scripts import load_script
 
-from jet_export.bench.predict import Prediction, StepTable, Target, fit_steps, left_out_errors, lines, predict
+from jet_export.bench.predict import (
+    Prediction,
+    StepTable,
+    Target,
+    committed_tables,
+    fit_steps,
+    left_out_errors,
+    lines,
+    predict,
+)
 from jet_export.bench.roofline import step_bytes
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.memory import MemoryBudget, weight_bytes
@@ -130,6 +140,13 @@ def test_the_committed_tables_are_enough(model, precision) -> None:
     from jet_export.bench.predict import find_table
 
     assert find_table(model, precision, None).enough
+
+
+def test_the_packages_tables_are_those_of_the_results() -> None:
+    tables = load_script("tools/step_tables.py").tables()
+    assert {p: p.read_text(encoding="utf-8") for p in committed_tables()} == tables, (
+        "run benchmarks/tools/step_tables.py"
+    )
 
 
 def test_a_step_of_one_sequence_is_explained(table) -> None:

@@ -162,10 +162,18 @@ def test_more_positions_than_trained_is_a_warning_in_the_manifest(quick, tmp_pat
 
 
 def test_auto_never_picks_a_backend_unseen_on_the_architecture() -> None:
-    assert backends.choose_backend("auto", "x86_64").name == "inductor"
-    with pytest.raises(JetExportError, match="no engine kind has a committed result on sm_75"):
-        backends.choose_backend("auto", "sm_75")
+    seen = backends.choose_backend("auto", "x86_64")
+    assert (seen.name, seen.warning) == ("inductor", None) and ".py" not in seen.reason
     assert backends.choose_backend("inductor", "sm_75").reason == "asked for by name"
+
+
+@pytest.mark.parametrize("arch", ["aarch64", "sm_75"])
+def test_auto_is_inductor_with_a_warning_where_nothing_has_run(quick, tmp_path, monkeypatch, arch: str) -> None:
+    monkeypatch.setattr(backends, "SEEN_RUNNING", {})
+    choice = backends.choose_backend("auto", arch)
+    assert choice.name == "inductor" and f"running on {arch}: run jet-export verify" in str(choice.warning)
+    assert backends.choose_backend("inductor", arch).warning is None
+    assert any("has not been seen running on" in warning for warning in make_plan(options(tmp_path)).warnings)
 
 
 GPUS = {"sm_90": ("NVIDIA H100", "NVIDIA H200")}
@@ -175,7 +183,8 @@ def test_every_seen_backend_names_a_committed_result() -> None:
     """A test that builds, verifies and runs such an engine, or the JSON of a bundle that did on such a GPU."""
     root = ROOT
     for kinds in backends.SEEN_RUNNING.values():
-        for arch, path in kinds.items():
+        for arch, seen in kinds.items():
+            path = seen.file
             assert (root / path).is_file(), path
             if arch.startswith("sm_"):
                 result = json.loads((root / path).read_text())
