@@ -25,6 +25,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         environment.filters["tojson"] = _tojson
         self.source, self.special = source, special
+        self.knows_developers = "developer" in source
         try:
             self.template = environment.from_string(source)
             self.takes_tools = "tools" in find_undeclared_variables(environment.parse(source))
@@ -44,6 +45,8 @@ class ChatTemplate:
 
         if tools and not self.takes_tools:
             raise JetExportError("tools: the chat template has no place for them.", "Use --chat-template with one.")
+        if not self.knows_developers:  # such as Qwen's, which would leave them out
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         values = {"messages": messages, "tools": tools or None, "add_generation_prompt": generation_prompt}
         try:
             return self.template.render(**values, **self.special)

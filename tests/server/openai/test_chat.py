@@ -63,3 +63,21 @@ def test_a_template_that_fails_or_leaves_the_sandbox_is_refused(source: str) -> 
 def test_no_template() -> None:
     with pytest.raises(JetExportError, match="no template"):
         ChatTemplate("{% if %}", {})
+
+
+def test_developers_are_the_system_of_a_template_that_does_not_know_them() -> None:
+    messages = [{"role": "developer", "content": "be brief"}]
+    assert ChatTemplate("{{ messages[0].role }}", {})(messages) == "system"
+    assert ChatTemplate("{% if false %}developer{% endif %}{{ messages[0].role }}", {})(messages) == "developer"
+
+
+def test_json_is_as_transformers_writes_it() -> None:
+    """The keys in their order, and nothing escaped for HTML."""
+    assert ChatTemplate("{{ messages[0] | tojson }}", {})([{"role": "<é>", "a": "'"}]) == '{"role": "<é>", "a": "\'"}'
+
+
+def test_tools_need_a_template_that_has_them() -> None:
+    tools = [{"type": "function"}]
+    assert ChatTemplate("{{ tools | length }}", {})(USER, tools=tools) == "1"
+    with pytest.raises(JetExportError, match="no place for them"):
+        ChatTemplate("{% set tools = 1 %}{{ tools }}", {})(USER, tools=tools)
