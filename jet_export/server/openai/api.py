@@ -72,6 +72,10 @@ class Api:
         answer = ChatAnswer(self.name, self.engine.tokenizer, prompts)
         if box.tools:
             answer = ToolAnswer(self.name, self.engine.tokenizer, prompts, box)
+            if params.grammar and not box.required:  # it would keep the model from calling any
+                raise ApiError(
+                    400, "tools go with a response_format or grammar only if tool_choice asks for a call, or for none."
+                )
             params = replace(params, grammar=box.grammar() or params.grammar)
         return await self._answer(request, body, answer, params)
 

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
 from helpers.scripted_engine import ScriptedEngine  # noqa: E402
 
+from jet_export.runtime.grammar import Grammar  # noqa: E402
 from jet_export.server.openai.app import create_app  # noqa: E402
 from jet_export.server.openai.chat import ChatTemplate  # noqa: E402
 from jet_export.server.openai.options import ApiOptions  # noqa: E402
@@ -118,6 +119,15 @@ def test_tool_choice_none_leaves_the_text_alone() -> None:
     assert answer.message.content == CALL and answer.finish_reason == "stop"
 
 
+def test_a_response_format_goes_with_the_tool_choices_that_decide() -> None:
+    engine = ScriptedEngine((CALL, "stop"))
+    form = {"type": "json_object"}
+    ask(engine, response_format=form, tool_choice="none")
+    assert engine.submitted[-1][1].grammar == Grammar.json_object()
+    ask(engine, response_format=form, tool_choice="required")
+    assert engine.submitted[-1][1].grammar.kind == "tagged"
+
+
 def test_parallel_tool_calls() -> None:
     engine = ScriptedEngine((CALL + CALL, "stop"))
     assert len(ask(engine).choices[0].message.tool_calls) == 2
@@ -146,6 +156,7 @@ def test_the_published_template() -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "'x' is not one of tools"),
         ({"tool_choice": "required", "tools": []}, "required needs tools"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "tools go with a response_format or grammar only if"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "role user has no tool_calls"),
         ({"messages": [{"role": "assistant"}]}, "content is missing"),
