@@ -97,7 +97,7 @@ def run_evaluation(options: EvalOptions, emit: Callable[[str], None]) -> Evaluat
     if options.text:
         settings.read_text()
     emit(f"tasks: {', '.join(options.tasks)}")
-    loaded = load_tasks(options.tasks, settings)
+    loaded = load_tasks(options.tasks, settings, emit)
     outcomes = []
     with EvaluationProgress(emit) as progress:
         for directory, manifest in manifests.items():

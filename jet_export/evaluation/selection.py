@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,9 @@ def quiet_harness() -> None:
         raise JetExportError(f"eval needs lm-evaluation-harness ({e}).", f"{INSTALL}.") from None
 
 
-def load_tasks(names: Sequence[str], settings: TaskSettings) -> dict[str, Any]:
+def load_tasks(
+    names: Sequence[str], settings: TaskSettings, emit: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """The harness's tasks and groups, loaded: {"tasks": {name: Task}, "groups": {name: Group}}.
 
     A name that is a directory stands for all tasks in it. Raises JetExportError for a name that nobody has, and for
@@ -44,6 +46,7 @@ def load_tasks(names: Sequence[str], settings: TaskSettings) -> dict[str, Any]:
     if not wanted:
         raise JetExportError("--tasks: which?", f"Local tasks: {', '.join(local_tasks(settings))}.")
     if any(name not in manager.all_tasks for name in wanted):
+        emit("  reading lm-evaluation-harness's list of tasks ...")
         manager = _manager(directories, settings, defaults=True)
         _check_names(wanted, manager.all_tasks, local_tasks(settings))
     try:
