@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from serving_options import response_format
 from workload import KINDS, Request, requests
 
 from jet_export.bench.timer import percentile
@@ -41,6 +42,8 @@ class Answer:
 def body_of(model: str, kind: str, request: int, prompt: list[int], new: int) -> dict[str, Any]:
     options = dict(KINDS[kind])
     sampling = {"temperature": 0.0, **options.pop("sampling", {})}
+    if "grammar" in options:
+        options["response_format"] = response_format(options.pop("grammar"))
     return {
         "model": model,
         "prompt": prompt,

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 from jet_export.cli.options import parse_bytes
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
 
 PATIENT: dict[str, Any] = {"max_waiting": 100_000, "wait_timeout": 1e9}  # no request is refused
+
+ITEMS = Path()  # in place of a file: LONG_SCHEMA
+# Strings, numbers and punctuation, for as many tokens as a request asks for: no answer has all the items.
+LONG_SCHEMA = {
+    "type": "array",
+    "minItems": 10_000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "kind": {"enum": ["person", "place", "thing"]},
+            "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 4},
+            "active": {"type": "boolean"},
+        },
+        "required": ["name", "age", "kind", "tags", "active"],
+        "additionalProperties": False,
+    },
+}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +45,18 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--presence-penalty", type=float, default=0.0)
     group.add_argument("--frequency-penalty", type=float, default=0.0)
     group.add_argument("--logprobs", type=int, help="log probability of each token and of so many likely ones")
+    add_schema(group)
+
+
+def add_schema(group: Any) -> None:
+    text = "answers follow this JSON schema; without FILE: one that no answer completes"
+    group.add_argument("--schema", type=Path, nargs="?", const=ITEMS, metavar="FILE", help=text)
+
+
+def schema_of(args: argparse.Namespace) -> Any:
+    """The JSON schema that was asked for, or None."""
+    path = args.schema
+    return json.loads(path.read_text(encoding="utf-8")) if path and path != ITEMS else LONG_SCHEMA if path else None
 
 
 def params_of(args: argparse.Namespace, new: int, seed: int = 0) -> Params:
@@ -35,7 +69,13 @@ def params_of(args: argparse.Namespace, new: int, seed: int = 0) -> Params:
         presence_penalty=args.presence_penalty,
         frequency_penalty=args.frequency_penalty,
         logprobs=args.logprobs,
+        grammar=Grammar.json_schema(schema_of(args)) if args.schema else None,
     )
+
+
+def response_format(grammar: Grammar) -> dict[str, Any]:
+    """Of a JSON schema, as OpenAI-compatible servers take it."""
+    return {"type": "json_schema", "json_schema": {"name": "schema", "schema": json.loads(grammar.text)}}
 
 
 def sampling_of(params: Params) -> dict[str, Any]:
@@ -44,7 +84,9 @@ def sampling_of(params: Params) -> dict[str, Any]:
     values = {"top_k": params.sampling.top_k, "top_p": params.sampling.top_p, "min_p": params.sampling.min_p}
     values |= {name: getattr(params, name) for name in names}
     default = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | {name: getattr(Params(), name) for name in names}
-    given = {name: value for name, value in values.items() if value != default[name]}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value != default[name]}
+    if params.grammar is not None:
+        given["response_format"] = response_format(params.grammar)
     return {"temperature": params.sampling.temperature, **given}
 
 

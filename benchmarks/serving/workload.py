@@ -1,6 +1,6 @@
 """The same 256 requests for every engine: what a bundle serves of them, by sampling settings.
 
-    python benchmarks/serving/workload.py BUNDLE [--slots 64] [--through engine,async] [--kinds greedy,...]
+    python benchmarks/serving/workload.py BUNDLE [--slots 64] [--through engine,async] [--kinds greedy,schema]
 
 Prompts of about 512 random tokens, about 256 new ones (log-normal, sigma 0.5, one seed), all submitted together,
 --slots at once, end-of-sequence tokens ignored. `engine`: the caller takes the steps (LLM.generate's way). `async`:
@@ -8,6 +8,8 @@ AsyncLLM, a task a request. Output tokens/s from the first submission to the las
 tokens of a request, also as multiples of a plain decode step of --slots rows. It all runs once before, so that every
 CUDA graph is there. The ideal is a simulation of these requests at the engine's own speeds, measured first (decode
 steps by batch size, prompts of 16 x 2048; nothing overlaps: jet_export/bench/ideal.py); serving may exceed it.
+`schema`: structured output by a schema that no answer completes. Its masks are those of the bundle's tokenizer; a
+bundle of random weights without one takes --tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from serving_options import add_serving, given_serving, serving_of
+from serving_options import LONG_SCHEMA, add_serving, given_serving, serving_of
 
 from jet_export.backends.base import Engine
 from jet_export.backends.load import load_engine
@@ -32,6 +34,7 @@ from jet_export.bench.ideal import Ideal, Speeds, batch_sizes, measure_speeds, s
 from jet_export.bench.timer import percentile
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import load_tokenizer
@@ -45,7 +48,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "t 0.8 top_k 50": {"sampling": {"temperature": 0.8, "top_k": 50}},
     "repetition 1.1": {"repetition_penalty": 1.1},
     "5 logprobs": {"logprobs": 5},
+    "schema": {"grammar": Grammar.json_schema(LONG_SCHEMA)},
+    "schema t 1": {"grammar": Grammar.json_schema(LONG_SCHEMA), "sampling": {"temperature": 1.0}},
 }
+PLAIN = [kind for kind in KINDS if "grammar" not in KINDS[kind]]
 Request = tuple[list[int], int]  # prompt, new tokens
 
 
@@ -165,7 +171,8 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--through", default="engine,async")
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--kinds", default=",".join(PLAIN), help=f"of: {', '.join(KINDS)}")
+    parser.add_argument("--tokenizer", type=Path, help="directory whose tokenizer.json makes the schema's masks")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--output", type=Path, help="default: results/<gpu>/workload-<bundle>.json")
     add_serving(parser, slots=64)
@@ -179,8 +186,10 @@ def main() -> None:
         f"{ideal.decode_seconds:.2f} s, prompts in {ideal.prompt_seconds:.2f} s",
         flush=True,
     )
-    engine = BatchingEngine(loaded, load_tokenizer(options.bundle), -1, serving_of(options))
+    tokenizer = load_tokenizer(options.tokenizer or options.bundle)
+    engine = BatchingEngine(loaded, tokenizer, -1, serving_of(options))
     runs = {"engine": run_engine, "async": run_async}
+    engine.grammars.warm_up()
     run_engine(engine, work, "greedy")  # every CUDA graph that the work needs
     rows: list[dict[str, Any]] = []
     for kind in options.kinds.split(","):

@@ -307,7 +307,7 @@ def test_large_grammars_that_are_no_trouble(compiler) -> None:
 def test_a_grammar_is_compiled_once_and_few_are_kept(monkeypatch) -> None:
     compiler, compiled = GrammarCompiler(ByteTokenizer(), 128, ()), []
     plain = compiler._compile
-    monkeypatch.setattr(compiler, "_compile", lambda grammar: compiled.append(grammar) or plain(grammar))
+    monkeypatch.setattr(compiler, "_compile", lambda grammar: (compiled.append(grammar), plain(grammar))[1])
     grammar = Grammar.json_schema({"type": "string"})
     callers = [threading.Thread(target=compiler.compile, args=(grammar,)) for _ in range(8)]
     for t in callers:

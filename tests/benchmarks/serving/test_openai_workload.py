@@ -31,7 +31,7 @@ HERE = OneAfterTheOther()
 def test_every_kind_is_served_whole(script, processes, concurrency) -> None:
     work = [([i + 1] * (4 + i), 3 + i % 3) for i in range(7)]
     with server(async_llm()) as url:
-        for kind in ("greedy", "temperature 1", "t 0.8 top_p 0.95", "t 0.8 top_k 50"):
+        for kind in ("greedy", "temperature 1", "t 0.8 top_p 0.95", "t 0.8 top_k 50", "schema"):
             bodies = [script.body_of("mini", kind, i, prompt, new) for i, (prompt, new) in enumerate(work)]
             start, answers = script.run(HERE, processes, url, bodies, concurrency, 60.0)
             found = script.summary(start, answers, work)
