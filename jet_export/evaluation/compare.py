@@ -1,9 +1,10 @@
 """Standard errors of a task's metrics, and of the paired difference to a baseline on the same documents.
 
-A metric is either the mean of a value per document, or a ratio of sums, sum(x) / sum(w) (bits per byte: of nats and
-bytes). With the value R, document i has the influence
+A metric is f(R). R is the mean of a value per document, or a ratio of sums, sum(x) / sum(w) (bits per byte: of nats and
+bytes), a mean having w = 1; f is the identity, or what makes bits or a perplexity of log probabilities. To first order
+document i changes it by its influence
 
-    mean:   u_i = x_i - R                   ratio:   u_i = (x_i - R w_i) / mean(w)
+    u_i = f'(R) (x_i - R w_i) / mean(w)
 
 and the standard error is sqrt(sum(u_i^2) / (n (n - 1))). Two models answer the same documents, so the difference has
 the influence u_i - v_i of both: what documents have in common cancels, and small differences can be told from chance.
@@ -12,12 +13,31 @@ the influence u_i - v_i of both: what documents have in common cancels, and smal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jet_export.utils.errors import JetExportError
 
-RATIOS = {"bits_per_byte": -1 / math.log(2)}  # metric: what sum(x) / sum(w) is multiplied with
+Function = Callable[[float], float]
+
+
+def identity(r: float) -> float:
+    return r
+
+
+def perplexity(r: float) -> float:
+    return math.exp(-r)
+
+
+# Metric: f and f', of the harness's log probabilities.
+BITS = (lambda r: -r / math.log(2), lambda r: -1 / math.log(2))
+PERPLEXITY = (perplexity, lambda r: -math.exp(-r))
+FUNCTIONS: dict[str, tuple[Function, Function]] = {
+    "bits_per_byte": BITS,
+    "byte_perplexity": PERPLEXITY,
+    "word_perplexity": PERPLEXITY,
+    "perplexity": PERPLEXITY,
+}
 Value = float | tuple[float, float]  # of a document: x, or (x, w)
 
 
@@ -50,11 +70,11 @@ class Metric:
 
     def _influences(self) -> tuple[float, dict[int, float]]:
         """(the metric, each document's influence on it)"""
-        scale = RATIOS.get(self.name, 1.0)
+        f, slope = FUNCTIONS.get(self.name.split(",")[0], (identity, lambda r: 1.0))
         pairs = {i: v if isinstance(v, tuple) else (v, 1.0) for i, v in self.values.items()}
         weight = sum(w for _, w in pairs.values()) / len(pairs)
-        value = sum(x for x, _ in pairs.values()) / len(pairs) / weight
-        return scale * value, {i: scale * (x - value * w) / weight for i, (x, w) in pairs.items()}
+        r = sum(x for x, _ in pairs.values()) / len(pairs) / weight
+        return f(r), {i: slope(r) * (x - r * w) / weight for i, (x, w) in pairs.items()}
 
 
 def standard_error(influences: Sequence[float]) -> float | None:

@@ -33,6 +33,10 @@ def table(e: Evaluation) -> Table:
                 row += [shown(e.baseline.tasks[name].metrics[metric].estimate()), shown(difference, signed=True)]
             out.add_row(*row)
             label = ""
+        for metric, estimate in task.others.items():
+            row = [label, metric, str(estimate.n), shown(estimate)]
+            out.add_row(*row, *([shown(e.baseline.tasks[name].others[metric])] if e.baseline else []))
+            label = ""
     return out
 
 
@@ -102,6 +106,10 @@ def _task(e: Evaluation, name: str) -> dict[str, Any]:
             found["baseline"] = _estimate(e.baseline.tasks[name].metrics[metric].estimate())
             found["difference"] = _estimate(difference)
         metrics[metric] = found
+    for metric, estimate in task.others.items():
+        metrics[metric] = _estimate(estimate)
+        if e.baseline:
+            metrics[metric]["baseline"] = _estimate(e.baseline.tasks[name].others[metric])
     return {"documents": task.documents, "metrics": metrics, "harness": task.harness}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class TaskOutcome:
     """A task on one bundle."""
 
     documents: int
-    metrics: dict[str, Metric]  # those that a mean is taken of
+    metrics: dict[str, Metric]  # functions of a mean over documents
+    others: dict[str, Estimate]  # as the harness has them (F1, BLEU): without a paired difference
     harness: dict[str, Any]  # the harness's figures
     samples: list[dict[str, Any]]  # a document, its requests and the answers, each
 
@@ -85,9 +87,9 @@ def run_evaluation(options: EvalOptions, emit: Callable[[str], None]) -> Evaluat
     Raises JetExportError for bad options, tasks that do not exist, and bundles that cannot be loaded."""
     if options.limit is not None and options.limit < 1:
         raise JetExportError(f"--limit {options.limit}: not a number of documents.")
-    manifests = {d: Manifest.load(d) for d in options.bundles}
+    manifests = [Manifest.load(d) for d in options.bundles]
     quiet_harness()
-    shortest = min(m.limits.max_seq_len for m in manifests.values())
+    shortest = min(m.limits.max_seq_len for m in manifests)
     settings = TaskSettings(
         bundle=str(options.bundle),
         max_length=shortest - 1,
@@ -100,7 +102,7 @@ def run_evaluation(options: EvalOptions, emit: Callable[[str], None]) -> Evaluat
     loaded = load_tasks(options.tasks, settings, emit)
     outcomes = []
     with EvaluationProgress(emit) as progress:
-        for directory, manifest in manifests.items():
+        for directory, manifest in zip(options.bundles, manifests, strict=True):
             progress.label = directory.name
             outcomes.append(_on_bundle(directory, manifest, loaded, options, shortest, progress))
             free_cached(manifest.device)
@@ -152,12 +154,19 @@ def run_tasks(
 
 
 def _outcome(figures: Mapping[str, Any], samples: list[dict[str, Any]]) -> TaskOutcome:
-    values: dict[str, dict[int, Any]] = {}
+    values: dict[tuple[str, str], dict[int, Any]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-            values.setdefault(name, {})[sample["doc_id"]] = paired(sample[metric])
-    metrics = {n: Metric(n, v) for n, v in values.items() if all(x is not None for x in v.values())}
-    return TaskOutcome(
-        documents=len({s["doc_id"] for s in samples}), metrics=metrics, harness=dict(figures), samples=samples
+            values.setdefault((metric, sample["filter"]), {})[sample["doc_id"]] = paired(sample[metric])
+    outcome = TaskOutcome(
+        documents=len({s["doc_id"] for s in samples}), metrics={}, others={}, harness=dict(figures), samples=samples
     )
+    for (name, kept), found in values.items():
+        label = name if kept == "none" else f"{name},{kept}"
+        metric, figure = Metric(label, found), figures[f"{name},{kept}"]
+        if None not in found.values() and math.isclose(metric.estimate().value, figure, rel_tol=1e-6, abs_tol=1e-9):
+            outcome.metrics[label] = metric
+        else:
+            stderr = figures.get(f"{name}_stderr,{kept}")
+            outcome.others[label] = Estimate(figure, stderr if isinstance(stderr, float) else None, len(found))
+    return outcome

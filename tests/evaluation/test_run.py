@@ -11,6 +11,7 @@ pytest.importorskip("lm_eval")
 
 from jet_export.cli.app import app
 from jet_export.evaluation import run, selection
+from jet_export.evaluation.compare import Estimate
 from jet_export.evaluation.progress import EvaluationProgress
 from jet_export.evaluation.tasks import text as tasks_of_text
 from jet_export.evaluation.tasks.settings import HELD_OUT
@@ -78,6 +79,18 @@ def test_a_directory_of_task_files(bundle, tmp_path, monkeypatch) -> None:
     found = evaluate(bundle, "--tasks", tasks)
     assert found.exit_code == 0, found.output
     assert "capitals" in found.output and "1.0000 ± 0.0000" in found.output
+
+
+def test_a_metric_that_is_no_mean_is_the_harness_own() -> None:
+    """Answers that are texts, and means that the task takes otherwise."""
+    samples = [
+        {"doc_id": i, "filter": "none", "metrics": ["acc", "best", "f1"], "acc": i, "best": i, "f1": ("a", "b", 1)}
+        for i in (0, 1)
+    ]
+    figures = {"acc,none": 0.5, "best,none": 1.0, "best_stderr,none": 0.1, "f1,none": 0.7, "f1_stderr,none": "N/A"}
+    found = run._outcome(figures, samples)
+    assert found.metrics.keys() == {"acc"}
+    assert found.others == {"best": Estimate(1.0, 0.1, 2), "f1": Estimate(0.7, None, 2)}
 
 
 @pytest.fixture
