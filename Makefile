@@ -6,8 +6,9 @@ BIN    := $(VENV)/bin
 TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch==2.11.0 || echo torch==2.13.0)
 READY  := $(VENV)/.ready
 DEMO   := bundles/jet-tiny-fp8-inductor
+LOAD   := build/load
 
-.PHONY: demo test lint types docs clean verify-tensorrt
+.PHONY: demo load test lint types docs constraints clean verify-tensorrt
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +47,28 @@ lint: $(READY) types docs
 # The documentation as a site, in build/site; a warning is an error. `$(BIN)/mkdocs serve` shows it while one writes.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# constraints.txt: the tested set, with hashes, for Python 3.11 on Linux x86-64. torch and the CUDA libraries that it brings
+# are left out: which build is the user's choice. Versions that are installed here are kept (uv: pip install uv).
+CUDA := cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 \
+	cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+constraints: $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check uv
+	$(BIN)/pip freeze --exclude-editable | grep -v '^torch=\| @ ' > build/installed.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11.7 --python-platform x86_64-manylinux_2_35 \
+		--generate-hashes --no-annotate --custom-compile-command "make constraints" -c build/installed.txt \
+		$(addprefix --no-emit-package ,torch $(CUDA)) --quiet -o constraints.txt
+
+# AIPerf (the extra `load`, more than 1 GB) in an environment of its own: 8 streams against jet-tiny, or BUNDLE=DIR.
+load: $(READY) $(LOAD)/.ready
+	test -d $(or $(BUNDLE),$(DEMO)) || $(BIN)/jet-export build --model jet-tiny --fp8
+	$(BIN)/python benchmarks/serving/aiperf_load.py $(or $(BUNDLE),$(DEMO)) --aiperf $(LOAD)/bin/aiperf
+
+$(LOAD)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LOAD)
+	$(LOAD)/bin/pip install -q --disable-pip-version-check $$($(BIN)/python -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["load"])')
+	touch $@
 
 clean:
 	rm -rf $(VENV) build bundles *.egg-info
