@@ -28,6 +28,7 @@ from jet_export.server.openai.openapi import accepts, describe, failures, genera
 from jet_export.server.openai.options import ApiOptions
 from jet_export.server.openai.page import serve_page
 from jet_export.server.openai.protocol import ApiError, ChatBody, CompletionBody, refusal
+from jet_export.server.openai.spans import without_spans
 from jet_export.server.openai.tokenization import DetokenizeBody, Tokenization, TokenizeBody
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.version import __version__
@@ -47,7 +48,8 @@ def create_app(
         async with engine.running():
             yield
 
-    app = FastAPI(title="jet-export", lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load scripts
+    quiet = without_spans(FastAPI)
+    app = FastAPI(title="jet-export", lifespan=lifespan, docs_url=None, redoc_url=None, **quiet)  # they load scripts
     app.add_api_route("/v1/completions", api.completions, methods=["POST"], **generates(CompletionBody))
     app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"], **generates(ChatBody))
     tokenization = Tokenization(api, tokenizer_config or {})

@@ -13,7 +13,7 @@ from jet_export.server.openai.protocol import ApiError, ChatBody, CompletionBody
 
 TEXT = (ROOT / "docs" / "openai-fields.md").read_text(encoding="utf-8")
 ACCEPTED, REFUSED = TEXT.split("## Refused")
-NEEDED = {CompletionBody: {"prompt": "p"}, ChatBody: {"messages": [{"role": "user", "content": "c"}]}}
+NEEDED: dict[type, dict] = {CompletionBody: {"prompt": "p"}, ChatBody: {"messages": [{"role": "user", "content": "c"}]}}
 IN = {"both": (CompletionBody, ChatBody), "completions": (CompletionBody,), "chat": (ChatBody,)}
 
 

@@ -20,11 +20,17 @@ TEMPLATE = "{% if tools %}{{ tools | length }} tools {% endif %}{{ messages[-1].
 CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"]}
 SCHEMA = {**CITY, "additionalProperties": False, "$defs": {"city": {"enum": ["Paris", "Rome"]}}}
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
-TOOLS = [
+TOOLS: list[dict] = [
     {"type": "function", "function": {"name": name, "parameters": schema}}
     for name, schema in (("weather", SCHEMA), ("now", NOTHING))
 ]
-BODY = {"model": "mini", "messages": [{"role": "user", "content": "?"}], "tools": TOOLS, "max_tokens": 300, "seed": 1}
+BODY: dict = {
+    "model": "mini",
+    "messages": [{"role": "user", "content": "?"}],
+    "tools": TOOLS,
+    "max_tokens": 300,
+    "seed": 1,
+}
 
 
 class Ascii(ByteTokenizer):
