@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.attention_prefill import LOG2E, attend_tiles, dot_operand, load_tile, page_of, softmax_step
-from jet_export.kernels.common import INTERPRET, dot_precision, fp32, sequence_bounds, wrap
+from jet_export.kernels.common import INTERPRET, await_inputs, dot_precision, fp32, gdc, sequence_bounds, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.rope_append import check_layout, context_of, load_rope, quantize
 
@@ -132,8 +132,9 @@ def attention_decode_kernel(
     qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o_s, lse_s,
     T, splits, M, P, pages, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MIXED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
+    await_inputs(GDC)
     G: tl.constexpr = HQ // HKV
     i_s, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p = context_of(context_lens, i_n, M, PAGE, WINDOW)
@@ -199,8 +200,9 @@ def attention_decode_kernel(
 def attention_combine_kernel(
     o_s, lse_s, cu_seqlens, slots, context_lens, o, T, splits, M, v_scale,
     HQ: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    BN: tl.constexpr, BS: tl.constexpr, MIXED: tl.constexpr,
+    BN: tl.constexpr, BS: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
+    await_inputs(GDC)
     i_d, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_t = i_n
     if MIXED:
@@ -269,10 +271,10 @@ def attention_decode_triton(
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
         HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=BD, PAGE=page, WINDOW=window,
         BM=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BN=BN,
-        PREC=dot_precision(qkv.dtype), MIXED=mixed, num_warps=num_warps, num_stages=num_stages,
+        PREC=dot_precision(qkv.dtype), MIXED=mixed, GDC=gdc(), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     wrap(attention_combine_kernel)[(triton.cdiv(head_dim, 32), num_heads, N)](
         o_s, lse_s, cu_seqlens, slots, context_lens, o, qkv.shape[0], splits, M, v_scale if fp8 else 1.0,
-        HQ=num_heads, DH=head_dim, BD=32, PAGE=page, WINDOW=window, BN=BN, BS=64, MIXED=mixed, num_warps=4,
+        HQ=num_heads, DH=head_dim, BD=32, PAGE=page, WINDOW=window, BN=BN, BS=64, MIXED=mixed, GDC=gdc(), num_warps=4,
     )  # fmt: skip
     return o

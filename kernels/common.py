@@ -9,7 +9,8 @@ or loops without bound. The results for invalid inputs are undefined.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,25 @@ def by_rows(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return f(F.pad(x, (0, -n % 64)).contiguous())[..., :n]
 
 
+_dependent_launch = False
+
+
+@contextmanager
+def dependent_launch(wanted: bool) -> Iterator[None]:
+    """Inside, kernels are compiled for programmatic dependent launch: see `await_inputs`. SM 9.0 and later."""
+    global _dependent_launch
+    before, _dependent_launch = _dependent_launch, wanted
+    try:
+        yield
+    finally:
+        _dependent_launch = before
+
+
+def gdc() -> bool:
+    """The GDC of a kernel that has `await_inputs`."""
+    return _dependent_launch and not INTERPRET
+
+
 def wrap(kernel: Any) -> Any:
     """The kernel as the body of a triton_op launches it. The interpreter's functions cannot and need not be traced."""
     return kernel if INTERPRET else torch.library.wrap_triton(kernel)
@@ -84,6 +104,18 @@ def dot_precision(dtype: torch.dtype) -> str:
 def num_chunks(num_tokens: int, num_sequences: int, chunk_size: int) -> int:
     """The host's bound on the chunks of ragged sequences: sequence n owns ids from cu_seqlens[n] // BT + n on."""
     return num_tokens // chunk_size + num_sequences
+
+
+@triton.jit
+def await_inputs(GDC: tl.constexpr):
+    """Nothing that earlier kernels of a step write may be read before this, and nothing written; weights may be read.
+
+    Launched by a programmatic edge of a CUDA graph (runtime/launch_edges.py) a kernel starts while the one before it
+    ends, and waits here until that has ended. Every program must come by, those that have nothing to do too: only
+    then has a kernel that has ended waited for all before it. Launched otherwise, this does nothing."""
+    if GDC:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -33,7 +33,7 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "delta_rule_decode": ({"state_dtype", "head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
     "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),
-    "gemv": ({"dtype", "out_features", "in_features"}, {"BN", "BK", "STAGES", "num_warps"}),
+    "gemv": ({"dtype", "out_features", "in_features", "normed", "gated"}, {"BN", "BK", "STAGES", "num_warps"}),
 }
 
 

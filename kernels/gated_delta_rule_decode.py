@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import sequence_bounds, slot_of, wrap
+from jet_export.kernels.common import await_inputs, gdc, sequence_bounds, slot_of, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state
 from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise
@@ -32,13 +32,14 @@ def decode_kernel(
     stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa, stride_gate, eps,
     OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr, OFF_Z: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, MIXED: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, N). OFF_*: the first column of q, k, v (u), g (a), gate in the rows of their tensors.
 
     NV: the number of V tiles, rounded up to a power of two."""
     i_h = tl.program_id(0)
     i_n = tl.program_id(1)
+    await_inputs(GDC)
     slot = slot_of(slots, i_n, S)
     held = tl.load(context_lens + i_n) > 0
     row = i_n.to(tl.int64)
@@ -149,7 +150,7 @@ def decode_delta_rule_triton(
         q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out,
         cu_seqlens, slots, context_lens, q.shape[0], recurrent_state.shape[0],
         q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0), gate.stride(0), eps,
-        OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, K=K, V=V, W=W, MIXED=mixed,
+        OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, K=K, V=V, W=W, MIXED=mixed, GDC=gdc(),
         **decode_config(recurrent_state, K, V),
     )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jet_export.model.mode import one_row_mode, onnx_mode
+from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import fp8_linear_node
 
 FP8 = torch.float8_e4m3fn
@@ -40,15 +40,6 @@ def widen(codes: Tensor) -> Tensor:
     bits = codes.view(torch.int8).to(torch.int16)  # the sign, extended over the upper byte
     half = (bits << 7) & ~0x4000
     return half.view(torch.float16).float() * 256.0
-
-
-def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), x [T, K] -> [T, N], of a linear layer; in the graph of one token a GEMV, as in Fp8Linear."""
-    if one_row_mode() and isinstance(layer, nn.Linear):
-        y: Tensor = torch.ops.jet.gemv(x, layer.weight, None, None, layer.bias, x.dtype)
-    else:
-        y = layer(x)
-    return y
 
 
 class Fp8Linear(nn.Module):
@@ -100,9 +91,6 @@ class Fp8Linear(nn.Module):
             return fp8_linear_node(x, self.weight, self.weight_scale, self.input_scale, self.bias)
         q = quantize(x, self.input_scale)
         y: Tensor
-        if one_row_mode():
-            y = torch.ops.jet.gemv(q, self.weight, self.input_scale, self.weight_scale, self.bias, x.dtype)
-            return y
         if x.device.type == "cpu":
             y = torch.mm(q.float(), widen(self.weight).t()) * (self.input_scale * self.weight_scale)
             return (y if self.bias is None else y + self.bias.float()).to(x.dtype)

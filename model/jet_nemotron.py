@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jet_export.kernels import attention as _attention  # noqa: F401  registers jet::attention
@@ -23,23 +22,10 @@ from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers 
 from jet_export.kernels.form import Form
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.model.fp8 import project
+from jet_export.model.linear import RMSNorm, norm_later, project, project_gated
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
 from jet_export.model.weights import CheckpointFiles, WeightedModel, check_tensors, load_checkpoint, save_checkpoint
-
-
-class RMSNorm(nn.Module):
-    """(w * x / sqrt(mean(x^2) + eps)) in fp32, one cast at the end (Qwen2 casts before the weight; this does not)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (self.weight.float() * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps))).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -48,9 +34,10 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(self.gate_up_proj, x).chunk(2, dim=-1)
-        return project(self.down_proj, F.silu(gate) * up)
+    def forward(self, h: Tensor, norm: RMSNorm) -> Tensor:
+        """h + MLP(norm(h))."""
+        x, later = norm_later(h, norm, self.gate_up_proj)
+        return project(self.down_proj, project_gated(self.gate_up_proj, x, later, self.down_proj), residual=h)
 
 
 class JetBlock(nn.Module):
@@ -70,17 +57,20 @@ class JetBlock(nn.Module):
         self.o_norm = nn.Parameter(torch.ones(V))
         self.o_proj = nn.Linear(D, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
-        qkuz = project(self.in_proj, x)  # [T, 2HK + 2D + R]
-        kappa = project(self.w2, F.silu(qkuz[:, -self.generator_dim :]))  # [T, D * W]
+    def forward(self, h: Tensor, norm: RMSNorm, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
+        """h + JetBlock(norm(h))."""
+        x, later = norm_later(h, norm, self.in_proj, self.ba_proj)
+        qkuz = project(self.in_proj, x, later)  # [T, 2HK + 2D + R]
+        kappa = project(self.w2, qkuz[:, -self.generator_dim :], silu=True)  # [T, D * W]
         conv_state, recurrent_state = state
         args = (
-            qkuz, project(self.ba_proj, x), kappa, self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
+            qkuz, project(self.ba_proj, x, later), kappa,
+            self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
             batch.cu_seqlens, batch.slots, batch.context_lens,
             self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form),
         )  # fmt: skip
         o = jet_block_node(*args) if onnx_mode() else torch.ops.jet.jet_block(*args)
-        return project(self.o_proj, o)
+        return project(self.o_proj, o, residual=h)
 
 
 class Attention(nn.Module):
@@ -97,16 +87,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        norm: RMSNorm,
+        cos_sin: Tensor,
+        batch: PackedBatch,
+        state: tuple[Tensor, ...],
+        form: Form,
+    ) -> Tensor:
+        """h + Attention(norm(h))."""
         (kv_cache,) = state
-        qkv = self.normed(project(self.qkv_proj, x))
+        qkv = self.normed(project(self.qkv_proj, *norm_later(h, norm, self.qkv_proj)))
         args = (
             qkv, cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
             batch.cu_seqlens, batch.slots, batch.context_lens,
             self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale, int(form),
         )  # fmt: skip
         o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args)
-        return project(self.o_proj, o)
+        return project(self.o_proj, o, residual=h)
 
     def normed(self, qkv: Tensor) -> Tensor:  # [T, (Hq + 2 Hkv) * Dh]
         """qkv with every head of q and k normalised over head_dim, in a model with qk-norm (Qwen3); else qkv itself."""
@@ -115,14 +114,6 @@ class Attention(nn.Module):
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = torch.split(torch.unflatten(qkv, 1, (-1, self.head_dim)), heads, 1)  # [T, heads, Dh]
         return torch.cat([self.q_norm(q), self.k_norm(k), v], 1).flatten(1)
-
-
-def add(h: Tensor, y: Tensor) -> Tensor:
-    """h + y. The sum of two 16-bit numbers is the same by way of fp32, and Inductor then adds in the kernel that reads
-    the sum next; it would give `h + x @ W` to cuBLAS, which first copies h."""
-    if h.dtype not in (torch.bfloat16, torch.float16) or onnx_mode():
-        return h + y
-    return (h.float() + y.float()).to(h.dtype)
 
 
 class DecoderLayer(nn.Module):
@@ -136,12 +127,10 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, h: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
-        x = self.input_layernorm(h)
-        if self.kind == "jet":
-            h = add(h, self.self_attn(x, batch, state, form))
-        else:
-            h = add(h, self.self_attn(x, cos_sin, batch, state, form))
-        return add(h, self.mlp(self.post_attention_layernorm(h)))
+        tail = (batch, state, form)
+        h = self.self_attn(h, self.input_layernorm, *(tail if self.kind == "jet" else (cos_sin, *tail)))
+        out: Tensor = self.mlp(h, self.post_attention_layernorm)
+        return out
 
 
 class PackedOutput(NamedTuple):

@@ -39,7 +39,7 @@ def library(x: Tensor, w: Tensor, one: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, scales: tuple[Tensor | None, Tensor | None], w: Tensor) -> Tensor:
-    y: Tensor = torch.ops.jet.gemv(x, w, *scales, None, BF16)
+    y: Tensor = torch.ops.jet.gemv(x, w, *scales, *[None] * 4, 0.0, False, False, BF16)
     return y
 
 
@@ -50,7 +50,7 @@ def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: fl
     copies = max(2, min(40, int(COPIES / nbytes)))
     weights = [torch.randn(N, K, device="cuda", dtype=BF16).to(dtype) for _ in range(copies)]
     x, one = torch.randn(1, K, device="cuda", dtype=BF16).to(dtype), torch.ones(1, device="cuda")
-    want = gemv_ref(x, weights[0], None, None, None, torch.float32)
+    want = gemv_ref(x, weights[0], *[None] * 6, 0.0, False, False, torch.float32)
     variants: dict[str, Callable[[], Any]] = {}
 
     def add(label: str, call: Callable[[Tensor], Tensor]) -> None:
@@ -63,7 +63,7 @@ def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: fl
     for rows in (16, 64, 128) if dtype == FP8 else ():
         many = x.float().repeat(rows, 1).to(dtype)
         add(f"library, {rows} rows", partial(library, many, one=one))
-    for use in tiles or [configs.lookup("gemv", dtype=dtype, out_features=N, in_features=K)]:
+    for use in tiles or [configs.lookup("gemv", dtype=dtype, out_features=N, in_features=K, normed=False, gated=False)]:
         if use["BK"] < 2 * K:
             with configs.override("gemv", use):
                 label = "gemv " + " ".join(f"{k}={v}" for k, v in use.items())

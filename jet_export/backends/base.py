@@ -23,6 +23,7 @@ class Engine(ABC):
     specs: list[StateSpec]
     dtype: torch.dtype
     device: torch.device
+    dependent_launch: bool = False  # its kernels wait for their inputs themselves, see kernels/common.py
 
     @abstractmethod
     def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ class Manifest:
     """`manifest.json`."""
 
     model: dict[str, Any]  # name, source, config (published layout), licence
-    backend: dict[str, Any]  # name, torch and triton versions
+    backend: dict[str, Any]  # name, torch and triton versions; dependent_launch: see kernels/common.py, await_inputs
     target: dict[str, Any]  # device type and what it must offer
     dtype: str
     kv_cache_dtype: str
@@ -58,6 +58,11 @@ class Manifest:
     @property
     def device(self) -> torch.device:
         return torch.device(self.target["device"])
+
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether the kernels that know it wait for their inputs themselves (kernels/common.py)."""
+        return self.backend.get("dependent_launch") is True
 
     @property
     def rebuild_command(self) -> str:

@@ -19,6 +19,11 @@ def host_target(device: torch.device) -> dict[str, Any]:
     return {"device": "cpu", "arch": platform.machine(), "isa": _cpu_isa()}
 
 
+def has_dependent_launch(target: dict[str, Any]) -> bool:
+    """Whether kernels for this target may wait for their inputs themselves: from SM 9.0 on."""
+    return target["device"] == "cuda" and int(str(target.get("arch", "sm_0")).removeprefix("sm_")) >= 90
+
+
 def _cpu_isa() -> list[str]:
     """The vector extensions of this CPU, which -march=native may have used."""
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jet_export.runtime.calls import CallSize
+from jet_export.runtime.launch_edges import overlap_launches
 
 
 @dataclass(kw_only=True)
@@ -44,16 +45,19 @@ class GraphCache:
         self.mixed_logits: Tensor | None = None  # [most outputs, vocab], shared by the mixed graphs
         self.pool: Any = None
 
-    def capture(self, call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph of `call`, which runs twice, and its result."""
+    def capture(self, call: Callable[[], Tensor], overlap: bool = False) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The graph of `call`, which runs twice, and its result. `overlap`: by programmatic edges, see launch_edges.py."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode():
             call()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=overlap)
         with torch.inference_mode(), torch.cuda.graph(graph, pool=self.pool):
             result = call()
+        if overlap:
+            overlap_launches(graph.raw_cuda_graph())
+            graph.instantiate()
         self.pool = self.pool or graph.pool()
         return graph, result
 

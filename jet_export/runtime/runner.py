@@ -211,7 +211,7 @@ class Runner:
             held.add_(used)
             return logits
 
-        graph, logits = self.graphs.capture(step)
+        graph, logits = self.graphs.capture(step, overlap=self.engine.dependent_launch)
         self.graphs.decode[bucket] = DecodeGraph(graph=graph, integers=integers, logits=logits)
         return self.graphs.decode[bucket]
 

@@ -262,12 +262,13 @@ def one_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
                 "slots": i32([0], device),
             }
             y = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            around = (None, None, None, 0.0, False, False)
             name = f"gemv {N} x {K} {str(dtype).removeprefix('torch.')}"
             out[name] = Problem(
                 name,
                 inputs,
-                over_inputs(gemv_triton, y, first=5),
-                over_inputs(gemv_ref, torch.float32, first=5),
+                over_inputs(gemv_triton, *around, y, first=5),
+                over_inputs(gemv_ref, *around, torch.float32, first=5),
                 ("x",),
             )
     return out

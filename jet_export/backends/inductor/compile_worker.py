@@ -53,7 +53,7 @@ def compile_mode(model: JetNemotronForCausalLM, manifest: Manifest, mode: str, d
     from jet_export.backends.inductor.package import compile_package, export_graph
 
     program = export_graph(model, mode, manifest.dtypes, manifest.limits)
-    compile_package(program, directory / f"{mode}.pt2")
+    compile_package(program, directory / f"{mode}.pt2", dependent=manifest.dependent_launch)
 
 
 def worker_command(directory: Path, mode: str) -> list[str]:

@@ -56,7 +56,7 @@ class InductorEngine(Engine):
 
     def __init__(self, manifest: Manifest, weights: dict[str, Tensor], graphs: dict[str, Package]) -> None:
         self.config, self.limits, self.device = manifest.config, manifest.limits, manifest.device
-        self.dtype = manifest.dtypes.model
+        self.dtype, self.dependent_launch = manifest.dtypes.model, manifest.dependent_launch
         self.specs = manifest.dtypes.specs(manifest.config)
         self.weights, self.graphs = weights, graphs  # kept alive: the packages hold pointers into the weights
 

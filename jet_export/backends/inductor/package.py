@@ -18,6 +18,7 @@ from jet_export.backends.graph import MODES, ONE_ROW, EngineGraph, dynamic_shape
 from jet_export.backends.inductor.workarounds import lasting_names
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
+from jet_export.kernels.common import dependent_launch
 from jet_export.kernels.form import Form
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.mode import graph_mode
@@ -39,8 +40,8 @@ def export_graph(model: JetNemotronForCausalLM, mode: str, dtypes: Dtypes, limit
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 
 
-def compile_package(program: ExportedProgram, path: Path) -> None:
-    """AOTInductor: one .pt2 without weights."""
+def compile_package(program: ExportedProgram, path: Path, dependent: bool = False) -> None:
+    """AOTInductor: one .pt2 without weights. `dependent`: its kernels may be launched by programmatic edges."""
     configs = {
         "aot_inductor.package_constants_in_so": False,
         "always_keep_tensor_constants": True,
@@ -56,6 +57,7 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
         torch._inductor.config.patch({"cpp.cxx": (None, cxx)}),  # torch takes $CXX for the name of one file
         quiet_torch(),
         lasting_names(),
+        dependent_launch(dependent),
     ):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 

@@ -34,7 +34,8 @@ from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS
 from jet_export.kernels.form import Form
 from jet_export.model.fp8 import Fp8Linear
-from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM, RMSNorm
+from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM
+from jet_export.model.linear import RMSNorm
 from jet_export.model.mode import graph_mode
 from jet_export.model.onnx_nodes import DOMAIN
 from jet_export.utils.errors import JetExportError
