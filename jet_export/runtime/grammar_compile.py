@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_STEP_ITEMS, MAX_ROW_ITEMS, MAX_LEXER_STATES, MAX_SYMBOLS = 5000, 2000, 50_000, 200_000
 STACK = 1 << 29  # bytes of address space; 1 MB of references to each other need a quarter
 MAX_CACHED, MAX_CACHED_BYTES = 64, 1 << 23  # grammars, and bytes of their texts
+MAX_GBNF = 1 << 15  # characters, as translating it takes time that grows with their square
 MAX_COMPILING = 64  # at once; further ones are refused
 NOTHING = "NoExtension"  # in llguidance's error where no text can follow
 MAX_REASON = 300  # characters
@@ -183,9 +184,9 @@ class GrammarCompiler:
             return LLMatcher.grammar_from_regex(grammar.text)
         if grammar.kind == "choice":
             options = " | ".join(json.dumps(text) for text in json.loads(grammar.text))
-            return _lark(f"start: CHOICE\nCHOICE: {options}\n", convert=False)
+            return _lark(f"start: CHOICE\nCHOICE: {options}\n")
         added = self.tokenizer.added_tokens
-        return _lark(_tagged(json.loads(grammar.text), tokenizer, added), convert=False)
+        return _lark(_tagged(json.loads(grammar.text), tokenizer, added))
 
 
 def in_loop(loop: asyncio.AbstractEventLoop, on_end: OnCompiled) -> OnCompiled:
@@ -198,6 +199,7 @@ def in_loop(loop: asyncio.AbstractEventLoop, on_end: OnCompiled) -> OnCompiled:
     return call
 
 
+_QUOTED = re.compile(r"\s*\d+ \|.*|[\s^~-]*")
 _STACK_SIZE = threading.Lock()  # of the threads that are started, which is one setting for all
 
 
@@ -211,11 +213,20 @@ def _with_options(schema: str) -> str:
     return f"{options[:-1]},{schema[1:]}" if schema.startswith("{") else schema
 
 
-def _lark(text: str, convert: bool = True) -> str:
+def _lark(text: str) -> str:
+    """`text`: Lark, or GBNF."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
-    return LLMatcher.grammar_from_lark(any_to_lark(text) if convert else text)
+    if not is_lark_syntax(text):
+        if len(text) > MAX_GBNF:
+            raise JetExportError(f"The GBNF grammar is longer than {MAX_GBNF} characters.", "Give it in Lark.")
+        try:
+            text = gbnf_to_lark(text)
+        except Exception as e:  # its own, and what Python raises for deep nesting
+            message = f"The grammar is neither Lark with a rule `start` nor GBNF: {_reason(str(e))}."
+            raise JetExportError(message) from None
+    return LLMatcher.grammar_from_lark(text)
 
 
 def _tagged(tagged: dict[str, Any], tokenizer: LLTokenizer, added: dict[str, int]) -> str:
@@ -241,7 +252,8 @@ def _reason(error: str) -> str:
     """llguidance's error, in a line."""
     for mark in ("<backtrace>", "<non-verbose/>"):
         error = error.partition(mark)[0]
-    line = " ".join(error.split()).removeprefix("panic: ").rstrip(".")
+    kept = [line for line in error.splitlines() if not _QUOTED.fullmatch(line)]  # without the grammar it quotes
+    line = " ".join(" ".join(kept).split()).removeprefix("panic: ").rstrip(".")
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
 
 

@@ -18,7 +18,7 @@ from jet_export.model.cache import PAGE
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.grammar import Grammar
-from jet_export.runtime.grammar_compile import MAX_CACHED, GrammarCompiler
+from jet_export.runtime.grammar_compile import MAX_CACHED, CompiledGrammar, GrammarCompiler
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.sequence import RunningSequence
@@ -270,6 +270,9 @@ REFUSED = [
     (lambda: Grammar.regex(""), "accepts no text"),
     (lambda: Grammar.regex("é"), "accepts no text"),  # of a vocabulary of 128 bytes
     (lambda: Grammar.lark("start: foo"), 'unknown name: "foo"'),
+    (lambda: Grammar.lark("sta"), "neither Lark with a rule `start` nor GBNF: Expected ::="),
+    (lambda: Grammar.lark("root ::= " + "(" * 5000), "neither Lark"),
+    (lambda: Grammar.lark("root ::= " + '"a" | ' * 8000 + '"b"'), "longer than 32768 characters"),
     (lambda: Grammar.lark("start: start"), "accepts no text"),
     (lambda: Grammar.lark("start: " + "(" * 5000 + '"a"' + ")" * 5000), "too deeply nested"),
     (lambda: Grammar.lark(chain(30000)), "longer than 262144 bytes"),
@@ -305,9 +308,14 @@ def test_large_grammars_that_are_no_trouble(compiler) -> None:
 
 
 def test_a_grammar_is_compiled_once_and_few_are_kept(monkeypatch) -> None:
-    compiler, compiled = GrammarCompiler(ByteTokenizer(), 128, ()), []
+    compiler, compiled = GrammarCompiler(ByteTokenizer(), 128, ()), list[Grammar]()
     plain = compiler._compile
-    monkeypatch.setattr(compiler, "_compile", lambda grammar: (compiled.append(grammar), plain(grammar))[1])
+
+    def counted(grammar: Grammar) -> CompiledGrammar:
+        compiled.append(grammar)
+        return plain(grammar)
+
+    monkeypatch.setattr(compiler, "_compile", counted)
     grammar = Grammar.json_schema({"type": "string"})
     callers = [threading.Thread(target=compiler.compile, args=(grammar,)) for _ in range(8)]
     for t in callers:
