@@ -115,7 +115,7 @@ class TokenMasks:
 
             cuda = self.device.type == "cuda"
             self._host = torch.empty(self.slots, words, dtype=torch.int32, pin_memory=cuda)
-            self._target = torch.empty_like(self._host, device=self.device) if cuda else self._host
+            self._target = torch.empty(self._host.shape, dtype=torch.int32, device=self.device) if cuda else self._host
             self._executor = LLExecutor(max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2)))
         return self._host, self._target
 

@@ -145,7 +145,7 @@ def test_every_kind(engine, overlap: bool) -> None:
         finish(service)
         outputs.append(heard)
     assert outputs[0] == outputs[1]
-    running = run(batching(engine, overlap), *((tokens(5, i), hot(120, g, i)) for i, (g, _) in enumerate(KINDS)))
+    running = run(batching(engine, overlap), *((tokens(5, i), hot(70, g, i)) for i, (g, _) in enumerate(KINDS)))
     for sequence, (grammar, check) in zip(running, KINDS, strict=True):
         complete = sequence.finish_reason == "stop"
         assert (complete and check(text_of(sequence))) or (not complete and grammar.kind in ("json_schema", "lark"))
