@@ -14,7 +14,7 @@ from helpers.serving import async_llm, server, wait_until
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[-1].content }}{{ messages[-1].tool_calls | tojson }}"
 )
-BODY = {"model": "mini", "prompt": "abc", "max_tokens": 12, "temperature": 0}
+BODY = {"model": "mini", "prompt": "abc", "max_tokens": 6, "temperature": 0}
 CHAT = {"model": "mini", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 JSON = {"Content-Type": "application/json"}
 DEEP = '{"a":' * 900 + "1" + "}" * 900
@@ -78,11 +78,11 @@ def test_each_is_refused_and_changes_nothing(address, llm) -> None:
 
     alone = [good(i) for i in range(3)]
     with ThreadPoolExecutor(4) as pool:
-        among = [pool.submit(good, i) for i in range(12)]
+        among = [pool.submit(good, i) for i in range(6)]
         for name, (path, content, headers, status) in ODD.items():
             answer = ask(path, content, headers)
             assert answer.status_code == status, (name, answer.text)
             assert answer.json()["error"]["message"] and len(answer.content) < 1000, name
-        assert [f.result() for f in among] == [alone[i % 3] for i in range(12)]
+        assert [f.result() for f in among] == [alone[i % 3] for i in range(6)]
     wait_until(lambda: not llm.batching.sequences)
     assert llm.batching.scheduler.slots.used == llm.batching.scheduler.memory.requests_pages == 0
