@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jet_export.model.jet_nemotron import JetNemotronForCausalLM
     from jet_export.runtime.async_llm import AsyncLLM
     from jet_export.runtime.capacity import Serving
+    from jet_export.runtime.grammar import Grammar
     from jet_export.runtime.llm import LLM, Completion
     from jet_export.runtime.params import Params
     from jet_export.runtime.sampling import Sampling
@@ -19,6 +20,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "Completion",
+    "Grammar",
     "JetNemotronConfig",
     "JetNemotronForCausalLM",
     "Params",
@@ -31,6 +33,7 @@ _MODULES = {
     "LLM": "jet_export.runtime.llm",
     "AsyncLLM": "jet_export.runtime.async_llm",
     "Completion": "jet_export.runtime.llm",
+    "Grammar": "jet_export.runtime.grammar",
     "Params": "jet_export.runtime.params",
     "Sampling": "jet_export.runtime.sampling",
     "Serving": "jet_export.runtime.capacity",

@@ -42,10 +42,10 @@ OnCompiled = Callable[[JetExportError | None], None]
 
 
 class CompiledGrammar:
-    """A grammar for one tokenizer. Any thread may call `matcher`."""
+    """A grammar for one tokenizer, which knows the tokens below `known`. Any thread may call `matcher`."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
-        self._matcher, self.tokenizer = matcher, tokenizer
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, known: int) -> None:
+        self._matcher, self.tokenizer, self.known = matcher, tokenizer, known
 
     def matcher(self) -> LLMatcher:
         """A new one, at the start of the grammar."""
@@ -57,6 +57,8 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer | ByteTokenizer, vocab: int, eos: Sequence[int]) -> None:
         self.tokenizer, self.vocab, self.eos = tokenizer, vocab, tuple(eos)
+        size = 256 if isinstance(tokenizer, ByteTokenizer) else tokenizer.largest_id + 1
+        self.known = min(vocab, size)  # tokens
         self._lock = threading.Lock()
         self._cached: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._compiling: dict[Grammar, Future[CompiledGrammar]] = {}
@@ -148,7 +150,7 @@ class GrammarCompiler:
                 break
             further.consume_tokens(ids)
             self._check(grammar, further)
-        return CompiledGrammar(matcher, tokenizer)
+        return CompiledGrammar(matcher, tokenizer, self.known)
 
     def _check(self, grammar: Grammar, matcher: LLMatcher) -> None:
         """Raises JetExportError if no token can follow."""
@@ -156,7 +158,7 @@ class GrammarCompiler:
         if matcher.is_error() and NOTHING not in matcher.get_error():
             raise JetExportError(f"The {grammar.name} cannot be used: {_reason(matcher.get_error())}.")
         ends = sum(1 << token for token in self._tokenizer().eos_tokens)
-        if not int.from_bytes(mask, "little") & ((1 << self.vocab) - 1) & ~ends:
+        if not int.from_bytes(mask, "little") & ((1 << self.known) - 1) & ~ends:
             raise JetExportError(f"The {grammar.name} accepts no text that this vocabulary spells.")
 
     def _tokenizer(self) -> LLTokenizer:

@@ -36,6 +36,7 @@ class AnswerMatcher:
         self.tokenizer, self.matcher = compiled.tokenizer, compiled.matcher()
         self.ends = frozenset(i for i in ends if i in self.tokenizer.eos_tokens or self.tokenizer.is_special_token(i))
         self.never_or_last = self.ends.union(self.tokenizer.eos_tokens)
+        self.known = compiled.known
         self.accepted = 0  # tokens
         self.error, self.closed = "", -1
 
@@ -100,6 +101,9 @@ class TokenMasks:
             m.error = m.matcher.get_error()
             row[:] = -1
             return
+        at = m.known >> 5
+        row[at : at + 1] &= (1 << (m.known & 31)) - 1
+        row[at + 1 :] = 0
         for token in m.never_or_last:
             row[token >> 5] &= ~_BITS[token & 31]
         if m.matcher.is_accepting():
