@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.presets import jet_2b, jet_4b, qwen3_1_7b
@@ -81,9 +82,9 @@ def hub_id_of(name: str) -> str | None:
     return hub_id if is_hub_id(hub_id) else None
 
 
-def resolve_checkpoint(name: str, code: bool = False) -> Path:
+def resolve_checkpoint(name: str, code: bool = False, bars: type[Any] | None = None) -> Path:
     """The directory with the weights of `name`, downloaded from the hub if it is not local. `code`: its Python files
-    too.
+    too. `bars`: the tqdm class that is told how much has come; None: the hub's.
 
     Raises JetExportError for an unknown name, or if the hub cannot be reached.
     """
@@ -93,7 +94,7 @@ def resolve_checkpoint(name: str, code: bool = False) -> Path:
     if found is not None:
         return found
     patterns = [*CHECKPOINT_FILES, *(["*.py"] if code else [])]
-    return _from_hub(name, lambda i: huggingface_hub.snapshot_download(i, allow_patterns=patterns))
+    return _from_hub(name, lambda i: huggingface_hub.snapshot_download(i, allow_patterns=patterns, tqdm_class=bars))
 
 
 def hub_config(name: str) -> JetNemotronConfig:

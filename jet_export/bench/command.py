@@ -29,6 +29,7 @@ from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.utils.environment import environment
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import check_directory, sha256_file, write_atomically
+from jet_export.utils.progress import Progress
 
 Emit = Callable[[str], None]
 SWEEP_TOKENS = 40  # decode steps of a sweep's case, with the dropped ones
@@ -132,16 +133,21 @@ def run_bundle(
     subject, run = load_subject(bundle, emit)
     cases, run.skipped, run.notes = plan_cases(options.asked, subject.room)
     if options.asked.protocol == "serving":
-        for case in cases:
-            run.serving.append(serve_case(subject, case, options.asked))
-            keep(run)
+        with Progress(emit).stage("measure", len(cases), lines=False) as stage:
+            for case in cases:
+                run.serving.append(serve_case(subject, case, options.asked))
+                keep(run)
+                stage.advance()
         return run
-    for case in with_sweep(cases, run.skipped, subject.room, options.asked.new_tokens) if sweep else cases:
-        try:
-            run.rows.append(subject.measure(case, options.fill_seconds, emit))
-        except torch.OutOfMemoryError:
-            run.skipped.append(skip(case, "out of memory", "a smaller --batch"))
-        keep(run)
+    cases = with_sweep(cases, run.skipped, subject.room, options.asked.new_tokens) if sweep else cases
+    with Progress(emit).stage("measure", len(cases), lines=False) as stage:
+        for case in cases:
+            try:
+                run.rows.append(subject.measure(case, options.fill_seconds, emit))
+            except torch.OutOfMemoryError:
+                run.skipped.append(skip(case, "out of memory", "a smaller --batch"))
+            keep(run)
+            stage.advance()
     del subject
     free_cached(run.manifest.device)
     return run

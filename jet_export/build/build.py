@@ -34,13 +34,16 @@ from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import replace_directory
 from jet_export.utils.progress import Progress
 
+LOADED = 1e9  # bytes of weights a second, to say how long is left
+
 
 def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] = print) -> Path:
     """Build the bundle in a temporary directory beside the output, and rename it at the end. Returns the output.
 
     `command` is recorded in the manifest. Raises JetExportError; the output is then as it was.
     """
-    fetch_checkpoint(plan)
+    progress = Progress(emit)
+    fetch_checkpoint(plan, progress)
     require_backend(plan)
     inputs = build_inputs(plan)
     if up_to_date(plan, inputs):
@@ -52,7 +55,7 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
     tmp = plan.output.parent / f".{plan.output.name}.{os.getpid()}.tmp"
     tmp.mkdir()
     try:
-        manifest = _fill(plan, tmp, Progress(emit))
+        manifest = _fill(plan, tmp, progress)
         manifest.files = describe_files(tmp)
         manifest.build = {
             "command": command,
@@ -112,11 +115,11 @@ def _manifest(plan: BuildPlan, licence: str | None, quantization: dict[str, Any]
 
 def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
     """Every file of the bundle but the manifest, which is returned."""
-    with progress.stage("load weights"):
+    with progress.stage("load weights", expected=3 + plan.memory.weights / LOADED):
         model = load_model(plan)
         licence = copy_side_files(plan, tmp)
     manifest = _manifest(plan, licence, quantize_model(plan, model, tmp, progress))
-    with progress.stage("write weights"):
+    with progress.stage("write weights", expected=3 + plan.memory.weights / LOADED):
         tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
         save_tensors({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)
     if plan.backend.name == "inductor":
@@ -140,7 +143,7 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
 def _write_graph(plan: BuildPlan, model: JetNemotronForCausalLM, tmp: Path, progress: Progress) -> None:
     from jet_export.backends.onnx.export import write_onnx
 
-    with progress.stage("export and check the ONNX graph"):
+    with progress.stage("export and check the ONNX graph", expected=plan.seconds):
         write_onnx(model, tmp, plan.dtypes, plan.limits)
 
 

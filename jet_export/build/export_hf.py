@@ -54,12 +54,13 @@ def run_export(options: BuildOptions, target: str = "hf", emit: Callable[[str], 
     plan = make_plan(options)
     check_output(options.output, options.force)
     check_requirements(plan)
-    fetch_checkpoint(plan)
+    progress = Progress(emit)
+    fetch_checkpoint(plan, progress)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     tmp = options.output.parent / f".{options.output.name}.{os.getpid()}.tmp"
     tmp.mkdir()
     try:
-        write_export(plan, target, tmp, Progress(emit))
+        write_export(plan, target, tmp, progress)
         nbytes = sum(p.stat().st_size for p in tmp.glob("*.safetensors"))
         replace_directory(tmp, options.output)
     finally:

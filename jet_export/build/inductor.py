@@ -35,11 +35,11 @@ def write_packages(
     modes = modes_for(manifest.device.type, plan.options.decode_one)
     if model is None:
         free_cached(manifest.device)
-        with progress.stage(f"compile {', '.join(modes)} side by side"):
+        with progress.stage(f"compile {', '.join(modes)} side by side", expected=plan.seconds):
             compile_side_by_side(tmp, modes, progress.emit)
     else:
         for mode in modes:
-            with progress.stage(f"compile {mode}"):
+            with progress.stage(f"compile {mode}", expected=plan.seconds / len(modes)):
                 compile_mode(model, manifest, mode, tmp)
     with progress.stage("check that the packages load"):
         check_loads(tmp, manifest.device.type)

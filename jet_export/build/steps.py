@@ -21,7 +21,7 @@ from jet_export.model.weights import CheckpointFiles
 from jet_export.utils.compiler import find_compiler
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import DATA
-from jet_export.utils.progress import Progress
+from jet_export.utils.progress import Progress, hub_bars
 from jet_export.utils.version import __version__
 
 CALIBRATION = DATA / "calibration.txt"
@@ -60,12 +60,13 @@ def require_backend(plan: BuildPlan) -> None:
         require(plan)
 
 
-def fetch_checkpoint(plan: BuildPlan) -> None:
+def fetch_checkpoint(plan: BuildPlan, progress: Progress) -> None:
     """Download the plan's checkpoint, if it is not here yet, once everything else that the build needs is."""
     if not plan.download_bytes:
         return
     check_requirements(plan)
-    plan.directory = resolve_checkpoint(plan.options.model)
+    with progress.stage(f"download {plan.options.model}, where it is not in the hub's cache") as stage:
+        plan.directory = resolve_checkpoint(plan.options.model, bars=hub_bars(stage))
     plan.config = JetNemotronConfig.from_json_file(plan.directory / "config.json")
 
 
@@ -109,15 +110,16 @@ def quantize_model(
         progress.emit(f"    the checkpoint is FP8: {len(report.fp8)} projections as they are")
     elif o.fp8:
         batches = _calibration(plan, tmp)
-        with progress.stage("calibrate and quantise to FP8 (nvidia-modelopt)"):
-            report = quantize.quantize_fp8(model, batches, keep=o.keep, lm_head=o.fp8_lm_head)
+        with progress.stage("calibrate and quantise to FP8 (nvidia-modelopt)", len(batches)) as stage:
+            report = quantize.quantize_fp8(model, batches, keep=o.keep, lm_head=o.fp8_lm_head, progress=stage.at)
         for line in report.summary():
             progress.emit(f"    {line}")
     if kv_fp8 and has_kv_scales(plan):
         report.kv_scales = quantize.kv_scales(model)
     elif kv_fp8:
-        with progress.stage("calibrate the FP8 KV cache"):
-            report.kv_scales = calibrate.calibrate_kv_scales(model, _calibration(plan, tmp))
+        batches = _calibration(plan, tmp)
+        with progress.stage("calibrate the FP8 KV cache", len(batches)) as stage:
+            report.kv_scales = calibrate.calibrate_kv_scales(model, batches, stage.at)
     return report.to_dict() if report.fp8 or kv_fp8 else None
 
 

@@ -60,7 +60,7 @@ def write_engine(plan: BuildPlan, tmp: Path, progress: Progress, fp8: list[str])
         )
         shutil.copyfile(folder / LIBRARY, tmp / LIBRARY)
         shutil.copyfile(folder / TABLE, tmp / f"plugin_{TABLE}")
-    with progress.stage(f"{flavor.title}: parse and build"):
+    with progress.stage(f"{flavor.title}: parse and build", expected=plan.seconds):
         spec = BuildSpec(
             backend=flavor.backend,
             graph=str(graph),

@@ -14,6 +14,7 @@ from jet_export.search.database import PHASES, Database, Entry, MeasurementSetup
 from jet_export.search.executor import Executor
 from jet_export.search.locks import Claim, building, measuring
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.progress import Progress
 
 
 def never(cell: Cell, entry: Entry) -> bool:
@@ -67,16 +68,18 @@ class Measurer:
         self.discard_leftovers(c for c in wanted if not self.missing(c))
         pending = self.pending(wanted)
         total, notified = len(pending), False
-        while pending:
-            with self.claimed(pending, self.jobs) as mine:
-                missing = [c for c in mine if self.missing(c)]
-                self.build_and_measure(missing, total=total, before=total - len(pending))
-            if not mine:
-                if not notified:
-                    self.emit(f"  waiting for another search, which measures {len(pending)} of the engines")
-                notified = True
-                time.sleep(0.5)
-            pending = self.pending(pending)
+        with Progress(self.emit).stage("engines", total, lines=False) as stage:
+            while pending:
+                with self.claimed(pending, self.jobs) as mine:
+                    missing = [c for c in mine if self.missing(c)]
+                    self.build_and_measure(missing, total=total, before=total - len(pending))
+                if not mine:
+                    if not notified:
+                        self.emit(f"  waiting for another search, which measures {len(pending)} of the engines")
+                    notified = True
+                    time.sleep(0.5)
+                pending = self.pending(pending)
+                stage.at(total - len(pending))
 
     def pending(self, cells: list[Cell]) -> list[Cell]:
         """Cells that can still be measured; when time is up, only those that are built already."""

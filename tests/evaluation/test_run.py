@@ -140,7 +140,7 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal() -> None:
             progress("loglikelihood", done, 100)
             now += 1
     assert lines == [
-        "  b: loglikelihood, 100 requests ...",
+        "  b: loglikelihood ...",
         "  b: loglikelihood: 30/100, 70 s left",
         "  b: loglikelihood: 60/100, 40 s left",
         "  b: loglikelihood: 90/100, 10 s left",

@@ -24,7 +24,7 @@ WANTED = (
 def test_files_that_are_fetched(monkeypatch, tmp_path, code: bool) -> None:
     asked: dict[str, list[str]] = {}
 
-    def download(hub_id: str, allow_patterns: list[str]) -> str:
+    def download(hub_id: str, allow_patterns: list[str], tqdm_class: type | None) -> str:
         asked[hub_id] = allow_patterns
         return str(tmp_path)
 
