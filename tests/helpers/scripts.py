@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from helpers.paths import BENCHMARKS
@@ -9,7 +10,10 @@ from helpers.paths import BENCHMARKS
 
 def load_script(path: str) -> ModuleType:
     """`benchmarks/PATH`, imported as running it would: its own folder comes first on the path."""
-    script = BENCHMARKS / path
+    return load_file(BENCHMARKS / path)
+
+
+def load_file(script: Path) -> ModuleType:
     if str(script.parent) not in sys.path:
         sys.path.insert(0, str(script.parent))
     spec = importlib.util.spec_from_file_location(f"{script.stem}_script", script)
