@@ -134,9 +134,9 @@ def attention_decode_kernel(
     HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
-    await_inputs(GDC)
     G: tl.constexpr = HQ // HKV
-    i_s, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_s, i_h = tl.program_id(0), tl.program_id(1)
+    i_n = (tl.program_id(2) + await_inputs(GDC)).to(tl.int64)
     p = context_of(context_lens, i_n, M, PAGE, WINDOW)
     key_lo, tile_lo, tile_hi, per_split = tiles_of(p, splits, WINDOW, BN)
     tile = tile_lo + i_s * per_split
@@ -202,8 +202,8 @@ def attention_combine_kernel(
     HQ: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     BN: tl.constexpr, BS: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
-    await_inputs(GDC)
-    i_d, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_d, i_h = tl.program_id(0), tl.program_id(1)
+    i_n = (tl.program_id(2) + await_inputs(GDC)).to(tl.int64)
     i_t = i_n
     if MIXED:
         i_t = only_token(cu_seqlens, i_n, T)

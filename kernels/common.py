@@ -108,14 +108,20 @@ def num_chunks(num_tokens: int, num_sequences: int, chunk_size: int) -> int:
 
 @triton.jit
 def await_inputs(GDC: tl.constexpr):
-    """Nothing that earlier kernels of a step write may be read before this, and nothing written; weights may be read.
+    """0, to be added to what every address of data that earlier kernels of a step write is computed from.
 
     Launched by a programmatic edge of a CUDA graph (runtime/launch_edges.py) a kernel starts while the one before it
-    ends, and waits here until that has ended. Every program must come by, those that have nothing to do too: only
-    then has a kernel that has ended waited for all before it. Launched otherwise, this does nothing."""
+    ends, and waits here until that has ended; weights may be read before. Every program must come by, those that have
+    nothing to do too: only then has a kernel that has ended waited for all before it. Launched otherwise, this does
+    nothing. The order is one of data, since torch takes a kernel with an instruction of side effects to write to every
+    argument."""
+    zero = 0
     if GDC:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        zero = tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    return zero
 
 
 @triton.jit

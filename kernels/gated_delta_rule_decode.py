@@ -38,8 +38,7 @@ def decode_kernel(
 
     NV: the number of V tiles, rounded up to a power of two."""
     i_h = tl.program_id(0)
-    i_n = tl.program_id(1)
-    await_inputs(GDC)
+    i_n = tl.program_id(1) + await_inputs(GDC)
     slot = slot_of(slots, i_n, S)
     held = tl.load(context_lens + i_n) > 0
     row = i_n.to(tl.int64)

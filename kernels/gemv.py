@@ -126,7 +126,9 @@ def gemv_kernel(
         b_w = tl.load(p_w, mask=m_w, other=0.0)
         if GATED:
             b_w_up = tl.load(p_w + up, mask=m_w, other=0.0)
-        await_inputs(GDC)
+        zero = await_inputs(GDC) * 16  # known to be a multiple: x stays aligned
+        x += zero
+        residual += zero
         b_x = tl.load(x + o_k, mask=m_k, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(b_x * b_x, 0) / K + fp32(eps))
         b_a = factors(x, norm_weight, o_k, m_k, rstd, scale, NORM, SILU, QUANTISE)
@@ -134,7 +136,9 @@ def gemv_kernel(
         if GATED:
             b_up = tl.sum(products(b_w_up, b_a), 1)
     else:
-        await_inputs(GDC)
+        zero = await_inputs(GDC) * 16  # known to be a multiple: x stays aligned
+        x += zero
+        residual += zero
         b_acc = tl.zeros([BN, BK], tl.float32)
         if GATED:
             b_acc_up = tl.zeros([BN, BK], tl.float32)
