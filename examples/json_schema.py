@@ -30,11 +30,11 @@ BOOK = {
 
 def ask(client: OpenAI, model: str, prompt: str, schema: dict[str, Any], seed: int) -> Any:
     """The answer, parsed."""
-    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     answer = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": prompt}],
-        response_format=form,  # type: ignore[arg-type]
+        response_format=form,
         max_tokens=200,
         seed=seed,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 from openai import OpenAI
 
@@ -24,9 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     given = parser.parse_args(arguments)
 
-    client = OpenAI(base_url=given.url, api_key=os.environ.get("JET_API_KEY", "none"))
+    client: Any = OpenAI(base_url=given.url, api_key=os.environ.get("JET_API_KEY", "none"))
     model = given.model or client.models.list().data[0].id
-    messages: list[dict[str, str]] = []
+    messages: list[Any] = []
     for line in sys.stdin:
         if not line.strip():
             break
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         answer = ""
         for chunk in client.chat.completions.create(
             model=model,
-            messages=messages,  # type: ignore[arg-type]
+            messages=messages,
             max_tokens=given.max_tokens,
             temperature=given.temperature,
             stream=True,
