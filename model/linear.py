@@ -1,5 +1,5 @@
-"""The linear layers of a model with what stands around them. In the graph of one token each is one kernel, jet::gemv;
-elsewhere plain PyTorch, which compilers fuse as they like."""
+"""The linear layers of a model with what stands around them. In the graph of one token a layer is a jet::gemv, which
+takes all of it in if the graph is to be fused; elsewhere plain PyTorch, which compilers fuse as they like."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jet_export.model.fp8 import Fp8Linear
-from jet_export.model.mode import one_row_mode, onnx_mode
+from jet_export.model.fp8 import Fp8Linear, quantize
+from jet_export.model.mode import fused_mode, one_row_mode, onnx_mode
 
 
 class RMSNorm(nn.Module):
@@ -35,8 +35,8 @@ def add(h: Tensor, y: Tensor) -> Tensor:
 
 
 def fused(layer: nn.Module) -> bool:
-    """Whether the layer is a jet::gemv here."""
-    return one_row_mode() and isinstance(layer, (nn.Linear, Fp8Linear))
+    """Whether the layer is a jet::gemv here that takes in what stands around it."""
+    return fused_mode() and isinstance(layer, (nn.Linear, Fp8Linear))
 
 
 def norm_later(h: Tensor, norm: RMSNorm, *layers: nn.Module) -> tuple[Tensor, RMSNorm | None]:
@@ -56,7 +56,12 @@ def project(
     if fused(layer):
         return gemv(layer, x, norm, silu=silu, residual=residual, dtype=x.dtype if residual is None else residual.dtype)
     x = x if norm is None else norm(x)
-    y: Tensor = layer(F.silu(x) if silu else x)
+    x = F.silu(x) if silu else x
+    if one_row_mode() and isinstance(layer, (nn.Linear, Fp8Linear)):
+        codes = quantize(x, layer.input_scale) if isinstance(layer, Fp8Linear) else x
+        y = gemv(layer, codes, None, dtype=x.dtype)
+    else:
+        y = layer(x)
     return y if residual is None else add(residual, y)
 
 

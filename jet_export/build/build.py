@@ -26,7 +26,7 @@ from jet_export.build.steps import (
 from jet_export.bundle.dtypes import dtype_name
 from jet_export.bundle.manifest import WEIGHTS, Manifest, describe_files
 from jet_export.bundle.memory import free_cached
-from jet_export.bundle.target import has_dependent_launch, host_target
+from jet_export.bundle.target import host_target
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.weights import save_tensors
 from jet_export.plugins.targets import sm_name, sm_of_arch
@@ -100,7 +100,7 @@ def _manifest(plan: BuildPlan, licence: str | None, quantization: dict[str, Any]
         backend={
             "name": plan.backend.name,
             "reason": plan.backend.reason,
-            "dependent_launch": plan.backend.name == "inductor" and has_dependent_launch(plan.target),
+            "dependent_launch": plan.options.fuse_decode,
             **versions(plan.backend.name),
         },
         target=plan.target,

@@ -33,7 +33,9 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         "target": plan.target,
         **({"sms": list(plan.sms), "onnx kept": o.keep_onnx} if plan.sms else {}),
         **(
-            {"decode_one": o.decode_one} if plan.build_device.type == "cuda" and plan.backend.name == "inductor" else {}
+            {"decode_one": o.decode_one, "fuse_decode": o.fuse_decode}
+            if plan.build_device.type == "cuda" and plan.backend.name == "inductor"
+            else {}
         ),
         **({"tokenizer": sha256_file(tokenizer_directory(o.tokenizer) / TOKENIZER)} if o.tokenizer else {}),
         "versions": versions(plan.backend.name),

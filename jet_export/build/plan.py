@@ -13,7 +13,7 @@ from jet_export.build.backend_choice import BackendChoice, choose_backend
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import Memory, engine_memory, weight_bytes
-from jet_export.bundle.target import host_target, target_device
+from jet_export.bundle.target import has_dependent_launch, host_target, target_device
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
@@ -56,6 +56,7 @@ class BuildOptions:
     fetch_headers: bool = False
     keep_onnx: bool = False
     decode_one: bool = True  # on a GPU: a separate package to decode one sequence
+    fuse_decode: bool = False  # from SM 9.0 on: fused kernels for one sequence, launched by programmatic edges
 
 
 @dataclass(kw_only=True)
@@ -90,6 +91,11 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     backend = choose_backend(options.backend, target["arch"])
     if backend.name == "onnx":
         target.pop("isa", None)  # nothing is compiled
+    if options.fuse_decode and (backend.name != "inductor" or not has_dependent_launch(target)):
+        raise JetExportError(
+            f"--fuse-decode: not for {backend.name} on {target['arch']}.",
+            "It needs --backend inductor and SM 9.0 or newer.",
+        )
     dtypes = _dtypes(options)
     if backend.name in FLAVORS and FLAVORS[backend.name].needs_gpu and device.type != "cuda":
         raise JetExportError(

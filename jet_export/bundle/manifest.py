@@ -30,7 +30,7 @@ class Manifest:
     """`manifest.json`."""
 
     model: dict[str, Any]  # name, source, config (published layout), licence
-    backend: dict[str, Any]  # name, torch and triton versions; dependent_launch: see kernels/common.py, await_inputs
+    backend: dict[str, Any]  # name, torch and triton versions; dependent_launch: --fuse-decode was given
     target: dict[str, Any]  # device type and what it must offer
     dtype: str
     kv_cache_dtype: str
@@ -61,7 +61,8 @@ class Manifest:
 
     @property
     def dependent_launch(self) -> bool:
-        """Whether the kernels that know it wait for their inputs themselves (kernels/common.py)."""
+        """Whether kernels wait for their inputs themselves (await_inputs in kernels/common.py), and decode_one's linear
+        layers take in what stands around them."""
         return self.backend.get("dependent_launch") is True
 
     @property

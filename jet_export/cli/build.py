@@ -42,6 +42,14 @@ def build(
     decode_one: Annotated[
         bool, typer.Option("--decode-one/--no-decode-one", help="GPU: a faster package for one sequence alone.")
     ] = True,
+    fuse_decode: Annotated[
+        bool,
+        typer.Option(
+            "--fuse-decode",
+            help="Experimental, SM 9.0 on: for one sequence, norms and activations inside the linear layers' kernels; "
+            "decode steps whose kernels overlap. Not measured yet.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build an engine bundle from a checkpoint."""
@@ -73,6 +81,7 @@ def build(
         fetch_headers=fetch_headers,
         keep_onnx=keep_onnx,
         decode_one=decode_one,
+        fuse_decode=fuse_decode,
     )
     plan = make_plan(options)
     print_plan(plan)

@@ -46,7 +46,7 @@ class GraphCache:
         self.pool: Any = None
 
     def capture(self, call: Callable[[], Tensor], overlap: bool = False) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph of `call`, which runs twice, and its result. `overlap`: by programmatic edges, see launch_edges.py."""
+        """The graph of `call`, which runs twice, and its result. `overlap`: with launch_edges.py's edges."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode():

@@ -16,8 +16,9 @@ from jet_export.runtime.runner import Runner
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.transfer import to_device
 
-LOGITS_BYTES = 640 << 20  # of a call, at most; 2048 tokens of a vocabulary of 152 K in 16 bits
-SHARE = 64  # of a GPU's memory: 1/64, at most
+LOGITS_BYTES = 640 << 20  # of a call on a CPU, at most
+SHARE = 56  # on a GPU 1/56 of its memory: of 141 GB 8,200 tokens of a vocabulary of 152 K in 16 bits, which take the
+# GPU several times as long as the host needs to launch a call
 BLOCK = 64  # tokens that the kernels take at once: calls have whole blocks of a sequence
 
 
@@ -77,11 +78,11 @@ def score_chunks(chunks: Sequence[ScoredChunk], runner: Runner) -> tuple[list[Te
 
 
 def call_tokens(runner: Runner) -> int:
-    """Tokens of a call, at most: whole blocks where there is room for one, and no more than a prompt's chunk has."""
+    """Tokens of a call, at most: whole blocks where there is room for one."""
     engine, room = runner.engine, LOGITS_BYTES
     if engine.device.type == "cuda":
-        room = min(room, torch.cuda.get_device_properties(engine.device).total_memory // SHARE)
-    tokens = max(1, min(room // (engine.config.vocab_size * engine.dtype.itemsize), engine.limits.prefill_chunk))
+        room = int(torch.cuda.get_device_properties(engine.device).total_memory) // SHARE
+    tokens = max(1, min(room // (engine.config.vocab_size * engine.dtype.itemsize), engine.limits.max_prefill_tokens))
     return tokens // BLOCK * BLOCK or tokens
 
 

@@ -8,7 +8,8 @@ config.json and rank0.safetensors, one GPU. `layer_types`, `state_size`, `conv_k
 
 which are jet::jet_block's own layouts.
 
-trtllm-build has no such model: it needs one by `--model_cls_file`, which docs/backends/tensorrt-llm.md describes. Not tried.
+trtllm-build has no such model: it needs one by `--model_cls_file`, described in
+docs/backends/tensorrt-llm.md. Not tried.
 Source: cpp/tensorrt_llm/batch_manager/rnnStateManager.cpp, tensorrt_llm/models/recurrentgemma/model.py.
 """
 

@@ -1,4 +1,4 @@
-"""The state mapping in numbers: `python -m jet_export.trtllm.sizes` prints the tables of docs/backends/tensorrt-llm.md."""
+"""The state mapping in numbers: `python -m jet_export.trtllm.sizes` prints docs/backends/tensorrt-llm.md's tables."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from jet_export.build.build import run_build
 from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import weight_bytes
+from jet_export.bundle.target import has_dependent_launch
 from jet_export.model.hub import checkpoint_licence, licence_files
 from jet_export.utils.errors import JetExportError
 
@@ -35,11 +36,12 @@ def quick(monkeypatch):
     """Builds without exporting and compiling; returns the names of the packages that were "compiled"."""
     made = []
 
-    def compile_package(program, path: Path) -> None:
+    def compile_package(program, path: Path, dependent: bool) -> None:
+        assert not dependent  # on a CPU
         made.append(path.name)
         path.write_bytes(b"package")
 
-    monkeypatch.setattr(package, "export_graph", lambda *_: None)
+    monkeypatch.setattr(package, "export_graph", lambda *_, fused: None)
     monkeypatch.setattr(package, "compile_package", compile_package)
     monkeypatch.setattr(inductor, "check_loads", lambda directory, device: None)
     return made
@@ -90,7 +92,7 @@ def test_failure_leaves_nothing_and_keeps_the_old_bundle(quick, tmp_path, monkey
     make(options(tmp_path))
     before = {p.name: p.read_bytes() for p in (tmp_path / "out/bundle").iterdir()}
 
-    def broken(program, path: Path) -> None:
+    def broken(program, path: Path, dependent: bool) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -303,3 +305,10 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path) -> None:
             make_plan(options(tmp_path, tokenizer=given))
     with pytest.raises(JetExportError, match="--tokenizer: belongs to --random-weights"):
         make_plan(options(tmp_path, model="jet-tiny", random_weights=False, tokenizer=large))
+
+
+def test_fused_decode_is_refused_where_no_kernel_could_wait(tmp_path) -> None:
+    with pytest.raises(JetExportError, match=r"--fuse-decode: not for inductor.*\nIt needs .*SM 9"):
+        make_plan(options(tmp_path, fuse_decode=True))
+    assert [has_dependent_launch({"device": "cuda", "arch": f"sm_{sm}"}) for sm in (80, 89, 90, 120)] == [0, 0, 1, 1]
+    assert not has_dependent_launch({"device": "cpu", "arch": "x86_64"})

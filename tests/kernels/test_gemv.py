@@ -122,22 +122,24 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.jet.gemv, (x.bfloat16(), w, *scales, bias, *around, torch.bfloat16))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_fp8_layer_in_the_graph_of_one_token_is_the_layer(dtype):
+def test_an_fp8_layer_in_the_graph_of_one_token_is_the_layer(dtype, fused):
     linear = torch.nn.Linear(96, 48).to(dtype).requires_grad_(False)
     layer = Fp8Linear.from_linear(linear, 0.01, 0.02)
     x = torch.randn(1, 96).to(dtype)
-    with graph_mode("inductor", one_row=True):
+    with graph_mode("inductor", one_row=True, fused=fused):
         got = project(layer, x)
     assert got.dtype == dtype and relative_error(got, layer(x)) < (1e-6 if dtype == torch.float32 else 2**-8)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", [n for n in MINI_NAMES if "float32" in n])
-def test_the_graph_of_one_token_is_decode(name, tmp_path):
+def test_the_graph_of_one_token_is_decode(name, fused, tmp_path):
     golden = load_golden(DATA / name)
     model = golden.model(tmp_path)
     limits = Limits(max_batch_size=2, max_seq_len=128, prefill_chunk=64)
-    program = export_graph(model, ONE_ROW, Dtypes(model=torch.float32, kv_cache=torch.float32), limits)
+    program = export_graph(model, ONE_ROW, Dtypes(model=torch.float32, kv_cache=torch.float32), limits, fused)
     assert sum("gemv" in str(n.target) for n in program.graph.nodes) >= 4 * len(model.layers) + 1
     module = program.module()
     runners = [Runner(EagerEngine(model, limits, kv_dtype=torch.float32, state_dtype=torch.float32)) for _ in range(2)]

@@ -52,7 +52,7 @@ def compile_mode(model: JetNemotronForCausalLM, manifest: Manifest, mode: str, d
     """Write MODE.pt2, with the manifest's dtypes and limits."""
     from jet_export.backends.inductor.package import compile_package, export_graph
 
-    program = export_graph(model, mode, manifest.dtypes, manifest.limits)
+    program = export_graph(model, mode, manifest.dtypes, manifest.limits, fused=manifest.dependent_launch)
     compile_package(program, directory / f"{mode}.pt2", dependent=manifest.dependent_launch)
 
 

@@ -31,12 +31,14 @@ def modes_for(device: str, decode_one: bool = True) -> tuple[str, ...]:
     return (*MODES, ONE_ROW) if device == "cuda" and decode_one else MODES
 
 
-def export_graph(model: JetNemotronForCausalLM, mode: str, dtypes: Dtypes, limits: Limits) -> ExportedProgram:
-    """torch.export of one graph; `jet::` ops stay nodes."""
+def export_graph(
+    model: JetNemotronForCausalLM, mode: str, dtypes: Dtypes, limits: Limits, fused: bool = False
+) -> ExportedProgram:
+    """torch.export of one graph; `jet::` ops stay nodes. `fused`: those of decode_one take in what is around them."""
     args = example_inputs(model, dtypes, mode)
     shapes = dynamic_shapes(model, limits, mode)
     graph = EngineGraph(model, Form.MIXED if mode == "prefill" else Form.DECODE).eval()
-    with torch.no_grad(), quiet_torch(), graph_mode("inductor", one_row=mode == ONE_ROW):
+    with torch.no_grad(), quiet_torch(), graph_mode("inductor", one_row=mode == ONE_ROW, fused=fused):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 
 
