@@ -1,56 +1,29 @@
 """What users install: the wheel, made from the sdist, works without the checkout, and holds what it says."""
 
 import email
-import json
-import os
 import subprocess
-import sys
 import tarfile
-import venv
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.bundles import tiny_bundle
+from helpers.installed import Installed, distribution
 from helpers.paths import ROOT
 
 from jet_export.utils.version import __version__
 
 pytest.importorskip("build", reason="the package `build` is not installed")
 
-LAYERS = {"layer_types": ["jet"], "num_hidden_layers": 1, "max_window_layers": 1}
-
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory) -> Path:
-    """The folder of the sdist and of the wheel that was made from it."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
-    return folder
+    return distribution(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def installed(dist, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a command in a fresh environment with the wheel, outside of the tree. The environment's other packages are
-    this one's, whose editable install of the checkout it does not see."""
-    folder = tmp_path_factory.mktemp("user")
-    venv.create(folder / "env", with_pip=False, symlinks=True)
-    site = next((folder / "env").glob("lib/python*/site-packages"))
-    (site / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
-    python = folder / "env/bin/python"
-    wheel = next(dist.glob("*.whl"))
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--ignore-installed", str(wheel)], check=True)
-    hidden = ("PYTHONPATH", "TRITON_INTERPRET")
-    environment = {k: v for k, v in os.environ.items() if k not in hidden}
-
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
-        return subprocess.run([str(folder / "env/bin" / command[0]), *command[1:]], **options)
-
-    return run
+def installed(tmp_path_factory) -> Installed:
+    return Installed(tmp_path_factory)
 
 
 def test_the_licences_are_declared_and_in_both(dist) -> None:
@@ -93,17 +66,15 @@ def test_it_runs_outside_of_the_tree(installed) -> None:
     assert "largest batch within 20 ms a token" in most.stdout, most.stderr
 
 
-def test_it_builds_verifies_and_generates(installed, tmp_path) -> None:
-    """jet-tiny's architecture with fewer layers: what compiles once compiles often."""
-    config = json.loads((ROOT / "jet_export/data/jet-tiny/config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, **LAYERS}))
-    bundle = str(tmp_path / "bundle")
-    limits = ("--max-batch-size", "2", "--max-seq-len", "256", "--prefill-chunk", "64")
-    tokenizer = str(ROOT / "jet_export/data/jet-tiny")
-    weights = ("--random-weights", "--tokenizer", tokenizer)
-    built = installed("jet-export", "build", "--model", str(tmp_path), *weights, *limits, "--output", bundle)
-    assert built.returncode == 0, built.stderr[-3000:]
-    verified = installed("jet-export", "verify", bundle)
+def test_it_builds_verifies_and_generates(installed, tmp_path_factory) -> None:
+    """It has built the bundle that other tests use."""
+    bundle, text = str(tiny_bundle(tmp_path_factory)), tmp_path_factory.mktemp("text") / "heldout.txt"
+    text.write_text((ROOT / "jet_export/data/heldout.txt").read_text(encoding="utf-8")[:600], encoding="utf-8")
+    # Without recall and with little text, which take most of its time: tests/verify has them.
+    quick = (
+        "import jet_export.verify.quality as q; q.recall = lambda *_: {}; from jet_export.cli.app import main; main()"
+    )
+    verified = installed("python", "-c", quick, "verify", bundle, "--text", str(text))
     assert verified.returncode == 0 and "PASSED" in verified.stdout, verified.stdout + verified.stderr
     generated = installed("jet-export", "generate", bundle, "--prompt", "def ", "--max-new-tokens", "4")
     assert generated.returncode == 0 and "[4 tokens" in generated.stdout + generated.stderr, generated.stderr
