@@ -1,4 +1,4 @@
-"""docs/openai-fields.md lists the fields that are accepted, and those that are refused."""
+"""docs/serving/openai-fields.md lists the fields that are accepted, and those that are refused."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from helpers.paths import ROOT
 
 from jet_export.server.openai.protocol import ApiError, ChatBody, CompletionBody, parse
 
-TEXT = (ROOT / "docs" / "openai-fields.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs/serving/openai-fields.md").read_text(encoding="utf-8")
 ACCEPTED, REFUSED = TEXT.split("## Refused")
 NEEDED: dict[type, dict] = {CompletionBody: {"prompt": "p"}, ChatBody: {"messages": [{"role": "user", "content": "c"}]}}
 IN = {"both": (CompletionBody, ChatBody), "completions": (CompletionBody,), "chat": (ChatBody,)}
