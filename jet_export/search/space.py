@@ -97,7 +97,9 @@ def read_space(path: Path, preset: JetNemotronConfig) -> Space:
     except FileNotFoundError:
         raise JetExportError(f"--space {path}: no such file.", "docs/guides/search.md describes the format.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
-        raise JetExportError(f"--space {path}: not valid TOML: {e}.", "docs/guides/search.md describes the format.") from None
+        raise JetExportError(
+            f"--space {path}: not valid TOML: {e}.", "docs/guides/search.md describes the format."
+        ) from None
     try:
         return _Reader(path, values).space(preset)
     except OverflowError:
