@@ -19,7 +19,7 @@ GROUP = 8  # batch sizes whose plain steps count as one
 
 
 def usual_prompt_tokens(decoding: int) -> int:
-    """On a GPU. Measured on an H200 with jet-2b (docs/performance/h200.md); whole tiles together with the decoding rows."""
+    """On a GPU. Measured on an H200 with jet-2b (docs/performance/h200.md); whole tiles, with the decoding rows."""
     wanted = max(512.0, 288 + 4.5 * decoding)
     return math.ceil((wanted + decoding) / TILE) * TILE - SPARE - decoding
 
