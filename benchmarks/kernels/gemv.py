@@ -50,7 +50,7 @@ def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: fl
     copies = max(2, min(40, int(COPIES / nbytes)))
     weights = [torch.randn(N, K, device="cuda", dtype=BF16).to(dtype) for _ in range(copies)]
     x, one = torch.randn(1, K, device="cuda", dtype=BF16).to(dtype), torch.ones(1, device="cuda")
-    want = gemv_ref(x, weights[0], *[None] * 6, 0.0, False, False, torch.float32)
+    want = gemv_ref(x, weights[0], None, None, None, None, None, None, 0.0, False, False, torch.float32)
     variants: dict[str, Callable[[], Any]] = {}
 
     def add(label: str, call: Callable[[Tensor], Tensor]) -> None:

@@ -70,13 +70,13 @@ def service_sizes(slots: int, token_budget: int, prompt_tokens: Callable[[int], 
 
     `token_budget`: tokens of a step; `prompt_tokens`: those of prompts, where so many sequences decode beside them.
     """
-    sizes = set()
+    sizes: set[CallSize | None] = set()
     for sequences in range(1, slots + 1):
         longest = token_budget if sequences <= ALONE else min(token_budget, sequences + prompt_tokens(sequences))
         for tokens in range(sequences, longest + 1, 8):
             sizes.add(captured_size(tokens, sequences, limits))
         sizes.add(captured_size(longest, sequences, limits))
-    return sorted(sizes - {None}, key=lambda size: (-size.tokens, -size.sequences))
+    return sorted((s for s in sizes if s is not None), key=lambda size: (-size.tokens, -size.sequences))
 
 
 def pack(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import Structure, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_void_p
+from typing import Any
 
 # Kernels that call await_inputs; compilers add to their names.
 WAITING = ("gemv_kernel", "decode_kernel", "attention_decode_kernel", "attention_combine_kernel")
@@ -45,8 +46,8 @@ class CudaGraphError(RuntimeError):
 class Driver:
     """The few calls that are needed, by libcuda.so.1. `library` stands in for it in tests."""
 
-    def __init__(self, library: ctypes.CDLL | None = None) -> None:
-        self.library = library or ctypes.CDLL("libcuda.so.1")
+    def __init__(self, library: Any = None) -> None:
+        self.library: Any = library or ctypes.CDLL("libcuda.so.1")
 
     def call(self, name: str, *arguments: object) -> None:
         status = getattr(self.library, name)(*arguments)

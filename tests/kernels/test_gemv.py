@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +18,15 @@ from jet_export.backends.graph import ONE_ROW
 from jet_export.backends.inductor.package import export_graph
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
-from jet_export.kernels import configs
-from jet_export.kernels.gemv import gemv_ref, gemv_triton
+from jet_export.kernels import configs, gemv
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.linear import project
 from jet_export.model.mode import graph_mode
 from jet_export.runtime.runner import Runner
 
 FP8 = torch.float8_e4m3fn
+gemv_ref: Any = gemv.gemv_ref  # called with unpacked tuples, whose lengths types do not tell
+gemv_triton: Any = gemv.gemv_triton
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +45,10 @@ def inputs(N, K, dtype=torch.float32, device="cpu"):
     return x.to(dtype).to(device), w.to(dtype).to(device), scales, bias.to(device)
 
 
-ALONE = (None, None, None, 0.0, False, False)  # a linear layer with nothing around it
+ALONE: Any = (None, None, None, 0.0, False, False)  # a linear layer with nothing around it
 
 
-def launched(x, w, x_scale, w_scale, bias, dtype, around=ALONE):
+def launched(x, w, x_scale, w_scale, bias, dtype, around: Any = ALONE):
     """y by the kernel; what it leaves unwritten is NaN."""
     with poisoned():
         return gemv_triton(x, w, x_scale, w_scale, bias, *around, dtype)
@@ -77,7 +79,7 @@ def test_with_what_stands_around_it_the_kernel_is_the_reference(device, N, K, no
     norm_weight, residual = 0.5 + w[0].abs(), bias[None, :outputs] * 3
     around = (norm_weight if normed else None, residual if added else None, None, 1e-6, silu, gated)
     got = launched(x, w, None, None, bias, torch.float32, around)
-    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in around]
+    wide: Any = [t.double() if isinstance(t, torch.Tensor) else t for t in around]
     exact = gemv_ref(x.double(), w.double(), None, None, bias.double(), *wide, torch.float64)
     reference = gemv_ref(x, w, None, None, bias, *around, torch.float32)
     assert got.shape == (1, outputs)

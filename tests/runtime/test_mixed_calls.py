@@ -10,7 +10,7 @@ from helpers.eager_bundle import eager_engine
 from jet_export.bundle.limits import Limits
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
-from jet_export.runtime.params import Params
+from jet_export.runtime.params import Output, Params
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.tokenizer import ByteTokenizer
 
@@ -65,8 +65,13 @@ def test_a_service_has_every_graph_before_its_first_request(device: torch.device
         graphs = batching.runner.graphs
         captured = len(graphs.mixed), len(graphs.decode)
         ended = threading.Semaphore(0)
+
+        def hear(output: Output) -> None:
+            if output.finish_reason:
+                ended.release()
+
         for i in range(24):
-            batching.submit(text(1 + 13 * i % 90, i), Params(5 + i), lambda o: o.finish_reason and ended.release())
+            batching.submit(text(1 + 13 * i % 90, i), Params(5 + i), hear)
         assert all(ended.acquire(timeout=60) for _ in range(24))
     finally:
         batching.stop()
