@@ -8,37 +8,12 @@ token. Online softmax (arXiv 1805.02867) in every lane, which are joined at a ro
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS_REF = 64  # of the reference, in fp32 at once
-
-
-class TokenLogprobs(NamedTuple):
-    """Natural logarithms."""
-
-    chosen: Tensor  # [N] fp32
-    best: Tensor  # [N] fp32
-    best_token: Tensor  # [N] int32
-    lse: Tensor  # [N] fp32
-
-
-def token_logprobs_ref(
-    logits: Tensor,  # [N, V]
-    tokens: Tensor,  # [N] int64
-) -> TokenLogprobs:
-    """The specification, ROWS_REF rows at a time."""
-    parts = []
-    for x, t in zip(logits.split(ROWS_REF), tokens.split(ROWS_REF), strict=True):
-        x32 = x.float()
-        lse = x32.logsumexp(-1)
-        best, token = x32.max(-1)
-        parts.append((x32.gather(1, t[:, None])[:, 0] - lse, best - lse, token.int(), lse))
-    return TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))
+from jet_export.kernels.token_logprobs_ref import TokenLogprobs
 
 
 @triton.jit
@@ -83,8 +58,3 @@ def token_logprobs_triton(
         logits.stride(0), V=V, BV=min(2048, triton.next_power_of_2(V)), num_warps=8,
     )  # fmt: skip
     return TokenLogprobs(chosen, best, best_token, lse)
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
-    """By the kernel on a GPU."""
-    return token_logprobs_triton(logits, tokens) if logits.is_cuda else token_logprobs_ref(logits, tokens)

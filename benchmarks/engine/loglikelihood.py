@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from jet_export.kernels.token_logprobs import token_logprobs
 from jet_export.runtime.llm import LLM
+from jet_export.runtime.logprobs import token_logprobs
 from jet_export.runtime.params import Output, Params
 from jet_export.runtime.scoring import call_tokens
 from jet_export.utils.environment import write_result

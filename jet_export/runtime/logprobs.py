@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from jet_export.kernels.token_logprobs import token_logprobs
+from jet_export.kernels.token_logprobs_ref import TokenLogprobs, token_logprobs_ref
 from jet_export.runtime.params import Logprob
 from jet_export.runtime.transfer import copy_to_host, to_device
 
@@ -40,6 +40,15 @@ def launch_logprobs(
         }
 
     return wait
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
+    """By the kernel on a GPU."""
+    if not logits.is_cuda:
+        return token_logprobs_ref(logits, tokens)
+    from jet_export.kernels.token_logprobs import token_logprobs_triton  # imports Triton, which a CPU does without
+
+    return token_logprobs_triton(logits, tokens)
 
 
 def launch_prompt_logprobs(

@@ -208,7 +208,7 @@ def test_modelopts_reader_of_fp8_weights(fp8_model, written) -> None:
 def test_modelopts_deployment_reader() -> None:
     """modelopt.deploy.llm.LLM, its only loader of whole checkpoints, is TensorRT-LLM's."""
     pytest.importorskip("tensorrt_llm", reason="modelopt's loader of whole checkpoints needs tensorrt_llm and a GPU")
-    pytest.skip("needs a GPU: see docs/tensorrt-llm.md for the commands")
+    pytest.skip("needs a GPU: see docs/backends/tensorrt-llm.md for the commands")
 
 
 def test_shards_with_an_index(fp8_model, tmp_path, monkeypatch) -> None:

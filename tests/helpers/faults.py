@@ -146,9 +146,10 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj, self.down_proj = mlp.gate_up_proj, mlp.down_proj
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).float().chunk(2, dim=-1)
-        return self.down_proj((nn.functional.silu(gate) * up).to(x.dtype))
+    def forward(self, h: Tensor, norm: nn.Module) -> Tensor:
+        """h + MLP(norm(h))."""
+        gate, up = self.gate_up_proj(norm(h)).float().chunk(2, dim=-1)
+        return h + self.down_proj((nn.functional.silu(gate) * up).to(h.dtype))
 
 
 def other_rounding(eager: EagerEngine) -> EagerEngine:

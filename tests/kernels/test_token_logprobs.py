@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from jet_export.kernels.token_logprobs import token_logprobs, token_logprobs_ref, token_logprobs_triton
+from jet_export.kernels.token_logprobs import token_logprobs_triton
+from jet_export.kernels.token_logprobs_ref import token_logprobs_ref
+from jet_export.runtime.logprobs import token_logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

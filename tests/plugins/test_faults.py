@@ -27,7 +27,7 @@ from jet_export.plugins.library import NAME, library_for
 from jet_export.verify.onnx import forced_stage
 from jet_export.verify.verify import verify_engines
 
-DOC = DOCS / "tensorrt-faults.md"
+DOC = DOCS / "backends/tensorrt-faults.md"
 LAUNCHED = ["transposed stride", "wrong FP8 scale", "stale context_lens", "missing reformat", "swapped state binding"]
 UNSEEN = {("wrong FP8 scale", "JetBlock")}  # it has none
 

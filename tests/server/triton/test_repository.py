@@ -107,7 +107,7 @@ def test_a_repository_is_kept_replaced_or_refused(bundle, tmp_path) -> None:
 
 
 def test_the_table_in_the_documentation() -> None:
-    text = (DOCS / "triton.md").read_text(encoding="utf-8")
+    text = (DOCS / "serving/triton.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 5]
     assert rows == [f"| `{t.name}` | {t.kind} | [{t.dim}] | {t.help} |" for t in (*INPUTS, *OUTPUTS)]
 
