@@ -12,6 +12,7 @@ import typer
 
 from jet_export.cli.options import Bundle, Deterministic
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ def stream(bundle: Path, prompts: list[str], options: GenerateOptions) -> None:
     from jet_export.runtime.tokenizer import ByteTokenizer, TextStream
 
     start = time.monotonic()
-    llm = LLM(bundle, deterministic=options.deterministic)
+    with Progress(print).stage(f"load {bundle}", lines=False):
+        llm = LLM(bundle, deterministic=options.deterministic)
     loaded = time.monotonic() - start
     if isinstance(llm.tokenizer, ByteTokenizer):
         print("note: the bundle has no tokenizer: prompts are read as bytes, tokens printed as ids", file=sys.stderr)

@@ -23,6 +23,7 @@ from jet_export.server.openai.http import (
 )
 from jet_export.server.openai.options import ApiOptions
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.progress import Progress
 
 MAX_FRONTENDS = 64
 # Python's 5 ms are longer than a step: the engine's thread would wait that long for one that takes in requests.
@@ -83,7 +84,8 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
     template = load_chat_template(bundle, http.api.chat_template)
     defaults = load_sampling_defaults(bundle) if http.generation_config == "auto" else {}
     listener = listen(http.host, http.port)
-    llm = AsyncLLM(bundle, serving)
+    with Progress(log).stage(f"load {bundle}", lines=False):
+        llm = AsyncLLM(bundle, serving)
     raise_file_limit(log)
     sys.setswitchinterval(SWITCH_INTERVAL)
     name = str(Manifest.load(bundle).model["name"])
