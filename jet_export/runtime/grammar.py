@@ -79,14 +79,17 @@ class Grammar:
         return cls("choice", _json(listed))
 
     @classmethod
-    def tagged(cls, items: Iterable[tuple[str, Mapping[str, Any] | bool, str]], *, several: bool = False) -> Grammar:
+    def tagged(
+        cls, items: Iterable[tuple[str, Mapping[str, Any] | bool, str]], *, several: bool = False, free: bool = False
+    ) -> Grammar:
         """One of these, or `several` with a newline between two: a text, JSON that a schema accepts, another text.
         Added tokens of the tokenizer that stand in the texts, such as <tool_call>, are made as such, and spelled where
-        it has none of that name."""
+        it has none of that name. `free`: other text, in which none of those tokens stands, may come before, between
+        and after them, or alone; each must begin with such a token then."""
         listed = [{"begin": begin, "schema": schema, "end": end} for begin, schema, end in items]
         if not listed:
             raise JetExportError("tagged: no items.")
-        return cls("tagged", _json({"items": listed, "several": several}))
+        return cls("tagged", _json({"items": listed, "several": several, "free": free}))
 
 
 def _json(value: Any) -> str:

@@ -234,7 +234,13 @@ def _lark(text: str) -> str:
 def _tagged(tagged: dict[str, Any], tokenizer: LLTokenizer, added: dict[str, int]) -> str:
     """See Grammar.tagged, in Lark."""
     items = tagged["items"]
-    lines = [f"start: item{' (NEWLINE item)*' if tagged['several'] else ''}", "NEWLINE: /\\n/"]
+    if tagged["free"]:
+        lines = [f"start: TEXT (item TEXT){'*' if tagged['several'] else '?'}", "TEXT: /(.|\\n)*/"]
+        for text in (item["begin"] for item in items):
+            if not _literal(text, tokenizer, added).startswith("<["):
+                raise JetExportError(f"The tokenizer has no token {text.split(maxsplit=1)[0]}, with which calls begin.")
+    else:
+        lines = [f"start: item{' (NEWLINE item)*' if tagged['several'] else ''}", "NEWLINE: /\\n/"]
     lines.append("item: " + " | ".join(f"item_{i}" for i in range(len(items))))
     for i, item in enumerate(items):
         begin, end = (_literal(item[name], tokenizer, added) for name in ("begin", "end"))

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from helpers.paths import ROOT
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from jet_export.runtime.grammar_compile import GrammarCompiler
 from jet_export.runtime.grammar_masks import AnswerMatcher, TokenMasks
 from jet_export.runtime.sampler import unpacked
 from jet_export.runtime.tokenizer import Tokenizer, load_tokenizer
+from jet_export.utils.errors import JetExportError
 
 JET_TINY = ROOT / "jet_export" / "data" / "jet-tiny"
 VOCAB, END = 4200, 0
@@ -85,3 +87,48 @@ def test_rows_without_a_grammar_and_rows_that_fail_allow_everything(compiler) ->
     assert bad.error and rows[0].all() and rows[2].all() and 0 < rows[1].sum() < 10
     bad.rewind([])
     assert bad.error  # it stays
+
+
+CALL, CALLED = "<tool_call>", "</tool_call>"
+CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+ITEMS = [(f"{CALL}\n", {**CITY, "additionalProperties": False}, f"\n{CALLED}")]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["added", "special"])
+def chat_compiler(request, tmp_path_factory) -> GrammarCompiler:
+    """jet-tiny's tokens and two that delimit calls, declared as the published tokenizer does, or as special ones."""
+    tokens = tokenizers.Tokenizer.from_file(str(JET_TINY / "tokenizer.json"))
+    delimiters = [tokenizers.AddedToken(text, special=request.param) for text in (CALL, CALLED)]
+    (tokens.add_special_tokens if request.param else tokens.add_tokens)(delimiters)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokens.save(str(path))
+    return GrammarCompiler(Tokenizer(path), VOCAB, (END,))
+
+
+@pytest.mark.parametrize(
+    ("answer", "several", "fits"),
+    [
+        ("Hello.\n<b>", True, True),
+        (f'Well, {CALL}\n{{"city": "Rome"}}\n{CALLED} then', True, True),
+        (f'{CALL}\n{{"city": "Rome"}}\n{CALLED}\n{CALL}\n{{"city": "Oslo"}}\n{CALLED}', True, True),
+        (f'{CALL}\n{{"city": "Rome"}}\n{CALLED}\n{CALL}\n{{"city": "Oslo"}}\n{CALLED}', False, False),
+        (f'{CALL}\n{{"city": "Bonn"}}\n{CALLED}', True, False),
+        (f'{CALL}\n{{"city": "Rome", "day": 1}}\n{CALLED}', True, False),
+        (f'{CALL}\n{{"city": "Rome"}}', True, False),  # begun and not ended
+        (f"{CALLED}", True, False),
+    ],
+)
+def test_free_text_around_what_is_tagged(chat_compiler, answer: str, several: bool, fits: bool) -> None:
+    m = matcher(chat_compiler, Grammar.tagged(ITEMS, several=several, free=True))
+    for token in [*chat_compiler.tokenizer.encode(answer), END]:
+        (mask,) = allowed(m)
+        if not mask[token]:
+            assert not fits
+            return
+        m.accept(token)
+    assert fits and not m.error
+
+
+def test_free_text_needs_a_token_that_begins_a_call(compiler) -> None:
+    with pytest.raises(JetExportError, match="no token <tool_call>"):
+        compiler.compile(Grammar.tagged(ITEMS, free=True))

@@ -51,12 +51,15 @@ class Toolbox:
         return [t.plain() for t in self.shown]
 
     def grammar(self) -> Grammar | None:
-        """Of an answer that has to call a function; None if it need not. The arguments' schemas are documents of their
-        own, in which references resolve."""
-        if not self.required:
+        """Of an answer that has to call a function, or may call a `strict` one, whose arguments then follow its
+        schema; None if it may be anything. The arguments' schemas are documents of their own, in which references
+        resolve."""
+        strict = any(t.function.strict for t in self.tools)
+        if not self.required and not strict:
             return None
         calls = []
         for tool in self.tools:
             begin = '<tool_call>\n{"name": ' + json.dumps(tool.function.name) + ', "arguments": '
-            calls.append((begin, {"type": "object", **(tool.function.parameters or {})}, "}\n</tool_call>"))
-        return Grammar.tagged(calls, several=self.several)
+            schema = (tool.function.parameters if self.required or tool.function.strict else None) or {}
+            calls.append((begin, {"type": "object", **schema}, "}\n</tool_call>"))
+        return Grammar.tagged(calls, several=self.several, free=not self.required)

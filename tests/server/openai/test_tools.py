@@ -128,6 +128,17 @@ def test_a_response_format_goes_with_the_tool_choices_that_decide() -> None:
     assert engine.submitted[-1][1].grammar.kind == "tagged"
 
 
+def test_strict_functions_keep_to_their_schemas_where_the_model_may_call() -> None:
+    engine = ScriptedEngine((CALL, "stop"))
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    ask(engine, tools=[strict, {"type": "function", "function": {"name": "now", "parameters": {"required": ["x"]}}}])
+    grammar = json.loads(engine.submitted[-1][1].grammar.text)
+    assert grammar["free"] and grammar["several"]
+    assert [item["schema"] for item in grammar["items"]] == [SCHEMA, {"type": "object"}]
+    ask(engine)
+    assert engine.submitted[-1][1].grammar is None
+
+
 def test_parallel_tool_calls() -> None:
     engine = ScriptedEngine((CALL + CALL, "stop"))
     assert len(ask(engine).choices[0].message.tool_calls) == 2
