@@ -29,6 +29,11 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         for bn, bk, w, s in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (4, 8), (1, 3))
         if 16 <= bn * bk // (32 * w) <= 64
     ],
+    "skinny_gemm": [
+        dict(BN=64, BK=bk, STAGES=st, SPLITS=sp, num_warps=4)
+        for bk, st, sp in itertools.product((64, 128, 256), (3, 4, 6), (1, 2, 4, 5, 6, 7, 10, 14))
+        if st * bk <= 768
+    ],
 }
 
 GEMV_SIZES = {  # out_features, in_features
