@@ -2,7 +2,8 @@
 
     y = (sum_s p_s) x_scale w_scale + bias      rounded
     h = residual + y                            rounded
-    a = RMS(h) norm_weight                      rounded;  E4M3(a / y_scale) with y_scale
+    a = RMS(h) norm_weight                      rounded
+    codes = E4M3(a / y_scale)                   with y_scale
 
 p [S, M, N] in fp32, summed in the order of s. The scales [1], fp32, of an FP8 layer (model/fp8.py) come together.
 """
@@ -35,21 +36,23 @@ def add_norm_ref(
     norm_weight: Tensor,  # [N]
     y_scale: Tensor | None,  # [1]
     norm_eps: float,
-) -> tuple[Tensor, Tensor]:  # h [M, N]; a [M, N], float8_e4m3fn with y_scale
+    values: bool,  # whether a is wanted
+) -> tuple[Tensor, Tensor, Tensor]:  # h, a and codes [M, N]; what is not wanted [0]
     """The specification."""
     dtype, acc = residual.dtype, acc_dtype(residual.dtype)
     y = scaled(partials.to(acc).sum(0), x_scale, w_scale, bias, dtype)
     h = (residual.to(acc) + y.to(acc)).to(dtype)
     h32 = h.to(acc)
     a = (norm_weight.to(acc) * (h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + norm_eps))).to(dtype)
-    return h, a if y_scale is None else to_codes(a.to(acc), y_scale)
+    codes = a.new_empty(0, dtype=FP8) if y_scale is None else to_codes(a.to(acc), y_scale)
+    return h, a if values else a.new_empty(0), codes
 
 
 @triton.jit(do_not_specialize=["M"])
 def add_norm_kernel(
-    partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, h, a, M, eps,
-    N: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, CODES: tl.constexpr,
-    GDC: tl.constexpr, BN: tl.constexpr,
+    partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, h, a, codes_out, M, eps,
+    N: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, VALUES: tl.constexpr,
+    CODES: tl.constexpr, GDC: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid (M): a program a token, all N columns."""
     o_n = tl.arange(0, BN)
@@ -72,9 +75,18 @@ def add_norm_kernel(
     tl.store(h + row * N + o_n, b_h.to(dtype), mask=m_n)
     rstd = tl.rsqrt(tl.sum(b_h * b_h, 0) / N + fp32(eps))
     b_a = (b_norm * (b_h * rstd)).to(dtype).to(tl.float32)
+    if VALUES:
+        tl.store(a + row * N + o_n, b_a.to(dtype), mask=m_n)
     if CODES:
-        b_a = codes(b_a, tl.load(y_scale))
-    tl.store(a + row * N + o_n, b_a.to(a.dtype.element_ty), mask=m_n)
+        b_codes = codes(b_a, tl.load(y_scale))
+        tl.store(codes_out + row * N + o_n, b_codes.to(codes_out.dtype.element_ty), mask=m_n)
+
+
+def outputs(residual: Tensor, y_scale: Tensor | None, values: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """h, a and codes, unwritten."""
+    a = torch.empty_like(residual) if values else residual.new_empty(0)
+    codes = residual.new_empty(0, dtype=FP8) if y_scale is None else torch.empty_like(residual, dtype=FP8)
+    return torch.empty_like(residual), a, codes
 
 
 def add_norm_triton(
@@ -86,18 +98,19 @@ def add_norm_triton(
     norm_weight: Tensor,
     y_scale: Tensor | None,
     norm_eps: float,
-) -> tuple[Tensor, Tensor]:
+    values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments as `add_norm_ref`, contiguous."""
     S, M, N = partials.shape
-    h, a = torch.empty_like(residual), torch.empty_like(residual, dtype=residual.dtype if y_scale is None else FP8)
+    h, a, codes = outputs(residual, y_scale, values)
     BN = triton.next_power_of_2(N)
     given = [partials if t is None else t for t in (x_scale, w_scale, bias)]
     wrap(add_norm_kernel)[(M,)](
-        partials, *given, residual, norm_weight, partials if y_scale is None else y_scale, h, a, M, norm_eps,
-        N=N, SPLITS=S, SCALED=x_scale is not None, BIASED=bias is not None, CODES=y_scale is not None, GDC=gdc(),
-        BN=BN, num_warps=max(1, min(8, BN // 256)),
+        partials, *given, residual, norm_weight, partials if y_scale is None else y_scale, h, a, codes, M, norm_eps,
+        N=N, SPLITS=S, SCALED=x_scale is not None, BIASED=bias is not None, VALUES=values,
+        CODES=y_scale is not None, GDC=gdc(), BN=BN, num_warps=max(1, min(8, BN // 256)),
     )  # fmt: skip
-    return h, a
+    return h, a, codes
 
 
 @torch.library.custom_op("jet::add_norm_cpu", mutates_args=())
@@ -110,13 +123,14 @@ def add_norm_cpu(
     norm_weight: Tensor,
     y_scale: Tensor | None,
     norm_eps: float,
-) -> tuple[Tensor, Tensor]:
-    return add_norm_ref(partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, norm_eps)
+    values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return add_norm_ref(partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, norm_eps, values)
 
 
 @add_norm_cpu.register_fake
-def _(partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, norm_eps):
-    return torch.empty_like(residual), torch.empty_like(residual, dtype=residual.dtype if y_scale is None else FP8)
+def _(partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, norm_eps, values):
+    return outputs(residual, y_scale, values)
 
 
 @torch.library.triton_op("jet::add_norm", mutates_args=())
@@ -129,8 +143,13 @@ def add_norm(
     norm_weight: Tensor,
     y_scale: Tensor | None,
     norm_eps: float,
-) -> tuple[Tensor, Tensor]:
+    values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments as `add_norm_ref`."""
     if residual.device.type == "cpu":
-        return torch.ops.jet.add_norm_cpu(partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, norm_eps)
-    return add_norm_triton(partials, x_scale, w_scale, bias, residual.contiguous(), norm_weight, y_scale, norm_eps)
+        return torch.ops.jet.add_norm_cpu(
+            partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, norm_eps, values
+        )
+    return add_norm_triton(
+        partials, x_scale, w_scale, bias, residual.contiguous(), norm_weight, y_scale, norm_eps, values
+    )

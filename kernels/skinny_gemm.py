@@ -25,7 +25,7 @@ from jet_export.kernels.common import acc_dtype, await_inputs, dot_precision, gd
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.gemv import FP8, codes, to_codes
 
-MAX_ROWS = 128  # tokens of a call
+MAX_ROWS = 128  # tokens of a call: the widest tile
 
 
 def skinny_linear_ref(

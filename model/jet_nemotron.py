@@ -22,7 +22,7 @@ from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers 
 from jet_export.kernels.form import Form
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.model.linear import RMSNorm, norm_later, project, project_gated
+from jet_export.model.linear import Hidden, RMSNorm, norm_later, normed, project, project_gated
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
 from jet_export.model.weights import CheckpointFiles, WeightedModel, check_tensors, load_checkpoint, save_checkpoint
@@ -34,7 +34,7 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, h: Tensor, norm: RMSNorm) -> Tensor:
+    def forward(self, h: Hidden, norm: RMSNorm) -> Hidden:
         """h + MLP(norm(h))."""
         x, later = norm_later(h, norm, self.gate_up_proj)
         return project(self.down_proj, project_gated(self.gate_up_proj, x, later, self.down_proj), residual=h)
@@ -57,7 +57,7 @@ class JetBlock(nn.Module):
         self.o_norm = nn.Parameter(torch.ones(V))
         self.o_proj = nn.Linear(D, c.hidden_size, bias=False)
 
-    def forward(self, h: Tensor, norm: RMSNorm, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
+    def forward(self, h: Hidden, norm: RMSNorm, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Hidden:
         """h + JetBlock(norm(h))."""
         x, later = norm_later(h, norm, self.in_proj, self.ba_proj)
         qkuz = project(self.in_proj, x, later)  # [T, 2HK + 2D + R]
@@ -89,13 +89,13 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        h: Tensor,
+        h: Hidden,
         norm: RMSNorm,
         cos_sin: Tensor,
         batch: PackedBatch,
         state: tuple[Tensor, ...],
         form: Form,
-    ) -> Tensor:
+    ) -> Hidden:
         """h + Attention(norm(h))."""
         (kv_cache,) = state
         qkv = self.normed(project(self.qkv_proj, *norm_later(h, norm, self.qkv_proj)))
@@ -126,10 +126,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, h: Tensor, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Tensor:
+    def forward(self, h: Hidden, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Hidden:
         tail = (batch, state, form)
         h = self.self_attn(h, self.input_layernorm, *(tail if self.kind == "jet" else (cos_sin, *tail)))
-        out: Tensor = self.mlp(h, self.post_attention_layernorm)
+        out: Hidden = self.mlp(h, self.post_attention_layernorm)
         return out
 
 
@@ -261,7 +261,7 @@ class JetNemotronForCausalLM(WeightedModel):
                 kept.append(h)
         if logit_indices is not None:
             h = h.index_select(0, logit_indices)
-        return PackedOutput(project(self.lm_head, self.norm(h)), kept)
+        return PackedOutput(project(self.lm_head, normed(h, self.norm)), kept)
 
 
 def rope_table(config: JetNemotronConfig, positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:

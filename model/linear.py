@@ -1,16 +1,20 @@
-"""The linear layers of a model with what stands around them. In the graph of one token a layer is a jet::gemv, which
-takes all of it in if the graph is to be fused; elsewhere plain PyTorch, which compilers fuse as they like."""
+"""The linear layers of a model with what stands around them: kernels that take it in where the graph is one of few
+tokens (mode.linears), elsewhere plain PyTorch, which compilers fuse as they like."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jet_export.model.fp8 import Fp8Linear, quantize
-from jet_export.model.mode import fused_mode, one_row_mode, onnx_mode
+from jet_export.kernels import add_norm as _add_norm  # noqa: F401  registers jet::add_norm
+from jet_export.kernels.skinny_gemm import splits_of
+from jet_export.model.fp8 import FP8, Fp8Linear, quantize
+from jet_export.model.mode import linears, onnx_mode
+
+SKINNY_OUTPUTS = 128, 65536
 
 
 class RMSNorm(nn.Module):
@@ -34,30 +38,90 @@ def add(h: Tensor, y: Tensor) -> Tensor:
     return (h.float() + y.float()).to(h.dtype)
 
 
+class Unsummed:
+    """residual + layer(x) whose sums over x are still in parts: the next norm adds them up and sets `total`."""
+
+    def __init__(self, residual: Tensor, layer: nn.Module, partials: Tensor) -> None:
+        self.residual, self.layer, self.partials = residual, layer, partials
+        self.total: Tensor | None = None
+
+    def normed(self, norm: RMSNorm, layers: tuple[nn.Module, ...]) -> Normed:
+        """For layers that follow the norm. Sets `total`."""
+        fp8 = [layer for layer in layers if isinstance(layer, Fp8Linear)]
+        y_scale = fp8[0].input_scale if fp8 else None
+        self.total, a, codes = torch.ops.jet.add_norm(
+            self.partials, *scales(self.layer), self.layer.bias, self.residual, norm.weight, y_scale, norm.eps,
+            not layers or len(fp8) < len(layers),
+        )  # fmt: skip
+        return Normed(a, codes)
+
+
+class Normed(NamedTuple):
+    """What layers multiply: in the model dtype, and in the codes of those in FP8. Empty where none asks for it."""
+
+    values: Tensor  # [T, K]
+    codes: Tensor  # [T, K] float8_e4m3fn
+
+
+Hidden: TypeAlias = Tensor | Unsummed  # between the layers, [T, hidden]
+Input: TypeAlias = Tensor | Normed  # of linear layers
+
+
+def scales(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    return (layer.input_scale, layer.weight_scale) if isinstance(layer, Fp8Linear) else (None, None)
+
+
 def fused(layer: nn.Module) -> bool:
     """Whether the layer is a jet::gemv here that takes in what stands around it."""
-    return fused_mode() and isinstance(layer, (nn.Linear, Fp8Linear))
+    return linears() == "fused" and isinstance(layer, (nn.Linear, Fp8Linear))
 
 
-def norm_later(h: Tensor, norm: RMSNorm, *layers: nn.Module) -> tuple[Tensor, RMSNorm | None]:
-    """What `project` takes to normalise h for all these layers: itself and the norm, or norm(h) computed once."""
+def skinny(layer: nn.Module) -> bool:
+    """Whether the layer is one of skinny_gemm.py's here. Of few outputs there are too few programs; the library
+    multiplies by a vocabulary as fast as it can be read."""
+    if linears() != "skinny" or not isinstance(layer, (nn.Linear, Fp8Linear)):
+        return False
+    return SKINNY_OUTPUTS[0] <= layer.out_features <= SKINNY_OUTPUTS[1]
+
+
+def norm_later(h: Hidden, norm: RMSNorm, *layers: nn.Module) -> tuple[Input, RMSNorm | None]:
+    """What `project` takes to normalise h for all these layers: h and the norm, or norm(h) computed once."""
+    if isinstance(h, Unsummed):
+        return h.normed(norm, layers), None
     return (h, norm) if all(map(fused, layers)) else (norm(h), None)
+
+
+def normed(h: Hidden, norm: RMSNorm) -> Tensor:
+    """norm(h), for what is no linear layer of the block."""
+    return h.normed(norm, ()).values if isinstance(h, Unsummed) else norm(h)
 
 
 def project(
     layer: nn.Module,
-    x: Tensor,  # [T, K]
+    x: Input,  # [T, K]
     norm: RMSNorm | None = None,
     *,
     silu: bool = False,
-    residual: Tensor | None = None,  # [T, N]
-) -> Tensor:  # [T, N]
+    residual: Hidden | None = None,  # [T, N]
+) -> Any:  # Tensor [T, N]; Hidden with a residual
     """residual + layer(silu(norm(x))), each of the three if asked for."""
+    if isinstance(residual, Unsummed):
+        assert residual.total is not None
+        residual = residual.total
     if fused(layer):
+        assert isinstance(x, Tensor)
         return gemv(layer, x, norm, silu=silu, residual=residual, dtype=x.dtype if residual is None else residual.dtype)
-    x = x if norm is None else norm(x)
-    x = F.silu(x) if silu else x
-    if one_row_mode() and isinstance(layer, (nn.Linear, Fp8Linear)):
+    x = x if norm is None or isinstance(x, Normed) else norm(x)
+    if silu:
+        assert isinstance(x, Tensor)
+        x = F.silu(x)
+    if skinny(layer):
+        if residual is None:
+            return skinny_linear(layer, x)
+        partials = torch.ops.jet.skinny_partials(multiplied(layer, x), layer.weight, splits_of(layer.weight))
+        return Unsummed(residual, layer, partials)
+    x = x.values if isinstance(x, Normed) else x
+    if linears() == "gemv" and isinstance(layer, (nn.Linear, Fp8Linear)):
         codes = quantize(x, layer.input_scale) if isinstance(layer, Fp8Linear) else x
         y = gemv(layer, codes, None, dtype=x.dtype)
     else:
@@ -65,14 +129,35 @@ def project(
     return y if residual is None else add(residual, y)
 
 
-def project_gated(gate_up: nn.Module, x: Tensor, norm: RMSNorm | None, down: nn.Module) -> Tensor:
+def project_gated(gate_up: nn.Module, x: Input, norm: RMSNorm | None, down: nn.Module) -> Tensor:
     """silu(gate) * up of [gate | up] = gate_up(norm(x)) [T, 2 I] -> [T, I]; where both layers are kernels and `down` is
     an FP8 layer, in the codes that `down` multiplies."""
     if fused(gate_up):
+        assert isinstance(x, Tensor)
         y_scale = down.input_scale if isinstance(down, Fp8Linear) and fused(down) else None
         return gemv(gate_up, x, norm, gated=True, y_scale=y_scale, dtype=x.dtype)
+    if skinny(gate_up) and norm is None:
+        y_scale = down.input_scale if isinstance(down, Fp8Linear) and skinny(down) else None
+        return skinny_linear(gate_up, x, gated=True, y_scale=y_scale)
     gate, up = project(gate_up, x, norm).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def multiplied(layer: nn.Module, x: Input) -> Tensor:
+    """What the layer's weights are multiplied with: codes, for one in FP8."""
+    if not isinstance(layer, Fp8Linear):
+        return x.values if isinstance(x, Normed) else x
+    if isinstance(x, Normed):
+        return x.codes
+    return x if x.dtype == FP8 else quantize(x, layer.input_scale)
+
+
+def skinny_linear(layer: Any, x: Input, *, gated: bool = False, y_scale: Tensor | None = None) -> Tensor:
+    dtype = x.values.dtype if isinstance(x, Normed) else x.dtype
+    y: Tensor = torch.ops.jet.skinny_linear(
+        multiplied(layer, x), layer.weight, *scales(layer), layer.bias, y_scale, gated, dtype
+    )
+    return y
 
 
 def gemv(
@@ -86,9 +171,8 @@ def gemv(
     residual: Tensor | None = None,
     y_scale: Tensor | None = None,
 ) -> Tensor:
-    scales = (layer.input_scale, layer.weight_scale) if isinstance(layer, Fp8Linear) else (None, None)
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     y: Tensor = torch.ops.jet.gemv(
-        x, layer.weight, *scales, layer.bias, weight, residual, y_scale, eps, silu, gated, dtype
+        x, layer.weight, *scales(layer), layer.bias, weight, residual, y_scale, eps, silu, gated, dtype
     )
     return y

@@ -2,8 +2,13 @@
 
 eager, inductor   the ops of `jet_export.kernels`, which update the states in place
 onnx              nodes of an ONNX graph, states in and states out (onnx_nodes.py)
-one_row           the graph always gets one token: linear layers are jet::gemv
-fused             and take norms, activations, quantisation and residuals in (linear.py)
+
+and what its linear layers are (linear.py):
+
+library   PyTorch's
+gemv      jet::gemv: the graph always gets one token
+fused     jet::gemv that takes norms, activations, quantisation and residuals in
+skinny    jet::skinny_linear and its kin: the graph gets at most skinny_gemm.MAX_ROWS tokens
 """
 
 from __future__ import annotations
@@ -15,35 +20,31 @@ from typing import Literal
 from torch import Tensor
 
 Mode = Literal["eager", "inductor", "onnx"]
+Linears = Literal["library", "gemv", "fused", "skinny"]
 _mode: Mode = "eager"
-_one_row = False
-_fused = False
+_linears: Linears = "library"
 _states_out: list[Tensor] = []
 
 
 @contextmanager
-def graph_mode(mode: Mode, one_row: bool = False, fused: bool = False) -> Iterator[list[Tensor]]:
+def graph_mode(mode: Mode, linears: Linears = "library") -> Iterator[list[Tensor]]:
     """Trace for `mode` inside the block. Yields the list that onnx nodes append their states to, in the order of
     cache.state_specs. One thread at a time."""
-    global _mode, _states_out, _one_row, _fused
-    before = _mode, _states_out, _one_row, _fused
-    _mode, _states_out, _one_row, _fused = mode, [], one_row, one_row and fused
+    global _mode, _states_out, _linears
+    before = _mode, _states_out, _linears
+    _mode, _states_out, _linears = mode, [], linears
     try:
         yield _states_out
     finally:
-        _mode, _states_out, _one_row, _fused = before
+        _mode, _states_out, _linears = before
 
 
 def onnx_mode() -> bool:
     return _mode == "onnx"
 
 
-def one_row_mode() -> bool:
-    return _one_row
-
-
-def fused_mode() -> bool:
-    return _fused
+def linears() -> Linears:
+    return _linears
 
 
 def keep_states(*states: Tensor) -> None:

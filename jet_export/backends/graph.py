@@ -3,7 +3,8 @@
 prefill(input_ids [T], cu_seqlens [N+1], slots [N], context_lens [N], block_table [N, P], window_block_table [N, R],
         logit_indices [M], states) -> logits [M, vocab]: prompt chunks, and beside them sequences that decode (the
         ops' form MIXED);   decode is the same without logit_indices and with one token a sequence (DECODE),
-        decode_one is decode with N == 1, whose linear layers read every weight once (kernels/gemv.py).
+        decode_one is decode with N == 1, whose linear layers read every weight once (kernels/gemv.py),
+        decode_few is decode with N <= MAX_FEW_ROWS, by kernels/skinny_gemm.py.
 All sizes but the model's are dynamic, the number of rows of every pool included. States are graph inputs, updated in
 place.
 """
@@ -20,14 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, ONE_ROW
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence, state_specs
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
-MODES = ("prefill", "decode")
-ONE_ROW = "decode_one"
 MAX_ROWS = 2**20  # upper bound of pool rows and table widths in the exported ranges
 INPUTS = (
     "input_ids",
@@ -90,6 +90,7 @@ def dynamic_shapes(model: JetNemotronForCausalLM, limits: Limits, mode: str) -> 
     max_tokens = max(limits.max_prefill_tokens, 32)
     # One sequence more in prefill: the tokens that a captured call has too many belong to it (runtime/calls.py).
     most = max(limits.max_batch_size, 4) + (mode == "prefill")
+    most = min(most, MAX_FEW_ROWS) if mode == FEW_ROWS else most
     n = None if mode == ONE_ROW else Dim("sequences", min=1, max=most)
     t = Dim("tokens", min=1, max=max_tokens) if mode == "prefill" else n
     pages, ring = Dim("table_pages", min=1, max=MAX_ROWS), Dim("ring_pages", min=1, max=MAX_ROWS)

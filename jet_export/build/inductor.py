@@ -25,14 +25,14 @@ def room_apart(plan: BuildPlan, weights: int) -> bool:
         gpu_free=torch.cuda.mem_get_info(plan.build_device)[0] + torch.cuda.memory_reserved(plan.build_device),
         host_free=available_memory(torch.device("cpu")),
     )
-    return memory.holds(len(modes_for("cuda", plan.options.decode_one)))
+    return memory.holds(len(modes_for("cuda", plan.options.decode_one, plan.options.fuse_decode)))
 
 
 def write_packages(
     plan: BuildPlan, manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress
 ) -> None:
     """Compile the packages in this process, one by one; or, without `model`, side by side from the weights file."""
-    modes = modes_for(manifest.device.type, plan.options.decode_one)
+    modes = modes_for(manifest.device.type, plan.options.decode_one, plan.options.fuse_decode)
     if model is None:
         free_cached(manifest.device)
         with progress.stage(f"compile {', '.join(modes)} side by side", expected=plan.seconds):

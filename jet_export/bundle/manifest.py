@@ -61,8 +61,8 @@ class Manifest:
 
     @property
     def dependent_launch(self) -> bool:
-        """Whether kernels wait for their inputs themselves (await_inputs in kernels/common.py), and decode_one's linear
-        layers take in what stands around them."""
+        """Whether kernels wait for their inputs themselves (await_inputs in kernels/common.py), decode_one's linear
+        layers take in what stands around them, and there is a decode_few."""
         return self.backend.get("dependent_launch") is True
 
     @property

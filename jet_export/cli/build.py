@@ -46,8 +46,8 @@ def build(
         bool,
         typer.Option(
             "--fuse-decode",
-            help="Experimental, SM 9.0 on: for one sequence, norms and activations inside the linear layers' kernels; "
-            "decode steps whose kernels overlap. Not measured yet.",
+            help="Experimental, SM 9.0 on: decode of up to 128 sequences by linear layers of our own, norms and "
+            "activations inside of them, kernels that overlap. Not measured yet.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,

@@ -15,7 +15,14 @@ from ctypes import Structure, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint,
 from typing import Any
 
 # Kernels that call await_inputs; compilers add to their names.
-WAITING = ("gemv_kernel", "decode_kernel", "attention_decode_kernel", "attention_combine_kernel")
+WAITING = (
+    "gemv_kernel",
+    "skinny_kernel",
+    "add_norm_kernel",
+    "decode_kernel",
+    "attention_decode_kernel",
+    "attention_combine_kernel",
+)
 KERNEL_NODE = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 PROGRAMMATIC_PORT, PROGRAMMATIC = 1, 1  # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
 

@@ -14,8 +14,8 @@ from helpers.paged import interpreter_fp8
 from helpers.poison import poisoned
 
 from jet_export.backends.eager import EagerEngine
-from jet_export.backends.graph import ONE_ROW
 from jet_export.backends.inductor.package import export_graph
+from jet_export.backends.modes import ONE_ROW
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.kernels import configs, gemv
@@ -130,7 +130,7 @@ def test_an_fp8_layer_in_the_graph_of_one_token_is_the_layer(dtype, fused):
     linear = torch.nn.Linear(96, 48).to(dtype).requires_grad_(False)
     layer = Fp8Linear.from_linear(linear, 0.01, 0.02)
     x = torch.randn(1, 96).to(dtype)
-    with graph_mode("inductor", one_row=True, fused=fused):
+    with graph_mode("inductor", "fused" if fused else "gemv"):
         got = project(layer, x)
     assert got.dtype == dtype and relative_error(got, layer(x)) < (1e-6 if dtype == torch.float32 else 2**-8)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.golden import DATA, MINI_NAMES, load_golden
 
-from jet_export.backends.graph import MODES, ONE_ROW
 from jet_export.backends.inductor.package import export_graph
+from jet_export.backends.modes import MODES, ONE_ROW
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import parameter_count

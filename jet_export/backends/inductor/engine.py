@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jet_export.backends.base import Engine
+from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, MODES, ONE_ROW
 from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.model.cache import PackedBatch
 from jet_export.utils.errors import JetExportError
@@ -74,11 +75,16 @@ class InductorEngine(Engine):
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
-        one = len(input_ids) == 1 and "decode_one" in self.graphs
-        return self.graphs["decode_one" if one else "decode"](input_ids, *batch, *states)
+        return self.graphs[self.decode_mode(len(input_ids))](input_ids, *batch, *states)
+
+    def decode_mode(self, rows: int) -> str:
+        """The package that decodes so many sequences: the narrowest."""
+        if rows == 1 and ONE_ROW in self.graphs:
+            return ONE_ROW
+        return FEW_ROWS if rows <= MAX_FEW_ROWS and FEW_ROWS in self.graphs else "decode"
 
 
 def package_paths(directory: Path) -> dict[str, Path]:
-    """A bundle's packages by mode; bundles for a CPU, and older ones, have no decode_one."""
-    paths = {mode: directory / f"{mode}.pt2" for mode in ("prefill", "decode", "decode_one")}
-    return {mode: path for mode, path in paths.items() if mode != "decode_one" or path.is_file()}
+    """A bundle's packages by mode; not every one has decode_one and decode_few."""
+    paths = {mode: directory / f"{mode}.pt2" for mode in (*MODES, ONE_ROW, FEW_ROWS)}
+    return {mode: path for mode, path in paths.items() if mode in MODES or path.is_file()}

@@ -14,21 +14,25 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from jet_export.backends.graph import MODES, ONE_ROW, EngineGraph, dynamic_shapes, example_inputs, quiet_torch
+from jet_export.backends.graph import EngineGraph, dynamic_shapes, example_inputs, quiet_torch
 from jet_export.backends.inductor.workarounds import lasting_names
+from jet_export.backends.modes import FEW_ROWS, MODES, ONE_ROW
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.kernels.common import dependent_launch
 from jet_export.kernels.form import Form
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
-from jet_export.model.mode import graph_mode
+from jet_export.model.mode import Linears, graph_mode
 from jet_export.utils.compiler import compiler_words, find_compiler
 from jet_export.utils.errors import JetExportError
 
 
-def modes_for(device: str, decode_one: bool = True) -> tuple[str, ...]:
-    """The packages of a bundle. On a GPU also one that decodes a single sequence: reading the weights bounds it."""
-    return (*MODES, ONE_ROW) if device == "cuda" and decode_one else MODES
+def modes_for(device: str, decode_one: bool = True, fused: bool = False) -> tuple[str, ...]:
+    """The packages of a bundle. On a GPU also one that decodes a single sequence: reading the weights bounds it;
+    `fused`: and one that decodes a few."""
+    if device != "cuda":
+        return MODES
+    return (*MODES, *((ONE_ROW,) if decode_one else ()), *((FEW_ROWS,) if fused else ()))
 
 
 def export_graph(
@@ -38,8 +42,15 @@ def export_graph(
     args = example_inputs(model, dtypes, mode)
     shapes = dynamic_shapes(model, limits, mode)
     graph = EngineGraph(model, Form.MIXED if mode == "prefill" else Form.DECODE).eval()
-    with torch.no_grad(), quiet_torch(), graph_mode("inductor", one_row=mode == ONE_ROW, fused=fused):
+    with torch.no_grad(), quiet_torch(), graph_mode("inductor", linears_of(mode, fused)):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
+
+
+def linears_of(mode: str, fused: bool) -> Linears:
+    """What the linear layers of a graph are."""
+    if mode == FEW_ROWS:
+        return "skinny"
+    return ("fused" if fused else "gemv") if mode == ONE_ROW else "library"
 
 
 def compile_package(program: ExportedProgram, path: Path, dependent: bool = False) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from helpers.eager_bundle import mini_config
 
-from jet_export.backends.graph import MODES, ONE_ROW
 from jet_export.backends.inductor import engine as module
 from jet_export.backends.inductor.package import modes_for
+from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, MODES, ONE_ROW
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest
+from jet_export.kernels.skinny_gemm import MAX_ROWS
 
 
 class Recorder:
@@ -55,6 +56,16 @@ def test_one_sequence_goes_to_its_own_package(opened) -> None:
     engine = opened(*modes_for("cuda"))
     assert [step(engine, n) for n in (1, 2, 64)] == [(ONE_ROW, 1), ("decode", 2), ("decode", 64)]
     assert all(p.weights is engine.weights for p in engine.graphs.values())
+
+
+def test_a_few_sequences_go_to_theirs(opened) -> None:
+    engine = opened(*modes_for("cuda", fused=True))
+    names = [step(engine, n)[0] for n in (1, 2, MAX_FEW_ROWS, MAX_FEW_ROWS + 1)]
+    assert names == [ONE_ROW, FEW_ROWS, FEW_ROWS, "decode"] and MAX_FEW_ROWS == MAX_ROWS
+
+
+def test_without_a_package_of_its_own_one_sequence_is_a_few(opened) -> None:
+    assert step(opened(*modes_for("cuda", decode_one=False, fused=True)), 1) == (FEW_ROWS, 1)
 
 
 def test_a_bundle_without_it_decodes_with_the_other(opened) -> None:

@@ -1,0 +1,6 @@
+"""The packages of an AOTInductor bundle, by the names of their files."""
+
+MODES = ("prefill", "decode")
+ONE_ROW = "decode_one"
+FEW_ROWS = "decode_few"
+MAX_FEW_ROWS = 128  # sequences: what kernels/skinny_gemm.py takes
