@@ -1,0 +1,134 @@
+"""Distillation loss of two linear layers over a large vocabulary, chunk by chunk, with its gradients.
+
+With z = x w^T, z' = x' w'^T the logits of student and teacher, s the temperature, over the tokens with a label:
+
+    kl = s^2 mean sum_v p' (ln p' - ln p),  p = softmax(z / s), p' = softmax(z' / s);   ce = mean -ln softmax(z)[label]
+    loss = kl_weight kl + ce_weight ce;   dz = (kl_weight s (p - p') + ce_weight (softmax(z) - onehot)) / tokens
+
+s^2 keeps the size of the gradient at every temperature (arXiv 1503.02531). Only the logits of `chunk` tokens exist at a
+time, in the model dtype; dz replaces them, and dx = dz w and dw += dz^T x (fp32) follow at once, so that the backward
+pass only scales (the scheme of arXiv 2410.10989). Beside its results the op holds 2 chunk V elements, and V d in fp32
+if w has a gradient. The teacher has none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jet_export.kernels.common import acc_dtype
+from jet_export.utils.errors import JetExportError
+
+IGNORED = -100
+
+
+def kl_rows_torch(
+    z: Tensor,  # [C, V]
+    z_teacher: Tensor,  # [C, V]
+    labels: Tensor,  # [C] int64
+    kl_scale: Tensor,  # []: kl_weight / tokens
+    ce_scale: Tensor,  # []
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # kl [C], ce [C] (0 where ignored), dz [C, V]
+    """The specification of a chunk, in fp32 (fp64 for fp64 logits); kl has the factor temperature^2."""
+    acc = acc_dtype(z.dtype)
+    z, z_teacher = z.to(acc), z_teacher.to(acc)
+    counts = labels != IGNORED
+    logp = (z / temperature).log_softmax(-1)
+    logp_teacher = (z_teacher / temperature).log_softmax(-1)
+    p_teacher = logp_teacher.exp()
+    plain = logp if temperature == 1 else z.log_softmax(-1)
+    at = labels.clamp(min=0)[:, None]
+    kl = temperature**2 * (p_teacher * (logp_teacher - logp)).sum(-1)
+    ce = -plain.gather(1, at)[:, 0]
+    dz = (logp.exp() - p_teacher) * (kl_scale * temperature)
+    dz += (plain.exp().scatter_add(1, at, -torch.ones_like(at, dtype=acc))) * ce_scale
+    zero = torch.zeros((), dtype=acc, device=z.device)
+    return torch.where(counts, kl, zero), torch.where(counts, ce, zero), torch.where(counts[:, None], dz, zero)
+
+
+@torch.library.custom_op("jet::linear_kl", mutates_args=())
+def linear_kl_op(
+    x: Tensor,
+    w: Tensor,
+    x_teacher: Tensor,
+    w_teacher: Tensor,
+    labels: Tensor,
+    kl_weight: float,
+    ce_weight: float,
+    temperature: float,
+    chunk: int,
+    needs_dx: bool,
+    needs_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """kl, ce, loss (fp32, []), dx, dw (empty where not needed) of a loss gradient of 1."""
+    acc = acc_dtype(x.dtype)
+    tokens = (labels != IGNORED).sum().clamp(min=1).to(acc)
+    kl, ce = x.new_zeros((), dtype=acc), x.new_zeros((), dtype=acc)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
+    dw = torch.zeros_like(w, dtype=acc) if needs_dw else w.new_empty(0)
+    for i in range(0, x.shape[0], chunk):
+        rows = slice(i, i + chunk)
+        z, z_teacher = x[rows] @ w.t(), x_teacher[rows] @ w_teacher.t()
+        kl_i, ce_i, dz = kl_rows_torch(z, z_teacher, labels[rows], kl_weight / tokens, ce_weight / tokens, temperature)
+        kl, ce = kl + kl_i.sum(), ce + ce_i.sum()
+        dz = dz.to(x.dtype)
+        if needs_dx:
+            torch.mm(dz, w, out=dx[rows])
+        if needs_dw:
+            dw += dz.t() @ x[rows]
+    kl, ce = kl / tokens, ce / tokens
+    return kl, ce, kl_weight * kl + ce_weight * ce, dx, dw.to(w.dtype)
+
+
+@linear_kl_op.register_fake
+def _(x, w, x_teacher, w_teacher, labels, kl_weight, ce_weight, temperature, chunk, needs_dx, needs_dw):
+    kl, ce, loss = (x.new_empty((), dtype=acc_dtype(x.dtype)) for _ in range(3))
+    return kl, ce, loss, x.new_empty(x.shape if needs_dx else 0), w.new_empty(w.shape if needs_dw else 0)
+
+
+def _save(ctx, inputs, output):
+    ctx.needs = inputs[-2:]
+    ctx.save_for_backward(*output[3:])
+
+
+def _backward(ctx, d_kl, d_ce, d_loss, *_):
+    dx, dw = ctx.saved_tensors
+    needs_dx, needs_dw = ctx.needs
+    gradients = dx * d_loss.to(dx.dtype) if needs_dx else None, dw * d_loss.to(dw.dtype) if needs_dw else None
+    return *gradients, *[None] * 9
+
+
+linear_kl_op.register_autograd(_backward, setup_context=_save)
+
+
+def linear_kl(
+    x: Tensor,  # [T, d]
+    w: Tensor,  # [V, d]
+    x_teacher: Tensor,  # [T, d']
+    w_teacher: Tensor,  # [V, d']
+    labels: Tensor,  # [T] int64; -100: the token does not count, neither for kl nor for ce
+    *,
+    kl_weight: float,
+    ce_weight: float,
+    temperature: float = 1.0,
+    chunk: int = 1024,  # tokens whose logits exist at a time
+) -> tuple[Tensor, Tensor, Tensor]:  # loss, kl, ce: fp32, []
+    """Only `loss` is differentiable, in x and w. Without a token that counts all three are 0.
+
+    Raises JetExportError for shapes that do not fit each other, or a temperature or chunk that is not positive."""
+    T, V = labels.shape[0], w.shape[0]
+    if (x.shape[0], x_teacher.shape[0], w_teacher.shape[0]) != (T, T, V):
+        raise JetExportError(
+            f"linear_kl: x {tuple(x.shape)}, w {tuple(w.shape)}, x_teacher {tuple(x_teacher.shape)}, "
+            f"w_teacher {tuple(w_teacher.shape)}, labels {tuple(labels.shape)}.",
+            "Both x have a row a label, and student and teacher one vocabulary.",
+        )
+    if not (temperature > 0 and chunk > 0):
+        raise JetExportError(f"linear_kl: temperature {temperature}, chunk {chunk}.", "Both are positive.")
+    grad = torch.is_grad_enabled()
+    kl, ce, loss, _, _ = linear_kl_op(
+        x, w, x_teacher.detach(), w_teacher.detach(), labels, kl_weight, ce_weight, temperature, chunk,
+        grad and x.requires_grad, grad and w.requires_grad,
+    )  # fmt: skip
+    return loss, kl.detach(), ce.detach()

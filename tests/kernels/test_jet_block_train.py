@@ -1,0 +1,132 @@
+"""jet_block_train: the inference op's outputs, its reference's gradients, and torch's ways of using them."""
+
+import pytest
+import torch
+from helpers.compare import relative_error
+from helpers.packed import Packed
+from torch.utils.checkpoint import checkpoint
+
+from jet_export.kernels.form import Form
+from jet_export.kernels.gated_delta_rule import chunk_gated_delta_rule_ref
+from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref
+from jet_export.kernels.jet_block import jet_block_ref
+from jet_export.kernels.jet_block_train import jet_block_train
+from jet_export.utils.errors import JetExportError
+
+LENS = [1, 2, 5, 64, 65]
+
+
+def inputs(lens: list[int], dtype: torch.dtype = torch.float64, **kwargs) -> tuple[list[torch.Tensor], tuple]:
+    """qkuz, ba, kappa, A_log, dt_bias, w_o, initial_state as leaves, and cu_seqlens with the sizes."""
+    p = Packed(lens, extra=3, **{"K": 8, "V": 16, "W": 4, "dtype": torch.float64, **kwargs})
+    state = p.recurrent_state[: len(lens)]
+    leaves = [p.qkuz, p.ba, p.kappa, p.A_log, p.dt_bias, p.w_o, state]
+    return [x.to(dtype).requires_grad_() for x in leaves], (p.cu_seqlens, p.H, p.K, p.V, 1e-5)
+
+
+def outputs(leaves: list[torch.Tensor], rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    *weights, state = leaves
+    return jet_block_train(*weights, *rest, initial_state=state, return_final=True)
+
+
+def one_by_one(leaves: list[torch.Tensor], rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each sequence by the inference references, which autograd differentiates."""
+    qkuz, ba, kappa, A_log, dt_bias, w_o, state = leaves
+    cu, H, K, V, eps = rest
+    outs, finals = [], []
+    for n, (begin, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
+        t = slice(begin, end)
+        q, k, u, z = qkuz[t, : 2 * H * K + 2 * H * V].split([H * K, H * K, H * V, H * V], -1)
+        taps = kappa[t].view(end - begin, H * V, -1)
+        W = taps.shape[2]
+        padded = torch.nn.functional.pad(u, (0, 0, W - 1, 0)).unfold(0, W, 1)  # [T, D, W]
+        v = torch.nn.functional.silu((taps * padded).sum(-1)).unflatten(-1, (H, V))
+        b, a = ba[t].chunk(2, -1)
+        g = -A_log.exp() * torch.nn.functional.softplus(a + dt_bias)
+        heads = (torch.nn.functional.silu(x).unflatten(-1, (H, K))[None] for x in (q, k))
+        o, final = chunk_gated_delta_rule_ref(*heads, v[None], b.sigmoid()[None], g[None], state[n : n + 1])
+        outs.append(gated_rms_norm_ref(o[0], w_o, z.unflatten(-1, (H, V)), eps).flatten(1))
+        finals.append(final)
+    return torch.cat(outs), torch.cat(finals)
+
+
+def gradients(results: tuple[torch.Tensor, ...], leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    r = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, generator=r, dtype=torch.float64).to(x) for x in results]
+    return torch.autograd.grad(results, leaves, weights)
+
+
+def test_is_the_inference_reference_and_its_gradient() -> None:
+    leaves, rest = inputs(LENS)
+    got, want = outputs(leaves, rest), one_by_one(leaves, rest)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-12
+    for a, b in zip(gradients(got, leaves), gradients(want, leaves), strict=True):
+        assert relative_error(a, b) < 1e-11
+
+
+def test_output_is_that_of_the_inference_op_from_empty_states() -> None:
+    p = Packed(LENS, context=[0] * len(LENS), rows=list(range(len(LENS))))
+    want = jet_block_ref(*p.block_args(Form.PREFILL))
+    got = jet_block_train(p.qkuz, p.ba, p.kappa, p.A_log, p.dt_bias, p.w_o, p.cu_seqlens, p.H, p.K, p.V, 1e-5)
+    assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("lens", [[3], [1, 4]], ids=str)
+def test_gradcheck(lens: list[int]) -> None:
+    leaves, rest = inputs(lens, K=3, V=4, H=1, W=2)
+    assert torch.autograd.gradcheck(lambda *x: outputs(list(x), rest), leaves)
+
+
+def test_nothing_crosses_from_one_sequence_into_another() -> None:
+    """Other tokens of the other sequences change neither a sequence's results nor its gradients, bit for bit."""
+    leaves, rest = inputs([4, 7, 3], torch.float32)
+    changed = [x.detach().clone() for x in leaves]
+    for x in changed[:3]:
+        x[:4] = torch.randn_like(x[:4])
+        x[11:] = torch.randn_like(x[11:])
+    changed = [x.requires_grad_() for x in changed]
+    found = []
+    for these in (leaves, changed):
+        out, _ = outputs(these, rest)
+        d = torch.autograd.grad(out.square().sum(), these[:3])
+        found.append([x[4:11] for x in (out, *d)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    leaves, rest = inputs([9, 70], torch.float32)
+    plain = gradients(outputs(leaves, rest), leaves)
+    again = gradients(checkpoint(lambda *x: outputs(list(x), rest), *leaves, use_reentrant=False), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_no_initial_state_is_a_zero_one_and_gradients_are_optional() -> None:
+    leaves, rest = inputs([5, 2], torch.float32)
+    zero = torch.zeros_like(leaves[-1])
+    out = jet_block_train(*leaves[:-1], *rest)
+    want, _ = outputs([*leaves[:-1], zero], rest)
+    assert torch.equal(out, want)
+    (d,) = torch.autograd.grad(out.sum(), leaves[0])
+    assert d[:, -3:].eq(0).all() and d[:, :-3].ne(0).any(0).all()  # columns beyond the gate are ignored
+
+
+def test_opcheck() -> None:
+    leaves, rest = inputs([2, 5], torch.float32)
+    cu, *sizes = rest
+    leaves[0] = leaves[0].detach().t().contiguous().t().requires_grad_()
+    torch.library.opcheck(torch.ops.jet.jet_block_train, (*leaves[:6], cu, leaves[6], *sizes))
+
+
+@pytest.mark.parametrize("name, index", [("ba", 1), ("kappa", 2), ("w_o", 5), ("initial_state", 6)])
+def test_shapes_that_do_not_fit_are_named(name: str, index: int) -> None:
+    leaves, rest = inputs([2, 3])
+    leaves[index] = leaves[index][..., :-1]
+    with pytest.raises(JetExportError, match=f"jet_block_train: {name} does not fit 2 heads of K 8 and V 16"):
+        outputs(leaves, rest)
+
+
+def test_bounds_that_do_not_end_at_the_tokens_are_refused() -> None:
+    leaves, (cu, *sizes) = inputs([2, 3])
+    with pytest.raises(JetExportError, match=r"cu_seqlens runs 0 \.\.\. 4 over 5 tokens"):
+        jet_block_train(*leaves[:6], cu.clamp(max=4), *sizes)
