@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from jet_export.cli import bench, build, evaluate, export_hf, generate, inspect, search, serve, try_model, verify
+from jet_export.cli import (
+    bench,
+    build,
+    evaluate,
+    export_hf,
+    generate,
+    inspect,
+    retrofit,
+    search,
+    serve,
+    try_model,
+    verify,
+)
 from jet_export.utils.errors import GPU_MEMORY, JetExportError, JetExportWarning, out_of_gpu_memory
 
 PYTHONS_SHOWWARNING = warnings.showwarning
@@ -59,6 +71,9 @@ app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --
 )
 app.command("try", epilog="Example: jet-export try jet-2b --trust-remote-code")(try_model.try_model)
 app.command(epilog="Example: jet-export search --model jet-2b --output searches/jet-2b")(search.search)
+app.command(epilog="Example: jet-export retrofit --recipe recipe.toml --teacher Qwen2.5-1.5B --output runs/jet-2b")(
+    retrofit.retrofit
+)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:

@@ -1,0 +1,39 @@
+"""The teacher's tokenizer, checked against its vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
+from jet_export.training.data.shard import Encode
+from jet_export.training.data.stream import encoder
+from jet_export.utils.errors import JetExportError
+
+
+def load_encoder(directory: Path, config: JetNemotronConfig) -> Encode:
+    """Raises JetExportError where there is no tokenizer.json, or one with more tokens than the model has."""
+    from tokenizers import Tokenizer
+
+    path = tokenizer_directory(directory) / TOKENIZER
+    if not path.is_file():
+        raise JetExportError(
+            f"{directory}: no {TOKENIZER}.",
+            "Put the teacher's tokenizer there, or set data.tokenizer to its directory.",
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises bare Exception
+        raise JetExportError(f"{path}: not a tokenizer ({e}).", "Download it again.") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= config.vocab_size:
+        raise JetExportError(
+            f"{path}: its largest token is {largest}, and the teacher's vocabulary has {config.vocab_size}.",
+            "Use the tokenizer that belongs to the teacher.",
+        )
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return found
+
+    return encoder(ids, config.eos_token_id)
