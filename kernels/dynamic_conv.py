@@ -3,8 +3,10 @@
     y[t, d] = sum_w kappa[t, d, w] * u[t - (W-1) + w, d]        w = W-1 is the current token
     v = silu(y)
 
-u [T, D] packed tokens, kappa [T, D*W] read as [T, D, W]. Tokens before the call come from `conv_state` [S, W-1, D],
-the last W-1 raw u of each sequence (oldest first), which is updated in place. Accumulation in fp32, one rounding.
+u [T, D] packed tokens, kappa [T, D*W] read as [T, D, W]. Tokens before the call come from `conv_state` [S, rows, D],
+which is updated in place. With W-1 rows it holds the last W-1 raw u of each sequence, oldest first. With more, R, it is
+a ring: the u of position p lies in row p % R, so that the last R - (W-1) tokens can be taken back by a smaller
+context_lens in the next call. Accumulation in fp32, one rounding.
 Source: Jet-Nemotron, arXiv 2508.15884, section 3.3 (JetBlock).
 """
 
@@ -34,17 +36,21 @@ from jet_export.kernels.configs import lookup
 def dynamic_conv_ref(
     u: Tensor,  # [T, D]
     kappa: Tensor,  # [T, D*W]
-    conv_state: Tensor,  # [S, W-1, D], updated in place
+    conv_state: Tensor,  # [S, W-1 or more, D], updated in place
     cu_seqlens: Tensor,  # [N+1]
     slots: Tensor,  # [N]
     context_lens: Tensor,  # [N]
 ) -> Tensor:  # [T, D], not yet rounded: fp32 (fp64 for fp64 inputs)
     """The specification, in plain torch."""
     T, D = u.shape
-    W = conv_state.shape[1] + 1
+    W, R = kappa.shape[1] // D, conv_state.shape[1]
     acc = acc_dtype(u.dtype)
     u_acc, taps = u.to(acc), kappa.to(acc).view(T, D, W)
-    history = gather_state(conv_state, slots, context_lens, acc)  # [N, W-1, D]
+    history = gather_state(conv_state, slots, context_lens, acc)  # [N, R, D]
+    if R > W - 1:
+        before = context_lens.long()[:, None] - torch.arange(W - 1, 0, -1, device=u.device)  # [N, W-1] positions
+        history = history.gather(1, (before % R)[..., None].expand(-1, -1, D))
+        history = torch.where((before >= 0)[..., None], history, torch.zeros_like(history))
     i_n = sequence_of_token(cu_seqlens, T)
     t = torch.arange(T, device=u.device)
     position = t - cu_seqlens.long()[i_n]
@@ -62,6 +68,11 @@ def dynamic_conv_ref(
 
     rows = torch.arange(slots.shape[0], device=u.device)
     ends, lens = cu_seqlens[1:].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    if R > W - 1:
+        kept = ((ends[i_n] - t <= R) & (slots >= 0)[i_n]).nonzero()[:, 0]
+        at = (context_lens.long()[i_n] + position)[kept]
+        conv_state[slots.long()[i_n[kept]], at % R] = u[kept].to(conv_state.dtype)
+        return v
     last = [at(rows, ends - back, lens - back) for back in range(W - 1, 0, -1)]
     scatter_state(conv_state, slots, torch.stack(last, 1))
     return v

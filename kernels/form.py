@@ -9,3 +9,7 @@ class Form(IntEnum):
     PREFILL = 0  # prompt chunks of any length
     DECODE = 1  # one token each
     MIXED = 2  # sequences of one token as in DECODE, longer ones as in PREFILL
+    VERIFY = 3  # 1 to MAX_VERIFY tokens each, the last of which the next call may take back (step_buffer.py)
+
+
+MAX_VERIFY = 16  # tokens of a sequence in a call of the form VERIFY

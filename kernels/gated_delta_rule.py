@@ -21,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, by_rows, gather_state, rows, scatter_state, zero_padding
+from jet_export.kernels.common import acc_dtype, by_rows, rows, zero_padding
 from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
+from jet_export.kernels.step_buffer import append_ref, current_state, keep_step_ref, write_held_ref, write_state_ref
 
 L2_EPS = 1e-6
 CHUNK_SIZE = 64
+STATES = {"recurrent_state", "step_buffer", "state_position"}  # updated in place
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -43,6 +45,14 @@ def gated_delta_rule_ref(
     initial_state: Tensor | None = None,  # [B, H, K, V]
 ) -> tuple[Tensor, Tensor]:  # o [B, T, H, V], final_state [B, H, K, V]
     """The specification: token by token, in fp32 (fp64 for fp64 inputs). Both results have that dtype."""
+    o, state, _ = delta_rule_steps_ref(q, k, v, beta, g, initial_state)
+    return o, state
+
+
+def delta_rule_steps_ref(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `gated_delta_rule_ref`, and each token's kn | delta | g [B, T, H, K + V + 1]."""
     B, T, H, K = q.shape
     acc = acc_dtype(q.dtype)
     q, k, v, beta, decay = (
@@ -53,13 +63,14 @@ def gated_delta_rule_ref(
         by_rows(torch.exp, g.to(acc)),
     )
     state = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(acc)
-    o = []
+    o, deltas = [], []
     for t in range(T):
         state = state * decay[:, t, :, None, None]
         delta = beta[:, t, :, None] * (v[:, t] - (state * k[:, t, :, :, None]).sum(-2))
         state = state + k[:, t, :, :, None] * delta[:, :, None, :]
         o.append((state * q[:, t, :, :, None]).sum(-2))  # not einsum, whose sums depend on the number of rows
-    return torch.stack(o, 1), state
+        deltas.append(delta)
+    return torch.stack(o, 1), state, torch.cat([k, torch.stack(deltas, 1), g.to(acc)[..., None]], -1)
 
 
 def chunk_gated_delta_rule_ref(
@@ -114,28 +125,43 @@ def packed_gated_delta_rule_ref(
     slots: Tensor,  # [N]
     context_lens: Tensor,  # [N]
     form: int,
+    step_buffer: Tensor | None = None,  # [S, H, rows, K + V + 4], updated in place (step_buffer.py)
+    state_position: Tensor | None = None,  # [S, H], updated in place
+    interval: int = 1,
 ) -> Tensor:  # [T, H, V] in fp32 (fp64)
     """Packed sequences by `form.Form`: steps of one token are one batch, chunks run sequence by sequence."""
     H, V = v.shape[1:]
-    initial = gather_state(recurrent_state, slots, context_lens, acc_dtype(q.dtype))
-    o, final = initial.new_zeros(q.shape[0], H, V), torch.empty_like(initial)
+    pools = recurrent_state, step_buffer, state_position
+    initial = current_state(*pools, slots, context_lens, q.dtype)
+    o = initial.new_zeros(q.shape[0], H, V)
     bounds = cu_seqlens.tolist()
     lens = [b - a for a, b in itertools.pairwise(bounds)]
     if form == Form.DECODE and max(lens) > 1:
         raise ValueError("a call of the form DECODE has one token a sequence")
+    if form == Form.VERIFY and step_buffer is None:
+        raise ValueError("a call of the form VERIFY needs a step_buffer, from which its tokens can be taken back")
     steps = [n for n, size in enumerate(lens) if size == 1 and form != Form.PREFILL]
+    if step_buffer is not None and state_position is not None and form == Form.VERIFY:
+        steps = []
+        write_held_ref(initial, recurrent_state, step_buffer, state_position, slots, context_lens, interval)
     if steps:
         t = torch.tensor([bounds[n] for n in steps])
         q_n, k_n, v_n, beta_n, g_n = (x[t][:, None] for x in (q, k, v, beta, g))
-        o_steps, final[steps] = gated_delta_rule_ref(q_n, k_n, v_n, beta_n, g_n, initial[steps])
+        o_steps, final, token = delta_rule_steps_ref(q_n, k_n, v_n, beta_n, g_n, initial[steps])
         o[t] = o_steps[:, 0]
+        keep_step_ref(final, token[:, 0], *pools, slots[steps], context_lens[steps], interval)
     for n in sorted(set(range(len(lens))) - set(steps)):
         tokens = slice(bounds[n], bounds[n + 1])
         # Cloned: the bits of a matrix product may depend on its operands' alignment.
-        q_n, k_n, v_n, beta_n, g_n = (x[None, tokens].clone() for x in (q, k, v, beta, g))
-        o_n, final[n : n + 1] = chunk_gated_delta_rule_ref(q_n, k_n, v_n, beta_n, g_n, initial[n : n + 1])
+        args = *(x[None, tokens].clone() for x in (q, k, v, beta, g)), initial[n : n + 1]
+        one = slots[n : n + 1], context_lens[n : n + 1]
+        if step_buffer is not None and state_position is not None and form == Form.VERIFY:
+            o_n, _, appended = delta_rule_steps_ref(*args)
+            append_ref(appended, step_buffer, state_position, *one)
+        else:
+            o_n, final = chunk_gated_delta_rule_ref(*args)
+            write_state_ref(final, recurrent_state, state_position, one[0], one[1] + lens[n])
         o[tokens] = o_n[0]
-    scatter_state(recurrent_state, slots, final)
     return zero_padding(o, cu_seqlens, slots)
 
 
@@ -150,6 +176,9 @@ def gated_delta_rule_triton(
     slots: Tensor,
     context_lens: Tensor,
     form: int,
+    step_buffer: Tensor | None = None,
+    state_position: Tensor | None = None,
+    interval: int = 1,
 ) -> Tensor:
     """Launches the kernels; arguments as `packed_gated_delta_rule_ref`."""
     q, k, v, beta, g = (rows(x) for x in (q, k, v, beta, g))
@@ -162,7 +191,7 @@ def gated_delta_rule_triton(
     return decode_delta_rule_triton(*inputs, out=o) if form is Form.MIXED else o
 
 
-@torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args={"recurrent_state"})
+@torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args=STATES)
 def gated_delta_rule_cpu(
     q: Tensor,
     k: Tensor,
@@ -174,17 +203,24 @@ def gated_delta_rule_cpu(
     slots: Tensor,
     context_lens: Tensor,
     form: int,
+    step_buffer: Tensor | None = None,
+    state_position: Tensor | None = None,
+    interval: int = 1,
 ) -> Tensor:
-    o = packed_gated_delta_rule_ref(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form)
+    tail = cu_seqlens, slots, context_lens, form, step_buffer, state_position, interval
+    o = packed_gated_delta_rule_ref(q, k, v, beta, g, recurrent_state, *tail)
     return o.to(v.dtype).contiguous()
 
 
 @gated_delta_rule_cpu.register_fake
-def _(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form):
+def _(
+    q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form,
+    step_buffer=None, state_position=None, interval=1,
+):  # fmt: skip
     return v.new_empty(v.shape)
 
 
-@torch.library.triton_op("jet::gated_delta_rule", mutates_args={"recurrent_state"})
+@torch.library.triton_op("jet::gated_delta_rule", mutates_args=STATES)
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -196,10 +232,12 @@ def gated_delta_rule(
     slots: Tensor,
     context_lens: Tensor,
     form: int,
+    step_buffer: Tensor | None = None,
+    state_position: Tensor | None = None,
+    interval: int = 1,
 ) -> Tensor:
     """o [T, H, V] in v's dtype; recurrent_state is updated in place. See the module's equations."""
+    tail = cu_seqlens, slots, context_lens, form, step_buffer, state_position, interval
     if q.device.type == "cpu":
-        return torch.ops.jet.gated_delta_rule_cpu(
-            q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form
-        )
-    return gated_delta_rule_triton(q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form)
+        return torch.ops.jet.gated_delta_rule_cpu(q, k, v, beta, g, recurrent_state, *tail)
+    return gated_delta_rule_triton(q, k, v, beta, g, recurrent_state, *tail)

@@ -22,6 +22,8 @@ from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 
+STATES = {"conv_state", "recurrent_state", "step_buffer", "state_position"}  # updated in place
+
 
 def jet_block_ref(
     qkuz: Tensor,  # [T, >= 2HK + 2D]: q | k | u | gate | ignored columns
@@ -30,7 +32,7 @@ def jet_block_ref(
     A_log: Tensor,  # [H]
     dt_bias: Tensor,  # [H]
     w_o: Tensor,  # [V]
-    conv_state: Tensor,  # [S, W-1, D], updated in place
+    conv_state: Tensor,  # [S, W-1, D], or a ring of more rows (dynamic_conv.py); updated in place
     recurrent_state: Tensor,  # [S, H, K, V], updated in place
     cu_seqlens: Tensor,  # [N+1]
     slots: Tensor,  # [N]
@@ -40,6 +42,9 @@ def jet_block_ref(
     head_v_dim: int,
     norm_eps: float,
     form: int,
+    step_buffer: Tensor | None = None,  # [S, H, rows, K + V + 4], updated in place (step_buffer.py)
+    state_position: Tensor | None = None,  # [S, H], updated in place
+    interval: int = 1,
 ) -> Tensor:  # [T, D]
     """The specification: the three references composed, in fp32 (fp64 for fp64 inputs)."""
     T, H, K, V = qkuz.shape[0], num_heads, head_k_dim, head_v_dim
@@ -52,8 +57,9 @@ def jet_block_ref(
     v = dynamic_conv_ref(u, kappa, conv_state, cu_seqlens, slots, context_lens)
     q, k = (by_rows(F.silu, x.to(acc)).reshape(T, H, K) for x in (q, k))
     o = packed_gated_delta_rule_ref(
-        q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, form
-    )
+        q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, form,
+        step_buffer, state_position, interval,
+    )  # fmt: skip
     out = gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), norm_eps)
     return zero_padding(out, cu_seqlens, slots).reshape(T, D)  # a padding row's gate is arbitrary
 
@@ -75,6 +81,9 @@ def jet_block_triton(
     head_v_dim: int,
     norm_eps: float,
     form: int,
+    step_buffer: Tensor | None = None,
+    state_position: Tensor | None = None,
+    interval: int = 1,
 ) -> Tensor:
     """Launches the kernels: one for DECODE, those of the three ops for PREFILL, all for MIXED. As `jet_block_ref`."""
     H, K, V = num_heads, head_k_dim, head_v_dim
@@ -100,7 +109,7 @@ def jet_block_triton(
     return out.view(qkuz.shape[0], H * V)
 
 
-@torch.library.custom_op("jet::jet_block_cpu", mutates_args={"conv_state", "recurrent_state"})
+@torch.library.custom_op("jet::jet_block_cpu", mutates_args=STATES)
 def jet_block_cpu(
     qkuz: Tensor,
     ba: Tensor,
@@ -118,10 +127,13 @@ def jet_block_cpu(
     head_v_dim: int,
     norm_eps: float,
     form: int,
+    step_buffer: Tensor | None = None,
+    state_position: Tensor | None = None,
+    interval: int = 1,
 ) -> Tensor:
     return jet_block_ref(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-        num_heads, head_k_dim, head_v_dim, norm_eps, form,
+        num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval,
     )  # fmt: skip
 
 
@@ -143,11 +155,14 @@ def _(
     head_v_dim,
     norm_eps,
     form,
+    step_buffer=None,
+    state_position=None,
+    interval=1,
 ):
     return qkuz.new_empty(qkuz.shape[0], num_heads * head_v_dim)
 
 
-@torch.library.triton_op("jet::jet_block", mutates_args={"conv_state", "recurrent_state"})
+@torch.library.triton_op("jet::jet_block", mutates_args=STATES)
 def jet_block(
     qkuz: Tensor,
     ba: Tensor,
@@ -165,14 +180,17 @@ def jet_block(
     head_v_dim: int,
     norm_eps: float,
     form: int,
+    step_buffer: Tensor | None = None,
+    state_position: Tensor | None = None,
+    interval: int = 1,
 ) -> Tensor:
     """[T, D] in qkuz's dtype; both states are updated in place. Arguments as `jet_block_ref`."""
     if qkuz.device.type == "cpu":
         return torch.ops.jet.jet_block_cpu(
             qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-            num_heads, head_k_dim, head_v_dim, norm_eps, form,
+            num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval,
         )  # fmt: skip
     return jet_block_triton(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-        num_heads, head_k_dim, head_v_dim, norm_eps, form,
+        num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval,
     )  # fmt: skip

@@ -1,7 +1,10 @@
 """States carried between calls: their shapes, their pools, and the batch API's cache over them.
 
 Each layer has its own pools (never views of a stacked one), rows picked by slot (JetBlocks) or page (attention):
-    jet   conv_state [S, conv_size-1, D] model dtype, recurrent_state [S, H, K, V] fp32 or bf16
+    jet   conv_state [S, conv_size-1, D] model dtype, recurrent_state [S, H, K, V] fp32 or bf16; where the state is
+          written every `interval` tokens, or `rollback` tokens can be taken back, also step_buffer [S, H, interval - 1
+          + rollback, K + V + 4] fp32 and state_position [S, H] int32 (kernels/step_buffer.py), and conv_state has
+          `rollback` rows more (a ring)
     attn  kv_cache [pages, 2, Hkv, PAGE, head_dim], pages named by block_table [N, M]
     swa   the same over window_block_table, a ring: position p lies in page (p // PAGE) % M
 """
@@ -9,11 +12,13 @@ Each layer has its own pools (never views of a stacked one), rows picked by slot
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from jet_export.kernels.state_layout import EXTRA, buffer_rows
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
@@ -58,16 +63,26 @@ def state_specs(
     *,
     kv_dtype: torch.dtype | None = None,
     state_dtype: torch.dtype = torch.float32,
+    interval: int = 1,
+    rollback: int = 0,
 ) -> list[StateSpec]:
-    """Every layer's pools, in the order in which graphs take them."""
+    """Every layer's pools, in the order in which graphs take them.
+
+    `interval`: the recurrent states are written every so many tokens; `rollback`: so many tokens of a call can be
+    taken back, the most of a sequence in a call of the form VERIFY."""
     c, specs = config, []
     kv_shape = (2, c.num_key_value_heads, PAGE, c.head_dim)
     for i, kind in enumerate(c.layer_types):
         if kind == "jet":
             dims = c.jet_dims(i)
-            conv, state = (c.conv_size - 1, dims.value_dim), tuple(dims)
+            conv, state = (c.conv_size - 1 + rollback, dims.value_dim), tuple(dims)
             specs.append(StateSpec(f"layers.{i}.conv_state", i, "slots", conv, dtype))
             specs.append(StateSpec(f"layers.{i}.recurrent_state", i, "slots", state, state_dtype))
+            if rows := buffer_rows(interval, rollback):
+                H, K, V = dims
+                buffer = (H, rows, K + V + EXTRA)
+                specs.append(StateSpec(f"layers.{i}.step_buffer", i, "slots", buffer, torch.float32))
+                specs.append(StateSpec(f"layers.{i}.state_position", i, "slots", (H,), torch.int32))
         else:
             rows = "pages" if kind == "attn" else "window_pages"
             specs.append(StateSpec(f"layers.{i}.kv_cache", i, rows, kv_shape, kv_dtype or dtype))
@@ -87,11 +102,12 @@ def allocate_states(specs: list[StateSpec], rows: dict[str, int], device: torch.
 
 
 def states_per_layer(config: JetNemotronConfig, states: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    per_layer: list[tuple[Tensor, ...]] = []
+    """Each layer's pools, of those of all layers: two or four of a JetBlock, one of an attention layer."""
+    blocks = sum(kind == "jet" for kind in config.layer_types)
+    others = len(config.layer_types) - blocks
+    per_block = (len(states) - others) // max(blocks, 1)
     it = iter(states)
-    for kind in config.layer_types:
-        per_layer.append((next(it), next(it)) if kind == "jet" else (next(it),))
-    return per_layer
+    return [tuple(islice(it, per_block if kind == "jet" else 1)) for kind in config.layer_types]
 
 
 class Cache:

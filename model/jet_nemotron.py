@@ -57,17 +57,26 @@ class JetBlock(nn.Module):
         self.o_norm = nn.Parameter(torch.ones(V))
         self.o_proj = nn.Linear(D, c.hidden_size, bias=False)
 
-    def forward(self, h: Hidden, norm: RMSNorm, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Hidden:
+    def forward(
+        self,
+        h: Hidden,
+        norm: RMSNorm,
+        batch: PackedBatch,
+        state: tuple[Tensor, ...],
+        form: Form,
+        interval: int = 1,
+    ) -> Hidden:
         """h + JetBlock(norm(h))."""
         x, later = norm_later(h, norm, self.in_proj, self.ba_proj)
         qkuz = project(self.in_proj, x, later)  # [T, 2HK + 2D + R]
         kappa = project(self.w2, qkuz[:, -self.generator_dim :], silu=True)  # [T, D * W]
-        conv_state, recurrent_state = state
+        conv_state, recurrent_state, *buffer = state
         args = (
             qkuz, project(self.ba_proj, x, later), kappa,
             self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
             batch.cu_seqlens, batch.slots, batch.context_lens,
-            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form),
+            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form), *(buffer or (None, None)),
+            interval,
         )  # fmt: skip
         o = jet_block_node(*args) if onnx_mode() else torch.ops.jet.jet_block(*args)
         return project(self.o_proj, o, residual=h)
@@ -126,9 +135,18 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, h: Hidden, cos_sin: Tensor, batch: PackedBatch, state: tuple[Tensor, ...], form: Form) -> Hidden:
+    def forward(
+        self,
+        h: Hidden,
+        cos_sin: Tensor,
+        batch: PackedBatch,
+        state: tuple[Tensor, ...],
+        form: Form,
+        interval: int = 1,
+    ) -> Hidden:
         tail = (batch, state, form)
-        h = self.self_attn(h, self.input_layernorm, *(tail if self.kind == "jet" else (cos_sin, *tail)))
+        mixer = (*tail, interval) if self.kind == "jet" else (cos_sin, *tail)
+        h = self.self_attn(h, self.input_layernorm, *mixer)
         out: Hidden = self.mlp(h, self.post_attention_layernorm)
         return out
 
@@ -251,12 +269,13 @@ class JetNemotronForCausalLM(WeightedModel):
         logit_indices: Tensor | None,  # [M] int32 rows of the packed tokens to return logits for; None: all
         form: Form,
         hidden_states: bool = False,
+        interval: int = 1,
     ) -> PackedOutput:
-        """One step over packed tokens, of the stated form."""
+        """One step over packed tokens, of the stated form. `interval`: that of the states, see cache.state_specs."""
         h = self.embed_tokens(input_ids)
         kept = []
         for layer, state in zip(self.layers, states_per_layer(self.config, states), strict=True):
-            h = layer(h, self.cos_sin, batch, state, form)
+            h = layer(h, self.cos_sin, batch, state, form, interval)
             if hidden_states:
                 kept.append(h)
         if logit_indices is not None:

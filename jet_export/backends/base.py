@@ -13,6 +13,7 @@ from torch import Tensor
 from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PackedBatch, StateSpec
 from jet_export.model.config import JetNemotronConfig
+from jet_export.utils.errors import JetExportError
 
 
 class Engine(ABC):
@@ -23,6 +24,8 @@ class Engine(ABC):
     specs: list[StateSpec]
     dtype: torch.dtype
     device: torch.device
+    state_interval: int = 1  # the recurrent states are written every so many tokens, see kernels/step_buffer.py
+    rollback: int = 0  # the most tokens of a sequence in `verify`; 0: there is no such call
     dependent_launch: bool = False  # its kernels wait for their inputs themselves, see kernels/common.py
 
     @abstractmethod
@@ -33,3 +36,10 @@ class Engine(ABC):
     @abstractmethod
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
         """One token a sequence: input_ids [N] int64 -> logits [N, vocab]."""
+
+    def verify(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        """1 to `rollback` tokens a sequence, ragged: input_ids [T] int64 -> logits [T, vocab], of every token.
+
+        All tokens are held afterwards. To take the last ones back, give the next call a smaller context_lens: at
+        least this call's and one token more. Raises JetExportError for an engine whose rollback is 0."""
+        raise JetExportError("this engine has no call that verifies drafts.", "Build the bundle with --speculate N.")

@@ -30,18 +30,40 @@ class EagerEngine(Engine):
         *,
         kv_dtype: torch.dtype | None = None,  # the model's
         state_dtype: torch.dtype = torch.float32,
+        state_interval: int = 1,
+        rollback: int = 0,
     ) -> None:
         self.model, self.config, self.limits = model, model.config, limits
         self.dtype, self.device = model.dtype, model.device
-        self.specs = state_specs(model.config, model.dtype, kv_dtype=kv_dtype, state_dtype=state_dtype)
+        self.state_interval, self.rollback = state_interval, rollback
+        self.specs = state_specs(
+            model.config,
+            model.dtype,
+            kv_dtype=kv_dtype,
+            state_dtype=state_dtype,
+            interval=state_interval,
+            rollback=rollback,
+        )
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, batch: PackedBatch, logit_indices: Tensor, states: list[Tensor]) -> Tensor:
-        return self.model.forward_packed(input_ids, batch, states, logit_indices, Form.MIXED).logits
+        return self.step(input_ids, batch, states, logit_indices, Form.MIXED)
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
-        return self.model.forward_packed(input_ids, batch, states, None, Form.DECODE).logits
+        return self.step(input_ids, batch, states, None, Form.DECODE)
+
+    @torch.inference_mode()
+    def verify(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        if not self.rollback:
+            return super().verify(input_ids, batch, states)
+        return self.step(input_ids, batch, states, None, Form.VERIFY)
+
+    def step(
+        self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor], logit_indices: Tensor | None, form: Form
+    ) -> Tensor:
+        interval = self.state_interval
+        return self.model.forward_packed(input_ids, batch, states, logit_indices, form, interval=interval).logits
 
 
 def load_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
