@@ -102,10 +102,11 @@ def processed_tile(
 
 @triton.jit(do_not_specialize=["stride_mask"])
 def sample_tiles_kernel(
-    logits, slots, floats, ints, counts, seen, bias, allowed, blocked,
+    logits, slots, ahead, floats, ints, counts, seen, bias, allowed, blocked,
     values, tokens, y_of_best, y_max, raw_max, raw_sum, bad, y_out, part_max,
     stride_logits, stride_mask,
     V: tl.constexpr, NUM_TILES: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, MAX_BLOCKED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of 4 BG tokens, N): each tile's draw over all its tokens, its largest y, and what logprobs need."""
     i_tile = tl.program_id(0)
@@ -115,6 +116,8 @@ def sample_tiles_kernel(
     p_i = ints + slot * 6
     temperature = tl.load(p_f)
     seed, position, choice = tl.load(p_i), tl.load(p_i + 1), tl.load(p_i + 2)
+    if AHEAD:
+        position += tl.load(ahead + i_n)
     flags = tl.load(p_i + 5).to(tl.int32)
     o_v = i_tile * 4 * BG + tl.arange(0, 4 * BG)
     m_v = o_v < V
@@ -255,12 +258,12 @@ def room_of(total, top_p):
 
 @triton.jit
 def sample_rows_kernel(
-    slots, floats, ints, counts, values, tokens, y_of_best, y_max, raw_max, raw_sum, bad, y_out, part_max,
+    slots, ahead, floats, ints, counts, values, tokens, y_of_best, y_max, raw_max, raw_sum, bad, y_out, part_max,
     listed, listed_token, last_tokens, out, out_lse,
     V: tl.constexpr, NUM_TILES: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr,
-    BT: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr,
+    BT: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N): merges a row's tiles, applies its filters, and moves its slot on by one token.
+    """Grid (N): merges a row's tiles, applies its filters, and moves its slot on by one token unless AHEAD.
 
     top_k goes through a list: the k-th largest of the parts' maxima is no larger than the k-th largest y, and little is
     above it unless a great many tie; then, and for a k beyond the number of parts, the whole row is searched.
@@ -281,6 +284,8 @@ def sample_rows_kernel(
     wrong = tl.max(tl.load(bad + at, mask=m_t, other=0), 0) != 0
     wrong = wrong | (top == float("inf")) | (top == -float("inf")) | (top != top)
     position = tl.load(p_i + 1)
+    if AHEAD:
+        position += tl.load(ahead + i_n)
     top_k, top_p, min_p = tl.load(p_i + 3), tl.load(p_f + 1), tl.load(p_f + 2)
     by_k = (top_k > 0) & (top_k < V)
     filtered = by_k | (top_p < 1.0) | (min_p > 0.0)
@@ -321,20 +326,23 @@ def sample_rows_kernel(
     total_raw = tl.sum(tl.load(raw_sum + at, mask=m_t, other=0.0) * tl.exp(b_top - raw), 0)
     tl.store(out_lse + i_n, raw + tl.log(total_raw))
     tl.store(out + i_n, tl.where(wrong, -1, token).to(tl.int64))
-    tl.store(last_tokens + slot, tl.maximum(tl.where(wrong, 0, token), 0).to(tl.int64))
-    tl.store(p_i + 1, position + 1)
-    if ((tl.load(p_i + 5) & 1) != 0) & (not wrong):
-        tl.store(counts + slot * V + token, tl.load(counts + slot * V + token) + 1)
+    if not AHEAD:
+        tl.store(last_tokens + slot, tl.maximum(tl.where(wrong, 0, token), 0).to(tl.int64))
+        tl.store(p_i + 1, position + 1)
+        if ((tl.load(p_i + 5) & 1) != 0) & (not wrong):
+            tl.store(counts + slot * V + token, tl.load(counts + slot * V + token) + 1)
 
 
 def sample_triton(
     state: SamplerState,
     logits: Tensor,  # [N, V], rows contiguous
-    slots: Tensor,  # [N] int32, each at most once
+    slots: Tensor,  # [N] int32, each at most once without `ahead`
     allowed: Tensor | None = None,  # [N, cdiv(V, 32)] int32: bit v of a row is set where token v may come
+    ahead: Tensor | None = None,  # [N] int32: draw for the position so many tokens behind the slot's next one
 ) -> tuple[Tensor, Tensor]:
     """(tokens [N] int64, ln of the sum of exp of the raw logits [N] fp32); each slot moves on by one token.
 
+    With `ahead` no slot moves; the tokens in between are in no slot's counts, so its settings may have no penalties.
     Launches the two kernels. Nothing synchronises.
     """
     N, V = logits.shape
@@ -347,17 +355,20 @@ def sample_triton(
     listed, listed_token = (logits.new_empty(N, LISTED, dtype=d) for d in (torch.float32, torch.int32))
     out, lse = logits.new_empty(N, dtype=torch.int64), logits.new_empty(N, dtype=torch.float32)
     mask = slots if allowed is None else allowed
+    behind = slots if ahead is None else ahead
     values, y_of_best, y_max, raw_max, raw_sum = partial
     sample_tiles_kernel[(tiles, N)](
-        logits, slots, state.floats, state.ints, state.counts, state.seen, state.bias, mask, state.blocked,
+        logits, slots, behind, state.floats, state.ints, state.counts, state.seen, state.bias, mask, state.blocked,
         values, index[0], y_of_best, y_max, raw_max, raw_sum, index[1], y_out, part_max,
         logits.stride(0), 0 if allowed is None else allowed.stride(0),
-        V=V, NUM_TILES=tiles, PARTS=parts, BG=BG, MAX_BLOCKED=MAX_BLOCKED, num_warps=4,
+        V=V, NUM_TILES=tiles, PARTS=parts, BG=BG, MAX_BLOCKED=MAX_BLOCKED,
+        AHEAD=ahead is not None, num_warps=4,
     )  # fmt: skip
     sample_rows_kernel[(N,)](
-        slots, state.floats, state.ints, state.counts, values, index[0], y_of_best, y_max, raw_max, raw_sum, index[1],
-        y_out, part_max, listed, listed_token, state.last_tokens, out, lse,
+        slots, behind, state.floats, state.ints, state.counts, values, index[0], y_of_best, y_max, raw_max, raw_sum,
+        index[1], y_out, part_max, listed, listed_token, state.last_tokens, out, lse,
         V=V, NUM_TILES=tiles, PARTS=parts, LISTED=LISTED, BT=triton.next_power_of_2(tiles),
-        BV=min(8192, 4 * groups), BG=min(1024, groups), BL=2048, num_warps=16,
+        BV=min(8192, 4 * groups), BG=min(1024, groups), BL=2048,
+        AHEAD=ahead is not None, num_warps=16,
     )  # fmt: skip
     return out, lse

@@ -1,6 +1,6 @@
 """Continuous batching: requests join and leave the engine's batch at every step.
 
-The scheduler plans the steps, the executor runs them, and the engine here hands out the tokens. Steps are taken by one
+The scheduler plans the steps, the executor runs them, and delivery.py hands out the tokens. Steps are taken by one
 thread (`start`) or by the caller (`step`); `submit` and `cancel` may be called from any thread.
 """
 
@@ -11,19 +11,19 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-
-from torch import Tensor
 
 from jet_export.backends.base import Engine
+from jet_export.runtime.acceptance import DraftCounts
 from jet_export.runtime.capacity import Serving, capacity, pacing, pool_size
 from jet_export.runtime.copies import StateCopies
+from jet_export.runtime.delivery import Delivery
+from jet_export.runtime.drafts import Proposer, speculation
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.grammar_compile import GrammarCompiler
 from jet_export.runtime.grammar_masks import accept
 from jet_export.runtime.metrics import Gauges, Metrics
-from jet_export.runtime.params import Logprob, Output, Params, check_tokens, end_tokens
-from jet_export.runtime.plan import Request
+from jet_export.runtime.params import Output, Params, check_tokens, end_tokens
+from jet_export.runtime.plan import Plan, Request
 from jet_export.runtime.prefix import page_hashes
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.scheduler import QueueFull, Scheduler
@@ -31,7 +31,6 @@ from jet_export.runtime.sequence import Keep, OnOutput, RunningSequence
 from jet_export.runtime.snapshot import EMPTY, Snapshot
 from jet_export.runtime.step import InFlightStep, StepInputs
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
-from jet_export.utils.errors import JetExportError
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,9 @@ class BatchingEngine:
         cuda_graphs: bool = True,
         overlap: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        proposer: Proposer | None = None,
     ) -> None:
+        """`proposer`: makes the drafts; by default as `serving` says."""
         self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, end_tokens(eos), clock
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         serving = serving or Serving()
@@ -61,15 +62,22 @@ class BatchingEngine:
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
         self.scheduler = Scheduler(c, copies, self.pacing)
         self.metrics = Metrics(memory=self.scheduler.memory.counts)
-        self.executor = Executor(engine, self.runner, self.metrics, self.eos)
+        self.speculation = speculation(engine, serving, proposer)
+        self.executor = Executor(engine, self.runner, self.eos, engine.rollback if self.speculation else 0)
+        self.delivery = Delivery(self.executor, self.scheduler, self.metrics, clock)
+        if self.speculation:
+            self.metrics.drafts = DraftCounts()
+            self.delivery.on_end = self.speculation.end
+            self.executor.on_begin = self.speculation.begin
+        self.sequences = self.delivery.sequences
         self.grammars = GrammarCompiler(tokenizer, engine.config.vocab_size, self.eos)
-        self.sequences: dict[Request, RunningSequence] = {}
         self.lock = threading.RLock()
         self.work = threading.Condition(self.lock)
         self.thread: threading.Thread | None = None
         self.stopping = False
         self.next_step: InFlightStep | None = None  # launched while the step before it still ran
         self.finished_at = -math.inf  # the step before, on the engine's clock
+        self.rested = True  # nothing has run since then
         self.delivering = False  # the outputs of a step are being delivered; `after_step` follows
         self.after_step: Callable[[], None] = lambda: None
 
@@ -148,7 +156,7 @@ class BatchingEngine:
     def cancel(self, sequence: RunningSequence, reason: str = "cancelled") -> None:
         """End a request now: its slot and pages are free on return. Does nothing if it has ended already."""
         with self.lock:
-            self._end(sequence, Output(None, finish_reason=reason))
+            self.delivery.end(sequence, Output(None, finish_reason=reason))
 
     def step(self) -> bool:
         """Run one step; False if there is nothing to run.
@@ -157,20 +165,22 @@ class BatchingEngine:
         the device does not wait for the host. A sequence found to have ended is then decoded once more, in vain;
         nothing that uses its slot or pages next can run before that step, as all work goes to one stream. Where
         grammars take part, only the draw of the next step waits for the tokens of this one, while its forward pass
-        runs.
+        runs. Where drafts are likely to pay, the next step waits for the tokens of this one.
         """
         step, self.next_step = self.next_step, None
         if step is None:
             step, idle = self._launch(draw=True)
             if step is None:
+                self.rested = True
                 return not idle
-        if self.overlap and not step.blocks_overlap:
-            self.next_step, _ = self._launch(draw=not step.masked)
+        if self.overlap and not step.blocks_overlap and not self._drafts_likely(step):
+            self.next_step, _ = self._launch(draw=not step.masked, behind=step)
         self._finish(step)
         return True
 
-    def _launch(self, draw: bool) -> tuple[InFlightStep | None, bool]:
-        """Plan and launch a step, with its draw unless grammars take part and `draw` is False. (None, True) if there is
+    def _launch(self, draw: bool, behind: InFlightStep | None = None) -> tuple[InFlightStep | None, bool]:
+        """Plan and launch a step, `behind` one whose tokens are still to come, if any; with its draw unless grammars
+        take part and `draw` is False. (None, True) if there is
         nothing to run, (None, False) if the launch fails: its requests have then ended with an error."""
         with self.lock:
             plan = self.scheduler.plan()
@@ -178,11 +188,17 @@ class BatchingEngine:
                 self.cancel(self.sequences[request], "timeout")
             if plan.empty:
                 return None, True
-            inputs = self.executor.collect(plan, self.sequences)
-        try:
             began = self.clock()
+            try:
+                drafts = self._drafts(plan, behind is None)
+            except Exception as e:
+                self.delivery.fail([self.sequences[r] for r in plan.decode], e)
+                return None, False
+            inputs = self.executor.collect(plan, self.sequences, drafts)
+        try:
             step = self.executor.launch(plan, inputs)
-            step.launched_at = began
+            step.launched_at, step.began_at = began, began if self.rested else self.finished_at
+            self.rested = False
             if draw or not step.masked:
                 self.executor.draw(step)
         except Exception as e:
@@ -194,6 +210,21 @@ class BatchingEngine:
                 if self.scheduler.prefix_due(request):
                     self.scheduler.keep_prefix(request, self.sequences[request].fed(0, request.held))
         return step, False
+
+    def _drafts(self, plan: Plan, known: bool) -> list[list[int]] | None:
+        """Of the requests that decode, all of whose tokens are `known`, otherwise they have none; None: in a plain
+        step. Batch-invariant steps are verifying ones without drafts too."""
+        if self.speculation is None:
+            return None
+        sequences = [self.executor.prepared(self.sequences[r]) for r in plan.decode]
+        drafts = self.speculation.drafts(sequences) if known else [[] for _ in sequences]
+        return drafts if self.speculation.fixed or any(drafts) else None
+
+    def _drafts_likely(self, step: InFlightStep) -> bool:
+        if self.speculation is None:
+            return False
+        with self.lock:
+            return self.speculation.likely([s for s in step.inputs.sampled if s.finish_reason is None])
 
     def _draw_next(self) -> None:
         """Launch the draw of the next step, if it has waited for the tokens of this one."""
@@ -209,106 +240,45 @@ class BatchingEngine:
         """Wait for the tokens of a step and hand them out."""
         try:
             tokens, now = step.tokens(), self.clock()
-            accept(step.inputs.sampled, tokens)
+            accept(step.inputs.sampled, [tokens[row] for row in step.inputs.first_rows])
             self._draw_next()
             logprobs = step.logprobs()
         except Exception as e:
             self._fail(step.inputs, e)
             self._draw_next()
             return
-        assert step.draw is not None
         with self.lock:
-            delivered = 0
-            if self.pacing and not step.scores:
-                seconds = now - max(step.launched_at, self.finished_at)
-                self.pacing.observe(len(step.plan.decode), step.plan.prefill_tokens, seconds)
+            self._observe(step, now)
             self.finished_at = now
             self.delivering = True
             try:
-                for row, sequence in enumerate(step.inputs.sampled):
-                    token = sequence.drawn(tokens[row])
-                    if sequence.finish_reason is None and token is not None:  # else it ended after the launch
-                        if step.draw.kept_logits is not None and sequence.keep_logits:
-                            sequence.logits.append(step.draw.kept_logits[row])
-                        self._add_token(sequence, token, logprobs.get(row), step.draw.prompt_logits.get(row), now)
-                        delivered += 1
+                delivered = self.delivery.hand_out(step, tokens, logprobs, now)
                 self.metrics.step(now, prompt_tokens=step.plan.prefill_tokens, tokens=delivered)
             finally:
                 self.delivering = False
                 self.after_step()
 
+    def _observe(self, step: InFlightStep, now: float) -> None:
+        """What the step took."""
+        if step.scores:
+            return
+        decoding, prompt_tokens = len(step.plan.decode), step.plan.prefill_tokens
+        if self.pacing and not step.inputs.drafted:
+            self.pacing.observe(decoding, prompt_tokens, now - max(step.launched_at, self.finished_at))
+        if self.speculation and decoding and not prompt_tokens:
+            self.speculation.lengths.observe(decoding, step.inputs.drafted, now - step.began_at)
+
     def _fail(self, inputs: StepInputs, e: Exception) -> None:
-        log.error("step failed; its requests end with an error", exc_info=e)
-        self.executor.failure = e
         with self.lock:
-            for sequence in inputs.sequences:
-                self._end(sequence, Output(None, finish_reason="error"))
-
-    def _add_token(
-        self, sequence: RunningSequence, token: int, logprob: Logprob | None, prompt_logits: Tensor | None, now: float
-    ) -> None:
-        """Deliver a sampled token, and end the request if it is the last."""
-        matcher = sequence.matcher
-        if matcher is not None and matcher.error:
-            self.executor.failure = JetExportError(f"The grammar of the request failed: {matcher.error}.")
-            token = -1
-        if token < 0:
-            self._end(sequence, Output(None, finish_reason="error"))
-            return
-        if sequence.keep == "prompt":
-            sequence.snapshot = self.executor.snapshot(sequence, prompt_logits)
-            self._end(sequence, Output(None, finish_reason="length"))
-            return
-        if matcher is not None and matcher.closed == len(sequence.tokens):  # found when this token was to be drawn
-            self._end_kept(sequence, Output(None, sequence.rest(), finish_reason="stop"))
-            return
-        text, reason = sequence.append(token, self.eos)
-        if len(sequence.tokens) == 1:
-            sequence.first_token_at = now
-            self.metrics.ttft.observe(now - sequence.request.arrival)
-        output = Output(token, text, logprob, reason, sequence.delivered_logprobs)
-        if matcher is not None and matcher.closed == len(sequence.tokens) and reason != "stop":
-            self._deliver(sequence, replace(output, finish_reason=None))
-            self._end_kept(sequence, Output(None, sequence.rest(), finish_reason="stop"))
-        elif reason:
-            self._end_kept(sequence, output)
-        else:
-            self._deliver(sequence, output)
-
-    def _end_kept(self, sequence: RunningSequence, last: Output) -> None:
-        """The request has its whole answer; what is to be kept of its states is."""
-        if sequence.finish_reason is not None:
-            return
-        if sequence.keep == "end":
-            sequence.snapshot = self.executor.snapshot(sequence)
-        if self.scheduler.turn_due(sequence.request):
-            self.scheduler.keep_prefix(sequence.request, sequence.fed(0, sequence.request.held))
-        self._end(sequence, last)
-
-    def _end(self, sequence: RunningSequence, last: Output) -> None:
-        if sequence.finish_reason is not None:
-            return
-        sequence.finish_reason, sequence.matcher = last.finish_reason, None
-        self.scheduler.finish(sequence.request)
-        del self.sequences[sequence.request]
-        self.metrics.requests[str(last.finish_reason)] += 1
-        if len(sequence.tokens) > 1:
-            seconds = self.clock() - sequence.first_token_at
-            self.metrics.tpot.observe(seconds / (len(sequence.tokens) - 1))
-        self._deliver(sequence, last)
-
-    def _deliver(self, sequence: RunningSequence, output: Output) -> None:
-        try:
-            sequence.on_output(output)
-        except Exception:
-            log.exception("the callback of a request failed; the request is cancelled")
-            self._end(sequence, Output(None, finish_reason="cancelled"))
+            self.delivery.fail(inputs.sequences, e)
 
     def start(self) -> None:
         """Capture the CUDA graphs of the steps to come, build the vocabulary for grammars, and start the thread that
         takes the steps."""
         self.grammars.warm_up()
         self.runner.capture_calls(self.scheduler.capacity.token_budget, self.scheduler.prompt_tokens)
+        if self.executor.verify:
+            self.executor.verify.capture()
         self.thread = threading.Thread(target=self._loop, name="jet-engine", daemon=True)
         self.thread.start()
 

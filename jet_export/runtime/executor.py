@@ -5,7 +5,7 @@ Only the stepping thread calls it, since only that thread may use the device: it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from jet_export.backends.base import Engine
 from jet_export.runtime.grammar_masks import TokenMasks
 from jet_export.runtime.logprobs import launch_logprobs
-from jet_export.runtime.metrics import Metrics
 from jet_export.runtime.plan import Plan, Request
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.sampler import SlotSampler
@@ -22,25 +21,32 @@ from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.snapshot import Snapshot, load_states, save_states
 from jet_export.runtime.step import Draw, InFlightStep, StepInputs
 from jet_export.runtime.transfer import copy_to_host
+from jet_export.runtime.verify_calls import VerifyCalls
 
 
 class Executor:
     """See the module."""
 
-    def __init__(self, engine: Engine, runner: Runner, metrics: Metrics, eos: tuple[int, ...]) -> None:
-        self.engine, self.runner, self.metrics, self.eos = engine, runner, metrics, eos
+    def __init__(self, engine: Engine, runner: Runner, eos: tuple[int, ...], verify_rows: int = 0) -> None:
+        """`verify_rows`: tokens of a row of a verifying call, at most; 0: there are none."""
+        self.engine, self.runner, self.eos = engine, runner, eos
         slots, vocab = len(runner.context_lens), engine.config.vocab_size
         self.sampler = SlotSampler(slots, vocab, engine.device, last_tokens=runner.last_tokens)
         self.sampler.warm_up(engine.dtype)
         self.masks = TokenMasks(slots, vocab, engine.device)
+        self.verify = VerifyCalls(runner, verify_rows) if verify_rows else None
         self.failure: Exception | None = None  # the last one
+        self.on_begin: Callable[[RunningSequence], None] = lambda sequence: None  # it takes a slot
 
-    def collect(self, plan: Plan, sequences: Mapping[Request, RunningSequence]) -> StepInputs:
-        """The inputs of a plan. Called under the engine's lock: a cancellation changes the requests."""
-        inputs = StepInputs()
+    def collect(
+        self, plan: Plan, sequences: Mapping[Request, RunningSequence], drafts: list[list[int]] | None = None
+    ) -> StepInputs:
+        """The inputs of a plan. `drafts`: of each request that decodes, [] for none; None: in a plain step. Called
+        under the engine's lock: a cancellation changes the requests."""
+        inputs = StepInputs(drafts=drafts if plan.decode else None)
         self.runner.extend([(r.slot, r.pages, n) for r, n in plan.grown if r.prepared])
         for request, first, n in plan.prefill:
-            sequence = self._prepared(sequences[request])
+            sequence = self.prepared(sequences[request])
             inputs.sequences.append(sequence)
             tokens, ends = sequence.fed(first, n), first + n == request.prefill_len and not request.generated
             if sequence.score_to(first + n):
@@ -54,13 +60,13 @@ class Executor:
                 inputs.sampled.append(sequence)
         inputs.sampled += [chunk.sequence for chunk in inputs.scored if chunk.ends]
         for request in plan.resumed:
-            sequence = self._prepared(sequences[request])
+            sequence = self.prepared(sequences[request])
             assert sequence.start is not None and sequence.start.logits is not None
             inputs.saved_logits.append(sequence.start.logits.to(self.engine.device))
             inputs.sampled.append(sequence)
             inputs.sequences.append(sequence)
         for request in plan.decode:
-            sequence = self._prepared(sequences[request])
+            sequence = self.prepared(sequences[request])
             inputs.decode_slots.append(request.slot)
             inputs.sampled.append(sequence)
             inputs.sequences.append(sequence)
@@ -78,17 +84,60 @@ class Executor:
         """Launch the draw of a step's tokens; returns before they are known. Its sequences with a grammar have been
         told the tokens of the step before. Raises whatever the engine raises."""
         sampled, logits = step.inputs.sampled, step.logits
-        allowed = self.masks.fill([s.matcher for s in sampled]) if step.masked else None
-        slots = torch.tensor(step.inputs.sampled_slots, dtype=torch.int32)
-        tokens, lse = self.sampler.sample(logits, self.runner.to_device(slots), allowed)
-        top = {i: s.params.logprobs for i, s in enumerate(sampled) if s.params.logprobs is not None}
+        tokens, lse = self._draw_drafted(step) if step.inputs.drafted else self._draw_plain(step)
+        rows = list(zip(step.inputs.first_rows, step.inputs.sampled_drafts, sampled, strict=True))
+        top = {
+            first + i: s.params.logprobs
+            for first, draft, s in rows
+            for i in range(1 + len(draft))
+            if s.params.logprobs is not None
+        }
         on_host = copy_to_host(tokens)
         step.draw = Draw(
             tokens=lambda: on_host().tolist(),
             logprobs=launch_logprobs(logits, tokens, lse, top),
-            prompt_logits={i: logits[i].clone() for i, s in enumerate(sampled) if s.keep == "prompt"},
+            prompt_logits={first: logits[first].clone() for first, _, s in rows if s.keep == "prompt"},
             kept_logits=logits.float().cpu() if any(s.keep_logits for s in sampled) else None,
         )
+
+    def _draw_plain(self, step: InFlightStep) -> tuple[Tensor, Tensor]:
+        allowed = self.masks.fill([s.matcher for s in step.inputs.sampled]) if step.masked else None
+        slots = torch.tensor(step.inputs.sampled_slots, dtype=torch.int32)
+        return self.sampler.sample(step.logits, self.runner.to_device(slots), allowed)
+
+    def _draw_drafted(self, step: InFlightStep) -> tuple[Tensor, Tensor]:
+        """Of a step with drafts. `advance` moves the slots of those that have one."""
+        inputs, logits = step.inputs, step.logits
+        plain: list[int] = []  # of inputs.sampled
+        plain_rows, rows, slots, ahead = [], [], [], []
+        for i, (first, draft) in enumerate(zip(inputs.first_rows, inputs.sampled_drafts, strict=True)):
+            if not draft:
+                plain.append(i)
+                plain_rows.append(first)
+            for n in range(1 + len(draft) if draft else 0):
+                rows.append(first + n)
+                slots.append(inputs.sampled_slots[i])
+                ahead.append(n)
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        at = self.runner.to_device(torch.tensor(rows, dtype=torch.int64))
+        tokens[at], lse[at] = self.sampler.look_ahead(logits if not plain else logits[at], slots, ahead)
+        if plain:
+            at = self.runner.to_device(torch.tensor(plain_rows, dtype=torch.int64))
+            masked = any(inputs.sampled[i].compiled is not None for i in plain)
+            allowed = self.masks.fill([inputs.sampled[i].matcher for i in plain]) if masked else None
+            own = torch.tensor([inputs.sampled_slots[i] for i in plain], dtype=torch.int32)
+            tokens[at], lse[at] = self.sampler.sample(logits[at], self.runner.to_device(own), allowed)
+        return tokens, lse
+
+    def take(self, slot: int) -> None:
+        """One more drafted token of this slot's counts: its states hold the token before it."""
+        self.runner.context_lens[slot] += 1
+
+    @torch.inference_mode()
+    def advance(self, made: dict[int, list[int]]) -> None:
+        """The new tokens of slots that had a draft."""
+        self.sampler.advance(made)
 
     def snapshot(self, sequence: RunningSequence, logits: Tensor | None = None) -> Snapshot:
         """The states of a sequence that still owns its slot."""
@@ -96,8 +145,8 @@ class Executor:
         tokens = (*sequence.prompt, *sequence.tokens)
         return Snapshot(tokens, self.runner.context_lens[slot], save_states(self.runner, slot), logits)
 
-    def _prepared(self, sequence: RunningSequence) -> RunningSequence:
-        """Before a sequence's first step in a slot: tell the runner and the sampler what is there."""
+    def prepared(self, sequence: RunningSequence) -> RunningSequence:
+        """The sequence, and before its first step in a slot tell the runner and the sampler what is there."""
         request = sequence.request
         if not request.prepared:
             request.prepared = True
@@ -109,6 +158,7 @@ class Executor:
             sequence.position = request.generated - request.begun  # none, if it has been preempted and replays
             made = sequence.tokens[: sequence.position]
             sequence.match(made, self.eos)
+            self.on_begin(sequence)
             masked = sequence.compiled is not None
             self.sampler.begin(request.slot, sequence.row_settings(self.eos), sequence.prompt, made, masked)
             if request.generated:  # decodes the token that was sampled last, here or by its session
@@ -117,9 +167,9 @@ class Executor:
         return sequence
 
     def _run(self, inputs: StepInputs) -> tuple[Tensor, list[Score]]:
-        """Logits [len(inputs.sampled), vocab], which may be a buffer that the next step overwrites, and the scores."""
+        """Logits [rows, vocab], which may be a buffer that the next step overwrites, and the scores."""
         ended, scores = score_chunks(inputs.scored, self.runner)
-        together = bool(inputs.prefill_slots) and not self.runner.deterministic
+        together = bool(inputs.prefill_slots) and not self.runner.deterministic and inputs.drafts is None
         prompts, decoded = self._together(inputs) if together else self._apart(inputs)
         saved = [torch.stack(inputs.saved_logits)] if inputs.saved_logits else []
         rows = [x for x in (*prompts, *ended, *saved, *decoded) if len(x)]
@@ -137,9 +187,18 @@ class Executor:
         return [logits[:n]], [logits[n : n + len(decode)]]
 
     def _apart(self, inputs: StepInputs) -> tuple[list[Tensor], list[Tensor]]:
-        """The same in two calls: those of batch-invariant steps do not depend on each other."""
+        """The same in two calls: those of batch-invariant steps do not depend on each other, and drafts are verified
+        in calls of their own."""
         prompts, decode = [], inputs.decode_slots
         if inputs.prefill_slots:
             logits = self.runner.prefill(inputs.prefill_slots, inputs.prefill_tokens)
             prompts.append(logits[self.runner.to_device(torch.tensor(inputs.prompt_ends, dtype=torch.int64))])
-        return prompts, [self.runner.decode(decode)] if decode else []
+        if not decode:
+            return prompts, []
+        if inputs.drafts is None:
+            return prompts, [self.runner.decode(decode)]
+        assert self.verify is not None
+        logits = self.verify.run(decode, inputs.drafts)
+        for slot in decode:  # of each row its first token, whatever becomes of its draft
+            self.take(slot)
+        return prompts, [logits]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from jet_export.runtime.acceptance import DraftCounts
 from jet_export.runtime.memory import MemoryCounts
 from jet_export.runtime.scheduler import Scheduler
 
@@ -105,6 +106,7 @@ class Metrics:
     tokens: int = 0
     steps: int = 0
     memory: MemoryCounts = field(default_factory=MemoryCounts)
+    drafts: DraftCounts | None = None  # None: tokens are not drafted
     ttft: Histogram = field(default_factory=Histogram)  # seconds from arrival to the first token
     tpot: Histogram = field(default_factory=Histogram)  # seconds per token after the first, the mean of each request
     recent: deque[tuple[float, int]] = field(default_factory=deque)  # (time, tokens generated) of the last steps
@@ -152,6 +154,8 @@ class Metrics:
             ("jet_swapped_in_bytes_total", "States moved back from it.", self.memory.bytes_in),
         ):
             lines += _family(name, "counter", text, [f"{name} {count}"])
+        if self.drafts is not None:
+            lines += self.drafts_lines(self.drafts)
         rate = ("jet_tokens_per_second", f"Tokens generated per second, over {RATE_WINDOW:g} s.", self.rate(now))
         for name, text, value in (rate, *gauges.families()):
             lines += _family(name, "gauge", text, [f"{name} {value:g}"])
@@ -161,6 +165,22 @@ class Metrics:
         ):
             lines += _family(name, "histogram", text, histogram.lines(name))
         return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def drafts_lines(drafts: DraftCounts) -> list[str]:
+        drafted, accepted = "jet_drafted_tokens_total", "jet_accepted_tokens_total"
+        by_position = "jet_drafted_position_total", "jet_accepted_position_total"
+        lines = _family(drafted, "counter", "Tokens drafted and verified.", [f"{drafted} {sum(drafts.drafted)}"])
+        lines += _family(accepted, "counter", "Of these, accepted.", [f"{accepted} {sum(drafts.accepted)}"])
+        for name, text, counts in zip(
+            by_position,
+            ("Drafted tokens, by the position in the draft.", "Accepted tokens, by the position in the draft."),
+            (drafts.drafted, drafts.accepted),
+            strict=True,
+        ):
+            samples = [f'{name}{{position="{i}"}} {n}' for i, n in enumerate(counts, 1)]
+            lines += _family(name, "counter", text, samples)
+        return lines
 
 
 def _family(name: str, kind: str, text: str, samples: list[str]) -> list[str]:

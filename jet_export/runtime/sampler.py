@@ -115,6 +115,40 @@ class SlotSampler:
 
         return sample_triton(self.state, logits, slots, allowed)
 
+    def look_ahead(
+        self,
+        logits: Tensor,  # [M, V], rows contiguous
+        slots: list[int],  # [M], of requests without penalties
+        ahead: list[int],  # [M]: how many tokens behind the next one
+    ) -> tuple[Tensor, Tensor]:
+        """As `sample`, for positions further on. No slot moves: `advance` does that."""
+        if self.kernels:
+            from jet_export.kernels.sampling import sample_triton
+
+            rows, behind = to_device(torch.tensor([slots, ahead], dtype=torch.int32), self.device)
+            return sample_triton(self.state, logits, rows, None, behind)
+        tokens = []
+        for i, (slot, n) in enumerate(zip(slots, ahead, strict=True)):
+            row, prompt, made = self.on_host[slot]
+            tokens.append(sample_ref(logits[i].double().numpy(), row, prompt, [*made, *[0] * n]))
+        return torch.tensor(tokens, dtype=torch.int64), logits.float().logsumexp(-1)
+
+    def advance(self, made: dict[int, list[int]]) -> None:
+        """The requests of these slots have these tokens, found by `look_ahead`; the last of each is decoded next."""
+        if not made:
+            return
+        last = [tokens[-1] for tokens in made.values()]
+        slots, counts, tokens = self._upload_rows([list(made), [len(t) for t in made.values()], last])
+        self.last_tokens[slots] = tokens
+        if self.kernels:
+            self.state.ints[slots, 1] += counts
+        else:
+            for slot, more in made.items():
+                self.on_host[slot][2].extend(more)
+
+    def _upload_rows(self, rows: list[list[int]]) -> tuple[Tensor, ...]:
+        return to_device(torch.tensor(rows, dtype=torch.int64), self.device).unbind()
+
     def _sample_on_host(self, logits: Tensor, slots: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         tokens = []
         for i, slot in enumerate(slots.tolist()):

@@ -149,6 +149,11 @@ class Scheduler:
             request.generated += 1
         return sampled
 
+    def take(self, request: Request) -> None:
+        """A running request has one more token of the step that is launched: its draft was right so far."""
+        request.held += 1
+        request.generated += 1
+
     def prefix_due(self, request: Request) -> bool:
         """Whether the states of a request should be cached as they are now, its prompt having advanced."""
         c = self.capacity

@@ -230,3 +230,31 @@ def test_nothing_synchronises_and_a_nan_leaves_the_gpu_usable() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert tokens.tolist()[1] == -1 and min(tokens.tolist()[2:]) >= 0
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_looking_ahead_draws_what_the_later_steps_draw(device, kernels: bool) -> None:
+    """Rows of three positions of each slot in one call, against three calls; then the slots go on from the second."""
+    rows = [row for row in MIX if not row.penalised]
+    logits = torch.randn(3, len(rows), V, generator=torch.Generator().manual_seed(5)).to(device) * 3
+
+    def begun() -> SlotSampler:
+        out = SlotSampler(len(rows), V, torch.device(device), kernels=kernels)
+        for i, row in enumerate(rows):
+            out.begin(i, row, [], [])
+        return out
+
+    slots = torch.arange(len(rows), dtype=torch.int32, device=device)
+    one_by_one, ahead = begun(), begun()
+    expected = [one_by_one.sample(x, slots) for x in logits]
+    for _ in range(2):  # nothing moves
+        tokens, lse = ahead.look_ahead(
+            logits.transpose(0, 1).reshape(-1, V),
+            [i for i in range(len(rows)) for _ in range(3)],
+            [0, 1, 2] * len(rows),
+        )
+        assert tokens.view(-1, 3).T.tolist() == [t.tolist() for t, _ in expected]
+        assert torch.allclose(lse.view(-1, 3).T, torch.stack([x for _, x in expected]))
+    ahead.advance({i: tokens.view(-1, 3)[i, :2].tolist() for i in range(len(rows))})
+    assert ahead.last_tokens.tolist() == expected[1][0].tolist()
+    assert ahead.sample(logits[2], slots)[0].tolist() == expected[2][0].tolist()

@@ -1,0 +1,134 @@
+"""How many tokens to draft for each sequence of a step: as many as pay, by the times of the steps so far.
+
+A step in which a sequence has k drafted tokens gives it 1 + rate + ... + rate^k tokens on average. Token k of a draft
+is worth rate^k: those worth less than some threshold are left out, and the threshold is the one with the most expected
+tokens a second, among a few; 1 leaves all of them out, which is a plain step. What a step takes is remembered by its
+number of sequences and of drafted tokens, both to a factor of two. A size that has not been seen is taken to cost what
+the next smaller one does, so that it is tried once; what has not been seen for long is forgotten, so that it is tried
+again. A plain step is measured first. Speculation therefore costs at most the tries: a few steps in each KEEP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+THRESHOLDS = (0.7, 0.5, 0.3, 0.15, 0.05)
+GAIN = 1.03  # drafts must promise so many times the tokens a second of a plain step
+NEW = 0.2  # weight of a new time in a mean
+KEEP = 1024  # steps after which a time is forgotten
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sequence that could have a draft."""
+
+    most: int  # tokens that it could have
+    rate: float  # probability that one is right, if those before are
+
+
+@dataclass
+class Cell:
+    """The time of steps of one size."""
+
+    seconds: float
+    at: int  # the step that was the last of this size
+
+
+class StepTimes:
+    """Seconds of steps by size."""
+
+    def __init__(self) -> None:
+        self.cells: dict[tuple[int, int], Cell | None] = {}  # None: seen once, and that was not the usual time
+        self.steps = 0
+
+    def observe(self, rows: int, drafted: int, seconds: float) -> None:
+        self.steps += 1
+        key = size(rows, drafted)
+        if key not in self.cells:  # kernels may have been compiled or a graph captured: the first time does not count
+            self.cells[key] = None
+            return
+        cell = self._fresh(key)
+        mean = seconds if cell is None else cell.seconds + NEW * (seconds - cell.seconds)
+        self.cells[key] = Cell(mean, self.steps)
+
+    def seconds(self, rows: int, drafted: int) -> float | None:
+        """Of such a step, or of the next smaller size that is known; None if not even the plain step is."""
+        most, least = size(rows, drafted), size(rows, 0)
+        if self._fresh(least) is None:
+            return None
+        return next(cell.seconds for i in range(most[1], -1, -1) if (cell := self._fresh((most[0], i))) is not None)
+
+    def _fresh(self, key: tuple[int, int]) -> Cell | None:
+        cell = self.cells.get(key)
+        return cell if cell is not None and self.steps - cell.at < KEEP else None
+
+
+def size(rows: int, drafted: int) -> tuple[int, int]:
+    """Of a step: the sequences that decode and the drafted tokens, to a factor of two."""
+    return rows.bit_length(), drafted.bit_length()
+
+
+class DraftLengths:
+    """Not thread-safe: only the thread that takes the steps calls it.
+
+    `fixed`: every draft is as long as it can be, whatever it costs, so that a request's steps do not depend on times.
+    """
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        self.fixed = fixed
+        self.times = StepTimes()
+
+    def choose(self, candidates: Sequence[Candidate], rows: int) -> list[int]:
+        """Tokens to draft for each candidate, 0 for none, in a step in which `rows` sequences decode."""
+        if self.fixed:
+            return [c.most for c in candidates]
+        best, nothing = self._plain(rows), [0] * len(candidates)
+        if best is None or not any(c.most for c in candidates):
+            return nothing
+        chosen, best = nothing, best * GAIN
+        for threshold in THRESHOLDS:
+            lengths = [worthwhile(c, threshold) for c in candidates]
+            seconds = self.times.seconds(rows, sum(lengths))
+            if seconds is None or not any(lengths):
+                continue
+            tokens = rows + sum(expected(c.rate, n) for c, n in zip(candidates, lengths, strict=True))
+            if tokens / seconds > best:
+                chosen, best = lengths, tokens / seconds
+        return chosen
+
+    def could_pay(self, rows: int, most: int) -> bool:
+        """Whether a draft of up to `most` tokens for every sequence could, if all were right."""
+        if self.fixed:
+            return True
+        plain = self._plain(rows)
+        if plain is None:
+            return False
+        lengths = {1, most // 2, most} - {0}
+        return any((rows * (1 + n)) / (self.times.seconds(rows, rows * n) or 1.0) > plain for n in lengths)
+
+    def _plain(self, rows: int) -> float | None:
+        """Tokens a second of a plain step."""
+        seconds = self.times.seconds(rows, 0)
+        return None if seconds is None else rows / max(seconds, 1e-9)
+
+    def observe(self, rows: int, drafted: int, seconds: float) -> None:
+        """A step without prompts took so long, its drafts included."""
+        self.times.observe(rows, drafted, seconds)
+
+
+def worthwhile(c: Candidate, threshold: float) -> int:
+    """Tokens of a draft that are accepted with at least this probability."""
+    n, likely = 0, c.rate
+    while n < c.most and likely >= threshold:
+        n, likely = n + 1, likely * c.rate
+    return n
+
+
+def expected(rate: float, n: int) -> float:
+    """Accepted tokens of n drafted ones, on average."""
+    total, likely = 0.0, 1.0
+    for _ in range(n):
+        likely *= rate
+        total += likely
+    return total

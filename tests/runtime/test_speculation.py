@@ -1,0 +1,147 @@
+"""Drafts change no answer: with any proposer, a hostile one included, requests have the tokens of plain decoding."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from helpers.batching import require_placeless_rows, tokens
+from helpers.eager_bundle import eager_engine
+
+from jet_export.backends.eager import EagerEngine
+from jet_export.bundle.limits import Limits
+from jet_export.model.cache import PAGE
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
+from jet_export.runtime.drafts import LookupProposer, Proposer
+from jet_export.runtime.params import Logprob, Output, Params
+from jet_export.runtime.prompt_lookup import Match
+from jet_export.runtime.replay import ReplayProposer
+from jet_export.runtime.sampling import Sampling
+from jet_export.runtime.sequence import RunningSequence
+from jet_export.runtime.tokenizer import ByteTokenizer
+
+LIMITS = Limits(max_batch_size=4, max_seq_len=3 * PAGE, prefill_chunk=64)
+MOST = 4  # drafted tokens
+
+
+@pytest.fixture(scope="module")
+def engine(device) -> EagerEngine:
+    model = eager_engine(LIMITS, device=device).model
+    return EagerEngine(model, LIMITS, state_interval=3, rollback=MOST + 1)
+
+
+class Garbage:
+    """Drafts at random: any tokens, of any length."""
+
+    guesses = True
+
+    def __init__(self) -> None:
+        self.rng = random.Random(0)
+
+    def forget(self, sequence: RunningSequence) -> None:
+        pass
+
+    def offer(self, sequence: RunningSequence, most: int) -> Match:
+        return Match([self.rng.randrange(128) for _ in range(self.rng.randint(0, most))], 0)
+
+    def draft(self, sequences, offers) -> list[list[int]]:
+        return [offer.tokens for offer in offers]
+
+
+def batching(engine: EagerEngine, proposer: Proposer | None, *, eos: int = -1, overlap=False, **serving):
+    """With as many drafts as there can be, whatever they cost."""
+    values = {"prefix_cache_bytes": 0, **serving}
+    made = BatchingEngine(engine, ByteTokenizer(), eos, Serving(**values), overlap=overlap, proposer=proposer)
+    if made.speculation:
+        made.speculation.lengths.fixed = True
+    return made
+
+
+def hot(seed: int, new: int, **changes) -> Params:
+    return Params(new, Sampling(temperature=0.9, top_p=0.95, seed=seed), **changes)
+
+
+def finish(engine: BatchingEngine) -> None:
+    while engine.step():
+        pass
+    s = engine.scheduler
+    assert s.slots.used == s.window_pages.used == 0 and not s.waiting and not engine.sequences
+    assert engine.speculation is None or not engine.speculation.histories
+    if engine.speculation and isinstance(engine.speculation.proposer, LookupProposer):
+        assert not engine.speculation.proposer.indexes
+
+
+def ask(engine: BatchingEngine, prompt: list[int], params: Params, **options) -> tuple[RunningSequence, list[Output]]:
+    heard: list[Output] = []
+    return engine.submit(prompt, params, heard.append, **options), heard
+
+
+REPEATS = [7, 8, 9, 10] * 10
+CASES = [
+    (REPEATS, Params(30)),
+    (REPEATS, hot(1, 25)),
+    (tokens(70, 1), hot(2, 33, logprobs=3)),
+    (tokens(PAGE - 5, 2), hot(3, 40, stop_ids=(3, 50, 90))),
+    (tokens(9, 3), hot(4, 20, min_tokens=12, stop_ids=tuple(range(20)))),
+    (REPEATS, hot(5, 25, logit_bias=((8, 4.0), (9, 4.0)))),
+    (REPEATS, hot(6, 20, repetition_penalty=1.2, frequency_penalty=0.3)),
+    (tokens(5, 4), hot(7, 1)),
+    (tokens(30, 5), hot(8, 30, stop=("a", "q"))),
+    (REPEATS, hot(9, 25, ignore_eos=True)),
+]
+EOS = 11
+
+
+def proposers(recorded: list[RunningSequence]) -> Iterator[Proposer]:
+    yield LookupProposer()
+    yield Garbage()
+    for acceptance in (1.0, 0.7):
+        yield ReplayProposer(recorded, acceptance, 128)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["", "deterministic"])
+def plain(request, engine) -> tuple[bool, list[tuple[RunningSequence, list[Output]]]]:
+    """Whether it is deterministic, and the answers to CASES without drafts."""
+    if request.param:
+        require_placeless_rows(engine.model, 30)
+    one = batching(engine, None, eos=EOS, deterministic=request.param)
+    answers = [ask(one, *case) for case in CASES]
+    finish(one)
+    return request.param, answers
+
+
+def same(a: list[Output], b: list[Output]) -> None:
+    """But for the rounding of log probabilities."""
+    assert [(o.token, o.text, o.finish_reason) for o in a] == [(o.token, o.text, o.finish_reason) for o in b]
+    for x, y in zip(a, b, strict=True):
+        assert (x.logprob is None) == (y.logprob is None)
+        if isinstance(x.logprob, Logprob) and isinstance(y.logprob, Logprob):
+            assert x.logprob.chosen == pytest.approx(y.logprob.chosen, abs=1e-4)
+            assert [v for _, v in x.logprob.top] == pytest.approx([v for _, v in y.logprob.top], abs=1e-4)
+
+
+@pytest.mark.parametrize("which", range(4), ids=["lookup", "garbage", "right", "mostly right"])
+def test_any_proposer_gives_the_outputs_of_plain_decoding(engine, plain, which: int) -> None:
+    """Requests of every kind together, arriving and cancelled at any step, with overlap scheduling and without."""
+    deterministic, answers = plain
+    for overlap in (False, True):
+        proposer = list(proposers([s for s, _ in answers]))[which]
+        crowd = batching(engine, proposer, eos=EOS, overlap=overlap, deterministic=deterministic)
+        rng, running = random.Random(which), {}
+        for i in rng.sample(range(len(CASES)), len(CASES)):
+            running[i] = ask(crowd, *CASES[i])
+            for _ in range(rng.choice([0, 1, 5])):
+                crowd.step()
+        gone = rng.choice(list(running))
+        crowd.cancel(running[gone][0])
+        finish(crowd)
+        drafts = crowd.metrics.drafts
+        assert drafts is not None and sum(drafts.drafted) > 20
+        for i, (sequence, heard) in running.items():
+            if i == gone and sequence.finish_reason == "cancelled":
+                assert sequence.tokens == answers[i][0].tokens[: len(sequence.tokens)]
+            else:
+                same(heard, answers[i][1])
+        if which == 2:
+            assert crowd.metrics.steps < sum(len(s.tokens) for s, _ in answers) / 2 / 2
+            assert sum(drafts.accepted) == sum(drafts.drafted)
