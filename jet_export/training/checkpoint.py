@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from jet_export.training.distributed import Group
 from jet_export.utils.errors import JetExportError
@@ -126,7 +127,7 @@ class _Reported:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        if not isinstance(error, Exception) and type(error).__name__ != "CheckpointException":
+        if not isinstance(error, (Exception, CheckpointException)):
             return
         found = next((e for e in causes(error) if isinstance(e, OSError)), None)
         if found is None:
@@ -164,7 +165,7 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor], group: Group) -> N
     """Raises JetExportError where the files are damaged, or of another model."""
     try:
         dcp.load(tensors, checkpoint_id=str(directory), process_group=group.saving)
-    except Exception as e:
+    except (Exception, CheckpointException) as e:  # torch's is no Exception
         said = str(next((c for c in causes(e) if c is not e), e)).partition("\n")[0]
         raise JetExportError(
             f"{directory}: cannot be read ({said}).", f"Remove {directory}; the one before is used then."

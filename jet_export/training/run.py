@@ -93,7 +93,7 @@ class Retrofit:
         return DataStream(data, self.encode, self.recipe.seed, weights, group.rank, group.world, states)
 
     def run_stage(self, setting: Setting, progress: Progress) -> tuple[Progress, bool]:
-        """Train a stage on. Returns where it is then, and whether it ended."""
+        """Train a stage on. Returns where it is then, and whether the run goes on."""
         stage, group = self.recipe.stage[progress.stage], setting.group
         stream = self.stream(stage, group, progress.shards)
         try:
@@ -101,10 +101,10 @@ class Retrofit:
             trainer = Trainer(setting, stage, objective, progress)
             trainer.load()
             flops = flops_per_token(objective.student, teacher, stage)
-            ended = trainer.run(stream, flops, peak_flops(group.device))
+            goes_on = trainer.run(stream, flops, peak_flops(group.device))
         finally:
             stream.close()
-        return trainer.progress, ended
+        return trainer.progress, goes_on
 
     def save_model(self, checkpoints: Checkpoints, progress: Progress, group: Group) -> None:
         """OUTPUT/model from the last checkpoint: bf16, published names, with the teacher's tokenizer."""
@@ -154,8 +154,8 @@ def run_retrofit(recipe: Recipe, output: Path, *, device: str, resume: bool, emi
                 report.say(line)
             while True:
                 if progress.stage_step < recipe.steps_of(recipe.stage[progress.stage]):
-                    progress, ended = retrofit.run_stage(setting, progress)
-                    if not ended:
+                    progress, goes_on = retrofit.run_stage(setting, progress)
+                    if not goes_on:
                         report.say(f"stopped after step {progress.step:,}; its checkpoint is written: --resume goes on")
                         return False
                     progress = checkpoints.last() or progress

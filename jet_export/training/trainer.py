@@ -62,12 +62,13 @@ class Trainer:
             self.setting.checkpoints.load(p, before)
 
     def run(self, stream: DataStream, flops_per_token: float, peak: float | None) -> bool:
-        """Train until the stage ends, or a stop is asked for; then write a checkpoint. Returns whether the stage ended.
+        """Train until the stage ends, or a stop is asked for; then write a checkpoint. Returns whether the run goes on.
 
         Raises JetExportError for a loss that is not finite (the last checkpoint stays), data that cannot be read, and a
         checkpoint that cannot be written.
         """
         s, p = self.setting, self.progress
+        stopped = False
         with s.report.stage(self.stage.name, p.stage_step, self.steps):
             while self.progress.stage_step < self.steps:
                 self._step(stream, flops_per_token, peak)
@@ -78,10 +79,9 @@ class Trainer:
                     break
                 if self.progress.step % s.recipe.checkpoint.every == 0:
                     s.checkpoints.save(self.tensors(), self._gathered())
-            ended = self.progress.stage_step == self.steps
             if self.progress.step > p.step:
                 s.checkpoints.save(self.tensors(), self._gathered(), wait=True)
-        return ended
+        return not stopped
 
     def _step(self, stream: DataStream, flops_per_token: float, peak: float | None) -> None:
         s, p, recipe = self.setting, self.progress, self.setting.recipe
