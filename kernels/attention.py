@@ -107,8 +107,11 @@ def attention_ref(
     window: int,
     k_scale: float,
     v_scale: float,
+    block: int = QUERY_BLOCK,
 ) -> Tensor:  # [T, Hq * Dh]
-    """The specification and the CPU implementation. Positions beyond the rotary table use its last row."""
+    """The specification and the CPU implementation. Positions beyond the rotary table use its last row.
+
+    `block`: tokens of a sequence that are computed together; with 1 a token's bits do not depend on the others."""
     T, N, page = qkv.shape[0], slots.shape[0], kv_cache.shape[3]
     starts, lens = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     seq = torch.repeat_interleave(torch.arange(N), lens, output_size=T)  # [T]
@@ -126,8 +129,8 @@ def attention_ref(
 
     o = torch.zeros(T, num_heads, head_dim, dtype=qkv.dtype)
     for i, (start, length, slot) in enumerate(zip(starts.tolist(), lens.tolist(), slots.tolist(), strict=True)):
-        for t in range(start, start + length if slot >= 0 else start, QUERY_BLOCK):
-            s = slice(t, min(t + QUERY_BLOCK, start + length))
+        for t in range(start, start + length if slot >= 0 else start, block):
+            s = slice(t, min(t + block, start + length))
             args = q[None, s], positions[None, s], kv_cache, block_table[i : i + 1], window, k_scale, v_scale
             o[s] = attend_ref(*args)[0].to(o.dtype)
     return o.view(T, -1)
@@ -179,7 +182,7 @@ def attention_cpu(
     """attention_ref behind an opaque op, so that no compiler traces into it."""
     return attention_ref(
         qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
-        num_heads, num_kv_heads, head_dim, window, k_scale, v_scale,
+        num_heads, num_kv_heads, head_dim, window, k_scale, v_scale, 1 if form == Form.VERIFY else QUERY_BLOCK,
     )  # fmt: skip
 
 

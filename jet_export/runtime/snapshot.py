@@ -4,7 +4,7 @@
     pages          the pages of the tokens held, in order                         [cdiv(held, PAGE), *shape]
     window_pages   the pages the next token attends to: from held - window + 1    [pages, *shape], in order
 
-Positions without a token are zero: a snapshot never contains another request's keys.
+Positions without a token are zero: a snapshot never contains another request's keys, nor drafts that were taken back.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jet_export.backends.base import Engine
 from jet_export.model.cache import PAGE, StateSpec, cdiv
 from jet_export.model.config import JetNemotronConfig
 from jet_export.runtime.runner import Runner
@@ -83,7 +84,22 @@ def save_states(runner: Runner, slot: int, full_attention: bool = True) -> State
         elif held % PAGE:
             copy[-1, :, :, held % PAGE :] = 0
         out[spec.name] = copy.view(spec.dtype)
+    for spec in runner.engine.specs:
+        if spec.name in out:
+            _clear(out, spec, held, runner.engine)
     return out
+
+
+def _clear(states: States, spec: StateSpec, held: int, engine: Engine) -> None:
+    """Zero the rows of a ring or buffer that are of tokens that are not held, or not needed any more."""
+    layer, _, kind = spec.name.rpartition(".")
+    rows = torch.arange(spec.shape[-2] if len(spec.shape) > 1 else 0, device=engine.device)
+    if kind == "step_buffer":  # [H, rows, columns]
+        count = held - states[f"{layer}.state_position"]  # [H]
+        states[spec.name].masked_fill_((rows >= count[:, None])[..., None], 0)
+    elif kind == "conv_state" and engine.rollback:  # [rows, D], a ring
+        needed = torch.arange(max(0, held - engine.config.conv_size + 1), held, device=engine.device) % len(rows)
+        states[spec.name].masked_fill_(~torch.isin(rows, needed)[:, None], 0)
 
 
 @torch.inference_mode()

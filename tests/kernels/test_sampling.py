@@ -245,14 +245,11 @@ def test_looking_ahead_draws_what_the_later_steps_draw(device, kernels: bool) ->
         return out
 
     slots = torch.arange(len(rows), dtype=torch.int32, device=device)
+    three = [i for i in range(len(rows)) for _ in range(3)]
     one_by_one, ahead = begun(), begun()
     expected = [one_by_one.sample(x, slots) for x in logits]
     for _ in range(2):  # nothing moves
-        tokens, lse = ahead.look_ahead(
-            logits.transpose(0, 1).reshape(-1, V),
-            [i for i in range(len(rows)) for _ in range(3)],
-            [0, 1, 2] * len(rows),
-        )
+        tokens, lse = ahead.look_ahead(logits.transpose(0, 1).reshape(-1, V), three, [0, 1, 2] * len(rows))
         assert tokens.view(-1, 3).T.tolist() == [t.tolist() for t, _ in expected]
         assert torch.allclose(lse.view(-1, 3).T, torch.stack([x for _, x in expected]))
     ahead.advance({i: tokens.view(-1, 3)[i, :2].tolist() for i in range(len(rows))})

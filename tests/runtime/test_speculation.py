@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+import torch
 from helpers.batching import require_placeless_rows, tokens
 from helpers.eager_bundle import eager_engine
 
@@ -19,6 +20,7 @@ from jet_export.runtime.replay import ReplayProposer
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.tokenizer import ByteTokenizer
+from jet_export.utils.errors import JetExportError
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=3 * PAGE, prefill_chunk=64)
 MOST = 4  # drafted tokens
@@ -145,3 +147,126 @@ def test_any_proposer_gives_the_outputs_of_plain_decoding(engine, plain, which: 
         if which == 2:
             assert crowd.metrics.steps < sum(len(s.tokens) for s, _ in answers) / 2 / 2
             assert sum(drafts.accepted) == sum(drafts.drafted)
+
+
+def test_deterministic_bits_do_not_depend_on_drafts_or_neighbours(engine, monkeypatch) -> None:
+    """And every verifying call has one shape: the rows and tokens of the bundle's limits."""
+    require_placeless_rows(engine.model, 30)
+    shapes, verify = set(), engine.verify
+    monkeypatch.setattr(
+        engine,
+        "verify",
+        lambda ids, batch, *rest: shapes.add((len(ids), len(batch.slots))) or verify(ids, batch, *rest),
+    )
+    cases = [(REPEATS, hot(1, 20)), (tokens(40, 1), Params(12))]
+    bits = set()
+    for proposer in (Garbage(), LookupProposer(), ReplayProposer([], 1.0, 128)):
+        for neighbours in (0, 2):
+            one = batching(engine, proposer, deterministic=True)
+            for i in range(neighbours):
+                ask(one, tokens(20 + i, i), hot(i, 15))
+            asked = [ask(one, *case, keep_logits=True)[0] for case in cases]
+            finish(one)
+            bits.add(tuple((tuple(s.tokens), torch.stack(s.logits).numpy().tobytes()) for s in asked))
+    assert len(bits) == 1 and shapes == {(LIMITS.max_batch_size * (MOST + 2), 2 * LIMITS.max_batch_size)}
+
+
+def test_a_session_cut_inside_a_draft_goes_on_as_if_uncut(engine) -> None:
+    """Its states are those of plain verifying, whatever was drafted and taken back, and so are its forks'."""
+    require_placeless_rows(engine.model, 30)
+    answers, states = set(), []
+    for proposer in (Garbage(), LookupProposer()):
+        one = batching(engine, proposer, deterministic=True)
+        first, _ = ask(one, REPEATS, hot(1, 13), keep="end")
+        finish(one)
+        assert first.snapshot is not None and first.snapshot.held == len(REPEATS) + 12
+        states.append({name: x.clone() for name, x in first.snapshot.states.items()})
+        forks = [ask(one, [], hot(2, 9), start=first.snapshot, keep="end")[0] for _ in range(2)]
+        more, _ = ask(one, tokens(5, 6), hot(3, 9), start=first.snapshot)
+        finish(one)
+        answers.add((*first.tokens, -1, *forks[0].tokens, -1, *more.tokens))
+        assert forks[0].tokens == forks[1].tokens
+    whole, _ = ask(one := batching(engine, LookupProposer(), deterministic=True), REPEATS, hot(1, 22))
+    finish(one)
+    assert len(answers) == 1 and whole.tokens[:13] == first.tokens
+    written = [name for name in states[0] if name.endswith("state_position")]
+    assert written
+    for name, x in states[0].items():
+        if name.endswith(("conv_state", "kv_cache")):
+            assert torch.equal(x, states[1][name]), name
+
+
+def test_a_turn_is_cached_with_the_tokens_that_it_has(engine) -> None:
+    """The prefix cache's entry at the end of an answer, which ends inside a draft that was right."""
+    outcomes = []
+    for proposer in (None, LookupProposer()):
+        one = batching(engine, proposer, prefix_cache_bytes=1 << 24)
+        first, _ = ask(one, REPEATS, Params(23))
+        finish(one)
+        turn, _ = ask(one, [*REPEATS, *first.tokens, 5, 6], Params(9))
+        finish(one)
+        outcomes.append((first.tokens, turn.tokens, turn.cached_tokens))
+    assert outcomes[0] == outcomes[1] and outcomes[0][2] == len(REPEATS) + 22
+
+
+@pytest.mark.parametrize(("deterministic", "host"), [(False, 1 << 26), (True, 0)], ids=["kept", "recomputed"])
+def test_preempted_requests_have_the_tokens_that_they_have_alone(engine, deterministic: bool, host: int) -> None:
+    if deterministic:
+        require_placeless_rows(engine.model, 30)
+    asked = [(tokens(PAGE - 8 - i, i), hot(i, 24)) for i in range(3)]
+    results = []
+    for proposer in (None, LookupProposer(), Garbage()):
+        pages = {"kv_tokens": 4 * PAGE, "host_cache_bytes": host} if proposer else {}
+        one = batching(engine, proposer, deterministic=deterministic, **pages)
+        running = [ask(one, *case)[0] for case in asked]
+        finish(one)
+        assert (one.metrics.memory.preemptions > 0) == (proposer is not None)
+        results.append([s.tokens for s in running])
+    assert results[0] == results[1] == results[2]
+
+
+def test_what_became_of_drafts_is_counted(engine) -> None:
+    one = batching(engine, None)
+    sequence, _ = ask(one, REPEATS, hot(1, 21))
+    finish(one)
+    assert "jet_drafted" not in one.render_metrics()
+    again = batching(engine, ReplayProposer([sequence], 1.0, 128))
+    ask(again, REPEATS, hot(1, 21))
+    finish(again)
+    text = again.render_metrics()  # 1 of the prompt, then 5 a step
+    assert "jet_drafted_tokens_total 16\n" in text and "jet_accepted_tokens_total 16\n" in text
+    assert 'jet_drafted_position_total{position="4"} 4\n' in text
+    assert 'jet_accepted_position_total{position="4"} 4\n' in text
+    assert "jet_tokens_total 21\n" in text
+
+
+def test_a_failing_proposer_ends_its_requests_only(engine, monkeypatch) -> None:
+    one = batching(engine, LookupProposer())
+    _, heard = ask(one, REPEATS, Params(20))
+    one.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(LookupProposer, "offer", lambda *_: 1 / 0)
+        one.step()
+    assert heard[-1].finish_reason == "error" and isinstance(one.failure, ZeroDivisionError)
+    healthy, _ = ask(one, REPEATS, Params(20))
+    finish(one)
+    assert healthy.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("serving", "message"),
+    [
+        ({"speculate": "magic"}, "speculate is 'magic'"),
+        ({"drafts": 2}, "drafts without speculate"),
+        ({"speculate": "lookup", "drafts": MOST + 1}, f"the bundle verifies 1 to {MOST}"),
+        ({"speculate": "lookup", "drafts": 0}, "drafts is 0"),
+    ],
+)
+def test_bad_options_are_refused(engine, serving: dict, message: str) -> None:
+    with pytest.raises(JetExportError, match=message):
+        batching(engine, None, **serving)
+
+
+def test_a_bundle_that_verifies_nothing_is_refused() -> None:
+    with pytest.raises(JetExportError, match="verifies no drafts"):
+        batching(eager_engine(LIMITS), None, speculate="lookup")
