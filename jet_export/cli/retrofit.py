@@ -29,7 +29,7 @@ def retrofit(
     """Train a Jet model from a full-attention teacher."""
     from jet_export.training.recipe import Recipe, SourceRecipe
     from jet_export.training.recipe_read import check_recipe, read_recipe
-    from jet_export.training.run import MODEL, run_retrofit
+    from jet_export.training.run import run_retrofit
 
     whole = read_recipe(recipe) if recipe else Recipe()
     if teacher is not None:
@@ -43,4 +43,3 @@ def retrofit(
     checked = check_recipe(whole, f"--recipe {recipe}" if recipe else "retrofit")
     if not run_retrofit(checked, output, device=device, resume=resume, emit=typer.echo):
         raise typer.Exit(STOPPED)
-    typer.echo(f"Next: jet-export build --model {output / MODEL}")

@@ -35,9 +35,9 @@ def jet_block(m: JetBlock, x: Tensor, context: Context) -> Tensor:
     qkuz = m.in_proj(x)
     kappa = m.w2(F.silu(qkuz[:, -m.generator_dim :]))
     sizes = m.num_heads, m.head_k_dim, m.head_v_dim, m.norm_eps
-    o = jet_block_train(
-        qkuz, m.ba_proj(x), kappa, m.A_log, m.dt_bias, m.o_norm.to(qkuz.dtype), context.batch.cu_seqlens, *sizes
-    )
+    args = qkuz, m.ba_proj(x), kappa, m.A_log, m.dt_bias, m.o_norm.to(qkuz.dtype), context.batch.cu_seqlens
+    with torch.autocast(x.device.type, enabled=False):  # the op chooses its own precision
+        o = jet_block_train(*args, *sizes)
     out: Tensor = m.o_proj(o)
     return out
 

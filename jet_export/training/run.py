@@ -164,6 +164,7 @@ def run_retrofit(recipe: Recipe, output: Path, *, device: str, resume: bool, emi
                 progress = replace(progress, stage=progress.stage + 1, stage_step=0)
             retrofit.save_model(checkpoints, progress, group)
             report.say(f"{output / MODEL}: {progress.step:,} steps, {progress.tokens:,} tokens")
+            report.say(f"Next: jet-export build --model {output / MODEL}")
             return True
         finally:
             report.close()

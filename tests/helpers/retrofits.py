@@ -24,9 +24,9 @@ def rows_of(lengths: list[list[int]], vocab: int, seed: int = 0) -> list[Row]:
     return rows
 
 
-def models(recipe: Recipe) -> tuple[TrainingModel, TrainingModel]:
+def models(recipe: Recipe, dtype: torch.dtype = torch.float32) -> tuple[TrainingModel, TrainingModel]:
     files = open_teacher(recipe.teacher)
-    teacher = load_teacher(files, torch.float32, torch.device("cpu"))
+    teacher = load_teacher(files, dtype, torch.device("cpu"))
     return new_student(teacher, student_config(files.config, recipe.student), recipe), teacher
 
 

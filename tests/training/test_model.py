@@ -23,6 +23,8 @@ HYBRID = JetNemotronConfig(
     max_position_embeddings=256, rope_theta=1e4, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 
+ROWS = rows_of([[40, 24], [64], [3, 61], [20, 20, 24]], 4096)
+
 
 def weight(model: TrainingModel, name: str) -> Tensor:
     """Of the first layer's mixer."""
@@ -86,7 +88,7 @@ def gradients(recipe: Recipe, features: bool, micro_batch: int, checkpointing: b
         layer.activation_checkpointing = checkpointing
     stage = StageRecipe(ce_weight=0.5)
     objective = FeatureObjective(student, teacher) if features else LogitsObjective(student, teacher, stage)
-    loss = backward(objective, rows_of([[40, 24], [64], [3, 61], [20, 20, 24]], 4096), micro_batch, ALONE)
+    loss = backward(objective, ROWS, micro_batch, ALONE)
     out = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
     return {**out, "loss": torch.tensor(loss.loss), **{k: torch.tensor(v) for k, v in loss.parts.items()}}
 
@@ -160,3 +162,35 @@ def test_a_warm_start_of_a_smaller_rank_is_the_nearest() -> None:
     s = torch.linalg.svdvals(a.mT @ b)
     left = torch.linalg.matrix_norm(a.mT @ b - small.mT @ other)
     assert small.shape == (5, 40) and left == pytest.approx(s[5:8].square().sum().sqrt().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_flex_attention_sees_what_the_mask_lets_through(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """What a GPU runs compiled, here in plain PyTorch."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from jet_export.training import packed_attention
+
+    monkeypatch.setattr(packed_attention, "_compiled_flex", lambda: flex_attention)
+    segments = Batch.of(rows_of([[100, 28], [1, 60, 67]], 64)).segments.view(2, -1)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 128, 16, generator=rng) for heads in (4, 2, 2))
+    flex, masked = packed_attention._flex(segments, window), packed_attention._masked(segments, window)
+    assert relative_error(flex(q, k, v), masked(q, k, v)) < 1e-5
+
+
+def test_bf16_activations_train_fp32_weights(recipe: Recipe) -> None:
+    """Losses and gradients are near those of fp32; frozen weights are bf16, the teacher's own memory."""
+    exact = gradients(recipe, False, 4)
+    student, teacher = models(recipe, torch.bfloat16)
+    set_trainable(student, ("jet",))
+    loss = backward(LogitsObjective(student, teacher, StageRecipe(ce_weight=0.5)), ROWS, 4, ALONE)
+    assert loss.loss == pytest.approx(exact["loss"].item(), rel=1e-3)
+    for name, p in student.named_parameters():
+        if p.grad is not None:
+            assert p.dtype == p.grad.dtype == torch.float32
+            assert relative_error(p.grad, exact[name]) < 0.1, name
+    frozen = replace(recipe, stage=recipe.stage[:1])
+    student, teacher = models(frozen, torch.bfloat16)
+    ours, theirs = (m.get_parameter("layers.1.mlp.down_proj.weight") for m in (student, teacher))
+    assert ours.dtype == torch.bfloat16 and ours.data_ptr() == theirs.data_ptr()
