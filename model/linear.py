@@ -47,13 +47,15 @@ class Unsummed:
 
     def normed(self, norm: RMSNorm, layers: tuple[nn.Module, ...]) -> Normed:
         """For layers that follow the norm. Sets `total`."""
-        fp8 = [layer for layer in layers if isinstance(layer, Fp8Linear)]
-        y_scale = fp8[0].input_scale if fp8 else None
-        self.total, a, codes = torch.ops.jet.add_norm(
-            self.partials, *scales(self.layer), self.layer.bias, self.residual, norm.weight, y_scale, norm.eps,
-            not layers or len(fp8) < len(layers),
+        small = next((m for m in layers if isinstance(m, nn.Linear) and m.bias is None and not skinny(m)), None)
+        others = [layer for layer in layers if layer is not small]
+        fp8 = [layer for layer in others if isinstance(layer, Fp8Linear)]
+        y_scale, z_weight = fp8[0].input_scale if fp8 else None, small.weight if small else None
+        self.total, a, codes, z = torch.ops.jet.add_norm(
+            self.partials, *scales(self.layer), self.layer.bias, self.residual, norm.weight, y_scale, z_weight,
+            norm.eps, not layers or len(fp8) < len(others),
         )  # fmt: skip
-        return Normed(a, codes)
+        return Normed(a, codes, small, z)
 
 
 class Normed(NamedTuple):
@@ -61,6 +63,8 @@ class Normed(NamedTuple):
 
     values: Tensor  # [T, K]
     codes: Tensor  # [T, K] float8_e4m3fn
+    small: nn.Module | None  # a layer of few outputs, whose product came with the norm
+    product: Tensor  # [T, N], its output
 
 
 Hidden: TypeAlias = Tensor | Unsummed  # between the layers, [T, hidden]
@@ -115,6 +119,8 @@ def project(
     if silu:
         assert isinstance(x, Tensor)
         x = F.silu(x)
+    if isinstance(x, Normed) and layer is x.small:
+        return x.product
     if skinny(layer):
         if residual is None:
             return skinny_linear(layer, x)

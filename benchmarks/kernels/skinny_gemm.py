@@ -79,8 +79,8 @@ class Layer:
         if self.split:
             parts = torch.ops.jet.skinny_partials(self.x, w, splits)
             fp8 = self.scale is not None
-            _, a, codes = torch.ops.jet.add_norm(
-                parts, *self.scales, None, self.h, self.norm, self.scale, 1e-6, not fp8
+            _, a, codes, _ = torch.ops.jet.add_norm(
+                parts, *self.scales, None, self.h, self.norm, self.scale, None, 1e-6, not fp8
             )
             return codes if fp8 else a
         scale = self.scale if self.gated else None

@@ -95,14 +95,18 @@ def test_add_norm_is_its_reference(device, splits: int, full: bool, values: bool
     r = torch.Generator().manual_seed(splits)
     partials, h, norm, bias = (torch.randn(*s, generator=r).to(device) for s in ((splits, M, N), (M, N), (N,), (N,)))
     x_scale, w_scale = scales(device) if full else (None, None)
-    extra = (x_scale, w_scale, bias if full else None, h, norm, torch.tensor([0.05], device=device) if full else None)
+    y_scale, z_weight = (
+        (torch.tensor([0.05], device=device), torch.randn(11, N, device=device)) if full else (None, None)
+    )
+    extra = (x_scale, w_scale, bias if full else None, h, norm, y_scale, z_weight)
     with poisoned():
-        got_h, got_a, codes = add_norm_triton(partials, *extra, 1e-6, values)
-    want_h, want_a, want_codes = add_norm_ref(partials, *extra, 1e-6, values)
+        got_h, got_a, codes, z = add_norm_triton(partials, *extra, 1e-6, values)
+    want_h, want_a, want_codes, want_z = add_norm_ref(partials, *extra, 1e-6, values)
     assert relative_error(got_h, want_h) < 1e-6
     assert got_a.shape == want_a.shape == ((M, N) if values else (0,))
     assert relative_error(got_a, want_a) < 1e-6 if values else True
     assert codes.shape == want_codes.shape == ((M, N) if full else (0,)) and codes.dtype == FP8
+    assert z.shape == want_z.shape == ((M, 11) if full else (0,)) and (not full or relative_error(z, want_z) < 1e-6)
     assert (codes.float() != want_codes.float()).sum() <= 1
 
 
@@ -130,7 +134,7 @@ def test_an_fp8_layer_split_and_joined_is_the_layer_and_the_norm() -> None:
     codes, weight, (x_scale, w_scale) = (x / 0.5).to(FP8), (w / 0.25).to(FP8), scales(torch.device("cpu"))
     h, norm = torch.randn(4, 40), torch.rand(40)
     partials = torch.ops.jet.skinny_partials(codes, weight, 3)
-    got_h, got_a, _ = torch.ops.jet.add_norm(partials, x_scale, w_scale, bias, h, norm, None, 1e-6, True)
+    got_h, got_a, *_ = torch.ops.jet.add_norm(partials, x_scale, w_scale, bias, h, norm, None, None, 1e-6, True)
     y = torch.ops.jet.skinny_linear(codes, weight, x_scale, w_scale, bias, None, False, torch.float32)
     want = h + y
     assert relative_error(got_h, want) < 1e-6
@@ -144,7 +148,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.jet.skinny_partials, (x, w, 3))
     partials = torch.randn(3, 4, 24)
     around = (one, one, bias, x[:, :24].contiguous(), bias)
-    torch.library.opcheck(torch.ops.jet.add_norm, (partials, *around, one, 1e-6, True))
+    torch.library.opcheck(torch.ops.jet.add_norm, (partials, *around, one, w[:, :24].contiguous(), 1e-6, True))
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -214,8 +218,9 @@ triton.runtime.driver.set_active(Driver())
 from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
 from jet_export.kernels.add_norm import add_norm_kernel
 row = torch.zeros(64, 64, dtype=torch.bfloat16)
-for kernel, more in ((kernel, constants), (add_norm_kernel, dict(eps=1e-6, N=1536, SPLITS=6, SCALED=True, BIASED=False,
-                      VALUES=True, CODES=True, GDC=True, BN=2048))):
+joining = dict(eps=1e-6, N=1536, Z=24, BZ=8, SPLITS=6, SCALED=True, BIASED=False, VALUES=True, CODES=True, GDC=True,
+               BN=2048)
+for kernel, more in ((kernel, constants), (add_norm_kernel, joining)):
     values = {n: more.get(n, 64 if n in "MN" else row) for n in kernel.arg_names}
     print(sorted(access.name for access in identify_accessed_tensors(kernel, values, {}).read_writes.writes))
 """
@@ -226,7 +231,7 @@ def test_tokens_are_the_narrow_side_of_hoppers_products() -> None:
     wait for x, 16-byte loads, no spills."""
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
-    assert done.stdout.split("\n")[:2] == ["['y']", "['a', 'codes_out', 'h']"], done.stderr[-2000:]
+    assert done.stdout.split("\n")[:2] == ["['y']", "['a', 'codes_out', 'h', 'z']"], done.stderr[-2000:]
 
 
 @pytest.mark.gpu
