@@ -154,7 +154,9 @@ def delta_rule_forward(
     E, keep = G.exp()[..., None], G[..., -1].exp()[..., None, None]
     q_in, k_out = low(qn * E), (G[..., -1:] - G).exp()[..., None]
     N, H = cu_seqlens.shape[0] - 1, q.shape[1]
-    state = q.new_zeros(N, H, K, V, dtype=acc) if initial_state is None else initial_state.to(acc).clone()
+    state = (
+        q.new_zeros(N, H, K, V, dtype=acc) if initial_state is None else initial_state.to(acc, copy=True).contiguous()
+    )
     states, v_new, o = state.new_empty(len(kn), H, K, V), torch.empty_like(vs), torch.empty_like(vs)
     for sequences, i in chunks.steps:
         S = state[sequences]
@@ -193,7 +195,7 @@ def delta_rule_backward(
     dos = r.chunks.pack(do.to(acc))
     E, beta = r.G.exp()[..., None], r.beta[..., None]
     out, keep = (r.G[..., -1:] - r.G).exp()[..., None], r.G[..., -1].exp()[..., None, None]
-    d_state = torch.zeros_like(r.final_state) if d_final is None else d_final.to(acc).clone()
+    d_state = torch.zeros_like(r.final_state) if d_final is None else d_final.to(acc, copy=True).contiguous()
     d_states, dy = torch.empty_like(r.states), torch.empty_like(r.v_new)  # d_states: after each chunk
     for sequences, i in reversed(r.chunks.steps):
         dS = d_states[i] = d_state[sequences]

@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype
+from jet_export.kernels.common import acc_dtype, rows
+from jet_export.kernels.gated_delta_rule_backward import Inputs, delta_rule_backward_triton
 from jet_export.kernels.gated_delta_rule_torch import delta_rule_backward, delta_rule_forward
+from jet_export.kernels.gated_delta_rule_train_chunk import prepare, scan
 from jet_export.utils.errors import JetExportError
 
 
@@ -28,6 +30,46 @@ def check_bounds(cu_seqlens: Tensor, num_tokens: int, name: str) -> None:
         )
 
 
+def rule_forward_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    l2: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernels: o in q's dtype, final_state in fp32."""
+    x = prepare(rows(q), rows(k), beta, g, cu_seqlens, v.shape[2], l2=l2, silu=False, keep=False)
+    scanned = scan(x, rows(v), cu_seqlens, initial_state, output=True, keep=False)
+    return scanned.o, scanned.final_state
+
+
+def rule_backward_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    l2: bool,
+    do: Tensor,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the kernels: dq, dk, dv, dbeta, dg in their inputs' dtypes, d_initial in fp32 (empty where there is no
+    initial_state)."""
+    q, k, v = rows(q), rows(k), rows(v)
+    x = prepare(q, k, beta, g, cu_seqlens, v.shape[2], l2=l2, silu=False, keep=True)
+    scanned = scan(x, v, cu_seqlens, initial_state, output=False, keep=True)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    inputs = Inputs(q, k, v, cu_seqlens, l2, silu=False)
+    needs_initial = initial_state is not None
+    dv, dbeta, dg, d_initial = delta_rule_backward_triton(inputs, x, scanned, rows(do), d_final, dq, dk, needs_initial)
+    return dq, dk, dv, dbeta.to(beta.dtype), dg.to(g.dtype), d_initial
+
+
 @torch.library.custom_op("jet::gated_delta_rule_train", mutates_args=())
 def gated_delta_rule_op(
     q: Tensor,
@@ -39,9 +81,11 @@ def gated_delta_rule_op(
     initial_state: Tensor | None,
     l2: bool,
 ) -> tuple[Tensor, Tensor]:
+    if q.device.type != "cpu":
+        return rule_forward_triton(q, k, v, beta, g, cu_seqlens, initial_state, l2)
     check_bounds(cu_seqlens, len(q), "gated_delta_rule_train")
     rule = delta_rule_forward(q, k, v, beta, g, cu_seqlens, initial_state, l2=l2)
-    return rule.o.to(v.dtype), rule.final_state
+    return rule.o.to(v.dtype).contiguous(), rule.final_state
 
 
 @gated_delta_rule_op.register_fake
@@ -63,15 +107,18 @@ def gated_delta_rule_backward(
     do: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if q.device.type != "cpu":
+        return rule_backward_triton(q, k, v, beta, g, cu_seqlens, initial_state, l2, do, d_final)
     rule = delta_rule_forward(q, k, v, beta, g, cu_seqlens, initial_state, l2=l2)
     d = delta_rule_backward(rule, q, k, do, d_final, l2=l2)
-    grads = d.q.to(q.dtype), d.k.to(k.dtype), d.v.to(v.dtype), d.beta.to(beta.dtype), d.g.to(g.dtype)
-    return *grads, d.initial_state
+    pairs = (d.q, q), (d.k, k), (d.v, v), (d.beta, beta), (d.g, g)
+    grads = (x.to(like.dtype).contiguous() for x, like in pairs)
+    return *grads, d.initial_state if initial_state is not None else d.initial_state.new_empty(0)
 
 
 @gated_delta_rule_backward.register_fake
 def _(q, k, v, beta, g, cu_seqlens, initial_state, l2, do, d_final):
-    state = (cu_seqlens.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
+    state = 0 if initial_state is None else initial_state.shape
     return *(x.new_empty(x.shape) for x in (q, k, v, beta, g)), q.new_empty(state, dtype=acc_dtype(q.dtype))
 
 

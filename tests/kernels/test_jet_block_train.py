@@ -4,12 +4,21 @@ import pytest
 import torch
 from helpers.compare import relative_error
 from helpers.packed import Packed
+from helpers.poison import poisoned
 from torch.utils.checkpoint import checkpoint
 
 from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule import chunk_gated_delta_rule_ref
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref
 from jet_export.kernels.jet_block import jet_block_ref
+from jet_export.kernels.jet_block_backward import (
+    Block,
+    Dims,
+    backward_torch,
+    backward_triton,
+    forward_torch,
+    forward_triton,
+)
 from jet_export.kernels.jet_block_train import jet_block_train
 from jet_export.utils.errors import JetExportError
 
@@ -111,6 +120,33 @@ def test_no_initial_state_is_a_zero_one_and_gradients_are_optional() -> None:
     assert d[:, -3:].eq(0).all() and d[:, :-3].ne(0).any(0).all()  # columns beyond the gate are ignored
 
 
+def test_kernels_are_within_fp32_of_the_exact_gradients(device) -> None:
+    """Both passes; the rows of qkuz have ignored columns, whose gradient is zero."""
+    leaves, (cu, H, K, V, eps) = inputs([1, 18], torch.float32, H=1)
+    r = torch.Generator().manual_seed(3)
+    dout, d_final = torch.randn(19, H * V, generator=r), torch.randn(2, H, K, V, generator=r)
+
+    def block(x: list[torch.Tensor], to: torch.device, dtype: torch.dtype) -> Block:
+        *tokens, state = (y.detach().to(dtype).to(to) for y in x)
+        return Block(*tokens, cu.to(to), state, Dims(H, K, V), eps)
+
+    exact = block(leaves, torch.device("cpu"), torch.float64)
+    want = *forward_torch(exact), *backward_torch(exact, dout.double(), d_final.double())
+    with poisoned():
+        x = block(leaves, device, torch.float32)
+        got = *forward_triton(x), *backward_triton(x, dout.to(device), d_final.to(device))
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert relative_error(a, b) < 1e-5, i
+
+
+def test_compiles_into_one_graph() -> None:
+    leaves, rest = inputs([4, 3], torch.float32)
+    compiled = torch.compile(lambda *x: outputs(list(x), rest)[0].square(), fullgraph=True, backend="aot_eager")
+    plain = outputs(leaves, rest)[0].square()
+    for a, b in zip(*(torch.autograd.grad(f.sum(), leaves) for f in (compiled(*leaves), plain)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_opcheck() -> None:
     leaves, rest = inputs([2, 5], torch.float32)
     cu, *sizes = rest
@@ -130,3 +166,28 @@ def test_bounds_that_do_not_end_at_the_tokens_are_refused() -> None:
     leaves, (cu, *sizes) = inputs([2, 3])
     with pytest.raises(JetExportError, match=r"cu_seqlens runs 0 \.\.\. 4 over 5 tokens"):
         jet_block_train(*leaves[:6], cu.clamp(max=4), *sizes)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_16_bit_on_a_gpu_is_as_good_as_plain_torch_with_the_same_dtypes() -> None:
+    """jet-2b's heads: each gradient's error against fp64, beside that of the torch form whose v and o are bf16 too."""
+    leaves, (cu, H, K, V, eps) = inputs([64, 333, 1], torch.bfloat16, H=12, K=96, V=256, device="cuda")
+    *weights, state = (x.detach() for x in leaves)
+    dout = torch.randn(398, H * V, device="cuda", dtype=torch.bfloat16)
+    d_final = torch.randn(3, H, K, V, device="cuda")
+
+    def block(dtype: torch.dtype) -> Block:
+        return Block(*(x.to(dtype) for x in weights), cu, state.float(), Dims(H, K, V), eps)
+
+    exact = backward_torch(block(torch.float64), dout.double(), d_final.double())
+    x = block(torch.bfloat16)
+    got = backward_triton(x, dout, d_final)
+    for name, a, b in zip(("qkuz", "ba", "kappa", "A_log", "dt_bias", "w_o", "state"), got, exact, strict=True):
+        assert relative_error(a, b) < 2**-6, name
+    again = backward_triton(x, dout, d_final)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    out, _ = forward_triton(x)
+    assert relative_error(out, forward_torch(block(torch.float64))[0]) < 2**-7

@@ -1,0 +1,86 @@
+"""Compiles the training kernels to sm_90, as kernel_compiler.py does the others: `python train_compiler.py HxKxV ...`.
+
+Prints one JSON list of {"kernel", "shared", "scratch", "f64", "registers", "stack"}; Triton's interpreter must be off.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests, for helpers
+from helpers.kernel_compiler import Compiling
+from helpers.paths import with_helpers
+
+
+def compile_report(shapes: list[str], dtype: str = "bfloat16") -> list[dict[str, Any]]:
+    result = subprocess.run(
+        [sys.executable, __file__, dtype, *shapes],
+        env=with_helpers(TRITON_INTERPRET="0"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    report: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return report
+
+
+class Launched:
+    """Stands in for a kernel: `kernel[grid](...)` compiles."""
+
+    def __init__(self, kernel: Any, compiling: Compiling) -> None:
+        self.kernel, self.compiling = kernel, compiling
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.compiling(self.kernel).compile
+
+
+def compiling_in(*modules: ModuleType) -> Compiling:
+    """What the launchers in these modules launch from now on is compiled instead."""
+    from triton.runtime.jit import JITFunction
+
+    compiling = Compiling()
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel") and isinstance(value, JITFunction):
+                setattr(module, name, Launched(value, compiling))
+    return compiling
+
+
+def compile_jet_block(shape: str, dtype: str) -> list[dict[str, Any]]:
+    """The backward pass of jet_block_train, which launches the forward kernels too; nothing is computed, so the tensors
+    have no memory."""
+    import torch
+
+    from jet_export.kernels import (
+        configs,
+        dynamic_conv_backward,
+        gated_delta_rule_backward,
+        gated_delta_rule_train_chunk,
+        gated_rms_norm_backward,
+        jet_block_backward,
+    )
+
+    H, K, V = map(int, shape.split("x"))
+    T, N, D = 4096, 4, H * V
+    model_dtype: torch.dtype = getattr(torch, dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = model_dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    f32 = torch.float32
+    block = jet_block_backward.Block(
+        empty(T, 2 * H * K + 2 * D), empty(T, 2 * H), empty(T, 4 * D), empty(H, dtype=f32), empty(H, dtype=f32),
+        empty(V), empty(N + 1, dtype=torch.int32), empty(N, H, K, V, dtype=f32), jet_block_backward.Dims(H, K, V), 1e-5,
+    )  # fmt: skip
+    modules = dynamic_conv_backward, gated_delta_rule_backward, gated_delta_rule_train_chunk, gated_rms_norm_backward
+    compiling = compiling_in(*modules)
+    with configs.use_sm(90):
+        jet_block_backward.backward_triton(block, empty(T, D), empty(N, H, K, V, dtype=f32))
+    return compiling.report
+
+
+if __name__ == "__main__":
+    print(json.dumps([entry for shape in sys.argv[2:] for entry in compile_jet_block(shape, sys.argv[1])]))
