@@ -9,14 +9,19 @@ s^2 keeps the size of the gradient at every temperature (arXiv 1503.02531). Only
 time, in the model dtype; dz replaces them, and dx = dz w and dw += dz^T x (fp32) follow at once, so that the backward
 pass only scales (the scheme of arXiv 2410.10989). Beside its results the op holds 2 chunk V elements, and V d in fp32
 if w has a gradient. The teacher has none.
+
+On a GPU `kl_rows_kernel` reads a row's logits twice, first for the sums, by an online softmax (arXiv 1805.02867) in
+every lane, then for dz:  kl = s^2 (sum_v p' (z' - z) / s - ln sum exp(z' / s) + ln sum exp(z / s)).
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype
+from jet_export.kernels.common import acc_dtype, fp32
 from jet_export.utils.errors import JetExportError
 
 IGNORED = -100
@@ -27,7 +32,7 @@ def kl_rows_torch(
     z_teacher: Tensor,  # [C, V]
     labels: Tensor,  # [C] int64
     kl_scale: Tensor,  # []: kl_weight / tokens
-    ce_scale: Tensor,  # []
+    ce_scale: Tensor,  # []: ce_weight / tokens
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # kl [C], ce [C] (0 where ignored), dz [C, V]
     """The specification of a chunk, in fp32 (fp64 for fp64 logits); kl has the factor temperature^2."""
@@ -47,6 +52,89 @@ def kl_rows_torch(
     return torch.where(counts, kl, zero), torch.where(counts, ce, zero), torch.where(counts[:, None], dz, zero)
 
 
+@triton.jit
+def kl_rows_kernel(
+    z, z_teacher, labels, scales, kl, ce, stride_z, stride_teacher, temperature,
+    V: tl.constexpr, BV: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Grid (C). With GRADIENT dz overwrites z. scales: kl_weight / tokens and ce_weight / tokens. A label that is no
+    token gives NaN."""
+    i_c = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + i_c)
+    p_z, p_t = z + i_c * stride_z, z_teacher + i_c * stride_teacher
+    o_lane = tl.arange(0, BV)
+    if label == -100:
+        tl.store(kl + i_c, 0.0)
+        tl.store(ce + i_c, 0.0)
+        if GRADIENT:
+            for i in range(0, V, BV):
+                tl.store(p_z + i + o_lane, tl.zeros([BV], z.dtype.element_ty), mask=i + o_lane < V)
+        return
+    s = fp32(temperature)
+    LOWEST: tl.constexpr = -3.4028234663852886e38  # finite: a lane without logits counts exp(LOWEST - top) = 0
+    b_max = tl.full([BV], LOWEST, tl.float32)  # of z
+    b_max_t = tl.full([BV], LOWEST, tl.float32)  # of z'
+    b_sum = tl.zeros([BV], tl.float32)  # of exp((z - max) / s)
+    b_plain = tl.zeros([BV], tl.float32)  # of exp(z - max)
+    b_sum_t = tl.zeros([BV], tl.float32)  # of exp((z' - max') / s)
+    b_cross = tl.zeros([BV], tl.float32)  # of exp((z' - max') / s) (z' - z)
+    for i in tl.range(0, V, BV, num_stages=2):
+        m = i + o_lane < V
+        b_z = tl.load(p_z + i + o_lane, mask=m, other=LOWEST).to(tl.float32)
+        b_t = tl.load(p_t + i + o_lane, mask=m, other=LOWEST).to(tl.float32)
+        b_new, b_new_t = tl.maximum(b_max, b_z), tl.maximum(b_max_t, b_t)
+        b_sum = b_sum * tl.exp((b_max - b_new) / s) + tl.exp((b_z - b_new) / s)
+        if TEMPERED:
+            b_plain = b_plain * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
+        b_scale, b_e = tl.exp((b_max_t - b_new_t) / s), tl.exp((b_t - b_new_t) / s)
+        b_sum_t = b_sum_t * b_scale + b_e
+        b_cross = b_cross * b_scale + tl.where(m, b_e * (b_t - b_z), 0.0)
+        b_max, b_max_t = b_new, b_new_t
+    top, top_t = tl.max(b_max, 0), tl.max(b_max_t, 0)
+    lse = tl.log(tl.sum(b_sum * tl.exp((b_max - top) / s), 0)) + top / s
+    plain = lse
+    if TEMPERED:
+        plain = tl.log(tl.sum(b_plain * tl.exp(b_max - top), 0)) + top
+    b_scale = tl.exp((b_max_t - top_t) / s)
+    sum_t = tl.sum(b_sum_t * b_scale, 0)
+    lse_t = tl.log(sum_t) + top_t / s
+    at_label = tl.load(p_z + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+    tl.store(kl + i_c, s * s * (tl.sum(b_cross * b_scale, 0) / (sum_t * s) - lse_t + lse))
+    tl.store(ce + i_c, plain - at_label)
+    if GRADIENT:
+        kl_scale, ce_scale = tl.load(scales) * s, tl.load(scales + 1)
+        tl.debug_barrier()  # every thread has read z[label]
+        for i in tl.range(0, V, BV, num_stages=2):
+            m = i + o_lane < V
+            b_z = tl.load(p_z + i + o_lane, mask=m, other=0.0).to(tl.float32)
+            b_t = tl.load(p_t + i + o_lane, mask=m, other=0.0).to(tl.float32)
+            b_p = tl.exp(b_z / s - lse)
+            b_dz = kl_scale * (b_p - tl.exp(b_t / s - lse_t))
+            if TEMPERED:
+                b_p = tl.exp(b_z - plain)
+            b_dz += ce_scale * (b_p - tl.where(i + o_lane == label, 1.0, 0.0))
+            tl.store(p_z + i + o_lane, b_dz.to(z.dtype.element_ty), mask=m)
+
+
+def kl_rows_triton(
+    z: Tensor,  # [C, V], rows contiguous; overwritten by dz with `gradient`
+    z_teacher: Tensor,  # [C, V], rows contiguous
+    labels: Tensor,  # [C] int64
+    scales: Tensor,  # [2] fp32
+    temperature: float,
+    gradient: bool,
+    block: int = 4096,
+) -> tuple[Tensor, Tensor]:  # kl [C], ce [C] fp32
+    """Launches the kernel."""
+    C, V = z.shape
+    kl, ce = (z.new_empty(C, dtype=torch.float32) for _ in range(2))
+    kl_rows_kernel[(C,)](
+        z, z_teacher, labels, scales, kl, ce, z.stride(0), z_teacher.stride(0), float(temperature),
+        V=V, BV=min(block, triton.next_power_of_2(V)), TEMPERED=temperature != 1, GRADIENT=gradient, num_warps=8,
+    )  # fmt: skip
+    return kl, ce
+
+
 @torch.library.custom_op("jet::linear_kl", mutates_args=())
 def linear_kl_op(
     x: Tensor,
@@ -64,15 +152,20 @@ def linear_kl_op(
     """kl, ce, loss (fp32, []), dx, dw (empty where not needed) of a loss gradient of 1."""
     acc = acc_dtype(x.dtype)
     tokens = (labels != IGNORED).sum().clamp(min=1).to(acc)
+    scales = torch.stack([kl_weight / tokens, ce_weight / tokens])
     kl, ce = x.new_zeros((), dtype=acc), x.new_zeros((), dtype=acc)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
     dw = torch.zeros_like(w, dtype=acc) if needs_dw else w.new_empty(0)
     for i in range(0, x.shape[0], chunk):
         rows = slice(i, i + chunk)
         z, z_teacher = x[rows] @ w.t(), x_teacher[rows] @ w_teacher.t()
-        kl_i, ce_i, dz = kl_rows_torch(z, z_teacher, labels[rows], kl_weight / tokens, ce_weight / tokens, temperature)
+        if x.device.type == "cpu":
+            kl_i, ce_i, dz = kl_rows_torch(z, z_teacher, labels[rows], *scales, temperature)
+            dz = dz.to(x.dtype)
+        else:
+            kl_i, ce_i = kl_rows_triton(z, z_teacher, labels[rows], scales, temperature, needs_dx or needs_dw)
+            dz = z
         kl, ce = kl + kl_i.sum(), ce + ce_i.sum()
-        dz = dz.to(x.dtype)
         if needs_dx:
             torch.mm(dz, w, out=dx[rows])
         if needs_dw:

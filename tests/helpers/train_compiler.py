@@ -1,4 +1,5 @@
-"""Compiles the training kernels to sm_90, as kernel_compiler.py does the others: `python train_compiler.py HxKxV ...`.
+"""Compiles the training kernels to sm_90, as kernel_compiler.py does the others: `python train_compiler.py DTYPE CASE ...`,
+a case being a JetBlock's HxKxV, or linear_kl.
 
 Prints one JSON list of {"kernel", "shared", "scratch", "f64", "registers", "stack"}; Triton's interpreter must be off.
 """
@@ -15,9 +16,9 @@ from helpers.kernel_compiler import Compiling
 from helpers.paths import with_helpers
 
 
-def compile_report(shapes: list[str], dtype: str = "bfloat16") -> list[dict[str, Any]]:
+def compile_report(cases: list[str], dtype: str = "bfloat16") -> list[dict[str, Any]]:
     result = subprocess.run(
-        [sys.executable, __file__, dtype, *shapes],
+        [sys.executable, __file__, dtype, *cases],
         env=with_helpers(TRITON_INTERPRET="0"),
         capture_output=True,
         text=True,
@@ -82,5 +83,22 @@ def compile_jet_block(shape: str, dtype: str) -> list[dict[str, Any]]:
     return compiling.report
 
 
+def compile_linear_kl(dtype: str) -> list[dict[str, Any]]:
+    """Qwen2.5's vocabulary, at a temperature."""
+    import torch
+
+    from jet_export.kernels import linear_kl
+
+    z = torch.empty(64, 151936, dtype=getattr(torch, dtype), device="meta")
+    labels, scales = torch.empty(64, dtype=torch.int64, device="meta"), torch.empty(2, device="meta")
+    compiling = compiling_in(linear_kl)
+    linear_kl.kl_rows_triton(z, z, labels, scales, 2.0, True)
+    return compiling.report
+
+
+def compile_case(case: str, dtype: str) -> list[dict[str, Any]]:
+    return compile_linear_kl(dtype) if case == "linear_kl" else compile_jet_block(case, dtype)
+
+
 if __name__ == "__main__":
-    print(json.dumps([entry for shape in sys.argv[2:] for entry in compile_jet_block(shape, sys.argv[1])]))
+    print(json.dumps([entry for case in sys.argv[2:] for entry in compile_case(case, sys.argv[1])]))

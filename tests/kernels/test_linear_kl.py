@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.compare import relative_error
+from helpers.poison import poisoned
 
-from jet_export.kernels.linear_kl import linear_kl
+from jet_export.kernels.linear_kl import kl_rows_torch, kl_rows_triton, linear_kl
 from jet_export.utils.errors import JetExportError
 
 
@@ -61,6 +62,25 @@ def test_the_student_that_is_the_teacher_has_no_kl() -> None:
     assert abs(kl) < 1e-14 and torch.autograd.grad(loss, x)[0].abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kernel_is_within_fp32_of_the_exact_losses_and_gradients(device, temperature: float) -> None:
+    """Rows wider than a block, logits far from zero, an ignored row; without a gradient z stays as it is."""
+    r = torch.Generator().manual_seed(5)
+    z, z_teacher = (30 * torch.randn(3, 37, generator=r) + 50 for _ in range(2))
+    z_teacher[2] = z[2]
+    labels, scales = torch.tensor([4, -100, 36]), torch.tensor([0.3, 0.1])
+    want_kl, want_ce, want_dz = kl_rows_torch(z.double(), z_teacher.double(), labels, *scales.double(), temperature)
+    on = [x.to(device) for x in (z, z_teacher, labels, scales)]
+    dz = on[0].clone()
+    with poisoned():
+        kl, ce = kl_rows_triton(on[0], *on[1:], temperature, False, block=16)
+        kl_too, _ = kl_rows_triton(dz, *on[1:], temperature, True, block=16)
+    assert torch.equal(on[0].cpu(), z) and torch.equal(kl, kl_too)
+    for a, b in ((kl, want_kl), (ce, want_ce), (dz, want_dz)):
+        assert relative_error(a, b) < 1e-5
+    assert kl[1] == ce[1] == 0 and dz[1].eq(0).all()
+
+
 def test_opcheck() -> None:
     args = inputs(6, 5, torch.float32)
     torch.library.opcheck(torch.ops.jet.linear_kl, (*args, 0.5, 0.5, 1.0, 4, True, True))
@@ -72,3 +92,28 @@ def test_what_does_not_fit_is_named() -> None:
         linear_kl(x, w, x_teacher, w_teacher[:-1], labels, kl_weight=1, ce_weight=1)
     with pytest.raises(JetExportError, match="temperature 0"):
         linear_kl(x, w, x_teacher, w_teacher, labels, kl_weight=1, ce_weight=1, temperature=0)
+
+
+@pytest.mark.gpu
+def test_bf16_over_a_large_vocabulary_is_torchs_in_fp64() -> None:
+    """152K logits, whose bf16 rounding is the error there is; memory stays below a [T, V] tensor in bf16."""
+    r = torch.Generator("cuda").manual_seed(0)
+    T, V, d = 2048, 151936, 1536
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=r, device="cuda").bfloat16()
+
+    x, w, w_teacher = rand(T, d).requires_grad_(), rand(V, d) * 0.03, rand(V, d) * 0.03
+    labels = torch.randint(0, V, (T,), device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, kl, ce = linear_kl(x, w, x.detach(), w_teacher, labels, kl_weight=1, ce_weight=1, chunk=256)
+    (dx,) = torch.autograd.grad(loss, x)
+    assert torch.cuda.max_memory_allocated() - before < T * V * 2
+    part = slice(0, 64)
+    exact = plain(x[part].double(), w.double(), x[part].double(), w_teacher.double(), labels[part], 1, 1, 1.0)
+    some = linear_kl(x[part], w, x[part].detach(), w_teacher, labels[part], kl_weight=1, ce_weight=1)
+    for a, b in zip(some, exact, strict=True):
+        assert relative_error(a, b) < 1e-3
+    assert dx.isfinite().all() and kl > 0 and ce > 0
