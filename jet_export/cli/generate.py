@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from jet_export.cli.options import Bundle, Deterministic
+from jet_export.cli.options import Bundle, Deterministic, Draft, Drafts, Speculate
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.progress import Progress
 
@@ -26,6 +26,9 @@ class GenerateOptions:
     seed: int
     ignore_eos: bool
     deterministic: bool
+    speculate: str
+    draft: Path | None
+    drafts: int | None
 
 
 def generate(
@@ -39,6 +42,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-sequence token.")] = False,
     deterministic: Deterministic = False,
+    speculate: Speculate = "off",
+    draft: Draft = None,
+    drafts: Drafts = None,
 ) -> None:
     """Generate text with a bundle."""
     options = GenerateOptions(
@@ -49,6 +55,9 @@ def generate(
         seed=seed,
         ignore_eos=ignore_eos,
         deterministic=deterministic,
+        speculate=speculate,
+        draft=draft,
+        drafts=drafts,
     )
     stream(bundle, read_prompts(prompt, prompts), options)
 
@@ -88,7 +97,13 @@ def stream(bundle: Path, prompts: list[str], options: GenerateOptions) -> None:
 
     start = time.monotonic()
     with Progress(print).stage(f"load {bundle}", lines=False):
-        llm = LLM(bundle, deterministic=options.deterministic)
+        llm = LLM(
+            bundle,
+            deterministic=options.deterministic,
+            speculate=options.speculate,
+            draft=options.draft,
+            drafts=options.drafts,
+        )
     loaded = time.monotonic() - start
     if isinstance(llm.tokenizer, ByteTokenizer):
         print("note: the bundle has no tokenizer: prompts are read as bytes, tokens printed as ids", file=sys.stderr)

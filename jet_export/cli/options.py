@@ -18,6 +18,14 @@ Deterministic = Annotated[
     typer.Option("--deterministic", help="Batch invariance: a prompt gives the same bits whatever else runs; slower."),
 ]
 
+Speculate = Annotated[
+    str, typer.Option(help="Draft tokens that a step verifies: lookup (n-grams of the request itself) or off.")
+]
+Draft = Annotated[Path | None, typer.Option(help="A bundle that drafts tokens instead, of the same tokenizer.")]
+Drafts = Annotated[
+    int | None, typer.Option(help="Tokens of a draft, at most; default: what the bundle was built for (--speculate).")
+]
+
 
 def command_line() -> list[str]:
     """This process's command, quoted for a shell, as bundles and results record it."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jet_export.cli.options import Bundle, Deterministic, parse_bytes
+from jet_export.cli.options import Bundle, Deterministic, Draft, Drafts, Speculate, parse_bytes
 from jet_export.utils.errors import JetExportError
 
 
@@ -74,6 +74,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429; Triton: 503).")] = 256,
     wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue before a request is refused (503).")] = 60.0,
     deterministic: Deterministic = False,
+    speculate: Speculate = "off",
+    draft: Draft = None,
+    drafts: Drafts = None,
     prefix_cache_bytes: Annotated[
         str | None,
         typer.Option(help="Device memory for cached prefixes, e.g. 4G; 0: none; default: a tenth of what is free."),
@@ -96,6 +99,9 @@ def serve(
         max_waiting=max_waiting,
         wait_timeout=wait_timeout,
         deterministic=deterministic,
+        speculate=speculate,
+        draft=None if draft is None else str(draft.resolve()),
+        drafts=drafts,
         prefix_cache_bytes=None if prefix is None else parse_bytes(prefix, "--prefix-cache-bytes"),
         host_cache_bytes=None if host_cache is None else parse_bytes(host_cache, "--host-cache-bytes"),
     )

@@ -17,6 +17,7 @@ from jet_export.runtime.acceptance import DraftCounts
 from jet_export.runtime.capacity import Serving, capacity, pacing, pool_size
 from jet_export.runtime.copies import StateCopies
 from jet_export.runtime.delivery import Delivery
+from jet_export.runtime.draft_model import DraftModel, load_draft
 from jet_export.runtime.drafts import Proposer, speculation
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.grammar_compile import GrammarCompiler
@@ -57,12 +58,16 @@ class BatchingEngine:
         self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, end_tokens(eos), clock
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         serving = serving or Serving()
+        if proposer is None and serving.draft is not None:
+            draft = load_draft(serving.draft, tokenizer, engine.config.vocab_size)
+            slots = serving.slots or engine.limits.max_batch_size
+            proposer = DraftModel(draft, slots, cuda_graphs=cuda_graphs, deterministic=serving.deterministic)
+        self.speculation = speculation(engine, serving, proposer)
         c, self.pacing = capacity(engine, serving), pacing(engine, serving)
         self.runner = Runner(engine, cuda_graphs, pools=pool_size(c), deterministic=c.whole_chunks)
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
         self.scheduler = Scheduler(c, copies, self.pacing)
         self.metrics = Metrics(memory=self.scheduler.memory.counts)
-        self.speculation = speculation(engine, serving, proposer)
         self.executor = Executor(engine, self.runner, self.eos, engine.rollback if self.speculation else 0)
         self.delivery = Delivery(self.executor, self.scheduler, self.metrics, clock)
         if self.speculation:
@@ -197,8 +202,8 @@ class BatchingEngine:
             inputs = self.executor.collect(plan, self.sequences, drafts)
         try:
             step = self.executor.launch(plan, inputs)
-            step.launched_at, step.began_at = began, began if self.rested else self.finished_at
-            self.rested = False
+            step.launched_at, step.after_rest, self.rested = began, self.rested, False
+            step.timed = bool(inputs.drafted) or not (self.speculation and self.speculation.proposed)
             if draw or not step.masked:
                 self.executor.draw(step)
         except Exception as e:
@@ -216,8 +221,9 @@ class BatchingEngine:
         step. Batch-invariant steps are verifying ones without drafts too."""
         if self.speculation is None:
             return None
+        self.speculation.proposed = False
         sequences = [self.executor.prepared(self.sequences[r]) for r in plan.decode]
-        drafts = self.speculation.drafts(sequences) if known else [[] for _ in sequences]
+        drafts = self.speculation.drafts(sequences, self.executor.look_ahead) if known else [[] for _ in sequences]
         return drafts if self.speculation.fixed or any(drafts) else None
 
     def _drafts_likely(self, step: InFlightStep) -> bool:
@@ -265,8 +271,9 @@ class BatchingEngine:
         decoding, prompt_tokens = len(step.plan.decode), step.plan.prefill_tokens
         if self.pacing and not step.inputs.drafted:
             self.pacing.observe(decoding, prompt_tokens, now - max(step.launched_at, self.finished_at))
-        if self.speculation and decoding and not prompt_tokens:
-            self.speculation.lengths.observe(decoding, step.inputs.drafted, now - step.began_at)
+        if self.speculation and decoding and not prompt_tokens and step.timed:
+            seconds = now - (step.launched_at if step.after_rest else self.finished_at)
+            self.speculation.lengths.observe(decoding, step.inputs.drafted, seconds)
 
     def _fail(self, inputs: StepInputs, e: Exception) -> None:
         with self.lock:

@@ -21,12 +21,14 @@ from jet_export.model.cache import PAGE
 from jet_export.runtime.acceptance import Acceptance, SequenceAcceptance
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.draft_length import Candidate, DraftLengths
+from jet_export.runtime.draft_model import Draw
 from jet_export.runtime.plan import Request
 from jet_export.runtime.prompt_lookup import Match, PromptLookup
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.utils.errors import JetExportError
 
 MODES = ("off", "lookup")
+QUIET, HOPE = 64, 0.9  # after so many steps without drafts of a proposer that does not guess, this is the least rate
 IDLE = 64  # steps without a look for drafts, where none could pay
 
 
@@ -42,8 +44,8 @@ class Proposer(Protocol):
         """A draft of up to `most` tokens behind those that are known; where it `guesses` not, only its length and kind
         count."""
 
-    def draft(self, sequences: Sequence[RunningSequence], offers: Sequence[Match]) -> list[list[int]]:
-        """The drafts of a step, as long as the offers, which may have been shortened."""
+    def draft(self, sequences: Sequence[RunningSequence], offers: Sequence[Match], draw: Draw) -> list[list[int]]:
+        """The drafts of a step, as long as the offers, which may have been shortened, or empty."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ class LookupProposer:
         found.known = sequence.position
         return found.index.propose(most)
 
-    def draft(self, sequences: Sequence[RunningSequence], offers: Sequence[Match]) -> list[list[int]]:
+    def draft(self, sequences: Sequence[RunningSequence], offers: Sequence[Match], draw: Draw) -> list[list[int]]:
         return [offer.tokens for offer in offers]
 
 
@@ -93,7 +95,6 @@ class History:
 
     acceptance: SequenceAcceptance
     expected: Expected | None = None
-    plain: int = 0  # steps since its last draft
 
 
 class Speculation:
@@ -107,6 +108,8 @@ class Speculation:
         self.lengths = DraftLengths(fixed=fixed)
         self.acceptance = Acceptance()
         self.histories: dict[RunningSequence, History] = {}
+        self.quiet = 0  # steps without drafts since the last one with them
+        self.proposed = False  # the proposer has worked for the step that was planned last
         self.idle: dict[int, int] = {}  # sequences of a step, to a factor of two -> steps to go without looking
 
     def begin(self, sequence: RunningSequence) -> None:
@@ -119,15 +122,16 @@ class Speculation:
         self.proposer.forget(sequence)
         self.histories.pop(sequence, None)
 
-    def drafts(self, sequences: Sequence[RunningSequence]) -> list[list[int]]:
+    def drafts(self, sequences: Sequence[RunningSequence], draw: Draw) -> list[list[int]]:
         """Of a step in which these sequences decode, all of whose tokens are known; [] for one without."""
         found, offers = self._offers(sequences, 0)
+        self.proposed = bool(found)
         drafts: list[list[int]] = [[] for _ in sequences]
         if found:
-            made = self.proposer.draft([sequences[i] for i in found], offers)
+            made = self.proposer.draft([sequences[i] for i in found], offers, draw)
             for i, offer, draft in zip(found, offers, made, strict=True):
                 drafts[i] = draft
-                if not self.proposer.guesses:
+                if draft and not self.proposer.guesses:
                     position = sequences[i].position
                     self.histories[sequences[i]].expected = Expected(position, Match(draft, offer.size))
         return drafts
@@ -141,6 +145,7 @@ class Speculation:
         rows = len(sequences)
         if not self._looks(rows):
             return [], []
+        hopeful = not self.proposer.guesses and self.quiet >= QUIET
         found, offers, candidates = [], [], []
         for i, sequence in enumerate(sequences):
             most = self.room(sequence)
@@ -153,8 +158,10 @@ class Speculation:
             if offer.tokens:
                 found.append(i)
                 offers.append(offer)
-                candidates.append(Candidate(len(offer.tokens), history.acceptance.rate(offer.size)))
+                rate = history.acceptance.rate(offer.size)
+                candidates.append(Candidate(len(offer.tokens), max(rate, HOPE) if hopeful else rate))
         lengths = self.lengths.choose(candidates, rows)
+        self.quiet = 0 if any(lengths) else self.quiet + 1
         chosen = [(i, Match(o.tokens[:n], o.size)) for i, o, n in zip(found, offers, lengths, strict=True) if n]
         return [i for i, _ in chosen], [offer for _, offer in chosen]
 
@@ -199,11 +206,13 @@ def page_room(request: Request, fixed: bool) -> int:
 
 
 def speculation(engine: Engine, serving: Serving, proposer: Proposer | None = None) -> Speculation | None:
-    """As `serving` asks; `proposer` instead of what it names. None: no drafts.
+    """As `serving` asks; `proposer`, by default prompt lookup, makes the drafts. None: there are none.
 
     Raises JetExportError for an engine that verifies none, or fewer than asked for."""
     if serving.speculate not in MODES:
         raise JetExportError(f"speculate is {serving.speculate!r}.", f"Give one of {', '.join(MODES)}.")
+    if serving.speculate != "off" and serving.draft is not None:
+        raise JetExportError("speculate and draft both draft tokens.", "Give one of them.")
     if proposer is None and serving.speculate == "off":
         if serving.drafts is not None:
             raise JetExportError("drafts without speculate.", "Say how to draft: speculate lookup, or a draft bundle.")

@@ -130,6 +130,11 @@ class Executor:
             tokens[at], lse[at] = self.sampler.sample(logits[at], self.runner.to_device(own), allowed)
         return tokens, lse
 
+    @torch.inference_mode()
+    def look_ahead(self, logits: Tensor, slots: list[int], ahead: list[int]) -> Tensor:
+        """Tokens [n] that the requests in these slots would draw from logits [n, vocab], at positions further on."""
+        return self.sampler.look_ahead(logits, slots, ahead)[0]
+
     def take(self, slot: int) -> None:
         """One more drafted token of this slot's counts: its states hold the token before it."""
         self.runner.context_lens[slot] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,26 +36,48 @@ class Completion:
     logits: Tensor | None = None  # [len(token_ids), vocab] on the CPU, with return_logits
 
 
+def offline(engine: Engine, deterministic: bool) -> Serving:
+    """Whatever is asked for waits its turn; steps are as long as the engine takes."""
+    limits = engine.limits
+    return Serving(
+        token_budget=None if deterministic else max(limits.max_batch_size, limits.max_prefill_tokens),
+        max_waiting=2**62,
+        wait_timeout=math.inf,
+        deterministic=deterministic,
+        prefix_cache_bytes=0,
+    )
+
+
 class LLM(Sessions):
     """A loaded bundle: its engine, its state pools and its tokenizer.
 
     If the bundle's limits need more memory than is free, fewer sequences run at once, on the KV cache that fits.
     `deterministic` is batch-invariant: a prompt's tokens and logits are the same bits whatever runs with it; slower.
+    `speculate` "lookup", or the bundle `draft`, drafts up to `drafts` tokens, which steps verify: the same answers.
     `check` False skips the check of the bundle's files.
     Raises JetExportError if the bundle is damaged or was built for another machine.
     """
 
     def __init__(
-        self, bundle: str | Path, *, cuda_graphs: bool = True, check: bool = True, deterministic: bool = False
+        self,
+        bundle: str | Path,
+        *,
+        cuda_graphs: bool = True,
+        check: bool = True,
+        deterministic: bool = False,
+        speculate: str = "off",
+        draft: str | Path | None = None,
+        drafts: int | None = None,
     ) -> None:
         engine, self.manifest = load_engine(bundle, check)
+        serving = offline(engine, deterministic)
         self._open(
             engine,
             load_tokenizer(bundle),
             load_eos(bundle, self.manifest.config.eos_token_id, self.manifest.config.vocab_size),
+            replace(serving, speculate=speculate, draft=None if draft is None else str(draft), drafts=drafts),
             fingerprint=self.manifest.fingerprint,
             cuda_graphs=cuda_graphs,
-            deterministic=deterministic,
         )
 
     @classmethod
@@ -68,10 +90,12 @@ class LLM(Sessions):
         fingerprint: str = "",
         cuda_graphs: bool = True,
         deterministic: bool = False,
+        speculate: str = "off",
     ) -> LLM:
         """An LLM over a loaded engine. `fingerprint` identifies its bundle, for sessions."""
         llm = cls.__new__(cls)
-        llm._open(engine, tokenizer, eos, fingerprint=fingerprint, cuda_graphs=cuda_graphs, deterministic=deterministic)
+        serving = replace(offline(engine, deterministic), speculate=speculate)
+        llm._open(engine, tokenizer, eos, serving, fingerprint=fingerprint, cuda_graphs=cuda_graphs)
         return llm
 
     def _open(
@@ -79,20 +103,11 @@ class LLM(Sessions):
         engine: Engine,
         tokenizer: Tokenizer | ByteTokenizer,
         eos: int | Sequence[int],
+        serving: Serving,
         *,
         fingerprint: str,
         cuda_graphs: bool,
-        deterministic: bool,
     ) -> None:
-        limits = engine.limits
-        budget = None if deterministic else max(limits.max_batch_size, limits.max_prefill_tokens)
-        serving = Serving(
-            token_budget=budget,
-            max_waiting=2**62,
-            wait_timeout=math.inf,
-            deterministic=deterministic,
-            prefix_cache_bytes=0,
-        )
         self.engine, self.tokenizer, self.fingerprint = engine, tokenizer, fingerprint
         self.batching = BatchingEngine(engine, tokenizer, eos, serving, cuda_graphs=cuda_graphs)
 

@@ -38,5 +38,5 @@ class ReplayProposer:
             draft.append(token if rng.random() < self.acceptance else (token + 1 + rng.randrange(7)) % self.vocab)
         return Match(draft, 0)
 
-    def draft(self, sequences: Sequence[RunningSequence], offers: Sequence[Match]) -> list[list[int]]:
+    def draft(self, sequences: Sequence[RunningSequence], offers: Sequence[Match], draw: object) -> list[list[int]]:
         return [offer.tokens for offer in offers]

@@ -75,8 +75,9 @@ class InFlightStep:
 
     plan: Plan
     inputs: StepInputs
-    began_at: float = 0.0  # on the engine's clock: the end of the step before, unless the engine rested in between
-    launched_at: float = 0.0
+    launched_at: float = 0.0  # on the engine's clock
+    after_rest: bool = False  # nothing ran before it
+    timed: bool = True  # it took the time of a step of its size
     logits: Tensor  # [rows, vocab], until the step after it is launched
     scores: list[Score]  # of the prompts that are scored
     draw: Draw | None = None  # once it has been launched

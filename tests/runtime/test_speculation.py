@@ -13,6 +13,7 @@ from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.draft_model import DraftModel
 from jet_export.runtime.drafts import LookupProposer, Proposer
 from jet_export.runtime.params import Logprob, Output, Params
 from jet_export.runtime.prompt_lookup import Match
@@ -46,7 +47,7 @@ class Garbage:
     def offer(self, sequence: RunningSequence, most: int) -> Match:
         return Match([self.rng.randrange(128) for _ in range(self.rng.randint(0, most))], 0)
 
-    def draft(self, sequences, offers) -> list[list[int]]:
+    def draft(self, sequences, offers, draw) -> list[list[int]]:
         return [offer.tokens for offer in offers]
 
 
@@ -213,10 +214,10 @@ def test_a_turn_is_cached_with_the_tokens_that_it_has(engine) -> None:
 def test_preempted_requests_have_the_tokens_that_they_have_alone(engine, deterministic: bool, host: int) -> None:
     if deterministic:
         require_placeless_rows(engine.model, 30)
-    asked = [(tokens(PAGE - 8 - i, i), hot(i, 24)) for i in range(3)]
+    asked = [(tokens(PAGE - 3 * i, i), hot(i, 16)) for i in range(4)]
     results = []
     for proposer in (None, LookupProposer(), Garbage()):
-        pages = {"kv_tokens": 4 * PAGE, "host_cache_bytes": host} if proposer else {}
+        pages = {"kv_tokens": 5 * PAGE, "host_cache_bytes": host} if proposer else {}
         one = batching(engine, proposer, deterministic=deterministic, **pages)
         running = [ask(one, *case)[0] for case in asked]
         finish(one)
@@ -270,3 +271,33 @@ def test_bad_options_are_refused(engine, serving: dict, message: str) -> None:
 def test_a_bundle_that_verifies_nothing_is_refused() -> None:
     with pytest.raises(JetExportError, match="verifies no drafts"):
         batching(eager_engine(LIMITS), None, speculate="lookup")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_draft_model_changes_no_answer(engine, deterministic: bool) -> None:
+    """One that agrees always, being the model itself, and one that does not; a prompt longer than its chunks."""
+    if deterministic:
+        require_placeless_rows(engine.model, 30)
+    asked = [(tokens(150, 1), hot(1, 20)), (REPEATS, Params(20)), (tokens(9, 2), hot(2, 20)), (REPEATS, hot(3, 6))]
+    narrow = Limits(max_batch_size=4, max_seq_len=3 * PAGE, prefill_chunk=32)
+    itself = EagerEngine(engine.model, narrow)
+    other = eager_engine(narrow, seed=1, device=engine.device)
+    results, accepted = [], []
+    for draft in (None, itself, other):
+        one = batching(engine, draft and DraftModel(draft, 4, deterministic=deterministic), deterministic=deterministic)
+        running = [ask(one, *case)[0] for case in asked]
+        for _ in range(9):
+            one.step()
+        running.append(ask(one, *asked[0])[0])
+        finish(one)
+        results.append([s.tokens for s in running])
+        if one.metrics.drafts and one.speculation:
+            assert isinstance(one.speculation.proposer, DraftModel) and not one.speculation.proposer.known
+            accepted.append(sum(one.metrics.drafts.accepted) / sum(one.metrics.drafts.drafted))
+    assert results[0] == results[1] == results[2]
+    assert accepted[0] == 1 and accepted[1] < 0.6
+
+
+def test_a_draft_model_for_fewer_sequences_is_refused(engine) -> None:
+    with pytest.raises(JetExportError, match="max_batch_size is 2; 4 sequences"):
+        DraftModel(eager_engine(Limits(max_batch_size=2, max_seq_len=PAGE, prefill_chunk=32)), 4)
