@@ -86,9 +86,11 @@ def logits_losses(student: TrainingModel, batch: Batch, teacher: TeacherLogits |
     x = student.last_hidden(batch)
     w = student.lm_head.weight.to(x.dtype)
     xt, wt = (x.detach(), w.detach()) if teacher is None else (teacher.hidden, teacher.weight.to(x.dtype))
-    weights = {"kl_weight": stage.kl_weight, "ce_weight": stage.ce_weight, "temperature": stage.temperature}
+    kl_weight, ce_weight, temperature = stage.kl_weight, stage.ce_weight, stage.temperature
     with torch.autocast(x.device.type, enabled=False):  # the op chooses its own precision
-        total, kl, ce = linear_kl(x, w, xt, wt, batch.labels, **weights)
+        total, kl, ce = linear_kl(
+            x, w, xt, wt, batch.labels, kl_weight=kl_weight, ce_weight=ce_weight, temperature=temperature
+        )
     parts = {"kl": kl, "ce": ce} if teacher else {"ce": ce}
     n = batch.targets
     return Losses(total * n, n, {name: loss.detach() * n for name, loss in parts.items()})
