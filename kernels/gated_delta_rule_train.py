@@ -112,8 +112,8 @@ def gated_delta_rule_backward(
     rule = delta_rule_forward(q, k, v, beta, g, cu_seqlens, initial_state, l2=l2)
     d = delta_rule_backward(rule, q, k, do, d_final, l2=l2)
     pairs = (d.q, q), (d.k, k), (d.v, v), (d.beta, beta), (d.g, g)
-    grads = (x.to(like.dtype).contiguous() for x, like in pairs)
-    return *grads, d.initial_state if initial_state is not None else d.initial_state.new_empty(0)
+    dq, dk, dv, dbeta, dg = (x.to(like.dtype).contiguous() for x, like in pairs)
+    return dq, dk, dv, dbeta, dg, d.initial_state if initial_state is not None else d.initial_state.new_empty(0)
 
 
 @gated_delta_rule_backward.register_fake

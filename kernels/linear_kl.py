@@ -31,8 +31,7 @@ def kl_rows_torch(
     z: Tensor,  # [C, V]
     z_teacher: Tensor,  # [C, V]
     labels: Tensor,  # [C] int64
-    kl_scale: Tensor,  # []: kl_weight / tokens
-    ce_scale: Tensor,  # []: ce_weight / tokens
+    scales: Tensor,  # [2]: kl_weight / tokens, ce_weight / tokens
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # kl [C], ce [C] (0 where ignored), dz [C, V]
     """The specification of a chunk, in fp32 (fp64 for fp64 logits); kl has the factor temperature^2."""
@@ -46,8 +45,8 @@ def kl_rows_torch(
     at = labels.clamp(min=0)[:, None]
     kl = temperature**2 * (p_teacher * (logp_teacher - logp)).sum(-1)
     ce = -plain.gather(1, at)[:, 0]
-    dz = (logp.exp() - p_teacher) * (kl_scale * temperature)
-    dz += (plain.exp().scatter_add(1, at, -torch.ones_like(at, dtype=acc))) * ce_scale
+    dz = (logp.exp() - p_teacher) * (scales[0] * temperature)
+    dz += (plain.exp().scatter_add(1, at, -torch.ones_like(at, dtype=acc))) * scales[1]
     zero = torch.zeros((), dtype=acc, device=z.device)
     return torch.where(counts, kl, zero), torch.where(counts, ce, zero), torch.where(counts[:, None], dz, zero)
 
@@ -71,35 +70,36 @@ def kl_rows_kernel(
                 tl.store(p_z + i + o_lane, tl.zeros([BV], z.dtype.element_ty), mask=i + o_lane < V)
         return
     s = fp32(temperature)
+    rate = 1.0 / s
     LOWEST: tl.constexpr = -3.4028234663852886e38  # finite: a lane without logits counts exp(LOWEST - top) = 0
     b_max = tl.full([BV], LOWEST, tl.float32)  # of z
     b_max_t = tl.full([BV], LOWEST, tl.float32)  # of z'
-    b_sum = tl.zeros([BV], tl.float32)  # of exp((z - max) / s)
+    b_sum = tl.zeros([BV], tl.float32)  # of exp((z - max) * rate)
     b_plain = tl.zeros([BV], tl.float32)  # of exp(z - max)
-    b_sum_t = tl.zeros([BV], tl.float32)  # of exp((z' - max') / s)
-    b_cross = tl.zeros([BV], tl.float32)  # of exp((z' - max') / s) (z' - z)
+    b_sum_t = tl.zeros([BV], tl.float32)  # of exp((z' - max') * rate)
+    b_cross = tl.zeros([BV], tl.float32)  # of exp((z' - max') * rate) (z' - z)
     for i in tl.range(0, V, BV, num_stages=2):
         m = i + o_lane < V
         b_z = tl.load(p_z + i + o_lane, mask=m, other=LOWEST).to(tl.float32)
         b_t = tl.load(p_t + i + o_lane, mask=m, other=LOWEST).to(tl.float32)
         b_new, b_new_t = tl.maximum(b_max, b_z), tl.maximum(b_max_t, b_t)
-        b_sum = b_sum * tl.exp((b_max - b_new) / s) + tl.exp((b_z - b_new) / s)
+        b_sum = b_sum * tl.exp((b_max - b_new) * rate) + tl.exp((b_z - b_new) * rate)
         if TEMPERED:
             b_plain = b_plain * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
-        b_scale, b_e = tl.exp((b_max_t - b_new_t) / s), tl.exp((b_t - b_new_t) / s)
+        b_scale, b_e = tl.exp((b_max_t - b_new_t) * rate), tl.exp((b_t - b_new_t) * rate)
         b_sum_t = b_sum_t * b_scale + b_e
         b_cross = b_cross * b_scale + tl.where(m, b_e * (b_t - b_z), 0.0)
         b_max, b_max_t = b_new, b_new_t
     top, top_t = tl.max(b_max, 0), tl.max(b_max_t, 0)
-    lse = tl.log(tl.sum(b_sum * tl.exp((b_max - top) / s), 0)) + top / s
+    lse = tl.log(tl.sum(b_sum * tl.exp((b_max - top) * rate), 0)) + top * rate
     plain = lse
     if TEMPERED:
         plain = tl.log(tl.sum(b_plain * tl.exp(b_max - top), 0)) + top
-    b_scale = tl.exp((b_max_t - top_t) / s)
+    b_scale = tl.exp((b_max_t - top_t) * rate)
     sum_t = tl.sum(b_sum_t * b_scale, 0)
-    lse_t = tl.log(sum_t) + top_t / s
+    lse_t = tl.log(sum_t) + top_t * rate
     at_label = tl.load(p_z + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
-    tl.store(kl + i_c, s * s * (tl.sum(b_cross * b_scale, 0) / (sum_t * s) - lse_t + lse))
+    tl.store(kl + i_c, s * s * (tl.sum(b_cross * b_scale, 0) * rate / sum_t - lse_t + lse))
     tl.store(ce + i_c, plain - at_label)
     if GRADIENT:
         kl_scale, ce_scale = tl.load(scales) * s, tl.load(scales + 1)
@@ -108,8 +108,8 @@ def kl_rows_kernel(
             m = i + o_lane < V
             b_z = tl.load(p_z + i + o_lane, mask=m, other=0.0).to(tl.float32)
             b_t = tl.load(p_t + i + o_lane, mask=m, other=0.0).to(tl.float32)
-            b_p = tl.exp(b_z / s - lse)
-            b_dz = kl_scale * (b_p - tl.exp(b_t / s - lse_t))
+            b_p = tl.exp(b_z * rate - lse)
+            b_dz = kl_scale * (b_p - tl.exp(b_t * rate - lse_t))
             if TEMPERED:
                 b_p = tl.exp(b_z - plain)
             b_dz += ce_scale * (b_p - tl.where(i + o_lane == label, 1.0, 0.0))
@@ -123,7 +123,7 @@ def kl_rows_triton(
     scales: Tensor,  # [2] fp32
     temperature: float,
     gradient: bool,
-    block: int = 4096,
+    block: int = 2048,
 ) -> tuple[Tensor, Tensor]:  # kl [C], ce [C] fp32
     """Launches the kernel."""
     C, V = z.shape
@@ -160,7 +160,7 @@ def linear_kl_op(
         rows = slice(i, i + chunk)
         z, z_teacher = x[rows] @ w.t(), x_teacher[rows] @ w_teacher.t()
         if x.device.type == "cpu":
-            kl_i, ce_i, dz = kl_rows_torch(z, z_teacher, labels[rows], *scales, temperature)
+            kl_i, ce_i, dz = kl_rows_torch(z, z_teacher, labels[rows], scales, temperature)
             dz = dz.to(x.dtype)
         else:
             kl_i, ce_i = kl_rows_triton(z, z_teacher, labels[rows], scales, temperature, needs_dx or needs_dw)

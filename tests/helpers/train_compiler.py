@@ -1,5 +1,6 @@
-"""Compiles the training kernels to sm_90, as kernel_compiler.py does the others: `python train_compiler.py DTYPE CASE ...`,
-a case being a JetBlock's HxKxV, or linear_kl.
+"""Compiles the training kernels to sm_90, as kernel_compiler.py does the others.
+
+`python train_compiler.py DTYPE CASE ...`, a case being a JetBlock's HxKxV, or linear_kl.
 
 Prints one JSON list of {"kernel", "shared", "scratch", "f64", "registers", "stack"}; Triton's interpreter must be off.
 """

@@ -45,7 +45,7 @@ def test_gradients_are_autograds(lens: list[int], W: int) -> None:
 def test_kernels_are_within_fp32_of_the_exact_gradients(device, lens: list[int], W: int) -> None:
     u, kappa, cu, dv = inputs(lens, 12, W, torch.float32, device)
     exact = [x.double().cpu().requires_grad_() for x in (u, kappa)]
-    v = plain(*exact, cu.cpu())
+    v = plain(exact[0], exact[1], cu.cpu())
     want_du, want_dkappa = torch.autograd.grad(v, exact, dv.double().cpu())
     with poisoned():
         got = dynamic_conv_forward_triton(u, kappa, cu)
@@ -76,7 +76,7 @@ def test_opcheck() -> None:
 def test_16_bit_gradients_are_one_rounding() -> None:
     u, kappa, cu, dv = inputs([1, 300, 64], 3072, 4, torch.bfloat16, "cuda")
     exact = [x.double().requires_grad_() for x in (u, kappa)]
-    want = torch.autograd.grad(plain(*exact, cu), exact, dv.double())
+    want = torch.autograd.grad(plain(exact[0], exact[1], cu), exact, dv.double())
     leaves = [x.detach().requires_grad_() for x in (u, kappa)]
     got = torch.autograd.grad(dynamic_conv_train(*leaves, cu), leaves, dv)
     for a, b in zip(got, want, strict=True):

@@ -1,5 +1,7 @@
 """The gated delta rule in training: gradients against autograd through the token-by-token reference, and by law."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.compare import relative_error
@@ -22,7 +24,9 @@ PAPER = [(4, 256, 288), (4, 192, 384), (4, 128, 576), (8, 256, 144), (8, 192, 19
          (12, 96, 256), (12, 64, 384)]  # fmt: skip
 
 
-def inputs(lens: list[int], H: int, K: int, V: int, dtype: torch.dtype = torch.float64, seed: int = 0, device="cpu"):
+def inputs(
+    lens: list[int], H: int, K: int, V: int, dtype: torch.dtype = torch.float64, seed: int = 0, device="cpu"
+) -> Any:
     """q, k, v, beta, g, initial_state, cu_seqlens, and gradients of o and the final state."""
     r = torch.Generator().manual_seed(seed)
 
@@ -39,19 +43,20 @@ def inputs(lens: list[int], H: int, K: int, V: int, dtype: torch.dtype = torch.f
     return leaves, cu, (rand(T, H, V).to(dtype).to(device), rand(N, H, K, V).to(fp32).to(device))
 
 
-def by_reference(leaves: list[Tensor], cu: Tensor) -> tuple[Tensor, Tensor]:
+def by_reference(leaves: Any, cu: Tensor) -> tuple[Tensor, Tensor]:
     outs, finals = [], []
     for n, (begin, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
-        *tokens, state = leaves
-        o, final = gated_delta_rule_ref(*(x[None, begin:end] for x in tokens), state[n : n + 1])
+        tokens, state = leaves[:5], leaves[5]
+        these: Any = [x[None, begin:end] for x in tokens]
+        o, final = gated_delta_rule_ref(*[*these, state[n : n + 1]])
         outs.append(o[0])
         finals.append(final)
     return torch.cat(outs), torch.cat(finals)
 
 
-def trained(leaves: list[Tensor], cu: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
-    *tokens, state = leaves
-    return gated_delta_rule_train(*tokens, cu, state, **options)
+def trained(leaves: Any, cu: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, state = leaves[:5], leaves[5]
+    return gated_delta_rule_train(*[*tokens, cu, state])
 
 
 @pytest.mark.parametrize("K", [32, 96, 128])
@@ -81,10 +86,11 @@ def test_fast_decay_equal_keys_and_beta_of_0_and_1_stay_exact_in_fp32() -> None:
 @pytest.mark.parametrize("at", [1, 40, 64])
 def test_split_with_carried_state_is_whole_with_its_gradients(at: int) -> None:
     leaves, cu, d = inputs([100], 2, 16, 8)
-    leaves = [x.requires_grad_() for x in leaves]
-    *tokens, state = leaves
-    first, mid = gated_delta_rule_train(*(x[:at] for x in tokens), cu.new_tensor([0, at]), state)
-    second, final = gated_delta_rule_train(*(x[at:] for x in tokens), cu.new_tensor([0, 100 - at]), mid)
+    for x in leaves:
+        x.requires_grad_()
+    before, after = [x[:at] for x in leaves[:5]], [x[at:] for x in leaves[:5]]
+    first, mid = trained([*before, leaves[5]], cu.new_tensor([0, at]))
+    second, final = trained([*after, mid], cu.new_tensor([0, 100 - at]))
     parts, whole = (torch.cat([first, second]), final), trained(leaves, cu)
     for a, b in zip(torch.autograd.grad(parts, leaves, d), torch.autograd.grad(whole, leaves, d), strict=True):
         assert relative_error(a, b) < 1e-11
@@ -95,15 +101,15 @@ def test_without_decay_it_is_the_delta_rule() -> None:
     q, k, v, beta, g, _ = leaves
     plain, _ = gated_delta_rule_train(q, k, v, beta, None, cu)
     assert torch.equal(plain, gated_delta_rule_train(q, k, v, beta, torch.zeros_like(g), cu)[0])
-    unit = [x / x.norm(dim=-1, keepdim=True) for x in (q, k)]
-    assert relative_error(gated_delta_rule_train(*unit, v, beta, None, cu, l2=False)[0], plain) < 1e-5
+    q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    assert relative_error(gated_delta_rule_train(q, k, v, beta, None, cu, l2=False)[0], plain) < 1e-5
 
 
 def test_rounded_operands_cost_no_more_than_bf16_does() -> None:
     """The rounding points of the 16-bit kernels: each gradient's error is that of a few roundings to 8 bits."""
     leaves, cu, d = inputs([200, 65], 3, 96, 64)
-    *tokens, state = leaves
-    exact, rounded = (delta_rule_forward(*tokens, cu, state, mma_dtype=x) for x in (None, torch.bfloat16))
+    tokens, state = leaves[:5], leaves[5]
+    exact, rounded = (delta_rule_forward(*[*tokens, cu, state], mma_dtype=x) for x in (None, torch.bfloat16))
     want = delta_rule_backward(exact, *tokens[:2], *d)
     got = delta_rule_backward(rounded, *tokens[:2], *d, mma_dtype=torch.bfloat16)
     assert 2**-12 < relative_error(rounded.o, exact.o) < 4 * 2**-9
@@ -118,17 +124,15 @@ def test_kernels_are_within_fp32_of_the_exact_gradients(device, lens, K, V, init
     leaves, cu, d = inputs(lens, 1, K, V, torch.float32, device=device)
     if not l2:
         leaves[1] = leaves[1] / leaves[1].norm(dim=-1, keepdim=True)
-    *tokens, state = leaves
+    tokens, state = leaves[:5], leaves[5]
     state = state if initial else None
     d_final = d[1] if initial else None
-    exact = [x.double().cpu() for x in tokens]
-    rule = delta_rule_forward(*exact, cu.cpu(), None if state is None else state.double().cpu(), l2=l2)
-    want = delta_rule_backward(
-        rule, *exact[:2], d[0].double().cpu(), None if d_final is None else d[1].double().cpu(), l2=l2
-    )
+    exact: Any = [None if x is None else x.double().cpu() for x in (*tokens, state, d[0], d_final)]
+    rule = delta_rule_forward(*[*exact[:5], cu.cpu(), exact[5]], l2=l2)
+    want = delta_rule_backward(rule, *exact[:2], *exact[6:], l2=l2)
     with poisoned():
-        o, final = rule_forward_triton(*tokens, cu, state, l2)
-        got = rule_backward_triton(*tokens, cu, state, l2, d[0], d_final)
+        o, final = rule_forward_triton(*[*tokens, cu, state, l2])
+        got = rule_backward_triton(*[*tokens, cu, state, l2, d[0], d_final])
     assert relative_error(o, rule.o) < 1e-5 and relative_error(final, rule.final_state) < 1e-5
     for name, a in zip(NAMES[: 6 if initial else 5], got, strict=False):
         assert relative_error(a, getattr(want, name)) < 1e-5, name
@@ -137,17 +141,17 @@ def test_kernels_are_within_fp32_of_the_exact_gradients(device, lens, K, V, init
 
 def test_opcheck() -> None:
     leaves, cu, _ = inputs([2, 5], 2, 8, 4, torch.float32)
-    *tokens, state = (x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in leaves)
-    torch.library.opcheck(torch.ops.jet.gated_delta_rule_train, (*tokens, cu, state, True))
+    q, k, v, beta, g, state = (x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in leaves)
+    torch.library.opcheck(torch.ops.jet.gated_delta_rule_train, (q, k, v, beta, g, cu, state, True))
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     leaves, cu, _ = inputs([2, 5], 2, 8, 4)
-    *tokens, state = leaves
+    tokens, state = leaves[:5], leaves[5]
     with pytest.raises(JetExportError, match="without a batch axis"):
-        gated_delta_rule_train(*tokens[:2], tokens[2][:5], *tokens[3:], cu)
+        gated_delta_rule_train(tokens[0], tokens[1], tokens[2][:5], tokens[3], tokens[4], cu)
     with pytest.raises(JetExportError, match=r"It is \[N, H, K, V\], here \(2, 2, 8, 4\)"):
-        gated_delta_rule_train(*tokens, cu, state[:1])
+        trained([*tokens, state[:1]], cu)
 
 
 @pytest.mark.parametrize(
@@ -174,18 +178,19 @@ def test_16_bit_gradients_are_as_good_as_the_rounded_chunk_form(H: int, K: int, 
     wrongly on Hopper (fla#640), by much or by reading what is not there, so that results vary."""
     for seed in range(3):
         leaves, cu, d = inputs([1, 64, 333, 130], H, K, V, dtype, seed=seed, device="cuda")
-        *tokens, state = leaves
-        exact, rounded = [x.double() for x in tokens], [x.float() for x in tokens]
-        rule = delta_rule_forward(*exact, cu, state.double())
-        want = delta_rule_backward(rule, *exact[:2], *(x.double() for x in d))
-        low = delta_rule_forward(*rounded, cu, state, mma_dtype=dtype)
-        same = delta_rule_backward(low, *rounded[:2], d[0].float(), d[1], mma_dtype=dtype)
-        results = [rule_backward_triton(*tokens, cu, state, True, *d) for _ in range(3)]
+        tokens, state = leaves[:5], leaves[5]
+        exact: Any = [x.double() for x in (*leaves, *d)]
+        rounded: Any = [x.float() for x in tokens]
+        rule = delta_rule_forward(*[*exact[:5], cu, exact[5]])
+        want = delta_rule_backward(rule, *exact[:2], *exact[6:])
+        low = delta_rule_forward(*[*rounded, cu, state], mma_dtype=dtype)
+        same = delta_rule_backward(low, *[*rounded[:2], d[0].float(), d[1]], mma_dtype=dtype)
+        results = [rule_backward_triton(*[*tokens, cu, state, True, *d]) for _ in range(3)]
         for name, a, *again in zip(NAMES, *results, strict=True):
             bound = relative_error(getattr(same, name).to(a.dtype), getattr(want, name))
             assert relative_error(a, getattr(want, name)) <= 1.1 * bound, (name, seed)
             assert all(torch.equal(a, b) for b in again), (name, seed)
-        o, final = rule_forward_triton(*tokens, cu, state, True)
+        o, final = rule_forward_triton(*[*tokens, cu, state, True])
         assert relative_error(o, rule.o) <= 1.1 * relative_error(low.o.to(dtype), rule.o)
         assert relative_error(final, rule.final_state) <= 1.1 * relative_error(low.final_state, rule.final_state)
 
@@ -194,9 +199,9 @@ def test_16_bit_gradients_are_as_good_as_the_rounded_chunk_form(H: int, K: int, 
 @pytest.mark.parametrize("H, K, V", PAPER)
 def test_forward_is_the_inference_op(H: int, K: int, V: int) -> None:
     leaves, cu, _ = inputs([64, 333], H, K, V, torch.bfloat16, device="cuda")
-    *tokens, state = leaves
-    o, final = rule_forward_triton(*tokens, cu, state, True)
+    tokens, state = leaves[:5], leaves[5]
+    o, final = rule_forward_triton(*[*tokens, cu, state, True])
     N = torch.arange(2, device="cuda", dtype=torch.int32)
     pool = state.clone()
-    want = chunk_delta_rule_triton(*tokens, pool, cu, N, torch.ones_like(N), (H, K, V))
+    want = chunk_delta_rule_triton(*[*tokens, pool, cu, N, torch.ones_like(N), (H, K, V)])
     assert relative_error(o, want) < 2**-7 and relative_error(final, pool) < 2**-7

@@ -19,7 +19,7 @@ def case(T: int, H: int, V: int, dtype: torch.dtype, device="cpu"):
     o, w_o, wide, dout = (torch.randn(*s, generator=r).to(dtype) for s in ((T, H, V), (V,), (T, H * V + 16), (T, H, V)))
     gate = wide.to(device)[:, 8 : 8 + H * V].unflatten(1, (H, V))
     exact = [x.double().cpu().requires_grad_() for x in (o, w_o, gate)]
-    want = torch.autograd.grad(gated_rms_norm_ref(*exact, 1e-5), exact, dout.double())
+    want = torch.autograd.grad(gated_rms_norm_ref(exact[0], exact[1], exact[2], 1e-5), exact, dout.double())
     return o.to(device), w_o.to(device), gate, dout.to(device), want
 
 

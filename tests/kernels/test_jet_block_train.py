@@ -1,5 +1,7 @@
 """jet_block_train: the inference op's outputs, its reference's gradients, and torch's ways of using them."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.compare import relative_error
@@ -25,7 +27,7 @@ from jet_export.utils.errors import JetExportError
 LENS = [1, 2, 5, 64, 65]
 
 
-def inputs(lens: list[int], dtype: torch.dtype = torch.float64, **kwargs) -> tuple[list[torch.Tensor], tuple]:
+def inputs(lens: list[int], dtype: torch.dtype = torch.float64, **kwargs) -> Any:
     """qkuz, ba, kappa, A_log, dt_bias, w_o, initial_state as leaves, and cu_seqlens with the sizes."""
     p = Packed(lens, extra=3, **{"K": 8, "V": 16, "W": 4, "dtype": torch.float64, **kwargs})
     state = p.recurrent_state[: len(lens)]
@@ -33,12 +35,11 @@ def inputs(lens: list[int], dtype: torch.dtype = torch.float64, **kwargs) -> tup
     return [x.to(dtype).requires_grad_() for x in leaves], (p.cu_seqlens, p.H, p.K, p.V, 1e-5)
 
 
-def outputs(leaves: list[torch.Tensor], rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    *weights, state = leaves
-    return jet_block_train(*weights, *rest, initial_state=state, return_final=True)
+def outputs(leaves: Any, rest: Any) -> Any:
+    return jet_block_train(*leaves[:6], *rest, initial_state=leaves[6], return_final=True)
 
 
-def one_by_one(leaves: list[torch.Tensor], rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+def one_by_one(leaves: Any, rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Each sequence by the inference references, which autograd differentiates."""
     qkuz, ba, kappa, A_log, dt_bias, w_o, state = leaves
     cu, H, K, V, eps = rest
@@ -52,8 +53,8 @@ def one_by_one(leaves: list[torch.Tensor], rest: tuple) -> tuple[torch.Tensor, t
         v = torch.nn.functional.silu((taps * padded).sum(-1)).unflatten(-1, (H, V))
         b, a = ba[t].chunk(2, -1)
         g = -A_log.exp() * torch.nn.functional.softplus(a + dt_bias)
-        heads = (torch.nn.functional.silu(x).unflatten(-1, (H, K))[None] for x in (q, k))
-        o, final = chunk_gated_delta_rule_ref(*heads, v[None], b.sigmoid()[None], g[None], state[n : n + 1])
+        q, k = (torch.nn.functional.silu(x).unflatten(-1, (H, K))[None] for x in (q, k))
+        o, final = chunk_gated_delta_rule_ref(q, k, v[None], b.sigmoid()[None], g[None], state[n : n + 1])
         outs.append(gated_rms_norm_ref(o[0], w_o, z.unflatten(-1, (H, V)), eps).flatten(1))
         finals.append(final)
     return torch.cat(outs), torch.cat(finals)
@@ -77,7 +78,7 @@ def test_is_the_inference_reference_and_its_gradient() -> None:
 def test_output_is_that_of_the_inference_op_from_empty_states() -> None:
     p = Packed(LENS, context=[0] * len(LENS), rows=list(range(len(LENS))))
     want = jet_block_ref(*p.block_args(Form.PREFILL))
-    got = jet_block_train(p.qkuz, p.ba, p.kappa, p.A_log, p.dt_bias, p.w_o, p.cu_seqlens, p.H, p.K, p.V, 1e-5)
+    got: Any = jet_block_train(p.qkuz, p.ba, p.kappa, p.A_log, p.dt_bias, p.w_o, p.cu_seqlens, p.H, p.K, p.V, 1e-5)
     assert relative_error(got, want) < 1e-6
 
 
@@ -113,7 +114,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 def test_no_initial_state_is_a_zero_one_and_gradients_are_optional() -> None:
     leaves, rest = inputs([5, 2], torch.float32)
     zero = torch.zeros_like(leaves[-1])
-    out = jet_block_train(*leaves[:-1], *rest)
+    out: Any = jet_block_train(*leaves[:-1], *rest)
     want, _ = outputs([*leaves[:-1], zero], rest)
     assert torch.equal(out, want)
     (d,) = torch.autograd.grad(out.sum(), leaves[0])
@@ -126,9 +127,9 @@ def test_kernels_are_within_fp32_of_the_exact_gradients(device) -> None:
     r = torch.Generator().manual_seed(3)
     dout, d_final = torch.randn(19, H * V, generator=r), torch.randn(2, H, K, V, generator=r)
 
-    def block(x: list[torch.Tensor], to: torch.device, dtype: torch.dtype) -> Block:
-        *tokens, state = (y.detach().to(dtype).to(to) for y in x)
-        return Block(*tokens, cu.to(to), state, Dims(H, K, V), eps)
+    def block(x: Any, to: torch.device, dtype: torch.dtype) -> Block:
+        x = [y.detach().to(dtype).to(to) for y in x]
+        return Block(*[*x[:6], cu.to(to), x[6], Dims(H, K, V), eps])
 
     exact = block(leaves, torch.device("cpu"), torch.float64)
     want = *forward_torch(exact), *backward_torch(exact, dout.double(), d_final.double())
@@ -149,7 +150,7 @@ def test_compiles_into_one_graph() -> None:
 
 def test_opcheck() -> None:
     leaves, rest = inputs([2, 5], torch.float32)
-    cu, *sizes = rest
+    cu, sizes = rest[0], rest[1:]
     leaves[0] = leaves[0].detach().t().contiguous().t().requires_grad_()
     torch.library.opcheck(torch.ops.jet.jet_block_train, (*leaves[:6], cu, leaves[6], *sizes))
 
@@ -163,9 +164,10 @@ def test_shapes_that_do_not_fit_are_named(name: str, index: int) -> None:
 
 
 def test_bounds_that_do_not_end_at_the_tokens_are_refused() -> None:
-    leaves, (cu, *sizes) = inputs([2, 3])
+    leaves, rest = inputs([2, 3])
+    cu, sizes = rest[0], rest[1:]
     with pytest.raises(JetExportError, match=r"cu_seqlens runs 0 \.\.\. 4 over 5 tokens"):
-        jet_block_train(*leaves[:6], cu.clamp(max=4), *sizes)
+        jet_block_train(*[*leaves[:6], cu.clamp(max=4), *sizes])
 
 
 # On a GPU
@@ -175,12 +177,12 @@ def test_bounds_that_do_not_end_at_the_tokens_are_refused() -> None:
 def test_16_bit_on_a_gpu_is_as_good_as_plain_torch_with_the_same_dtypes() -> None:
     """jet-2b's heads: each gradient's error against fp64, beside that of the torch form whose v and o are bf16 too."""
     leaves, (cu, H, K, V, eps) = inputs([64, 333, 1], torch.bfloat16, H=12, K=96, V=256, device="cuda")
-    *weights, state = (x.detach() for x in leaves)
     dout = torch.randn(398, H * V, device="cuda", dtype=torch.bfloat16)
     d_final = torch.randn(3, H, K, V, device="cuda")
 
     def block(dtype: torch.dtype) -> Block:
-        return Block(*(x.to(dtype) for x in weights), cu, state.float(), Dims(H, K, V), eps)
+        x: Any = [y.detach().to(dtype) for y in leaves]
+        return Block(*[*x[:6], cu, leaves[6].detach().float(), Dims(H, K, V), eps])
 
     exact = backward_torch(block(torch.float64), dout.double(), d_final.double())
     x = block(torch.bfloat16)

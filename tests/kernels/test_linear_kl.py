@@ -1,5 +1,7 @@
 """linear_kl: torch's losses and their gradients, whatever the chunk."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from jet_export.kernels.linear_kl import kl_rows_torch, kl_rows_triton, linear_k
 from jet_export.utils.errors import JetExportError
 
 
-def inputs(T: int, V: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def inputs(T: int, V: int, dtype: torch.dtype = torch.float64) -> Any:
     r = torch.Generator().manual_seed(T)
     x, w, x_teacher, w_teacher = (torch.randn(*s, generator=r).to(dtype) for s in ((T, 8), (V, 8), (T, 6), (V, 6)))
     labels = torch.randint(0, V, (T,), generator=r)
@@ -32,7 +34,7 @@ def plain(x, w, x_teacher, w_teacher, labels, kl_weight, ce_weight, s) -> tuple[
 def test_losses_and_gradients_are_torchs(chunk: int, temperature: float) -> None:
     args = inputs(17, 29)
     got = linear_kl(*args, kl_weight=0.7, ce_weight=0.2, temperature=temperature, chunk=chunk)
-    want = plain(*args, 0.7, 0.2, temperature)
+    want = plain(*[*args, 0.7, 0.2, temperature])
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-12
     grads = (torch.autograd.grad(3 * loss, args[:2]) for loss in (got[0], want[0]))
@@ -41,17 +43,19 @@ def test_losses_and_gradients_are_torchs(chunk: int, temperature: float) -> None
 
 
 def test_a_frozen_weight_has_no_gradient_and_x_has_the_same() -> None:
-    x, w, *rest = inputs(10, 12)
-    both = torch.autograd.grad(linear_kl(x, w, *rest, kl_weight=1, ce_weight=1)[0], (x, w))
-    (alone,) = torch.autograd.grad(linear_kl(x, w.detach(), *rest, kl_weight=1, ce_weight=1)[0], x)
+    args = inputs(10, 12)
+    x, w = args[:2]
+    both = torch.autograd.grad(linear_kl(*args, kl_weight=1, ce_weight=1)[0], (x, w))
+    (alone,) = torch.autograd.grad(linear_kl(x, w.detach(), *args[2:], kl_weight=1, ce_weight=1)[0], x)
     assert torch.equal(alone, both[0])
     with torch.no_grad():
-        assert not linear_kl(x, w, *rest, kl_weight=1, ce_weight=1)[0].requires_grad
+        assert not linear_kl(*args, kl_weight=1, ce_weight=1)[0].requires_grad
 
 
 def test_without_labels_all_is_zero() -> None:
-    x, w, *teacher, labels = inputs(6, 5)
-    loss, kl, ce = linear_kl(x, w, *teacher, torch.full_like(labels, -100), kl_weight=1, ce_weight=1)
+    x, w, x_teacher, w_teacher, labels = inputs(6, 5)
+    nothing = torch.full_like(labels, -100)
+    loss, kl, ce = linear_kl(x, w, x_teacher, w_teacher, nothing, kl_weight=1, ce_weight=1)
     assert loss == kl == ce == 0
     assert torch.autograd.grad(loss, x)[0].eq(0).all()
 
@@ -69,12 +73,12 @@ def test_kernel_is_within_fp32_of_the_exact_losses_and_gradients(device, tempera
     z, z_teacher = (30 * torch.randn(3, 37, generator=r) + 50 for _ in range(2))
     z_teacher[2] = z[2]
     labels, scales = torch.tensor([4, -100, 36]), torch.tensor([0.3, 0.1])
-    want_kl, want_ce, want_dz = kl_rows_torch(z.double(), z_teacher.double(), labels, *scales.double(), temperature)
-    on = [x.to(device) for x in (z, z_teacher, labels, scales)]
+    want_kl, want_ce, want_dz = kl_rows_torch(z.double(), z_teacher.double(), labels, scales.double(), temperature)
+    on: Any = [x.to(device) for x in (z, z_teacher, labels, scales)]
     dz = on[0].clone()
     with poisoned():
-        kl, ce = kl_rows_triton(on[0], *on[1:], temperature, False, block=16)
-        kl_too, _ = kl_rows_triton(dz, *on[1:], temperature, True, block=16)
+        kl, ce = kl_rows_triton(*[*on, temperature, False, 16])
+        kl_too, _ = kl_rows_triton(*[dz, *on[1:], temperature, True, 16])
     assert torch.equal(on[0].cpu(), z) and torch.equal(kl, kl_too)
     for a, b in ((kl, want_kl), (ce, want_ce), (dz, want_dz)):
         assert relative_error(a, b) < 1e-5
