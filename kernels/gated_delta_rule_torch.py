@@ -204,8 +204,8 @@ def delta_rule_backward(
         d_kS = low(E[i] * beta[i] * dy[i])
         d_state[sequences] = keep[i] * dS + low(r.q[i] * E[i]).mT @ dos[i] - r.k[i].mT @ d_kS
 
-    S, v_new, low_dy = low(r.states), low(r.v_new), low(dy)
-    do_S, dy_S, v_dS = dos @ S.mT, low_dy @ S.mT, v_new @ low(d_states).mT  # [M, H, C, K]
+    S, d_S, v_new, low_dy = low(r.states), low(d_states), low(r.v_new), low(dy)
+    do_S, dy_S, v_dS = dos @ S.mT, low_dy @ S.mT, v_new @ d_S.mT  # [M, H, C, K]
     dP = (dos @ v_new.mT) * r.decay
     dA = -(low_dy @ v_new.mT).tril(-1) * r.decay
     kk = r.k @ r.k.mT
@@ -213,11 +213,11 @@ def delta_rule_backward(
     d_qn = E * do_S + low(dP) @ r.k
     d_kn = out * v_dS - E * beta * dy_S + low(dP).mT @ low(r.q) + (B + B.mT) @ r.k
     k_dy_S = (E * r.k * dy_S).sum(-1)
-    d_beta = (dy * r.v).sum(-1) - k_dy_S + (dA * kk).sum(-1)
+    d_beta = (low_dy * r.v).sum(-1) - k_dy_S + (dA * kk).sum(-1)
     leaving = (out * r.k * v_dS).sum(-1)
     pairs = dP * (low(r.q) @ r.k.mT) + beta * dA * kk
     d_G = pairs.sum(-1) - pairs.sum(-2) + (E * r.q * do_S).sum(-1) - r.beta * k_dy_S - leaving
-    d_last = leaving.sum(-1) + keep[..., 0, 0] * (r.states * d_states).sum((-2, -1))
+    d_last = leaving.sum(-1) + keep[..., 0, 0] * (S * d_S).sum((-2, -1))
     dg = d_last[..., None] + d_G.flip(-1).cumsum(-1).flip(-1)
     d_q = normalised_gradient(q.to(acc), r.chunks.unpack(d_qn, T) * K**-0.5, l2, silu)
     d_k = normalised_gradient(k.to(acc), r.chunks.unpack(d_kn, T), l2, silu)

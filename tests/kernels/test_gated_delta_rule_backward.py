@@ -117,26 +117,48 @@ def test_rounded_operands_cost_no_more_than_bf16_does() -> None:
         assert 2**-12 < relative_error(getattr(got, name), getattr(want, name)) < 4 * 2**-9, name
 
 
-@pytest.mark.parametrize(
-    "lens, K, V, initial, l2", [([17], 24, 20, True, True), ([1, 33], 40, 16, False, False)], ids=str
-)
-def test_kernels_are_within_fp32_of_the_exact_gradients(device, lens, K, V, initial, l2) -> None:
-    leaves, cu, d = inputs(lens, 1, K, V, torch.float32, device=device)
-    if not l2:
-        leaves[1] = leaves[1] / leaves[1].norm(dim=-1, keepdim=True)
-    tokens, state = leaves[:5], leaves[5]
-    state = state if initial else None
-    d_final = d[1] if initial else None
-    exact: Any = [None if x is None else x.double().cpu() for x in (*tokens, state, d[0], d_final)]
-    rule = delta_rule_forward(*[*exact[:5], cu.cpu(), exact[5]], l2=l2)
-    want = delta_rule_backward(rule, *exact[:2], *exact[6:], l2=l2)
+def test_kernels_are_within_fp32_of_the_exact_gradients(device) -> None:
+    """Without normalisation, decaying states or a gradient of the last; test_jet_block_train.py has them with."""
+    leaves, cu, d = inputs([1, 33], 1, 40, 16, torch.float32, device=device)
+    leaves[1] = leaves[1] / leaves[1].norm(dim=-1, keepdim=True)
+    tokens = leaves[:5]
+    exact: Any = [x.double().cpu() for x in (*tokens, d[0])]
+    rule = delta_rule_forward(*[*exact[:5], cu.cpu()], l2=False)
+    want = delta_rule_backward(rule, *[*exact[:2], exact[5], None], l2=False)
     with poisoned():
-        o, final = rule_forward_triton(*[*tokens, cu, state, l2])
-        got = rule_backward_triton(*[*tokens, cu, state, l2, d[0], d_final])
+        o, final = rule_forward_triton(*[*tokens, cu, None, False])
+        *got, nothing = rule_backward_triton(*[*tokens, cu, None, False, d[0], None])
     assert relative_error(o, rule.o) < 1e-5 and relative_error(final, rule.final_state) < 1e-5
-    for name, a in zip(NAMES[: 6 if initial else 5], got, strict=False):
+    for name, a in zip(NAMES[:5], got, strict=True):
         assert relative_error(a, getattr(want, name)) < 1e-5, name
-    assert initial or got[5].numel() == 0
+    assert nothing.numel() == 0
+
+
+def compare_with_rounded_form(leaves: Any, cu: Tensor, d: Any) -> list[Tensor]:
+    """Asserts that results and gradients are as near to fp64 as the torch form's that rounds where the kernels round, a
+    tenth allowed for the order of summation and TF32 in the blocks' inverses; returns the gradients. g's error is
+    mostly that of a single number a chunk, <S, dS'>, and varies more: half is allowed."""
+    tokens, state, dtype = leaves[:5], leaves[5], leaves[0].dtype
+    exact: Any = [x.double() for x in (*leaves, *d)]
+    rounded: Any = [x.float() for x in tokens]
+    rule = delta_rule_forward(*[*exact[:5], cu, exact[5]])
+    want = delta_rule_backward(rule, *exact[:2], *exact[6:])
+    low = delta_rule_forward(*[*rounded, cu, state], mma_dtype=dtype)
+    same = delta_rule_backward(low, *[*rounded[:2], d[0].float(), d[1]], mma_dtype=dtype)
+    with poisoned():
+        o, final = rule_forward_triton(*[*tokens, cu, state, True])
+        gradients = rule_backward_triton(*[*tokens, cu, state, True, *d])
+    rows = [("o", o, low.o, rule.o), ("final", final, low.final_state, rule.final_state)]
+    rows += [(n, x, getattr(same, n), getattr(want, n)) for n, x in zip(NAMES, gradients, strict=True)]
+    for name, got, bound, exactly in rows:
+        allowed = 1.5 if name == "g" else 1.1
+        assert relative_error(got, exactly) <= allowed * relative_error(bound.to(got.dtype), exactly), name
+    return list(gradients)
+
+
+def test_16_bit_kernels_are_as_good_as_the_rounded_chunk_form(device) -> None:
+    """fp16, which the interpreter computes as a GPU does (bf16 it does not), in chunks of 64."""
+    compare_with_rounded_form(*inputs([70], 1, 24, 20, torch.float16, device=device))
 
 
 def test_opcheck() -> None:
@@ -173,26 +195,17 @@ def test_kernels_fit_sm_90(cases: list[str]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("H, K, V", [*PAPER, (16, 128, 256)])
-def test_16_bit_gradients_are_as_good_as_the_rounded_chunk_form(H: int, K: int, V: int, dtype: torch.dtype) -> None:
-    """Every shape, twice, bit for bit, against fp64: Triton 3.4 to 3.7 computes products with transposed accumulators
-    wrongly on Hopper (fla#640), by much or by reading what is not there, so that results vary."""
+def test_every_shape_is_as_good_as_the_rounded_chunk_form_and_repeats(
+    H: int, K: int, V: int, dtype: torch.dtype
+) -> None:
+    """Triton 3.4 to 3.7 computes products of transposed accumulators wrongly on Hopper (fla#640): by much, or by
+    reading what is not there, so that results vary from call to call."""
     for seed in range(3):
         leaves, cu, d = inputs([1, 64, 333, 130], H, K, V, dtype, seed=seed, device="cuda")
-        tokens, state = leaves[:5], leaves[5]
-        exact: Any = [x.double() for x in (*leaves, *d)]
-        rounded: Any = [x.float() for x in tokens]
-        rule = delta_rule_forward(*[*exact[:5], cu, exact[5]])
-        want = delta_rule_backward(rule, *exact[:2], *exact[6:])
-        low = delta_rule_forward(*[*rounded, cu, state], mma_dtype=dtype)
-        same = delta_rule_backward(low, *[*rounded[:2], d[0].float(), d[1]], mma_dtype=dtype)
-        results = [rule_backward_triton(*[*tokens, cu, state, True, *d]) for _ in range(3)]
-        for name, a, *again in zip(NAMES, *results, strict=True):
-            bound = relative_error(getattr(same, name).to(a.dtype), getattr(want, name))
-            assert relative_error(a, getattr(want, name)) <= 1.1 * bound, (name, seed)
-            assert all(torch.equal(a, b) for b in again), (name, seed)
-        o, final = rule_forward_triton(*[*tokens, cu, state, True])
-        assert relative_error(o, rule.o) <= 1.1 * relative_error(low.o.to(dtype), rule.o)
-        assert relative_error(final, rule.final_state) <= 1.1 * relative_error(low.final_state, rule.final_state)
+        first = compare_with_rounded_form(leaves, cu, d)
+        for _ in range(3):
+            again = rule_backward_triton(*[*leaves[:5], cu, leaves[5], True, *d])
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
