@@ -81,16 +81,16 @@ def ask(engine: BatchingEngine, prompt: list[int], params: Params, **options) ->
 
 REPEATS = [7, 8, 9, 10] * 10
 CASES = [
-    (REPEATS, Params(30)),
-    (REPEATS, hot(1, 25)),
-    (tokens(70, 1), hot(2, 33, logprobs=3)),
-    (tokens(PAGE - 5, 2), hot(3, 40, stop_ids=(3, 50, 90))),
-    (tokens(9, 3), hot(4, 20, min_tokens=12, stop_ids=tuple(range(20)))),
-    (REPEATS, hot(5, 25, logit_bias=((8, 4.0), (9, 4.0)))),
-    (REPEATS, hot(6, 20, repetition_penalty=1.2, frequency_penalty=0.3)),
+    (REPEATS, Params(18)),
+    (REPEATS, hot(1, 14)),
+    (tokens(70, 1), hot(2, 15, logprobs=3)),
+    (tokens(PAGE - 5, 2), hot(3, 20, stop_ids=(3, 50, 90))),
+    (tokens(9, 3), hot(4, 12, min_tokens=6, stop_ids=tuple(range(20)))),
+    (REPEATS, hot(5, 14, logit_bias=((8, 4.0), (9, 4.0)))),
+    (REPEATS, hot(6, 10, repetition_penalty=1.2, frequency_penalty=0.3)),
     (tokens(5, 4), hot(7, 1)),
-    (tokens(30, 5), hot(8, 30, stop=("a", "q"))),
-    (REPEATS, hot(9, 25, ignore_eos=True)),
+    (tokens(30, 5), hot(8, 16, stop=("a", "q"))),
+    (REPEATS, hot(9, 14, ignore_eos=True)),
 ]
 EOS = 11
 
@@ -127,49 +127,49 @@ def same(a: list[Output], b: list[Output]) -> None:
 def test_any_proposer_gives_the_outputs_of_plain_decoding(engine, plain, which: int) -> None:
     """Requests of every kind together, arriving and cancelled at any step, with overlap scheduling and without."""
     deterministic, answers = plain
-    for overlap in (False, True):
-        proposer = list(proposers([s for s, _ in answers]))[which]
-        crowd = batching(engine, proposer, eos=EOS, overlap=overlap, deterministic=deterministic)
-        rng, running = random.Random(which), {}
-        for i in rng.sample(range(len(CASES)), len(CASES)):
-            running[i] = ask(crowd, *CASES[i])
-            for _ in range(rng.choice([0, 1, 5])):
-                crowd.step()
-        gone = rng.choice(list(running))
-        crowd.cancel(running[gone][0])
-        finish(crowd)
-        drafts = crowd.metrics.drafts
-        assert drafts is not None and sum(drafts.drafted) > 20
-        for i, (sequence, heard) in running.items():
-            if i == gone and sequence.finish_reason == "cancelled":
-                assert sequence.tokens == answers[i][0].tokens[: len(sequence.tokens)]
-            else:
-                same(heard, answers[i][1])
-        if which == 2:
-            assert crowd.metrics.steps < sum(len(s.tokens) for s, _ in answers) / 2 / 2
-            assert sum(drafts.accepted) == sum(drafts.drafted)
+    proposer = list(proposers([s for s, _ in answers]))[which]
+    crowd = batching(engine, proposer, eos=EOS, overlap=which % 2 == deterministic, deterministic=deterministic)
+    rng, running = random.Random(which), {}
+    for i in rng.sample(range(len(CASES)), len(CASES)):
+        running[i] = ask(crowd, *CASES[i])
+        for _ in range(rng.choice([0, 1, 5])):
+            crowd.step()
+    gone = rng.choice(list(running))
+    crowd.cancel(running[gone][0])
+    finish(crowd)
+    drafts = crowd.metrics.drafts
+    assert drafts is not None and sum(drafts.drafted) > 10
+    for i, (sequence, heard) in running.items():
+        if i == gone and sequence.finish_reason == "cancelled":
+            assert sequence.tokens == answers[i][0].tokens[: len(sequence.tokens)]
+        else:
+            same(heard, answers[i][1])
+    if which == 2:
+        assert crowd.metrics.steps < sum(len(s.tokens) for s, _ in answers) / 4
+        assert sum(drafts.accepted) == sum(drafts.drafted)
 
 
 def test_deterministic_bits_do_not_depend_on_drafts_or_neighbours(engine, monkeypatch) -> None:
     """And every verifying call has one shape: the rows and tokens of the bundle's limits."""
     require_placeless_rows(engine.model, 30)
-    shapes, verify = set(), engine.verify
-    monkeypatch.setattr(
-        engine,
-        "verify",
-        lambda ids, batch, *rest: shapes.add((len(ids), len(batch.slots))) or verify(ids, batch, *rest),
-    )
-    cases = [(REPEATS, hot(1, 20)), (tokens(40, 1), Params(12))]
+    shapes, verify = [], engine.verify
+
+    def recorded(ids, batch, *rest):
+        shapes.append((len(ids), len(batch.slots)))
+        return verify(ids, batch, *rest)
+
+    monkeypatch.setattr(engine, "verify", recorded)
+    cases = [(REPEATS, hot(1, 14)), (tokens(40, 1), Params(9))]
     bits = set()
-    for proposer in (Garbage(), LookupProposer(), ReplayProposer([], 1.0, 128)):
+    for proposer in (Garbage(), LookupProposer()):
         for neighbours in (0, 2):
             one = batching(engine, proposer, deterministic=True)
             for i in range(neighbours):
-                ask(one, tokens(20 + i, i), hot(i, 15))
+                ask(one, tokens(20 + i, i), hot(i, 9))
             asked = [ask(one, *case, keep_logits=True)[0] for case in cases]
             finish(one)
             bits.add(tuple((tuple(s.tokens), torch.stack(s.logits).numpy().tobytes()) for s in asked))
-    assert len(bits) == 1 and shapes == {(LIMITS.max_batch_size * (MOST + 2), 2 * LIMITS.max_batch_size)}
+    assert len(bits) == 1 and set(shapes) == {(LIMITS.max_batch_size * (MOST + 2), 2 * LIMITS.max_batch_size)}
 
 
 def test_a_session_cut_inside_a_draft_goes_on_as_if_uncut(engine) -> None:
@@ -216,14 +216,14 @@ def test_preempted_requests_have_the_tokens_that_they_have_alone(engine, determi
         require_placeless_rows(engine.model, 30)
     asked = [(tokens(PAGE - 3 * i, i), hot(i, 16)) for i in range(4)]
     results = []
-    for proposer in (None, LookupProposer(), Garbage()):
+    for proposer in (None, Garbage() if deterministic else LookupProposer()):
         pages = {"kv_tokens": 5 * PAGE, "host_cache_bytes": host} if proposer else {}
         one = batching(engine, proposer, deterministic=deterministic, **pages)
         running = [ask(one, *case)[0] for case in asked]
         finish(one)
         assert (one.metrics.memory.preemptions > 0) == (proposer is not None)
         results.append([s.tokens for s in running])
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
 
 
 def test_what_became_of_drafts_is_counted(engine) -> None:
@@ -273,18 +273,16 @@ def test_a_bundle_that_verifies_nothing_is_refused() -> None:
         batching(eager_engine(LIMITS), None, speculate="lookup")
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_a_draft_model_changes_no_answer(engine, deterministic: bool) -> None:
+def test_a_draft_model_changes_no_answer(engine) -> None:
     """One that agrees always, being the model itself, and one that does not; a prompt longer than its chunks."""
-    if deterministic:
-        require_placeless_rows(engine.model, 30)
     asked = [(tokens(150, 1), hot(1, 20)), (REPEATS, Params(20)), (tokens(9, 2), hot(2, 20)), (REPEATS, hot(3, 6))]
     narrow = Limits(max_batch_size=4, max_seq_len=3 * PAGE, prefill_chunk=32)
     itself = EagerEngine(engine.model, narrow)
     other = eager_engine(narrow, seed=1, device=engine.device)
     results, accepted = [], []
     for draft in (None, itself, other):
-        one = batching(engine, draft and DraftModel(draft, 4, deterministic=deterministic), deterministic=deterministic)
+        proposer = DraftModel(draft, 4) if draft else None
+        one = batching(engine, proposer)
         running = [ask(one, *case)[0] for case in asked]
         for _ in range(9):
             one.step()
@@ -295,7 +293,7 @@ def test_a_draft_model_changes_no_answer(engine, deterministic: bool) -> None:
             assert isinstance(one.speculation.proposer, DraftModel) and not one.speculation.proposer.known
             accepted.append(sum(one.metrics.drafts.accepted) / sum(one.metrics.drafts.drafted))
     assert results[0] == results[1] == results[2]
-    assert accepted[0] == 1 and accepted[1] < 0.6
+    assert accepted[0] == 1 and accepted[1] < 0.9
 
 
 def test_a_draft_model_for_fewer_sequences_is_refused(engine) -> None:
