@@ -15,6 +15,7 @@ from jet_export.cli import (
     export_hf,
     generate,
     inspect,
+    postnas,
     retrofit,
     search,
     serve,
@@ -74,6 +75,7 @@ app.command(epilog="Example: jet-export search --model jet-2b --output searches/
 app.command(epilog="Example: jet-export retrofit --recipe recipe.toml --teacher Qwen2.5-1.5B --output runs/jet-2b")(
     retrofit.retrofit
 )
+app.command(epilog="Example: jet-export postnas examples/postnas/toy.toml --output runs/toy")(postnas.postnas)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
