@@ -25,8 +25,12 @@ class ReplayProposer:
     guesses = True
 
     def __init__(self, recorded: Sequence[RunningSequence], acceptance: float, vocab: int) -> None:
-        self.answers = {asked(s): list(s.tokens) for s in recorded}
+        self.answers: dict[Asked, list[int]] = {}
+        self.record(recorded)
         self.acceptance, self.vocab = acceptance, vocab
+
+    def record(self, answered: Sequence[RunningSequence]) -> None:
+        self.answers |= {asked(s): list(s.tokens) for s in answered}
 
     def forget(self, sequence: RunningSequence) -> None:
         pass

@@ -275,7 +275,7 @@ def test_a_bundle_that_verifies_nothing_is_refused() -> None:
 
 def test_a_draft_model_changes_no_answer(engine) -> None:
     """One that agrees always, being the model itself, and one that does not; a prompt longer than its chunks."""
-    asked = [(tokens(150, 1), hot(1, 20)), (REPEATS, Params(20)), (tokens(9, 2), hot(2, 20)), (REPEATS, hot(3, 6))]
+    asked = [(tokens(70, 1), hot(1, 12)), (REPEATS, Params(9)), (tokens(9, 2), hot(2, 9)), (REPEATS, hot(3, 4))]
     narrow = Limits(max_batch_size=4, max_seq_len=3 * PAGE, prefill_chunk=32)
     itself = EagerEngine(engine.model, narrow)
     other = eager_engine(narrow, seed=1, device=engine.device)
