@@ -184,9 +184,9 @@ def main() -> None:
         rows.append(row)
         for name, found in row.items():
             if isinstance(found, dict):
-                rate = f", {found['rate']:.0%} of {found['drafted']} drafted tokens" if "rate" in found else ""
+                share = f", {found['rate']:.0%} of {found['drafted']} drafted tokens" if "rate" in found else ""
                 print(
-                    f"B{batch} {name}: {found['tokens_per_s']:.1f} tokens/s, {found['of_plain']:.2f} of plain{rate}, "
+                    f"B{batch} {name}: {found['tokens_per_s']:.1f} tokens/s, {found['of_plain']:.2f} of plain{share}, "
                     f"{found['answers_as_recorded']} of {batch} answers as recorded"
                 )
     name = str(manifest.model["name"])

@@ -6,9 +6,7 @@ thread (`start`) or by the caller (`step`); `submit` and `cancel` may be called 
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,8 +15,9 @@ from jet_export.runtime.acceptance import DraftCounts
 from jet_export.runtime.capacity import Serving, capacity, pacing, pool_size
 from jet_export.runtime.copies import StateCopies
 from jet_export.runtime.delivery import Delivery
-from jet_export.runtime.draft_model import DraftModel, load_draft
+from jet_export.runtime.draft_model import draft_model
 from jet_export.runtime.drafts import Proposer, speculation
+from jet_export.runtime.engine_thread import EngineThread
 from jet_export.runtime.executor import Executor
 from jet_export.runtime.grammar_compile import GrammarCompiler
 from jet_export.runtime.grammar_masks import accept
@@ -33,10 +32,8 @@ from jet_export.runtime.snapshot import EMPTY, Snapshot
 from jet_export.runtime.step import InFlightStep, StepInputs
 from jet_export.runtime.tokenizer import ByteTokenizer, StopText, Tokenizer
 
-log = logging.getLogger(__name__)
 
-
-class BatchingEngine:
+class BatchingEngine(EngineThread):
     """Runs requests on an engine. Its sequences share the KV pages of `capacity`.
 
     `overlap` (overlap scheduling): launch the next step before the tokens of this one are read; by default on a GPU.
@@ -55,13 +52,11 @@ class BatchingEngine:
         proposer: Proposer | None = None,
     ) -> None:
         """`proposer`: makes the drafts; by default as `serving` says."""
+        super().__init__()
         self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, end_tokens(eos), clock
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         serving = serving or Serving()
-        if proposer is None and serving.draft is not None:
-            draft = load_draft(serving.draft, tokenizer, engine.config.vocab_size)
-            slots = serving.slots or engine.limits.max_batch_size
-            proposer = DraftModel(draft, slots, cuda_graphs=cuda_graphs, deterministic=serving.deterministic)
+        proposer = proposer or draft_model(engine, tokenizer, serving, cuda_graphs)
         self.speculation = speculation(engine, serving, proposer)
         c, self.pacing = capacity(engine, serving), pacing(engine, serving)
         self.runner = Runner(engine, cuda_graphs, pools=pool_size(c), deterministic=c.whole_chunks)
@@ -76,10 +71,6 @@ class BatchingEngine:
             self.executor.on_begin = self.speculation.begin
         self.sequences = self.delivery.sequences
         self.grammars = GrammarCompiler(tokenizer, engine.config.vocab_size, self.eos)
-        self.lock = threading.RLock()
-        self.work = threading.Condition(self.lock)
-        self.thread: threading.Thread | None = None
-        self.stopping = False
         self.next_step: InFlightStep | None = None  # launched while the step before it still ran
         self.finished_at = -math.inf  # the step before, on the engine's clock
         self.rested = True  # nothing has run since then
@@ -279,49 +270,12 @@ class BatchingEngine:
         with self.lock:
             self.delivery.fail(inputs.sequences, e)
 
-    def start(self) -> None:
-        """Capture the CUDA graphs of the steps to come, build the vocabulary for grammars, and start the thread that
-        takes the steps."""
+    def prepare(self) -> None:
+        """Capture the CUDA graphs of the steps to come, and build the vocabulary for grammars."""
         self.grammars.warm_up()
         self.runner.capture_calls(self.scheduler.capacity.token_budget, self.scheduler.prompt_tokens)
         if self.executor.verify:
             self.executor.verify.capture()
-        self.thread = threading.Thread(target=self._loop, name="jet-engine", daemon=True)
-        self.thread.start()
-
-    def close(self) -> None:
-        """Cancel all requests and refuse new ones."""
-        with self.lock:
-            self.stopping = True
-            for sequence in list(self.sequences.values()):
-                self.cancel(sequence)
-            self.work.notify()
-
-    def stop(self) -> None:
-        """Close, and wait for the thread to end."""
-        self.close()
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-
-    @property
-    def alive(self) -> bool:
-        return self.thread is not None and self.thread.is_alive() and not self.stopping
-
-    def _loop(self) -> None:
-        while True:
-            with self.lock:
-                while not self.stopping and not self.sequences:
-                    self.work.wait()
-                if self.stopping:
-                    return
-            try:
-                self.step()
-            except Exception:
-                log.exception("the engine failed; every request ends with an error")
-                with self.lock:
-                    for sequence in list(self.sequences.values()):
-                        self.cancel(sequence, "error")
 
     def render_metrics(self) -> str:
         """The metrics in Prometheus' text format."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from jet_export.backends.base import Engine
 from jet_export.backends.load import load_engine
 from jet_export.model.cache import pages_per_sequence
+from jet_export.runtime.capacity import Serving
 from jet_export.runtime.prompt_lookup import NO_MATCH, Match
 from jet_export.runtime.runner import PoolSize, Runner
 from jet_export.runtime.sequence import RunningSequence
@@ -133,3 +134,14 @@ def load_draft(path: str | Path, tokenizer: Tokenizer | ByteTokenizer, vocab: in
             "Take a bundle of a model with the same vocabulary.",
         )
     return engine
+
+
+def draft_model(
+    engine: Engine, tokenizer: Tokenizer | ByteTokenizer, serving: Serving, cuda_graphs: bool
+) -> DraftModel | None:
+    """Of the bundle that `serving` names, loaded; None if it names none."""
+    if serving.draft is None:
+        return None
+    draft = load_draft(serving.draft, tokenizer, engine.config.vocab_size)
+    slots = serving.slots or engine.limits.max_batch_size
+    return DraftModel(draft, slots, cuda_graphs=cuda_graphs, deterministic=serving.deterministic)
