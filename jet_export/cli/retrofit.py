@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from jet_export.utils.errors import JetExportError
 
 STOPPED = 143  # as a shell reports a program that SIGTERM ended
 
@@ -40,6 +43,12 @@ def retrofit(
         whole = replace(whole, student=replace(whole.student, layers=student_layers))
     if seed is not None:
         whole = replace(whole, seed=seed)
-    checked = check_recipe(whole, f"--recipe {recipe}" if recipe else "retrofit")
-    if not run_retrofit(checked, output, device=device, resume=resume, emit=typer.echo):
+    try:
+        checked = check_recipe(whole, f"--recipe {recipe}" if recipe else "retrofit")
+        ended = run_retrofit(checked, output, device=device, resume=resume, emit=typer.echo)
+    except JetExportError:
+        if int(os.environ.get("LOCAL_RANK", "0")):  # the first process of each machine says it
+            raise typer.Exit(2) from None
+        raise
+    if not ended:
         raise typer.Exit(STOPPED)

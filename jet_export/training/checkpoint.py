@@ -21,8 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from jet_export.training.distributed import Group
+from jet_export.training.distributed import Group, local
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import existing
 
 PROGRESS = "progress.json"
 NAME = re.compile(r"step-(\d+)")
@@ -44,6 +45,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, group: Group, keep: int, asynchronous: bool) -> None:
         self.directory, self.group, self.keep, self.asynchronous = directory, group, keep, asynchronous
+        self.nbytes = 0  # of the last checkpoint, this process's part
         self._writing: tuple[Path, Future[Any]] | None = None
         if group.first:
             for left in directory.glob(".step-*"):  # of a run that was killed while it wrote
@@ -59,6 +61,7 @@ class Checkpoints:
         one before, if the disk is full or may not be written; what was whole stays."""
         self.finish()
         tmp = self.directory / f".step-{progress.step:08d}"
+        self.nbytes = sum(local(t).nbytes for t in tensors.values())
         with self._reported(tmp):
             if self.group.first:
                 tmp.mkdir(parents=True, exist_ok=True)
@@ -127,21 +130,27 @@ class _Reported:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        if not isinstance(error, (Exception, CheckpointException)):
+        if isinstance(error, JetExportError) or not isinstance(error, (Exception, CheckpointException)):
             return
-        found = next((e for e in causes(error) if isinstance(e, OSError)), None)
-        if found is None:
-            return
+        why = self.reason(error)
         if self.checkpoints.group.first:
             shutil.rmtree(self.tmp, ignore_errors=True)
         steps = self.checkpoints.steps()
         kept = f"The checkpoint of step {steps[-1]} is kept." if steps else "There is no checkpoint yet."
-        full = found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise JetExportError(
-            f"{self.checkpoints.directory}: {self.tmp.name.removeprefix('.')} cannot be written "
-            f"({'the disk is full' if full else found.strerror}). {kept}",
+            f"{self.checkpoints.directory}: {self.tmp.name.removeprefix('.')} cannot be written ({why}). {kept}",
             "Free some space, or lower checkpoint.keep, and go on with --resume.",
         ) from None
+
+    def reason(self, error: BaseException) -> str:
+        """torch's writer says of a full disk only that it is not where it should be in the file."""
+        found = [e for e in causes(error) if isinstance(e, OSError)]
+        full = any(e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for e in found)
+        if full or shutil.disk_usage(existing(self.tmp)).free < self.checkpoints.nbytes:
+            return "the disk is full"
+        if found:
+            return found[0].strerror or str(found[0])
+        return str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from jet_export.bundle.target import target_device
 from jet_export.model.jet_nemotron import KEEP_FP32
 from jet_export.training.model import TrainingModel
+from jet_export.utils.errors import JetExportError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class Group:
         dist.all_gather_object(out, value)
         return out
 
+    def agree(self, error: JetExportError | None) -> None:
+        """Raise the error of any process in all of them, so that none is left waiting for the others."""
+        if error is not None and self.world == 1:
+            raise error
+        if self.world > 1 and self.sum([float(error is not None)])[0]:
+            raise JetExportError(next(said for said in self.gather(str(error) if error else None) if said))
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -69,12 +77,16 @@ def processes(device: str) -> Iterator[Group]:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.get_world_size()
+    saving = dist.new_group(backend="gloo") if world > 1 else dist.group.WORLD
     try:
-        saving = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else dist.group.WORLD
-        yield Group(dist.get_rank(), dist.get_world_size(), place, saving)
-    finally:
-        if started:
+        yield Group(dist.get_rank(), world, place, saving)
+    except BaseException:
+        if started and world == 1:  # others may wait in a collective call, and this would wait for them
             dist.destroy_process_group()
+        raise
+    if started:
+        dist.destroy_process_group()
 
 
 def whole_on_each(name: str) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jet_export.utils.errors import JetExportError
+
 LOG = "log.jsonl"
 
 
@@ -81,8 +83,14 @@ class Report:
         """`stage_step`: steps of the stage that are done."""
         if self.directory is None:
             return
-        self._log.write(json.dumps(asdict(record)) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(asdict(record)) + "\n")
+            self._log.flush()
+        except OSError as e:
+            raise JetExportError(
+                f"{self.directory / LOG} cannot be written ({e.strerror}). The checkpoints are kept.",
+                "Free some space and go on with --resume.",
+            ) from None
         if self._writer is not None:
             values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm, **record.parts}
             for name, value in {**values, "tokens_per_s": record.tokens_per_s}.items():
@@ -90,6 +98,8 @@ class Report:
         said = describe(record)
         if self._bar is not None:
             self._bar.update(self._task, completed=stage_step, said=said)
+            if stage_step == self._steps:
+                self.emit(f"  step {stage_step:,}: {said}")
         elif stage_step % self.every == 0 or stage_step in (1, self._steps):
             per_step = (time.monotonic() - self._began) / max(1, stage_step - self._done)
             left = duration(per_step * (self._steps - stage_step))

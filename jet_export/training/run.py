@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.weights import CheckpointFiles, save_checkpoint
@@ -119,10 +120,10 @@ class Retrofit:
             try:
                 save_checkpoint(model, tmp, self.files.directory)
                 replace_directory(tmp, self.output / MODEL)
-            except OSError as e:
+            except (OSError, SafetensorError) as e:
                 shutil.rmtree(tmp, ignore_errors=True)
                 raise JetExportError(
-                    f"{self.output / MODEL} cannot be written ({e.strerror}). The checkpoints are kept.",
+                    f"{self.output / MODEL} cannot be written ({e}). The checkpoints are kept.",
                     "Free some space and go on with --resume.",
                 ) from None
         group.barrier()

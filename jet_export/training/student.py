@@ -29,7 +29,10 @@ SAME = (
 
 def open_teacher(name: str) -> CheckpointFiles:
     """Raises JetExportError where it is no unquantised Qwen2 or Qwen3 checkpoint of attention layers alone."""
-    files = CheckpointFiles.open(resolve_checkpoint(name))
+    try:
+        files = CheckpointFiles.open(resolve_checkpoint(name))
+    except JetExportError as e:
+        raise JetExportError(str(e).replace("--model ", "--teacher ", 1)) from None
     c = files.config
     if c.model_type not in TEACHERS or set(c.layer_types) != {"attn"}:
         raise JetExportError(

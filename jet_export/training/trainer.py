@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jet_export.training.checkpoint import Checkpoints, Progress
-from jet_export.training.data.stream import DataStream
+from jet_export.training.data.stream import DataStream, StepRows
 from jet_export.training.distributed import Group
 from jet_export.training.model import TrainingModel, part_of
 from jet_export.training.objective import Objective, StepLoss, backward
@@ -86,7 +86,7 @@ class Trainer:
     def _step(self, stream: DataStream, flops_per_token: float, peak: float | None) -> None:
         s, p, recipe = self.setting, self.progress, self.setting.recipe
         began = time.monotonic()
-        taken = stream.next()
+        taken = self._rows(stream)
         lr = lr_at(self.stage, p.stage_step, self.steps)
         set_lr(self.optimizer, lr)
         loss = backward(self.objective, taken.rows, recipe.run.micro_batch, s.group)
@@ -106,6 +106,17 @@ class Trainer:
             mfu=speed / s.group.world * flops_per_token / peak if peak else None,
         )  # fmt: skip
         s.report.step(record, self.progress.stage_step)
+
+    def _rows(self, stream: DataStream) -> StepRows:
+        """Raises JetExportError in every process for data that one of them cannot read."""
+        taken: StepRows | JetExportError
+        try:
+            taken = stream.next()
+        except JetExportError as e:
+            taken = e
+        self.setting.group.agree(taken if isinstance(taken, JetExportError) else None)
+        assert isinstance(taken, StepRows)
+        return taken
 
     def _check(self, loss: StepLoss, norm: float) -> None:
         if math.isfinite(loss.loss) and math.isfinite(norm):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.training.checkpoint import saved_steps
-from jet_export.training.recipe import Recipe
+from jet_export.training.distributed import processes
+from jet_export.training.recipe import Recipe, SourceRecipe
 from jet_export.training.run import run_retrofit
 from jet_export.utils.errors import JetExportError
 
@@ -62,9 +64,9 @@ def test_frozen_weights_stay_the_teachers_bit_for_bit(recipe: Recipe, tmp_path: 
     assert len(kept) > 20 and all(torch.equal(ours[n], theirs[n]) for n in kept)
 
 
-@pytest.mark.parametrize("step", [2, 5, 7])
+@pytest.mark.parametrize("step", [2, 7])
 def test_sigterm_ends_a_step_and_the_rest_is_the_same(recipe: Recipe, whole: Path, tmp_path: Path, step: int) -> None:
-    """In a stage, between checkpoints, and at a stage's end."""
+    """At a checkpoint in a stage, and at a stage's end between two."""
     seen = []
 
     def emit(line: str) -> None:
@@ -106,26 +108,37 @@ def test_a_killed_run_goes_on_and_the_rest_is_the_same(recipe: Recipe, whole: Pa
 
 
 PROCESSES = """
-import pickle, sys, torch
+import os, pickle, sys, torch
 from pathlib import Path
 from jet_export.training.run import run_retrofit
+from jet_export.utils.errors import JetExportError
 torch.set_num_threads(1)
-run_retrofit(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]), device="cpu", resume=False, emit=print)
+broken, whole = pickle.loads(Path(sys.argv[1]).read_bytes())
+try:
+    run_retrofit(broken, Path(sys.argv[2] + "-broken"), device="cpu", resume=False, emit=lambda line: None)
+except JetExportError as e:
+    print(f"process {os.environ['RANK']}: {e}")
+run_retrofit(whole, Path(sys.argv[2]), device="cpu", resume=False, emit=print)
 """
 
 
 def test_two_processes_have_the_losses_of_one(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
-    """Sharded over both (FSDP); and one goes on with the checkpoint of two."""
+    """Sharded over both (FSDP); one goes on with the checkpoint of two; data that one cannot read ends both."""
     import pickle
 
     short = replace(recipe, stage=recipe.stage[:2])
-    (tmp_path / "recipe").write_bytes(pickle.dumps(short))
+    (tmp_path / "odd.jsonl").write_text('{"text": "ten words or so for every row of it"}\n' * 31 + "broken\n")
+    source = SourceRecipe(name="odd", path=str(tmp_path / "odd.jsonl"))
+    broken = replace(short, data=replace(short.data, source=(source,)))
+    (tmp_path / "recipe").write_bytes(pickle.dumps((broken, short)))
     (tmp_path / "script.py").write_text(PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, str(tmp_path / "script.py"), str(tmp_path / "recipe"), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
+    for process in (0, 1):
+        assert f"process {process}: data source odd: {source.path}, byte 1333: a line that is not JSON" in done.stdout
     ours = log_of(tmp_path / "run")
     assert len(ours) == 7
     for a, b in zip(ours, log_of(whole), strict=False):
@@ -175,6 +188,29 @@ def test_a_full_disk_keeps_the_last_checkpoint(recipe: Recipe, tmp_path: Path, m
     ):
         run(replace(recipe, checkpoint=settings), tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_what_torch_says_of_a_full_disk_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A RuntimeError with no word of it: seen on a full tmpfs."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    from jet_export.training import checkpoint
+
+    def full(self: object, *args: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    with processes("cpu") as group:
+        checkpoints = checkpoint.Checkpoints(tmp_path, group, keep=2, asynchronous=True)
+        tensors = {"a": torch.zeros(1000)}
+        with pytest.raises(JetExportError, match=r"cannot be written \(RuntimeError: .*unexpected pos 704 vs 598\)"):
+            checkpoints.save(tensors, checkpoint.Progress(step=1), wait=True)
+        usage = shutil.disk_usage(tmp_path)._replace(free=3999)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        checkpoints.save(tensors, checkpoint.Progress(step=1))
+        with pytest.raises(JetExportError, match=r"\(the disk is full\). There is no checkpoint yet"):
+            checkpoints.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_named(recipe: Recipe, tmp_path: Path) -> None:
