@@ -86,25 +86,32 @@ def load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, back: tl.constexpr)
 
 
 @triton.jit
-def load_held(p_state, o_t, m_t, o_d, m_d, i_position, back: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """As `load_back`, from conv_state: the tokens before the call, zero inside it."""
-    o_p = i_position + o_t - back
-    m = (m_t & (o_p < 0))[:, None] & m_d[None, :]
-    return tl.load(p_state + (W - 1 + o_p)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+def load_held(
+    p_state, o_t, m_t, o_d, m_d, i_position, context, back: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """As `load_back`, from conv_state: the tokens before the call, of which there are `context`; zero inside it."""
+    o_p = i_position + o_t - back  # relative to the call's first token
+    m_p = m_t & (o_p < 0) & (context > 0)
+    o_row = W - 1 + o_p
+    if ROWS > W - 1:
+        m_p &= context + o_p >= 0
+        o_row = tl.where(m_p, context + o_p, 0) % ROWS
+    m = m_p[:, None] & m_d[None, :]
+    return tl.load(p_state + o_row[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def conv_tile(
-    p_u, stride_u, p_kappa, stride_kappa, p_state, o_t, m_t, i_d, n_d, i_position, held,
-    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr,
+    p_u, stride_u, p_kappa, stride_kappa, p_state, o_t, m_t, i_d, n_d, i_position, context,
+    D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """v = silu(y) for channels i_d + [0, BD) of n_d, [BT, BD] fp32. Pointers are to the tile's first token and the
-    head's first channel; i_position: that token's position in the call; held: whether conv_state is valid.
+    head's first channel; i_position: that token's position in the call; context: the tokens before the call.
     FIRST: the tile is a single token, the first of the call, so that only conv_state precedes it."""
     BT: tl.constexpr = o_t.shape[0]
     o_d = i_d + tl.arange(0, BD)
     m_d = o_d < n_d
-    m_held = m_t & held
     if W == 4:  # one contiguous load of all taps, split in registers; all loads before the first use
         o_dw = i_d * W + tl.arange(0, BD * W)
         m_dw = m_t[:, None] & (o_dw < n_d * W)[None, :]
@@ -121,9 +128,9 @@ def conv_tile(
         if not FIRST:
             b_y += b_k2 * b_u1 + b_k1 * b_u2 + b_k0 * b_u3
         if i_position < W - 1:
-            b_y += b_k2 * load_held(p_state, o_t, m_held, o_d, m_d, i_position, 1, D, W)
-            b_y += b_k1 * load_held(p_state, o_t, m_held, o_d, m_d, i_position, 2, D, W)
-            b_y += b_k0 * load_held(p_state, o_t, m_held, o_d, m_d, i_position, 3, D, W)
+            b_y += b_k2 * load_held(p_state, o_t, m_t, o_d, m_d, i_position, context, 1, D, W, ROWS)
+            b_y += b_k1 * load_held(p_state, o_t, m_t, o_d, m_d, i_position, context, 2, D, W, ROWS)
+            b_y += b_k0 * load_held(p_state, o_t, m_t, o_d, m_d, i_position, context, 3, D, W, ROWS)
     else:
         b_y = tl.zeros([BT, BD], tl.float32)
         m = m_t[:, None] & m_d[None, :]
@@ -131,7 +138,7 @@ def conv_tile(
             p_tap = p_kappa + o_t[:, None] * stride_kappa + o_d[None, :] * W + w
             b_u = load_back(p_u, stride_u, o_t, m_t, o_d, m_d, i_position, W - 1 - w)
             if i_position < W - 1:
-                b_u += load_held(p_state, o_t, m_held, o_d, m_d, i_position, W - 1 - w, D, W)
+                b_u += load_held(p_state, o_t, m_t, o_d, m_d, i_position, context, W - 1 - w, D, W, ROWS)
             b_y += tl.load(p_tap, mask=m, other=0.0).to(tl.float32) * b_u
     return silu(b_y)
 
@@ -149,10 +156,18 @@ def shift_conv_state(p_state, p_end, stride_u, n_tokens, o_d, m_d, held, D: tl.c
         tl.store(p_state + j * D + o_d, tl.where(is_new, b_new, b_old.to(b_new.dtype)), mask=m_d)
 
 
+@triton.jit
+def store_ring(p_state, b_u, o_t, m_t, o_d, m_d, context, D: tl.constexpr, ROWS: tl.constexpr):
+    """Raw u [BT, BD] of the call's tokens o_t into a ring. The convolution must already have read the old rows."""
+    o_row = tl.maximum(context + o_t, 0) % ROWS
+    tl.store(p_state + o_row[:, None] * D + o_d[None, :], b_u, mask=m_t[:, None] & m_d[None, :])
+
+
 @triton.jit(do_not_specialize=["N", "T", "S"])
 def dynamic_conv_kernel(
     u, kappa, v, conv_state, cu_seqlens, slots, context_lens, N, T, S, stride_u, stride_kappa,
-    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, MIXED: tl.constexpr,
+    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, chunks). MIXED: sequences of one token are left out."""
     i_d = tl.program_id(0) * BD
@@ -160,13 +175,13 @@ def dynamic_conv_kernel(
     if (i_t < bos) | (i_t >= eos) | (MIXED and eos - bos == 1):
         return
     slot = slot_of(slots, i_n, S)
-    held = (tl.load(context_lens + i_n) > 0) & (slot >= 0)
+    context = tl.where(slot >= 0, tl.load(context_lens + i_n), 0)
     row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = i_t + o_t < eos
     b_v = conv_tile(
         u + row * stride_u + OFF_U, stride_u, kappa + row * stride_kappa, stride_kappa,
-        conv_state + slot * (W - 1) * D, o_t, m_t & (slot >= 0), i_d, D, i_t - bos, held, D, W, BD, False,
+        conv_state + slot * ROWS * D, o_t, m_t & (slot >= 0), i_d, D, i_t - bos, context, D, W, ROWS, BD, False,
     )  # fmt: skip
     o_d = i_d + tl.arange(0, BD)
     m = m_t[:, None] & (o_d < D)[None, :]
@@ -176,7 +191,8 @@ def dynamic_conv_kernel(
 @triton.jit(do_not_specialize=["T", "S"])
 def conv_state_kernel(
     u, conv_state, cu_seqlens, slots, context_lens, T, S, stride_u,
-    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, MIXED: tl.constexpr,
+    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, N). Writes the new conv_state, after `dynamic_conv_kernel` has read the old one."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -185,9 +201,17 @@ def conv_state_kernel(
     bos, eos = sequence_bounds(cu_seqlens, i_n, T)
     if (slot < 0) | (MIXED and eos - bos == 1):
         return
-    held = tl.load(context_lens + i_n) > 0
-    p_end = u + eos.to(tl.int64) * stride_u + OFF_U
-    shift_conv_state(conv_state + slot * (W - 1) * D, p_end, stride_u, eos - bos, o_d, o_d < D, held, D, W)
+    context = tl.load(context_lens + i_n)
+    p_state = conv_state + slot * ROWS * D
+    if ROWS > W - 1:
+        o_t = eos - bos - 1 - tl.arange(0, BR)  # the last ROWS tokens of the call
+        m_t = (tl.arange(0, BR) < ROWS) & (o_t >= 0)
+        p_u = u + (bos + o_t).to(tl.int64)[:, None] * stride_u + OFF_U + o_d[None, :]
+        b_u = tl.load(p_u, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
+        store_ring(p_state, b_u, o_t, m_t, o_d, o_d < D, context, D, ROWS)
+    else:
+        p_end = u + eos.to(tl.int64) * stride_u + OFF_U
+        shift_conv_state(p_state, p_end, stride_u, eos - bos, o_d, o_d < D, context > 0, D, W)
 
 
 def dynamic_conv_triton(
@@ -203,19 +227,21 @@ def dynamic_conv_triton(
     """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous.
 
     off_u: u's first column in the rows of its tensor; `mixed`: sequences of one token are left out."""
-    T, N, D, W = u.shape[0], slots.shape[0], conv_state.shape[2], conv_state.shape[1] + 1
+    T, N, (S, R, D) = u.shape[0], slots.shape[0], conv_state.shape
+    W = kappa.shape[1] // D
     use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W)
     BT, BD = use["BT"], use["BD"]
     v = u.new_empty(T, D)
-    S = conv_state.shape[0]
     tail = (cu_seqlens, slots, context_lens)
     wrap(dynamic_conv_kernel)[(triton.cdiv(D, BD), num_chunks(T, N, BT))](
         u, kappa, v, conv_state, *tail, N, T, S, u.stride(0), kappa.stride(0),
-        OFF_U=off_u, D=D, W=W, BT=BT, BD=BD, MIXED=mixed,
+        OFF_U=off_u, D=D, W=W, ROWS=R, BT=BT, BD=BD, MIXED=mixed,
     )  # fmt: skip
-    wrap(conv_state_kernel)[(triton.cdiv(D, 256), N)](
-        u, conv_state, *tail, T, S, u.stride(0), OFF_U=off_u, D=D, W=W, BD=256, MIXED=mixed
-    )
+    BD = 256 if R == W - 1 else 64  # a ring's rows are stored together
+    wrap(conv_state_kernel)[(triton.cdiv(D, BD), N)](
+        u, conv_state, *tail, T, S, u.stride(0),
+        OFF_U=off_u, D=D, W=W, ROWS=R, BR=triton.next_power_of_2(R), BD=BD, MIXED=mixed,
+    )  # fmt: skip
     return v
 
 

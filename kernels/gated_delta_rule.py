@@ -25,7 +25,16 @@ from jet_export.kernels.common import acc_dtype, by_rows, rows, zero_padding
 from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
-from jet_export.kernels.step_buffer import append_ref, current_state, keep_step_ref, write_held_ref, write_state_ref
+from jet_export.kernels.gated_delta_rule_verify import verify_delta_rule_triton
+from jet_export.kernels.step_buffer import (
+    append_ref,
+    current_state,
+    flush_triton,
+    held_buffer,
+    keep_step_ref,
+    write_held_ref,
+    write_state_ref,
+)
 
 L2_EPS = 1e-6
 CHUNK_SIZE = 64
@@ -138,8 +147,7 @@ def packed_gated_delta_rule_ref(
     lens = [b - a for a, b in itertools.pairwise(bounds)]
     if form == Form.DECODE and max(lens) > 1:
         raise ValueError("a call of the form DECODE has one token a sequence")
-    if form == Form.VERIFY and step_buffer is None:
-        raise ValueError("a call of the form VERIFY needs a step_buffer, from which its tokens can be taken back")
+    held_buffer(step_buffer, state_position, interval, form)
     steps = [n for n, size in enumerate(lens) if size == 1 and form != Form.PREFILL]
     if step_buffer is not None and state_position is not None and form == Form.VERIFY:
         steps = []
@@ -185,10 +193,16 @@ def gated_delta_rule_triton(
     head_dims = (q.shape[1], q.shape[2], v.shape[2])
     inputs = q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims
     form = Form(int(form))  # may be symbolic in a dynamic torch.compile
+    buffer = held_buffer(step_buffer, state_position, interval, form)
+    if form is Form.VERIFY and buffer is not None:
+        return verify_delta_rule_triton(*inputs, buffer=buffer)
     if form is Form.DECODE:
-        return decode_delta_rule_triton(*inputs)
-    o = chunk_delta_rule_triton(*inputs, mixed=form is Form.MIXED)
-    return decode_delta_rule_triton(*inputs, out=o) if form is Form.MIXED else o
+        return decode_delta_rule_triton(*inputs, buffer=buffer)
+    mixed = form is Form.MIXED
+    if buffer is not None:
+        flush_triton(recurrent_state, *buffer[:2], cu_seqlens, slots, context_lens, q.shape[0], mixed)
+    o = chunk_delta_rule_triton(*inputs, mixed=mixed)
+    return decode_delta_rule_triton(*inputs, out=o, buffer=buffer) if mixed else o
 
 
 @torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args=STATES)

@@ -5,6 +5,13 @@ writes every element once, and prefetches the next tile. Both products with the 
 o = exp(g) state^T qn + (qn . kn) delta. With W > 0 it is a whole JetBlock step: the inputs are the raw projections, and
 the kernel also applies SiLU, the dynamic convolution (shifting conv_state), the gates and the gated norm over the head.
 With MIXED the sequences may be longer: those of one token are stepped, the others are left to the chunk kernels.
+
+With a step buffer (step_buffer.py) the state is state0 and c held tokens. Its products with kn and qn come from those
+of state0, taken in the one read, and of the tokens' own; w_j = exp(G - G_j), and x is kn or qn:
+
+    state^T x = exp(g) (exp(G) state0^T x + sum_j w_j (kn_j . x) delta_j)
+
+so a step that only appends its token reads the state and writes none.
 """
 
 import triton
@@ -13,9 +20,11 @@ from torch import Tensor
 
 from jet_export.kernels.common import await_inputs, gdc, sequence_bounds, slot_of, wrap
 from jet_export.kernels.configs import lookup
-from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state
+from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state, store_ring
 from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise
 from jet_export.kernels.gated_rms_norm import gated_norm_tile
+from jet_export.kernels.state_layout import EXTRA
+from jet_export.kernels.step_buffer import add_held, held_decays, load_position
 
 
 @triton.jit
@@ -27,20 +36,23 @@ def load_state(p_state, o_k, i_v, m_k, held, V: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "S"])
 def decode_kernel(
-    q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out,
+    q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, step_buffer, state_position, out,
     cu_seqlens, slots, context_lens, T, S,
     stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa, stride_gate, eps,
     OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr, OFF_Z: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, CONV_ROWS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, INTERVAL: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, BC: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, N). OFF_*: the first column of q, k, v (u), g (a), gate in the rows of their tensors.
 
-    NV: the number of V tiles, rounded up to a power of two."""
+    NV: the number of V tiles, rounded up to a power of two. ROWS: those of step_buffer, of WIDTH columns; 0: none.
+    BC: ROWS rounded up likewise."""
     i_h = tl.program_id(0)
     i_n = tl.program_id(1) + await_inputs(GDC)
     slot = slot_of(slots, i_n, S)
-    held = tl.load(context_lens + i_n) > 0
+    context = tl.load(context_lens + i_n)
+    held = context > 0
     row = i_n.to(tl.int64)
     if MIXED:
         bos, eos = sequence_bounds(cu_seqlens, i_n, T)
@@ -73,32 +85,73 @@ def decode_kernel(
         b_gate = tl.load(gate + row * stride_gate + OFF_Z + i_h * V + o_v, mask=m_v, other=0.0)
         b_w = tl.load(w_o + o_v, mask=m_v, other=0.0)
         p_kappa = kappa + row * stride_kappa + i_h * V * W
-        p_conv = conv_state + slot * ((W - 1) * H * V) + i_h * V
-        b_v = conv_tile(p_v, 0, p_kappa, 0, p_conv, o_one, m_one, 0, V, 0, held, H * V, W, NV * BV, True)
+        p_conv = conv_state + slot * (CONV_ROWS * H * V) + i_h * V
+        b_v = conv_tile(p_v, 0, p_kappa, 0, p_conv, o_one, m_one, 0, V, 0, context, H * V, W, CONV_ROWS, NV * BV, True)
         tl.debug_barrier()  # every thread has read the old conv_state
-        shift_conv_state(p_conv, p_v + stride_v, stride_v, 1, o_v, m_v, held, H * V, W)
+        if CONV_ROWS > W - 1:
+            b_u = tl.load(p_v + o_v, mask=m_v, other=0.0)
+            store_ring(p_conv, b_u[None, :], o_one, m_one, o_v, m_v, context, H * V, CONV_ROWS)
+        else:
+            shift_conv_state(p_conv, p_v + stride_v, stride_v, 1, o_v, m_v, held, H * V, W)
     else:
         b_v = tl.load(p_v + o_v, mask=m_v, other=0.0).to(tl.float32)
     b_v = tl.reshape(b_v, [NV, BV])
     b_q = l2_normalise(b_q, W > 0) * (K**-0.5)
     b_k = l2_normalise(b_k, W > 0)
     b_qk = tl.sum(b_q * b_k, 1)[:, None]
+    b_G = b_g
+    if ROWS > 0:
+        i_head = slot * H + i_h
+        p_held = step_buffer + i_head * (ROWS * WIDTH)
+        position, count = load_position(state_position + i_head, context, ROWS)
+        begun, write = position > 0, count + 1 >= INTERVAL
+        o_c = tl.arange(0, BC)
+        m_c = o_c < count
+        b_total, b_since = held_decays(p_held + K + V, o_c, m_c, WIDTH)
+        b_G = b_g + b_total
+        b_since = b_since * tl.exp(tl.sum(b_g, 0))  # of each held token, this one's decay in it
+        b_held = tl.load(p_held + o_c[:, None] * WIDTH + o_row, mask=m_c[:, None] & (o_row < K), other=0.0)
+        b_held_k = (b_since * tl.sum(b_held * b_k, 1))[:, None]  # [BC, 1]
+        b_held_q = (b_since * tl.sum(b_held * b_q, 1))[:, None]
+        if not write:
+            p_token = p_held + count * WIDTH
+            tl.store(p_token + o_row, b_k, mask=o_row < K)
+            tl.store(p_token + K + V + o_one, b_g, mask=m_one)
     b_q, b_k = tl.reshape(b_q, [BK, 1]), tl.reshape(b_k, [BK, 1])
-    b_decay, b_beta = tl.exp(b_g)[:, None], b_beta[:, None]
+    b_decay, b_beta = tl.exp(b_G)[:, None], b_beta[:, None]
 
     o_tile = tl.arange(0, NV)[:, None]
     b_o = tl.zeros([NV, BV], tl.float32)
     for i_tile in range(0, tl.cdiv(V, BV)):
         i_v = i_tile * BV
         b_state = b_next.to(tl.float32) * b_decay
+        if ROWS > 0:
+            b_state = tl.where(begun, b_state, 0.0)
         b_next = load_state(p_state, o_k, i_v + BV, m_k, held, V, BV)
         b_vt = tl.sum(tl.where(o_tile == i_tile, b_v, 0.0), 0)[None, :]
         b_state_k, b_state_q = tl.split(tl.sum(tl.join(b_state * b_k, b_state * b_q), 0))  # one reduction for both
+        o_sv = i_v + tl.arange(0, BV)
+        if ROWS > 0:
+            m_cv = m_c[:, None] & (o_sv < V)[None, :]
+            b_deltas = tl.load(p_held + o_c[:, None] * WIDTH + K + o_sv[None, :], mask=m_cv, other=0.0)
+            b_state_k += tl.sum(b_held_k * b_deltas, 0)
+            b_state_q += tl.sum(b_held_q * b_deltas, 0)
         b_delta = b_beta * (b_vt - b_state_k[None, :])  # [1, BV]
         b_o = tl.where(o_tile == i_tile, b_state_q[None, :] + b_qk * b_delta, b_o)
-        o_sv = i_v + tl.arange(0, BV)
-        b_state = (b_state + b_k * b_delta).to(recurrent_state.dtype.element_ty)
-        tl.store(p_state + o_k * V + o_sv[None, :], b_state, mask=m_k & (o_sv < V)[None, :])
+        m_write = m_k & (o_sv < V)[None, :]
+        if ROWS > 0:
+            if write:
+                b_state = add_held(b_state, p_held, b_since, o_c, count, o_k, i_v, K, V, WIDTH, BV)
+                b_state = (b_state + b_k * b_delta).to(recurrent_state.dtype.element_ty)
+                tl.store(p_state + o_k * V + o_sv[None, :], b_state, mask=m_write)
+            else:
+                tl.store(p_held + count * WIDTH + K + o_sv[None, :], b_delta, mask=(o_sv < V)[None, :])
+        else:
+            b_state = (b_state + b_k * b_delta).to(recurrent_state.dtype.element_ty)
+            tl.store(p_state + o_k * V + o_sv[None, :], b_state, mask=m_write)
+    if ROWS > 0:
+        tl.debug_barrier()  # every thread has read the old position
+        tl.store(state_position + i_head, tl.where(write, context + 1, context - count))
     b_o = tl.reshape(b_o, [1, NV * BV])
     if W > 0:
         b_o = gated_norm_tile(b_o, b_w.to(tl.float32)[None, :], b_gate.to(tl.float32)[None, :], eps, V)
@@ -128,6 +181,7 @@ def decode_delta_rule_triton(
     raw_gates: tuple[Tensor, Tensor] | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
+    buffer: tuple[Tensor, Tensor, int] | None = None,
 ) -> Tensor:
     """o [T, H, V] in q's dtype, or with `norm` the gated norm of o; states are updated in place.
 
@@ -136,20 +190,23 @@ def decode_delta_rule_triton(
 
     `head_dims`: H, K, V; `offsets`: the first column of q, k, v, g, gate in the rows of their tensors. A JetBlock
     passes conv = (kappa, conv_state), raw_gates = (A_log, dt_bias) and norm = (w_o, gate, eps): q and k are then taken
-    before SiLU, v is u, and beta and g are the projections b and a."""
+    before SiLU, v is u, and beta and g are the projections b and a. `buffer`: step_buffer, state_position, interval."""
     H, K, V = head_dims
+    step_buffer, state_position, interval = buffer or (recurrent_state, slots, 1)
+    held = step_buffer.shape[2] if buffer else 0
     kappa, conv_state = conv or (q, q)
     A_log, dt_bias = raw_gates or (g, g)
     w_o, gate, eps = norm or (q, q, 0.0)
-    W = conv_state.shape[1] + 1 if conv else 0
+    W, conv_rows = (kappa.shape[1] // (H * V), conv_state.shape[1]) if conv else (0, 0)
     mixed = out is not None
     out = q.new_empty(q.shape[0], H, V) if out is None else out
     off_q, off_k, off_v, off_g, off_z = offsets
     wrap(decode_kernel)[(H, slots.shape[0])](
-        q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out,
-        cu_seqlens, slots, context_lens, q.shape[0], recurrent_state.shape[0],
+        q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, step_buffer, state_position,
+        out, cu_seqlens, slots, context_lens, q.shape[0], recurrent_state.shape[0],
         q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0), gate.stride(0), eps,
-        OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, K=K, V=V, W=W, MIXED=mixed, GDC=gdc(),
-        **decode_config(recurrent_state, K, V),
+        OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, K=K, V=V, W=W, CONV_ROWS=conv_rows,
+        ROWS=held, WIDTH=K + V + EXTRA, INTERVAL=interval, BC=triton.next_power_of_2(max(held, 1)),
+        MIXED=mixed, GDC=gdc(), **decode_config(recurrent_state, K, V),
     )  # fmt: skip
     return out

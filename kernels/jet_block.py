@@ -10,6 +10,8 @@ D = H * V. Everything inside is fp32 apart from the operands of matrix products;
 Source: Jet-Nemotron, arXiv 2508.15884, section 3.3.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,9 @@ from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
+from jet_export.kernels.gated_delta_rule_verify import verify_delta_rule_triton
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
+from jet_export.kernels.step_buffer import flush_triton, held_buffer
 
 STATES = {"conv_state", "recurrent_state", "step_buffer", "state_position"}  # updated in place
 
@@ -85,26 +89,38 @@ def jet_block_triton(
     state_position: Tensor | None = None,
     interval: int = 1,
 ) -> Tensor:
-    """Launches the kernels: one for DECODE, those of the three ops for PREFILL, all for MIXED. As `jet_block_ref`."""
+    """Launches the kernels: one for DECODE and VERIFY, those of the three ops for PREFILL, all for MIXED.
+
+    Arguments as `jet_block_ref`."""
     H, K, V = num_heads, head_k_dim, head_v_dim
     qkuz, ba, kappa = rows(qkuz), rows(ba), rows(kappa)
     off_u = 2 * H * K
     off_z = off_u + H * V
     tail = recurrent_state, cu_seqlens, slots, context_lens, (H, K, V)
-    out: Tensor | None = None
     form = Form(int(form))  # may be symbolic in a dynamic torch.compile
+    buffer = held_buffer(step_buffer, state_position, interval, form)
+    whole: dict[str, Any] = {
+        "offsets": (0, H * K, off_u, H, off_z),
+        "conv": (kappa, conv_state),
+        "raw_gates": (A_log, dt_bias),
+        "norm": (w_o, qkuz, norm_eps),
+    }
+    if form is Form.VERIFY and buffer is not None:
+        return verify_delta_rule_triton(qkuz, qkuz, qkuz, ba, ba, *tail, buffer=buffer, **whole).view(
+            qkuz.shape[0], H * V
+        )
+    out: Tensor | None = None
     if form is not Form.DECODE:
         mixed = form is Form.MIXED
+        if buffer is not None:
+            flush_triton(recurrent_state, *buffer[:2], cu_seqlens, slots, context_lens, qkuz.shape[0], mixed)
         v = dynamic_conv_triton(qkuz, kappa, conv_state, cu_seqlens, slots, context_lens, off_u, mixed)
         o = chunk_delta_rule_triton(
             qkuz, qkuz, v, ba, ba, *tail, offsets=(0, H * K, H), raw_gates=(A_log, dt_bias), mixed=mixed
         )
         out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_gate=off_z)
     if form is not Form.PREFILL:  # after the norm, which knows no sequences and writes the rows of single tokens too
-        out = decode_delta_rule_triton(
-            qkuz, qkuz, qkuz, ba, ba, *tail, offsets=(0, H * K, off_u, H, off_z), conv=(kappa, conv_state),
-            raw_gates=(A_log, dt_bias), norm=(w_o, qkuz, norm_eps), out=out,
-        )  # fmt: skip
+        out = decode_delta_rule_triton(qkuz, qkuz, qkuz, ba, ba, *tail, out=out, buffer=buffer, **whole)
     assert out is not None
     return out.view(qkuz.shape[0], H * V)
 

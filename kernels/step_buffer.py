@@ -24,9 +24,25 @@ its pool holds. Source: ReplaySSM (vllm#47572).
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, by_rows, gather_state
+from jet_export.kernels.common import acc_dtype, by_rows, gather_state, sequence_bounds, slot_of, wrap
+from jet_export.kernels.configs import lookup
+from jet_export.kernels.form import Form
+from jet_export.kernels.state_layout import EXTRA
+
+
+def held_buffer(
+    step_buffer: Tensor | None, state_position: Tensor | None, interval: int, form: int
+) -> tuple[Tensor, Tensor, int] | None:
+    """The pools and the interval where an op has them. Raises ValueError for a VERIFY call without."""
+    if step_buffer is None or state_position is None:
+        if form == Form.VERIFY:
+            raise ValueError("a call of the form VERIFY needs a step_buffer, from which its tokens can be taken back")
+        return None
+    return step_buffer, state_position, int(interval)
 
 
 def held_tokens(step_buffer: Tensor, state_position: Tensor, slots: Tensor, context_lens: Tensor) -> Tensor:
@@ -128,3 +144,85 @@ def write_held_ref(
     """Writes the states whose buffers hold `interval` tokens or more."""
     full = held_tokens(step_buffer, state_position, slots, context_lens) >= interval
     write_state_ref(state, recurrent_state, state_position, slots, context_lens, full)
+
+
+@triton.jit
+def load_position(p_position, context, ROWS: tl.constexpr):
+    """state_position of a head, and how many tokens its buffer of ROWS rows holds, whatever the numbers are."""
+    position = tl.where(context > 0, tl.load(p_position), 0)
+    return position, tl.minimum(tl.maximum(context - position, 0), ROWS) * (context > 0).to(tl.int32)
+
+
+@triton.jit
+def held_decays(p_g, o_c, m_c, WIDTH: tl.constexpr):
+    """G, the sum of the held tokens' g, and exp(G - G_j) [BC] of each, 0 for rows that hold nothing."""
+    b_g = tl.load(p_g + o_c * WIDTH, mask=m_c, other=0.0)
+    b_total = tl.sum(b_g, 0)
+    return b_total, tl.where(m_c, tl.exp(b_total - tl.cumsum(b_g, 0)), 0.0)
+
+
+@triton.jit
+def add_held(
+    b_state, p_held, b_w, o_c, count, o_k, i_v, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr
+):
+    """b_state [BK, BV] + sum_j w_j kn_j delta_j^T over `count` held tokens, columns i_v + [0, BV)."""
+    o_v = i_v + tl.arange(0, BV)[None, :]
+    for j in range(0, count):
+        w = tl.sum(tl.where(o_c == j, b_w, 0.0), 0)
+        b_k = tl.load(p_held + j * WIDTH + o_k, mask=o_k < K, other=0.0)  # [BK, 1]
+        b_delta = tl.load(p_held + j * WIDTH + K + o_v, mask=o_v < V, other=0.0)
+        b_state += (w * b_k) * b_delta
+    return b_state
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def flush_kernel(
+    recurrent_state, step_buffer, state_position, cu_seqlens, slots, context_lens, T, S,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Grid (H, N). Applies the held tokens of sequences that the chunk kernels take next, and sets state_position to
+    where those leave the state. MIXED: sequences of one token are left out."""
+    i_h = tl.program_id(0)
+    i_n = tl.program_id(1)
+    slot = slot_of(slots, i_n, S)
+    bos, eos = sequence_bounds(cu_seqlens, i_n, T)
+    if (slot < 0) | (MIXED and eos - bos == 1):
+        return
+    context = tl.load(context_lens + i_n)
+    i_head = slot * H + i_h
+    position, count = load_position(state_position + i_head, context, ROWS)
+    if count > 0:
+        p_held = step_buffer + i_head * (ROWS * WIDTH)
+        o_c = tl.arange(0, BC)
+        b_total, b_w = held_decays(p_held + K + V, o_c, o_c < count, WIDTH)
+        o_k = tl.arange(0, BK)[:, None]
+        for i_v in range(0, V, BV):
+            o_v = i_v + tl.arange(0, BV)[None, :]
+            m = (o_k < K) & (o_v < V)
+            p_state = recurrent_state + i_head * (K * V) + o_k * V + o_v
+            b_state = tl.load(p_state, mask=m & (position > 0), other=0.0).to(tl.float32) * tl.exp(b_total)
+            b_state = add_held(b_state, p_held, b_w, o_c, count, o_k, i_v, K, V, WIDTH, BV)
+            tl.store(p_state, b_state.to(recurrent_state.dtype.element_ty), mask=m)
+    tl.debug_barrier()  # every thread has read the old position
+    tl.store(state_position + i_head, tl.maximum(context, 0) + eos - bos)
+
+
+def flush_triton(
+    recurrent_state: Tensor,
+    step_buffer: Tensor,
+    state_position: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    num_tokens: int,
+    mixed: bool,
+) -> None:
+    """Launches `flush_kernel`; `mixed`: sequences of one token are left out."""
+    (S, H, K, V), R = recurrent_state.shape, step_buffer.shape[2]
+    use = lookup("delta_rule_decode", state_dtype=recurrent_state.dtype, head_k_dim=K, head_v_dim=V)
+    wrap(flush_kernel)[(H, slots.shape[0])](
+        recurrent_state, step_buffer, state_position, cu_seqlens, slots, context_lens, num_tokens, S,
+        H=H, K=K, V=V, ROWS=R, WIDTH=K + V + EXTRA,
+        BK=triton.next_power_of_2(K), BC=triton.next_power_of_2(R), MIXED=mixed, **use,
+    )  # fmt: skip

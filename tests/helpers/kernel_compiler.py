@@ -20,8 +20,9 @@ MODELS = {"2b": (12, 96, 256), "4b": (16, 128, 256)}  # H, K, V
 
 
 def compile_report(cases: list[str]) -> list[dict[str, Any]]:
-    """Cases of jet_block are MODEL-DTYPE-STATE_DTYPE-prefill|decode, as 4b-bfloat16-float32-prefill, MODEL a name or
-    HxKxV; those of attention are CACHE_DTYPE-HEAD_DIM-WINDOW, as float8_e4m3fn-128-0.
+    """Cases of jet_block are MODEL-DTYPE-STATE_DTYPE-MODE, as 4b-bfloat16-float32-prefill, MODEL a name or HxKxV; MODE
+    prefill, decode, or with a step buffer and a ring held_decode, held_mixed, verify. Those of attention are
+    CACHE_DTYPE-HEAD_DIM-WINDOW, as float8_e4m3fn-128-0.
     """
     env = with_helpers(TRITON_INTERPRET="0")
     result = subprocess.run([sys.executable, __file__, *cases], env=env, capture_output=True, text=True)
@@ -119,16 +120,28 @@ def compile_jet_block(model: str, dtype: str, state_dtype: str, mode: str) -> li
         dynamic_conv,
         gated_delta_rule_chunk,
         gated_delta_rule_decode,
+        gated_delta_rule_verify,
         gated_rms_norm,
         jet_block,
+        state_layout,
+        step_buffer,
     )
+    from jet_export.kernels.form import Form
 
     H, K, V = MODELS[model] if model in MODELS else map(int, model.split("x"))
-    lens = [1, 1] if mode == "decode" else [64, 32]
+    lens = [1, 1] if "decode" in mode else [64, 32] if "verify" not in mode else [3, 2]
     p = Packed(lens, H=H, K=K, V=V, dtype=getattr(torch, dtype), state_dtype=getattr(torch, state_dtype))
-    compiling = compiling_in(gated_delta_rule_chunk, gated_delta_rule_decode, gated_rms_norm, dynamic_conv)
+    modules = gated_delta_rule_chunk, gated_delta_rule_decode, gated_delta_rule_verify, gated_rms_norm, dynamic_conv
+    compiling = compiling_in(*modules, step_buffer)
+    buffer: tuple[Any, ...] = ()
+    if mode not in ("prefill", "decode"):
+        S, rollback = len(p.recurrent_state), 5
+        p.tensors["conv_state"] = torch.zeros(S, 3 + rollback, H * V, dtype=p.conv_state.dtype)
+        rows = state_layout.buffer_rows(8, rollback)
+        buffer = torch.zeros(S, H, rows, K + V + state_layout.EXTRA), torch.zeros(S, H, dtype=torch.int32), 8
+    forms = {"prefill": Form.PREFILL, "held_mixed": Form.MIXED, "verify": Form.VERIFY}
     with configs.use_sm(90):
-        jet_block.jet_block_triton(*p.block_args(mode == "decode"))
+        jet_block.jet_block_triton(*p.block_args(forms.get(mode, Form.DECODE)), *buffer)
     return compiling.report
 
 

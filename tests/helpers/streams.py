@@ -27,8 +27,8 @@ class Streams:
     """`run` feeds the calls of a plan. Tokens are the same in every run; those that are rejected are other numbers."""
 
     block: Callable[..., Tensor]
-    N: int = 3
-    H: int = 2
+    N: int = 2
+    H: int = 1
     K: int = 16
     V: int = 32
     W: int = 4

@@ -122,6 +122,15 @@ def test_kernels_fit_sm_90(models):
         assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == kernel["f64"] == 0, kernel
 
 
+@pytest.mark.slow
+def test_kernels_with_a_step_buffer_fit_sm_90():
+    """Those of DECODE, MIXED and VERIFY beside a step buffer and a ring, as above."""
+    report = compile_report([f"2b-bfloat16-float32-{mode}" for mode in ("held_decode", "verify", "held_mixed")])
+    assert {"decode_kernel", "verify_kernel", "flush_kernel", "conv_state_kernel"} <= {k["kernel"] for k in report}
+    for kernel in report:
+        assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == kernel["f64"] == 0, kernel
+
+
 # On a GPU
 
 
