@@ -9,8 +9,8 @@
 No product takes a transposed accumulator: Triton 3.4 to 3.7 computes such a one wrongly on Hopper where it comes from
 registers (fla#640, fla#984). Where a kernel needs dP^T or B^T, it loads what another has stored.
 
-While a layer's backward pass runs, it holds in the model dtype T H (3 K + 4 BT + 2 V) elements and two states
-[chunks, H, V, K], and T H 2 K in fp32: 0.2 GB for jet-2b's layer at 4096 tokens, beside the gradients themselves.
+While a layer's backward pass runs it holds, beside its inputs and their gradients, in the model dtype T H (3 K + 4 BT +
+6 V) elements and two states [chunks, H, V, K], and T H 2 K in fp32: 0.32 GB for jet-2b's layer at 4096 tokens.
 """
 
 from __future__ import annotations

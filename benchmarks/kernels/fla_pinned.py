@@ -10,6 +10,8 @@ As a program it compiles them into Triton's cache and times nothing:
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,18 @@ KEEP = {
     "recompute_w_u_fwd_kernel": lambda c: c.num_warps == 4 and c.num_stages in (2, 3),
     "chunk_gated_delta_rule_fwd_kkt_solve_kernel": lambda c: c.kwargs["BK"] == 64 and c.num_warps in (1, 2, 4),
 }
+
+
+@contextmanager
+def without_our_kernels() -> Iterator[None]:
+    """Inside, FLA can be imported: transformers, which it imports, takes any module called `kernels` (ours: this
+    folder's, the repository's) for the PyPI package of that name."""
+    path = sys.path[:]
+    sys.path[:] = [p for p in path if not ((Path(p) / "kernels.py").exists() or (Path(p) / "kernels").is_dir())]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
 
 
 def import_fla(compile_only: bool = False) -> Any:
@@ -38,17 +52,12 @@ def import_fla(compile_only: bool = False) -> Any:
             self._do_bench = lambda call, quantiles: call() or [0.0, 0.0, 0.0]
 
     autotuner.Autotuner.__init__ = pinned
-    path = sys.path[:]
     try:
-        # transformers, which FLA imports, takes any module called `kernels` (ours: this folder's, the repository's) for
-        # the PyPI package of that name
-        sys.path[:] = [p for p in path if not ((Path(p) / "kernels.py").exists() or (Path(p) / "kernels").is_dir())]
-        from fla.ops import gated_delta_rule
+        with without_our_kernels():
+            from fla.ops import gated_delta_rule
     except ImportError as error:
         print(f"FLA is not compared with: {error}")
         return None
-    finally:
-        sys.path[:] = path
     return gated_delta_rule
 
 

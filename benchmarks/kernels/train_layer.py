@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from arguments import lacks_gpu, output_of, parser_of
-from fla_pinned import import_fla
+from fla_pinned import without_our_kernels
 from torch import Tensor
 
 from jet_export.bench import timer
@@ -118,13 +118,11 @@ def backward_of(forward: Callable[[], Tensor], weights: list[Tensor]) -> Callabl
 
 
 def fla_layer(model: str, x: Tensor) -> tuple[Callable[[], Any] | None, str]:
-    """A pass of FLA's layer of the same heads on x [B, T, hidden], or None and why there is none."""
-    if import_fla() is None:
-        return None, "not installed"
+    """A pass of FLA's layer of the same heads on x [B, T, hidden], autotuned by FLA; or None and why there is none."""
     hidden, H, K, V = MODELS[model]
     try:
-        from fla.layers import GatedDeltaNet
-
+        with without_our_kernels():
+            from fla.layers import GatedDeltaNet
         layer = GatedDeltaNet(hidden_size=hidden, head_dim=K, num_heads=H, expand_v=V / K).to(DEVICE).bfloat16()
         run = backward_of(lambda: layer(x)[0], [x, *layer.parameters()])
         run()

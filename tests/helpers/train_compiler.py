@@ -2,7 +2,8 @@
 
 `python train_compiler.py DTYPE CASE ...`, a case being a JetBlock's HxKxV, or linear_kl.
 
-Prints one JSON list of {"kernel", "shared", "scratch", "f64", "registers", "stack"}; Triton's interpreter must be off.
+Prints one JSON list of {"kernel", "shared", "scratch", "f64", "registers", "stack", "transposed"}; the last counts the
+transposes of tensors in registers. Triton's interpreter must be off.
 """
 
 import json
@@ -11,8 +12,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests, for helpers
+from helpers import kernel_compiler
 from helpers.kernel_compiler import Compiling
 from helpers.paths import with_helpers
 
@@ -29,6 +32,21 @@ def compile_report(cases: list[str], dtype: str = "bfloat16") -> list[dict[str, 
     return report
 
 
+class CountingTransposes(Compiling):
+    def compile(self, *args: Any, **options: Any) -> None:
+        counts: list[int] = []
+        compile_for_sm_90 = kernel_compiler.compile_for_sm_90
+
+        def counting(*source: Any) -> Any:
+            compiled = compile_for_sm_90(*source)
+            counts.append(compiled.asm["ttgir"].count("tt.trans "))  # ttg.memdesc_trans: of one in shared memory
+            return compiled
+
+        with patch.object(kernel_compiler, "compile_for_sm_90", counting):
+            super().compile(*args, **options)
+        self.report[-1]["transposed"] = max(counts)
+
+
 class Launched:
     """Stands in for a kernel: `kernel[grid](...)` compiles."""
 
@@ -43,11 +61,12 @@ def compiling_in(*modules: ModuleType) -> Compiling:
     """What the launchers in these modules launch from now on is compiled instead."""
     from triton.runtime.jit import JITFunction
 
-    compiling = Compiling()
+    compiling = CountingTransposes()
     for module in modules:
         for name, value in list(vars(module).items()):
-            if name.endswith("_kernel") and isinstance(value, JITFunction):
-                setattr(module, name, Launched(value, compiling))
+            kernel = value.kernel if isinstance(value, Launched) else value  # of the case before
+            if name.endswith("_kernel") and isinstance(kernel, JITFunction):
+                setattr(module, name, Launched(kernel, compiling))
     return compiling
 
 
