@@ -46,10 +46,10 @@ class LinearBlock(Mixer):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         H, K, _ = self.dims
         D = self.dims.value_dim
-        qkv, gate = self.in_proj(x).split([2 * H * K + D, D if self.activation else 0], 1)
+        qkv, gate = torch.split(self.in_proj(x), [2 * H * K + D, D if self.activation else 0], 1)
         if self.has_conv:
             qkv = F.silu(short_conv(qkv, self.conv, batch))
-        q, k, v = (heads(part, H) for part in qkv.split([H * K, H * K, D], 1))
+        q, k, v = (heads(part, H) for part in torch.split(qkv, [H * K, H * K, D], 1))
         out: Tensor = self.o_proj(self.gated(self.rule(q, k, v, x, batch), gate).to(x.dtype))
         return out
 
@@ -138,8 +138,8 @@ class Mamba2(LinearBlock):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         (H, K, _), D = self.dims, self.dims.value_dim
-        qkv, gate = self.in_proj(x).split([2 * K + D, D], 1)
-        q, k, v = F.silu(short_conv(qkv, self.conv, batch)).split([K, K, D], 1)
+        qkv, gate = torch.split(self.in_proj(x), [2 * K + D, D], 1)
+        q, k, v = torch.split(F.silu(short_conv(qkv, self.conv, batch)), [K, K, D], 1)
         q, k = (part[:, None].expand(-1, H, -1) for part in (q, k))
         o = self.rule(q, k, heads(v, H), x, batch)
         gated = rms(o * F.silu(heads(gate, H).float()), self.sizes.norm_eps) * self.o_norm
@@ -199,12 +199,12 @@ class RWKV7(Mixer):
         w = self.w_out(torch.tanh(self.w_in(xw))).float() + self.w_bias
         g = heads(-0.606531 * w.sigmoid(), H)  # exp(-0.5): no channel forgets more than 45 % a token
         a = heads((self.a_proj(xa).float() + self.a_bias).sigmoid(), H)
-        kappa = unit(k * self.erase.unflatten(0, (H, -1)))
-        k = k * (1 + (a - 1) * self.renew.unflatten(0, (H, -1)))
+        kappa = unit(k * self.erase.view(H, -1))
+        k = k * (1 + (a - 1) * self.renew.view(H, -1))
         o = linear_recurrence(r, k, v, g, -a * kappa, kappa, batch.cu_seqlens)
         mean = o.mean(-1, keepdim=True)
         o = rms(o - mean, self.sizes.norm_eps).flatten(1) * self.o_norm + self.o_bias
-        o = o + ((r * k * self.bonus.unflatten(0, (H, -1))).sum(-1, keepdim=True) * v).flatten(1)
+        o = o + ((r * k * self.bonus.view(H, -1)).sum(-1, keepdim=True) * v).flatten(1)
         out: Tensor = self.o_proj((o * self.gate_proj(xg).float().sigmoid()).to(x.dtype))
         return out
 

@@ -99,7 +99,7 @@ def short_conv(x: Tensor, weight: Tensor, batch: Batch) -> Tensor:
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
     """[T, H * d] -> [T, H, d]."""
-    return x.unflatten(1, (num_heads, -1))
+    return torch.unflatten(x, 1, (num_heads, -1))
 
 
 def unit(x: Tensor) -> Tensor:

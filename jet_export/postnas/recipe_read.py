@@ -20,7 +20,12 @@ from jet_export.utils.errors import JetExportError
 
 T = TypeVar("T")
 SEE = "docs/guides/postnas.md lists the keys."
-TABLES = {"placement": r.PlacementRecipe, "block": r.BlockRecipe, "design": r.DesignRecipe, "shapes": r.ShapesRecipe}
+TABLES: dict[str, type[Any]] = {
+    "placement": r.PlacementRecipe,
+    "block": r.BlockRecipe,
+    "design": r.DesignRecipe,
+    "shapes": r.ShapesRecipe,
+}
 CHOICES: dict[str, tuple[str, ...]] = {"task.kind": r.TASK_KINDS, "block.blocks": r.BLOCKS, "design.variants": VARIANTS}
 SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}x[1-9]\d{0,4}")
 AT_LEAST_ONE = ("beam", "seeds", "items", "rungs")
@@ -56,7 +61,7 @@ def postnas_recipe_of(values: Mapping[str, Any], where: str, base: Path) -> Post
     if not isinstance(listed, list):
         _bad(where, "task", "is not a list of tables", "Write [[task]].")
     tasks = tuple(_table(r.TaskRecipe, task, "task", where) for task in listed)
-    tables = {name: _table(cls, values.get(name, {}), name, where) for name, cls in TABLES.items()}
+    tables: dict[str, Any] = {name: _table(cls, values.get(name, {}), name, where) for name, cls in TABLES.items()}
     recipe = PostnasRecipe(training=training, task=_checked_tasks(tasks, where, base), **tables)
     return _checked(recipe, where, base)
 
@@ -113,7 +118,7 @@ def _value(kind: Any, value: Any, key: str, where: str) -> Any:
 def _checked_tasks(tasks: tuple[r.TaskRecipe, ...], where: str, base: Path) -> tuple[r.TaskRecipe, ...]:
     if not tasks:
         _bad(where, "task", "is missing", "Write [[task]] with name, kind and path; one of kind loss at least.")
-    out = []
+    out: list[r.TaskRecipe] = []
     for task in tasks:
         name = task.name or task.kind
         if not task.path:

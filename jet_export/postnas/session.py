@@ -27,7 +27,8 @@ from jet_export.training.student import load_teacher, open_teacher
 from jet_export.training.trainer import Setting, saved_parameters
 from jet_export.utils.errors import JetExportError
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 MODELS = "checkpoints"
 
 

@@ -25,7 +25,12 @@ def run_last(session: Session) -> dict[str, Any]:
     recipe = session.recipe.student(layers, session.recipe.training.stage)
     recipe = replace(recipe, student=replace(recipe.student, num_heads=H, head_k_dim=K, head_v_dim=V))
     output = session.directory
-    if not run_retrofit(recipe, output, device=session.device, resume=True, emit=session.say):
+
+    def say(line: str) -> None:
+        if str(output) not in line:  # its name changes
+            session.say(line)
+
+    if not run_retrofit(recipe, output, device=session.device, resume=True, emit=say):
         raise Stopped
     retrofit = MixerRetrofit(recipe, output, session.device)
     checkpoints = Checkpoints(output / CHECKPOINTS, session.group, recipe.checkpoint.keep, False)

@@ -1,4 +1,4 @@
-"""The toy teacher: random weights of a Qwen2 of four narrow layers, with jet-tiny's tokenizer. It knows nothing: a run
+"""The toy teacher: random weights of a Qwen2 of three narrow layers, with jet-tiny's tokenizer. It knows nothing: a run
 with it shows that the pipeline works on a machine, and nothing of quality."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jet_export.model.jet_nemotron import random_model
 from jet_export.utils.files import replace_directory
 
 CONFIG = JetNemotronConfig(
-    hidden_size=64, intermediate_size=96, layer_types=("attn",) * 4, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=32, intermediate_size=48, layer_types=("attn",) * 3, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, jet_num_heads=1, head_k_dim=16, expand_v=2.0, vocab_size=4096, max_position_embeddings=2048,
     rope_theta=1e4, bos_token_id=0, eos_token_id=0, model_type="qwen2",
 )  # fmt: skip
