@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -74,19 +73,14 @@ def set_lr(optimizer: torch.optim.AdamW, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def gradients(optimizer: torch.optim.AdamW) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from (p.grad for p in group["params"] if p.grad is not None)
-
-
 @torch.no_grad()
 def clip_gradients(optimizer: torch.optim.AdamW, limit: float, group: Group) -> float:
     """Scale all gradients so that their norm is at most `limit` (0: leave them). Returns the norm before."""
-    sums = {True: 0.0, False: 0.0}
-    for grad in gradients(optimizer):
-        sums[is_sharded(grad)] += float(local(grad).double().square().sum())
-    norm = math.sqrt(group.sum([sums[True]])[0] + sums[False])
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}  # sharded, or whole in every process
+    for grad in (p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None):
+        parts[is_sharded(grad)].append(local(grad))
+    sharded, whole = (float(torch.nn.utils.get_total_norm(grads)) ** 2 for grads in parts.values())
+    norm = math.sqrt(group.sum([sharded])[0] + whole)
     if limit and norm > limit and math.isfinite(norm):
-        for grad in gradients(optimizer):
-            local(grad).mul_(limit / norm)
+        torch._foreach_mul_([grad for grads in parts.values() for grad in grads], limit / norm)
     return norm

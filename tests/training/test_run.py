@@ -138,7 +138,7 @@ def test_two_processes_have_the_losses_of_one(recipe: Recipe, whole: Path, tmp_p
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     for process in (0, 1):
-        assert f"process {process}: data source odd: {source.path}, byte 1333: a line that is not JSON" in done.stdout
+        assert f"process {process}: data source odd: {source.path}, byte 1488: a line that is not JSON" in done.stdout
     ours = log_of(tmp_path / "run")
     assert len(ours) == 7
     for a, b in zip(ours, log_of(whole), strict=False):
