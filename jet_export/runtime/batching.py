@@ -214,14 +214,18 @@ class BatchingEngine(EngineThread):
             return None
         self.speculation.proposed = False
         sequences = [self.executor.prepared(self.sequences[r]) for r in plan.decode]
-        drafts = self.speculation.drafts(sequences, self.executor.look_ahead) if known else [[] for _ in sequences]
+        if known:
+            drafts = self.speculation.drafts(sequences, self.executor.look_ahead, plan.prefill_tokens)
+        else:
+            drafts = [[] for _ in sequences]
         return drafts if self.speculation.fixed or any(drafts) else None
 
     def _drafts_likely(self, step: InFlightStep) -> bool:
         if self.speculation is None:
             return False
         with self.lock:
-            return self.speculation.likely([s for s in step.inputs.sampled if s.finish_reason is None])
+            running = [s for s in step.inputs.sampled if s.finish_reason is None]
+            return self.speculation.likely(running, step.plan.prefill_tokens)
 
     def _draw_next(self) -> None:
         """Launch the draw of the next step, if it has waited for the tokens of this one."""
@@ -262,9 +266,9 @@ class BatchingEngine(EngineThread):
         decoding, prompt_tokens = len(step.plan.decode), step.plan.prefill_tokens
         if self.pacing and not step.inputs.drafted:
             self.pacing.observe(decoding, prompt_tokens, now - max(step.launched_at, self.finished_at))
-        if self.speculation and decoding and not prompt_tokens and step.timed:
+        if self.speculation and decoding and step.timed:
             seconds = now - (step.launched_at if step.after_rest else self.finished_at)
-            self.speculation.lengths.observe(decoding, step.inputs.drafted, seconds)
+            self.speculation.lengths.observe(decoding, step.inputs.drafted, seconds, prompt_tokens)
 
     def _fail(self, inputs: StepInputs, e: Exception) -> None:
         with self.lock:

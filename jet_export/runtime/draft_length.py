@@ -6,6 +6,9 @@ tokens a second, among a few; 1 leaves all of them out, which is a plain step. W
 number of sequences and of drafted tokens, both to a factor of two. A size that has not been seen is taken to cost what
 the next smaller one does, so that it is tried once; what has not been seen for long is forgotten, so that it is tried
 again. A plain step is measured first. Speculation therefore costs at most the tries: a few steps in each KEEP.
+
+Beside prompts sequences decode at little cost, in the prompts' call, while drafts take a call of their own: there the
+tokens must be worth the time of both.
 """
 
 from __future__ import annotations
@@ -78,12 +81,16 @@ class DraftLengths:
     def __init__(self, *, fixed: bool = False) -> None:
         self.fixed = fixed
         self.times = StepTimes()
+        self.mixed = StepTimes()  # of steps with prompts and without drafts, by the tokens of the prompts
 
-    def choose(self, candidates: Sequence[Candidate], rows: int) -> list[int]:
+    def choose(self, candidates: Sequence[Candidate], rows: int, prompt_tokens: int = 0) -> list[int]:
         """Tokens to draft for each candidate, 0 for none, in a step in which `rows` sequences decode."""
         if self.fixed:
             return [c.most for c in candidates]
-        best, nothing = self._plain(rows), [0] * len(candidates)
+        best, nothing, beside = self._plain(rows), [0] * len(candidates), 0.0
+        if prompt_tokens and best is not None:
+            seconds = self.mixed.seconds(prompt_tokens, 0)
+            best, beside = (None, 0.0) if seconds is None else (rows / seconds, seconds)
         if best is None or not any(c.most for c in candidates):
             return nothing
         chosen, best = nothing, best * GAIN
@@ -93,8 +100,8 @@ class DraftLengths:
             if seconds is None or not any(lengths):
                 continue
             tokens = rows + sum(expected(c.rate, n) for c, n in zip(candidates, lengths, strict=True))
-            if tokens / seconds > best:
-                chosen, best = lengths, tokens / seconds
+            if tokens / (seconds + beside) > best:
+                chosen, best = lengths, tokens / (seconds + beside)
         return chosen
 
     def could_pay(self, rows: int, most: int) -> bool:
@@ -112,9 +119,12 @@ class DraftLengths:
         seconds = self.times.seconds(rows, 0)
         return None if seconds is None else rows / max(seconds, 1e-9)
 
-    def observe(self, rows: int, drafted: int, seconds: float) -> None:
-        """A step without prompts took so long, its drafts included."""
-        self.times.observe(rows, drafted, seconds)
+    def observe(self, rows: int, drafted: int, seconds: float, prompt_tokens: int = 0) -> None:
+        """A step took so long, the making of its drafts included."""
+        if not prompt_tokens:
+            self.times.observe(rows, drafted, seconds)
+        elif not drafted:
+            self.mixed.observe(prompt_tokens, 0, seconds)
 
 
 def worthwhile(c: Candidate, threshold: float) -> int:

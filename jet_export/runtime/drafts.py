@@ -122,9 +122,10 @@ class Speculation:
         self.proposer.forget(sequence)
         self.histories.pop(sequence, None)
 
-    def drafts(self, sequences: Sequence[RunningSequence], draw: Draw) -> list[list[int]]:
-        """Of a step in which these sequences decode, all of whose tokens are known; [] for one without."""
-        found, offers = self._offers(sequences, 0)
+    def drafts(self, sequences: Sequence[RunningSequence], draw: Draw, prompt_tokens: int = 0) -> list[list[int]]:
+        """Of a step in which these sequences decode, all of whose tokens are known, beside so many tokens of prompts;
+        [] for one without."""
+        found, offers = self._offers(sequences, 0, prompt_tokens)
         self.proposed = bool(found)
         drafts: list[list[int]] = [[] for _ in sequences]
         if found:
@@ -136,11 +137,13 @@ class Speculation:
                     self.histories[sequences[i]].expected = Expected(position, Match(draft, offer.size))
         return drafts
 
-    def likely(self, sequences: Sequence[RunningSequence]) -> bool:
+    def likely(self, sequences: Sequence[RunningSequence], prompt_tokens: int = 0) -> bool:
         """Whether the next step should have drafts, while one token of each sequence is still to come."""
-        return bool(self._offers(sequences, 1)[0])
+        return bool(self._offers(sequences, 1, prompt_tokens)[0])
 
-    def _offers(self, sequences: Sequence[RunningSequence], unknown: int) -> tuple[list[int], list[Match]]:
+    def _offers(
+        self, sequences: Sequence[RunningSequence], unknown: int, prompt_tokens: int
+    ) -> tuple[list[int], list[Match]]:
         """The sequences to draft for, and their offers, without the first `unknown` tokens."""
         rows = len(sequences)
         if not self._looks(rows):
@@ -160,7 +163,7 @@ class Speculation:
                 offers.append(offer)
                 rate = history.acceptance.rate(offer.size)
                 candidates.append(Candidate(len(offer.tokens), max(rate, HOPE) if hopeful else rate))
-        lengths = self.lengths.choose(candidates, rows)
+        lengths = self.lengths.choose(candidates, rows, prompt_tokens)
         self.quiet = 0 if any(lengths) else self.quiet + 1
         chosen = [(i, Match(o.tokens[:n], o.size)) for i, o, n in zip(found, offers, lengths, strict=True) if n]
         return [i for i, _ in chosen], [offer for _, offer in chosen]

@@ -101,6 +101,20 @@ def test_times_are_of_sizes_and_the_next_smaller_one_stands_in() -> None:
     assert times.seconds(8, 4) is None
 
 
+def test_beside_prompts_drafts_must_be_worth_a_call_of_their_own() -> None:
+    lengths, good, sure = DraftLengths(), [Candidate(1, 0.9)] * 4, [Candidate(4, 0.99)] * 4
+    for _ in range(2):
+        lengths.observe(4, 0, 1.0)
+        lengths.observe(4, 4, 1.0)
+        lengths.observe(4, 16, 1.2)
+    assert lengths.choose(sure, 4, 300) == [0] * 4  # a step with prompts and without drafts is measured first
+    for _ in range(2):
+        lengths.observe(4, 0, 1.0, 300)
+    assert lengths.choose(good, 4) == [1] * 4
+    assert lengths.choose(good, 4, 300) == [0] * 4  # 1.9 tokens in 2 against 1 in 1
+    assert lengths.choose(sure, 4, 300) == [4] * 4
+
+
 def test_with_fixed_lengths_times_do_not_matter() -> None:
     lengths = DraftLengths(fixed=True)
     lengths.observe(1, 4, 1e9)

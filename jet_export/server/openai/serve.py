@@ -94,6 +94,9 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
         values = ", ".join(f"{k} {v}" for k, v in defaults.items())
         log(f"sampling defaults of generation_config.json: {values or 'none'}")
     log_capacity(name, llm.batching.scheduler.capacity, log)
+    if llm.batching.speculation:
+        source = serving.draft or "lookup in the request itself"
+        log(f"speculation: drafts of up to {llm.batching.speculation.most} tokens, by {source}")
     frontends = default_frontends(llm.engine.device.type) if http.frontends is None else http.frontends
     paths = ("completions", "chat/completions") if template else ("completions",)
     if not frontends:
