@@ -23,6 +23,7 @@ from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
 PAGE = 128  # tokens per KV page
+BESIDE_STATE = ("step_buffer", "state_position")  # pools of the tokens since a recurrent state was written
 
 
 class PackedBatch(NamedTuple):

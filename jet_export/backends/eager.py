@@ -94,4 +94,11 @@ def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Ten
         model.lm_head.weight = model.embed_tokens.weight  # one parameter, as in the model that was saved
     model.cos_sin = weights["cos_sin"]
     model.requires_grad_(False)
-    return EagerEngine(model, limits, kv_dtype=dtypes.kv_cache, state_dtype=dtypes.state)
+    return EagerEngine(
+        model,
+        limits,
+        kv_dtype=dtypes.kv_cache,
+        state_dtype=dtypes.state,
+        state_interval=dtypes.state_interval,
+        rollback=dtypes.rollback,
+    )

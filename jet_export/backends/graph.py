@@ -4,7 +4,8 @@ prefill(input_ids [T], cu_seqlens [N+1], slots [N], context_lens [N], block_tabl
         logit_indices [M], states) -> logits [M, vocab]: prompt chunks, and beside them sequences that decode (the
         ops' form MIXED);   decode is the same without logit_indices and with one token a sequence (DECODE),
         decode_one is decode with N == 1, whose linear layers read every weight once (kernels/gemv.py),
-        decode_few is decode with N <= MAX_FEW_ROWS, by kernels/skinny_gemm.py.
+        decode_few is decode with N <= MAX_FEW_ROWS, by kernels/skinny_gemm.py,
+        verify is decode with 1 to Dtypes.rollback tokens a sequence, ragged, and logits of all T tokens (VERIFY).
 All sizes but the model's are dynamic, the number of rows of every pool included. States are graph inputs, updated in
 place.
 """
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, ONE_ROW
+from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, ONE_ROW, VERIFY
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.kernels.form import Form
-from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence, state_specs
+from jet_export.model.cache import PackedBatch, allocate_states, pages_per_sequence
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
 MAX_ROWS = 2**20  # upper bound of pool rows and table widths in the exported ranges
@@ -43,10 +44,11 @@ INPUTS = (
 class EngineGraph(nn.Module):
     """The model with a graph's flat signature."""
 
-    def __init__(self, model: JetNemotronForCausalLM, form: Form) -> None:
+    def __init__(self, model: JetNemotronForCausalLM, form: Form, interval: int = 1) -> None:
         super().__init__()
         self.model = model
         self.form = form
+        self.interval = interval
 
     def forward(
         self,
@@ -60,13 +62,19 @@ class EngineGraph(nn.Module):
         states: list[Tensor],
     ) -> Tensor:
         batch = PackedBatch(cu_seqlens, slots, context_lens, block_table, window_block_table)
-        return self.model.forward_packed(input_ids, batch, states, logit_indices, self.form).logits
+        interval = self.interval
+        return self.model.forward_packed(input_ids, batch, states, logit_indices, self.form, interval=interval).logits
+
+
+def form_of(mode: str) -> Form:
+    """The form of a graph's calls."""
+    return {"prefill": Form.MIXED, VERIFY: Form.VERIFY}.get(mode, Form.DECODE)
 
 
 def example_inputs(model: JetNemotronForCausalLM, dtypes: Dtypes, mode: str) -> tuple[Any, ...]:
     """Inputs to trace with: three sequences (one for decode_one), pools of sizes that are all different."""
     device, n = model.device, 1 if mode == ONE_ROW else 3
-    lens = [5, 9, 3] if mode == "prefill" else [1] * n
+    lens = {"prefill": [5, 9, 3], VERIFY: [2, 1, 2]}.get(mode, [1] * n)
     pages, ring = pages_per_sequence(model.config, 640, 256)
     states = allocate_states(
         dtypes.specs(model.config), {"slots": 7, "pages": 3 * pages + 2, "window_pages": 3 * ring + 3}, device
@@ -85,7 +93,7 @@ def example_inputs(model: JetNemotronForCausalLM, dtypes: Dtypes, mode: str) -> 
     return ids, i32(ends), i32(range(n)), i32([0] * n), table, window, indices, states
 
 
-def dynamic_shapes(model: JetNemotronForCausalLM, limits: Limits, mode: str) -> tuple[Any, ...]:
+def dynamic_shapes(model: JetNemotronForCausalLM, dtypes: Dtypes, limits: Limits, mode: str) -> tuple[Any, ...]:
     """torch.export's dynamic_shapes for `example_inputs`."""
     max_tokens = max(limits.max_prefill_tokens, 32)
     # One sequence more in prefill: the tokens that a captured call has too many belong to it (runtime/calls.py).
@@ -93,9 +101,11 @@ def dynamic_shapes(model: JetNemotronForCausalLM, limits: Limits, mode: str) -> 
     most = min(most, MAX_FEW_ROWS) if mode == FEW_ROWS else most
     n = None if mode == ONE_ROW else Dim("sequences", min=1, max=most)
     t = Dim("tokens", min=1, max=max_tokens) if mode == "prefill" else n
+    if mode == VERIFY:
+        t = Dim("tokens", min=1, max=max(most * dtypes.rollback, 8))
     pages, ring = Dim("table_pages", min=1, max=MAX_ROWS), Dim("ring_pages", min=1, max=MAX_ROWS)
     rows = {name: Dim(name, min=1, max=MAX_ROWS) for name in ("slots", "pages", "window_pages")}
-    pools = [{0: rows[s.rows]} for s in state_specs(model.config, model.dtype)]
+    pools = [{0: rows[s.rows]} for s in dtypes.specs(model.config)]
     kinds = set(model.config.layer_types)
     indices = {0: Dim("outputs", min=1, max=max_tokens)} if mode == "prefill" else None
     table = {0: n, 1: pages if "attn" in kinds else Dim.AUTO}

@@ -3,4 +3,5 @@
 MODES = ("prefill", "decode")
 ONE_ROW = "decode_one"
 FEW_ROWS = "decode_few"
+VERIFY = "verify"
 MAX_FEW_ROWS = 128  # sequences: what kernels/skinny_gemm.py takes

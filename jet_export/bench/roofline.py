@@ -20,7 +20,7 @@ import torch
 from jet_export.bench.measure import Case
 from jet_export.bench.timer import copy_speed, matmul_speed
 from jet_export.bundle.manifest import WEIGHTS, Manifest
-from jet_export.model.cache import PAGE, StateSpec
+from jet_export.model.cache import BESIDE_STATE, PAGE, StateSpec
 from jet_export.model.config import JetNemotronConfig
 
 CHUNK = 64  # of the delta rule's chunk form
@@ -93,6 +93,8 @@ def step_bytes(c: JetNemotronConfig, specs: list[StateSpec], weights: int, batch
     """The bytes of one decode step. `weights`: those it reads; `context`: tokens held by each sequence."""
     size = {"recurrent_state": 0.0, "conv_state": 0.0, "pages": 0.0, "window_pages": 0.0}
     for s in specs:
+        if s.name.endswith(BESIDE_STATE):
+            continue
         if s.rows == "slots":
             size[s.name.rsplit(".", 1)[1]] += 2 * s.row_bytes
         else:

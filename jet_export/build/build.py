@@ -108,6 +108,8 @@ def _manifest(plan: BuildPlan, licence: str | None, quantization: dict[str, Any]
         kv_cache_dtype=dtype_name(plan.dtypes.kv_cache),
         state_dtype=dtype_name(plan.dtypes.state),
         limits=plan.limits,
+        state_interval=plan.dtypes.state_interval,
+        rollback=plan.dtypes.rollback,
         quantization=quantization,
         warnings=plan.warnings,
     )

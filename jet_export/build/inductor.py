@@ -25,14 +25,15 @@ def room_apart(plan: BuildPlan, weights: int) -> bool:
         gpu_free=torch.cuda.mem_get_info(plan.build_device)[0] + torch.cuda.memory_reserved(plan.build_device),
         host_free=available_memory(torch.device("cpu")),
     )
-    return memory.holds(len(modes_for("cuda", plan.options.decode_one, plan.options.fuse_decode)))
+    o = plan.options
+    return memory.holds(len(modes_for("cuda", o.decode_one, o.fuse_decode, plan.dtypes.rollback > 0)))
 
 
 def write_packages(
     plan: BuildPlan, manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress
 ) -> None:
     """Compile the packages in this process, one by one; or, without `model`, side by side from the weights file."""
-    modes = modes_for(manifest.device.type, plan.options.decode_one, plan.options.fuse_decode)
+    modes = modes_for(manifest.device.type, plan.options.decode_one, plan.options.fuse_decode, manifest.rollback > 0)
     if model is None:
         free_cached(manifest.device)
         with progress.stage(f"compile {', '.join(modes)} side by side", expected=plan.seconds):

@@ -28,6 +28,8 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         "fp8": o.fp8,
         "kv_cache_dtype": dtype_name(plan.dtypes.kv_cache),
         "state_dtype": dtype_name(plan.dtypes.state),
+        "state_interval": plan.dtypes.state_interval,
+        "rollback": plan.dtypes.rollback,
         "limits": asdict(plan.limits),
         "backend": plan.backend.name,
         "target": plan.target,

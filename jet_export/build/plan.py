@@ -14,6 +14,7 @@ from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import Memory, engine_memory, weight_bytes
 from jet_export.bundle.target import has_dependent_launch, host_target, target_device
+from jet_export.kernels.form import MAX_VERIFY
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
@@ -25,6 +26,7 @@ from jet_export.utils.errors import JetExportError
 
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_PREFILL_CHUNK = 2048
+MAX_INTERVAL = 64  # tokens between two writes of a state
 PLUGIN_BACKENDS = tuple(FLAVORS)
 
 
@@ -43,6 +45,8 @@ class BuildOptions:
     calibration: Path | None = None
     kv_cache_dtype: str = "auto"  # the model dtype
     state_dtype: str = "float32"
+    state_interval: int = 1  # recurrent states are written every so many tokens
+    speculate: int = 0  # the most drafts that a step verifies; 0: no package for it
     max_batch_size: int = 8
     max_seq_len: int | None = None
     prefill_chunk: int | None = None
@@ -96,6 +100,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
             f"--fuse-decode: not for {backend.name} on {target['arch']}.",
             "It needs --backend inductor and SM 9.0 or newer.",
         )
+    check_states(options, backend.name)
     dtypes = _dtypes(options)
     if backend.name in FLAVORS and FLAVORS[backend.name].needs_gpu and device.type != "cuda":
         raise JetExportError(
@@ -254,7 +259,28 @@ def _dtypes(options: BuildOptions) -> Dtypes:
     kv = options.dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
     if kv not in ("fp8", options.dtype):
         raise JetExportError(f"--kv-cache-dtype {kv}: the cache holds the model dtype ({options.dtype}) or fp8.")
-    return Dtypes.named(model=options.dtype, kv_cache=kv, state=options.state_dtype)
+    return Dtypes.named(
+        model=options.dtype,
+        kv_cache=kv,
+        state=options.state_dtype,
+        state_interval=options.state_interval,
+        rollback=options.speculate + 1 if options.speculate else 0,
+    )
+
+
+def check_states(options: BuildOptions, backend: str) -> None:
+    """Raises JetExportError for a --state-interval or --speculate that is out of range or that the backend lacks."""
+    for flag, value, low, high in (
+        ("--state-interval", options.state_interval, 1, MAX_INTERVAL),
+        ("--speculate", options.speculate, 0, MAX_VERIFY - 1),
+    ):
+        if not low <= value <= high:
+            raise JetExportError(f"{flag} {value}: it must be from {low} to {high}.")
+        if value != low and backend != "inductor":
+            raise JetExportError(
+                f"{flag}: {backend} engines write states at every token and verify no drafts.",
+                "Leave it out, or choose --backend inductor.",
+            )
 
 
 def _config(options: BuildOptions, directory: Path | None) -> JetNemotronConfig:

@@ -1,4 +1,4 @@
-"""The dtypes of an engine, and their names in a manifest and on the command line."""
+"""The dtypes of an engine and how it keeps its states, and the dtypes' names in a manifest and on the command line."""
 
 from __future__ import annotations
 
@@ -24,17 +24,32 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Dtypes:
-    """What an engine computes in and what its pools hold."""
+    """What an engine computes in, and what its pools hold."""
 
     model: torch.dtype  # activations, convolution states, and the weights that are not FP8
     kv_cache: torch.dtype
     state: torch.dtype = torch.float32  # recurrent states
+    state_interval: int = 1  # they are written every so many tokens
+    rollback: int = 0  # the most tokens of a sequence in a call that verifies drafts; 0: there is no such call
 
     @classmethod
-    def named(cls, *, model: str, kv_cache: str, state: str) -> Dtypes:
+    def named(cls, *, model: str, kv_cache: str, state: str, state_interval: int = 1, rollback: int = 0) -> Dtypes:
         """Raises JetExportError for a name that is not known."""
-        return cls(model=torch_dtype(model), kv_cache=torch_dtype(kv_cache), state=torch_dtype(state))
+        return cls(
+            model=torch_dtype(model),
+            kv_cache=torch_dtype(kv_cache),
+            state=torch_dtype(state),
+            state_interval=state_interval,
+            rollback=rollback,
+        )
 
     def specs(self, config: JetNemotronConfig) -> list[StateSpec]:
         """The pools of an engine of these dtypes."""
-        return state_specs(config, self.model, kv_dtype=self.kv_cache, state_dtype=self.state)
+        return state_specs(
+            config,
+            self.model,
+            kv_dtype=self.kv_cache,
+            state_dtype=self.state,
+            interval=self.state_interval,
+            rollback=self.rollback,
+        )

@@ -20,7 +20,7 @@ from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import sha256_file
 
-SCHEMA_VERSION = 2  # 1: the prefill graph took no single tokens of sequences that decode
+SCHEMA_VERSION = 3  # 2: no state_interval and rollback
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -36,6 +36,8 @@ class Manifest:
     kv_cache_dtype: str
     state_dtype: str
     limits: Limits
+    state_interval: int = 1  # recurrent states are written every so many tokens
+    rollback: int = 0  # the most tokens of a sequence in a verify call; 0: the bundle has none
     quantization: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     build: dict[str, Any] = field(default_factory=dict)  # command, inputs, date, seconds
@@ -48,7 +50,13 @@ class Manifest:
 
     @property
     def dtypes(self) -> Dtypes:
-        return Dtypes.named(model=self.dtype, kv_cache=self.kv_cache_dtype, state=self.state_dtype)
+        return Dtypes.named(
+            model=self.dtype,
+            kv_cache=self.kv_cache_dtype,
+            state=self.state_dtype,
+            state_interval=self.state_interval,
+            rollback=self.rollback,
+        )
 
     @property
     def fp8_layers(self) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
-from jet_export.model.cache import pages_per_sequence
+from jet_export.model.cache import BESIDE_STATE, pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8_PROJECTIONS
 
@@ -21,7 +21,7 @@ class Memory:
     """Bytes that an engine holds at once, by what they are for."""
 
     weights: int
-    recurrent_states: int
+    recurrent_states: int  # with the tokens that are kept beside them
     conv_states: int
     kv_full: int  # full-attention layers
     kv_window: int  # sliding-window layers
@@ -62,6 +62,7 @@ def engine_memory(c: JetNemotronConfig, limits: Limits, dtypes: Dtypes, weights:
     size = {"conv_state": 0, "recurrent_state": 0, "pages": 0, "window_pages": 0}
     for s in dtypes.specs(c):
         kind = s.rows if s.rows != "slots" else s.name.rsplit(".", 1)[1]
+        kind = "recurrent_state" if kind in BESIDE_STATE else kind
         size[kind] += rows[s.rows] * s.row_bytes
     tokens = min(limits.max_prefill_tokens, n * limits.max_seq_len)
     return Memory(

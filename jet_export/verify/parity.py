@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from jet_export.backends.base import Engine
 from jet_export.backends.eager import EagerEngine
 from jet_export.bundle.limits import Limits
+from jet_export.model.cache import BESIDE_STATE
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.verify.trial import FP8, Layout, Trial, scenarios
 
@@ -141,7 +142,8 @@ def reference_engine(eager: EagerEngine, seed: int = 0) -> EagerEngine:
         widened[id(b)] = widen(b)
     model: JetNemotronForCausalLM = copy.deepcopy(eager.model, widened)
     kv = next((s.dtype for s in eager.specs if s.dtype == FP8), torch.float32)
-    return EagerEngine(model, eager.limits, kv_dtype=kv)
+    interval, rollback = eager.state_interval, eager.rollback
+    return EagerEngine(model, eager.limits, kv_dtype=kv, state_interval=interval, rollback=rollback)
 
 
 def limited(engine: Engine, sequences: int, tokens: int) -> Engine:
@@ -176,8 +178,9 @@ def compare(
 ) -> Generator[StageResult, None, Trial]:
     """Run every scenario and yield each stage's result. Returns the eager model's last trial, where probes start."""
     u = unit_roundoff(eager.dtype)
-    stored = {s.name.removesuffix("kv_cache"): unit_roundoff(s.dtype) for s in eager.specs}
-    for scenario in scenarios(eager.config, eager.limits):
+    compared = [s for s in eager.specs if not s.name.endswith(BESIDE_STATE)]
+    stored = {s.name.removesuffix("kv_cache"): unit_roundoff(s.dtype) for s in compared}
+    for scenario in scenarios(eager.config, eager.limits, eager.rollback):
         layout = Layout(
             eager.config,
             tokens=scenario.tokens,

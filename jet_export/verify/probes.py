@@ -11,15 +11,16 @@ contributes to the logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.backends.eager import EagerEngine
-from jet_export.model.cache import StateSpec
+from jet_export.model.cache import BESIDE_STATE, StateSpec
 from jet_export.verify.trial import SEQUENCES, Call, Trial, decode_step, prefill_step, raw
 
 ALTERED = 0  # the sequence whose states are altered
@@ -144,13 +145,21 @@ def first_visible(base: Trial, spec: StateSpec, held: int) -> int:
     return max(0, held - window + 1) if window else 0
 
 
+def visible_taps(base: Trial, spec: StateSpec) -> list[int]:
+    """Rows of conv_state that sequence ALTERED's next token reads: all, or of a ring those of the last tokens."""
+    rows, rollback, held = spec.shape[0], base.engine.rollback, base.held[ALTERED]
+    return [(held - 1 - back) % rows for back in range(rows - rollback)] if rollback else list(range(rows))
+
+
 def visible_alterations(base: Trial) -> Iterator[tuple[int, str, Tensor]]:
     """(pool, what, the pool altered in one thing that sequence ALTERED must read)."""
     held, layout = base.held[ALTERED], base.layout
     for i, (spec, pool) in enumerate(zip(base.engine.specs, base.states, strict=True)):
         if spec.rows == "slots":
+            if spec.name.endswith(BESIDE_STATE):
+                continue
             row = int(layout.slots[ALTERED])
-            taps = range(spec.shape[0]) if spec.name.endswith("conv_state") else [slice(None)]
+            taps: Iterable[Any] = visible_taps(base, spec) if spec.name.endswith("conv_state") else [slice(None)]
             for tap in taps:
                 altered = pool.clone()
                 altered[row, tap] = noise_like(altered[row, tap], i)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.bundle.limits import Limits
-from jet_export.model.cache import PAGE, PackedBatch, StateSpec, pages_per_sequence
+from jet_export.kernels.step_buffer import current_state
+from jet_export.model.cache import BESIDE_STATE, PAGE, PackedBatch, StateSpec, pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
@@ -32,6 +33,12 @@ class Call:
     rows: tuple[int, ...]  # the sequence of each packed row; -1: padding
     lens: tuple[int, ...]
     decode: bool = False
+    kept: tuple[int, ...] | None = None  # a verify call: of each row, the tokens that are not taken back
+
+    @property
+    def advance(self) -> tuple[int, ...]:
+        """Tokens that each row holds more afterwards."""
+        return self.lens if self.kept is None else self.kept
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,11 @@ class Scenario:
         """The most tokens that one sequence holds, with those of the probes' step at the end."""
         held = [0] * SEQUENCES
         for call in (c for s in self.stages for c in s.calls):
-            for row, n in zip(call.rows, call.lens, strict=True):
+            for row, n in zip(call.rows, call.advance, strict=True):
                 if row >= 0:
                     held[row] += n
-        return max(held) + PROBE_TOKENS
+        drafts = max((n for s in self.stages for c in s.calls if c.kept for n in c.lens), default=0)
+        return max(held) + max(drafts, PROBE_TOKENS)
 
 
 def decode_step() -> Call:
@@ -72,9 +80,19 @@ def prefill_step(limits: Limits) -> Call:
     return Call((2, 0, -1, 1), tuple(min(n, limits.prefill_chunk) for n in (3, 1, 2, 5)))
 
 
-def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
+def verify_calls(rollback: int) -> tuple[Call, ...]:
+    """Drafts of which all, some and none are kept, by sequences that had others in the call before."""
+    most, some = rollback, (rollback + 1) // 2
+    return (
+        Call((1, -1, 0, 2), (most, 1, 1, some), kept=(1, 1, 1, some)),
+        Call((2, 0, 1, -1), (most, some, most, most), kept=(most, 1, some, 1)),
+        Call((0, 1, 2), (most, 1, most), kept=(1, 1, some)),
+    )
+
+
+def scenarios(config: JetNemotronConfig, limits: Limits, rollback: int = 0) -> list[Scenario]:
     """Prompts cross the window's edge, several pages and the end of the ring, as far as the limits allow."""
-    room, chunk = limits.max_seq_len - SPARE, limits.prefill_chunk
+    room, chunk = limits.max_seq_len - SPARE - 3 * rollback, limits.prefill_chunk
     if room < SPARE:
         raise JetExportError(
             f"verify: max_seq_len {limits.max_seq_len} is too short to compare anything.",
@@ -94,6 +112,7 @@ def scenarios(config: JetNemotronConfig, limits: Limits) -> list[Scenario]:
                 Stage("ragged batch", ragged),
                 Stage("decode", decode),
                 Stage("decode, one sequence", tuple(Call((row,), (1,), True) for row in (2, 0, 2))),
+                *((Stage("verify drafts", verify_calls(rollback)),) if rollback else ()),
                 Stage("one decode step", (decode_step(),), forced=True),
                 Stage("one prefill step", (prefill_step(limits),), forced=True),
             )
@@ -182,23 +201,30 @@ class Trial:
             live += [len(ids) + i for i in range(n)] if row >= 0 else []
             ids += self.prompts[row][self.held[row] : self.held[row] + n] if row >= 0 else [0] * n
         tokens = torch.tensor(ids, dtype=torch.int64, device=self.layout.device)
-        if call.decode:
-            logits = self.engine.decode(tokens, batch, self.states)[torch.tensor(live, device=self.layout.device)]
+        if call.decode or call.kept is not None:
+            run = self.engine.decode if call.decode else self.engine.verify
+            logits = run(tokens, batch, self.states)[torch.tensor(live, device=self.layout.device)]
         else:
             last = [e - 1 for e, r in zip(batch.cu_seqlens[1:].tolist(), call.rows, strict=True) if r >= 0]
             spread = live[:: -(-len(live) // LOGIT_ROWS)]
             indices = torch.tensor(sorted({*last, *spread}), dtype=torch.int32, device=self.layout.device)
             logits = self.engine.prefill(tokens, batch, indices, self.states)
-        for row, n in zip(call.rows, call.lens, strict=True):
+        for row, n in zip(call.rows, call.advance, strict=True):
             if row >= 0:
                 self.held[row] += n
         return logits.float()
 
     def snapshot(self, since: list[int] | None = None) -> dict[str, Tensor]:
-        """Each layer's states, [rows, features] fp32: conv_state has a row per tap, recurrent_state a row per head, k
-        and v a row per head and position (from `since` on). FP8 caches: the values of their codes."""
+        """Each layer's states, [rows, features] fp32: conv_state has a row per tap, recurrent_state a row per head
+        (with the tokens kept beside it applied), k and v a row per head and position (from `since` on). FP8 caches: the
+        values of their codes."""
         out: dict[str, Tensor] = {}
-        for spec, pool in zip(self.engine.specs, self.states, strict=True):
+        for i, (spec, pool) in enumerate(zip(self.engine.specs, self.states, strict=True)):
+            if spec.name.endswith(BESIDE_STATE):
+                continue
+            if spec.name.endswith("recurrent_state"):
+                out[spec.name] = self.recurrent_state(i).flatten(0, 1).flatten(1)
+                continue
             if spec.rows == "slots":
                 rows = pool[self.layout.slots.to(pool.device)]
                 out[spec.name] = rows.float().flatten(0, 1).flatten(1)
@@ -211,6 +237,15 @@ class Trial:
             name = spec.name.removesuffix("kv_cache")
             out[f"{name}k"], out[f"{name}v"] = kv[:, 0].flatten(0, 1), kv[:, 1].flatten(0, 1)
         return out
+
+    def recurrent_state(self, i: int) -> Tensor:  # [SEQUENCES, H, K, V] fp32
+        """Pool i, a recurrent_state, with the tokens kept beside it applied."""
+        beside = [s.name.endswith(BESIDE_STATE) for s in self.engine.specs[i + 1 : i + 3]]
+        buffer, position = self.states[i + 1 : i + 3] if beside == [True, True] else (None, None)
+        pool = self.states[i]
+        slots = self.layout.slots.to(pool.device)
+        held = torch.tensor(self.held, dtype=torch.int32, device=pool.device)
+        return current_state(pool, buffer, position, slots, held, torch.float32)
 
     def overwritten(self) -> list[str]:
         """Pools of which an unused row has changed."""

@@ -115,7 +115,7 @@ def verify_engines(
 
 
 def tokens_needed(engine: Engine) -> int:
-    return max(s.tokens for s in scenarios(engine.config, engine.limits))
+    return max(s.tokens for s in scenarios(engine.config, engine.limits, engine.rollback))
 
 
 def graph_stage(engine: Engine, prompts: list[list[int]]) -> StageResult:

@@ -2,12 +2,17 @@
 
 import pytest
 import torch
+from helpers.eager_bundle import mini_config
 from helpers.eager_tiny import LIMITS, model
+from helpers.faults import DraftsKept, other_rounding
 from torch import Tensor
 
 from jet_export.backends.eager import EagerEngine
+from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PackedBatch, allocate_states
+from jet_export.model.jet_nemotron import random_model
 from jet_export.utils.errors import JetExportError
+from jet_export.verify.verify import verify_engines
 
 N, PAGES = 2, 2
 
@@ -68,3 +73,12 @@ def test_verified_tokens_have_the_logits_of_plain_decoding(interval, rollback):
 def test_an_engine_without_rollback_has_no_such_call():
     with pytest.raises(JetExportError, match="no call that verifies drafts"):
         Session(4, 0).call("verify", PROMPT)
+
+
+def test_verification_has_a_stage_of_drafts_and_notices_those_that_stay():
+    mini = random_model(mini_config(), torch.float32, max_positions=128)
+    eager = EagerEngine(mini, Limits(max_batch_size=4, max_seq_len=128, prefill_chunk=64), state_interval=3, rollback=4)
+    stages = list(verify_engines(other_rounding(eager), eager))
+    assert not [f for s in stages for f in s.failures] and "verify drafts" in [s.name for s in stages]
+    faulty = [s.name for s in verify_engines(DraftsKept(eager), eager) if s.failures]
+    assert faulty and faulty[0] == "verify drafts"

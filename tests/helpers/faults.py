@@ -42,6 +42,22 @@ class StateNotCarried(FaultyEngine):
         return super().decode(input_ids, batch, states)
 
 
+class DraftsKept(FaultyEngine):
+    """Tokens of a verify call are steps like any other: what is taken back stays in the states."""
+
+    def verify(self, input_ids, batch, states):
+        logits = [torch.empty(0)] * len(input_ids)
+        for t in range(int(batch.cu_seqlens.diff().max())):
+            rows = (batch.cu_seqlens.diff() > t).nonzero()[:, 0]
+            at = batch.cu_seqlens[rows].long() + t
+            ends = torch.arange(len(rows) + 1, dtype=torch.int32)
+            part = [x[rows] for x in batch[1:]]
+            part[1] = part[1] + t
+            for i, row in zip(at.tolist(), self.decode(input_ids[at], PackedBatch(ends, *part), states), strict=True):
+                logits[i] = row
+        return torch.stack(logits)
+
+
 class SlotsSwapped(FaultyEngine):
     """Decode reads and writes the states of two sequences the wrong way round."""
 

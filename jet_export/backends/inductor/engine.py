@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jet_export.backends.base import Engine
-from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, MODES, ONE_ROW
+from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, MODES, ONE_ROW, VERIFY
 from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.model.cache import PackedBatch
 from jet_export.utils.errors import JetExportError
@@ -59,6 +59,7 @@ class InductorEngine(Engine):
         self.config, self.limits, self.device = manifest.config, manifest.limits, manifest.device
         self.dtype, self.dependent_launch = manifest.dtypes.model, manifest.dependent_launch
         self.specs = manifest.dtypes.specs(manifest.config)
+        self.state_interval, self.rollback = manifest.state_interval, manifest.rollback
         self.weights, self.graphs = weights, graphs  # kept alive: the packages hold pointers into the weights
 
     @classmethod
@@ -77,6 +78,12 @@ class InductorEngine(Engine):
     def decode(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
         return self.graphs[self.decode_mode(len(input_ids))](input_ids, *batch, *states)
 
+    @torch.inference_mode()
+    def verify(self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor]) -> Tensor:
+        if VERIFY not in self.graphs:
+            return super().verify(input_ids, batch, states)
+        return self.graphs[VERIFY](input_ids, *batch, *states)
+
     def decode_mode(self, rows: int) -> str:
         """The package that decodes so many sequences: the narrowest."""
         if rows == 1 and ONE_ROW in self.graphs:
@@ -85,6 +92,6 @@ class InductorEngine(Engine):
 
 
 def package_paths(directory: Path) -> dict[str, Path]:
-    """A bundle's packages by mode; not every one has decode_one and decode_few."""
-    paths = {mode: directory / f"{mode}.pt2" for mode in (*MODES, ONE_ROW, FEW_ROWS)}
+    """A bundle's packages by mode; not every one has decode_one, decode_few and verify."""
+    paths = {mode: directory / f"{mode}.pt2" for mode in (*MODES, ONE_ROW, FEW_ROWS, VERIFY)}
     return {mode: path for mode, path in paths.items() if mode in MODES or path.is_file()}

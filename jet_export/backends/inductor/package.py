@@ -14,25 +14,25 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from jet_export.backends.graph import EngineGraph, dynamic_shapes, example_inputs, quiet_torch
+from jet_export.backends.graph import EngineGraph, dynamic_shapes, example_inputs, form_of, quiet_torch
 from jet_export.backends.inductor.workarounds import lasting_names
-from jet_export.backends.modes import FEW_ROWS, MODES, ONE_ROW
+from jet_export.backends.modes import FEW_ROWS, MODES, ONE_ROW, VERIFY
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.kernels.common import dependent_launch
-from jet_export.kernels.form import Form
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.mode import Linears, graph_mode
 from jet_export.utils.compiler import compiler_words, find_compiler
 from jet_export.utils.errors import JetExportError
 
 
-def modes_for(device: str, decode_one: bool = True, fused: bool = False) -> tuple[str, ...]:
+def modes_for(device: str, decode_one: bool = True, fused: bool = False, verify: bool = False) -> tuple[str, ...]:
     """The packages of a bundle. On a GPU also one that decodes a single sequence: reading the weights bounds it;
-    `fused`: and one that decodes a few."""
+    `fused`: and one that decodes a few. `verify`: one that verifies drafts."""
+    modes = (*MODES, *((VERIFY,) if verify else ()))
     if device != "cuda":
-        return MODES
-    return (*MODES, *((ONE_ROW,) if decode_one else ()), *((FEW_ROWS,) if fused else ()))
+        return modes
+    return (*modes, *((ONE_ROW,) if decode_one else ()), *((FEW_ROWS,) if fused else ()))
 
 
 def export_graph(
@@ -40,8 +40,8 @@ def export_graph(
 ) -> ExportedProgram:
     """torch.export of one graph; `jet::` ops stay nodes. `fused`: those of decode_one take in what is around them."""
     args = example_inputs(model, dtypes, mode)
-    shapes = dynamic_shapes(model, limits, mode)
-    graph = EngineGraph(model, Form.MIXED if mode == "prefill" else Form.DECODE).eval()
+    shapes = dynamic_shapes(model, dtypes, limits, mode)
+    graph = EngineGraph(model, form_of(mode), dtypes.state_interval).eval()
     with torch.no_grad(), quiet_torch(), graph_mode("inductor", linears_of(mode, fused)):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 

@@ -99,7 +99,7 @@ def write_onnx(model: JetNemotronForCausalLM, directory: Path, dtypes: Dtypes, l
     model = structure_of(model, fake)
     with fake:
         args = example_inputs(model, dtypes, "prefill")
-    shapes = dynamic_shapes(model, limits, "prefill")
+    shapes = dynamic_shapes(model, dtypes, limits, "prefill")
     with torch.no_grad(), quiet_exporter():
         program = torch.export.export(OnnxGraph(model).eval(), args, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
