@@ -17,6 +17,7 @@ from helpers.faults import (
     other_rounding,
 )
 from helpers.fp8_models import to_fp8
+from helpers.short_tiny import short_tiny
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -46,8 +47,8 @@ def failures(engine, eager, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module", params=["bf16", "fp8"])
 def tiny(request) -> EagerEngine:
-    """The trained jet-tiny; in FP8 with an FP8 KV cache too."""
-    model = JetNemotronForCausalLM.from_pretrained("jet-tiny", max_positions=LIMITS.max_seq_len)
+    """A trained layer of each kind; in FP8 with an FP8 KV cache too."""
+    model = short_tiny(LIMITS.max_seq_len)
     kv = torch.bfloat16
     if request.param == "fp8":
         ids = torch.randint(4096, (2, 300), generator=torch.Generator().manual_seed(1))
@@ -76,12 +77,22 @@ def test_wrong_key_scale_is_noticed(tiny) -> None:
     assert any(f"layers.{attn}.k" in f for f in found)
 
 
-def test_other_rounding_passes(tiny) -> None:
+def assert_passes_with_other_rounding(eager: EagerEngine) -> None:
     """The MLP fused, and products summed in another order."""
-    stages = list(verify_engines(other_rounding(tiny), tiny))
+    stages = list(verify_engines(other_rounding(eager), eager))
     assert not [f for s in stages for f in s.failures]
     assert [s.name for s in stages] == list(verify.STAGES)
     assert all(max(m.max_abs for m in s.measures) > 0 for s in stages if s.measures)
+
+
+def test_other_rounding_passes(tiny) -> None:
+    assert_passes_with_other_rounding(tiny)
+
+
+def test_other_rounding_passes_in_seven_layers() -> None:
+    """All of jet-tiny in bf16; test_parity has it compiled, in FP8."""
+    model = JetNemotronForCausalLM.from_pretrained("jet-tiny", max_positions=LIMITS.max_seq_len)
+    assert_passes_with_other_rounding(EagerEngine(model, LIMITS, kv_dtype=torch.bfloat16, state_dtype=torch.float32))
 
 
 def test_other_rounding_passes_in_fp32(mini) -> None:
@@ -130,8 +141,7 @@ def test_scenarios_cross_what_they_should() -> None:
 
 def test_zeroed_states_move_the_logits_beyond_the_bound() -> None:
     """With random weights too: the published initialisation of A_log and dt_bias makes the states matter."""
-    config = JetNemotronForCausalLM.from_pretrained("jet-tiny").config
-    model = random_model(config, max_positions=LIMITS.max_seq_len)
+    model = random_model(short_tiny(LIMITS.max_seq_len).config, max_positions=LIMITS.max_seq_len)
     eager = EagerEngine(model, LIMITS, kv_dtype=torch.bfloat16, state_dtype=torch.float32)
     for s in verify_engines(StateNotCarried(eager), eager):
         if s.name in ("chunked prefill", "ragged batch", "decode", "one decode step", "one prefill step"):
