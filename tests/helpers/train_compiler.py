@@ -3,10 +3,11 @@
 `python train_compiler.py DTYPE CASE ...`, a case being a JetBlock's HxKxV, or linear_kl.
 
 Prints one JSON list of {"kernel", "shared", "scratch", "f64", "registers", "stack", "transposed"}; the last counts the
-transposes of tensors in registers. Triton's interpreter must be off.
+transposes of products' results in registers. Triton's interpreter must be off.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ class CountingTransposes(Compiling):
 
         def counting(*source: Any) -> Any:
             compiled = compile_for_sm_90(*source)
-            counts.append(compiled.asm["ttgir"].count("tt.trans "))  # ttg.memdesc_trans: of one in shared memory
+            counts.append(len(re.findall(r"tt\.trans .*: tensor<[^>]*#mma", compiled.asm["ttgir"])))
             return compiled
 
         with patch.object(kernel_compiler, "compile_for_sm_90", counting):
