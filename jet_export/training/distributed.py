@@ -57,8 +57,7 @@ class Group:
             raise JetExportError(next(said for said in self.gather(str(error) if error else None) if said))
 
     def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+        self.sum([0.0])
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def test_two_processes_have_the_losses_of_one(recipe: Recipe, whole: Path, tmp_p
     assert len(ours) == 7
     for a, b in zip(ours, log_of(whole), strict=False):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-4)
         assert a["parts"] == pytest.approx(b["parts"], rel=1e-4)
     model = load_file(tmp_path / "run/model/model.safetensors")
     assert run(short, tmp_path / "run", resume=True)
