@@ -70,8 +70,8 @@ def dynamic_conv_ref(
     ends, lens = cu_seqlens[1:].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     if R > W - 1:
         kept = ((ends[i_n] - t <= R) & (slots >= 0)[i_n]).nonzero()[:, 0]
-        at = (context_lens.long()[i_n] + position)[kept]
-        conv_state[slots.long()[i_n[kept]], at % R] = u[kept].to(conv_state.dtype)
+        row = (context_lens.long()[i_n] + position)[kept] % R
+        conv_state[slots.long()[i_n[kept]], row] = u[kept].to(conv_state.dtype)
         return v
     last = [at(rows, ends - back, lens - back) for back in range(W - 1, 0, -1)]
     scatter_state(conv_state, slots, torch.stack(last, 1))

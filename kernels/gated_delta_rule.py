@@ -161,7 +161,8 @@ def packed_gated_delta_rule_ref(
     for n in sorted(set(range(len(lens))) - set(steps)):
         tokens = slice(bounds[n], bounds[n + 1])
         # Cloned: the bits of a matrix product may depend on its operands' alignment.
-        args = *(x[None, tokens].clone() for x in (q, k, v, beta, g)), initial[n : n + 1]
+        q_n, k_n, v_n, beta_n, g_n = (x[None, tokens].clone() for x in (q, k, v, beta, g))
+        args = q_n, k_n, v_n, beta_n, g_n, initial[n : n + 1]
         one = slots[n : n + 1], context_lens[n : n + 1]
         if step_buffer is not None and state_position is not None and form == Form.VERIFY:
             o_n, _, appended = delta_rule_steps_ref(*args)

@@ -79,9 +79,9 @@ def state_specs(
             conv, state = (c.conv_size - 1 + rollback, dims.value_dim), tuple(dims)
             specs.append(StateSpec(f"layers.{i}.conv_state", i, "slots", conv, dtype))
             specs.append(StateSpec(f"layers.{i}.recurrent_state", i, "slots", state, state_dtype))
-            if rows := buffer_rows(interval, rollback):
+            if tokens := buffer_rows(interval, rollback):
                 H, K, V = dims
-                buffer = (H, rows, K + V + EXTRA)
+                buffer = (H, tokens, K + V + EXTRA)
                 specs.append(StateSpec(f"layers.{i}.step_buffer", i, "slots", buffer, torch.float32))
                 specs.append(StateSpec(f"layers.{i}.state_position", i, "slots", (H,), torch.int32))
         else:

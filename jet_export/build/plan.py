@@ -120,6 +120,12 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         check_tensors(CheckpointFiles.open(directory))
     _check_tokenizer(options, config)
     limits, warnings = _limits(options, config)
+    if dtypes.rollback > limits.prefill_chunk:
+        raise JetExportError(
+            f"--speculate {options.speculate}: a step of {dtypes.rollback} tokens a sequence, and --prefill-chunk is "
+            f"{limits.prefill_chunk}.",
+            "Windows keep no more tokens than a prefill call takes: raise --prefill-chunk, or verify fewer drafts.",
+        )
     fp8 = options.fp8 or (is_fp8_checkpoint(config) and not options.random_weights)
     if fp8 and dtypes.model != torch.bfloat16:
         raise JetExportError(f"{options.model}: an FP8 checkpoint makes a bfloat16 model.", "Leave --dtype out.")

@@ -119,6 +119,9 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     out.print(
         f"limits: {m.limits.max_batch_size} sequences x {m.limits.max_seq_len} tokens, chunk {m.limits.prefill_chunk}"
     )
+    if m.state_interval > 1 or m.rollback:
+        verified = f"up to {m.rollback - 1} drafts a step verified" if m.rollback else "no drafts verified"
+        out.print(f"recurrent states written every {m.state_interval} tokens; {verified}")
     for warning in m.warnings:
         out.print(f"warning: {warning}", markup=False)
     out.print(layer_precisions(bundle))
