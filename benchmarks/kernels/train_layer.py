@@ -42,7 +42,8 @@ class PlainBlock(torch.autograd.Function):
     def forward(ctx: Any, dims: Dims, cu_seqlens: Tensor, *tensors: Tensor) -> Tensor:
         ctx.dims, ctx.cu_seqlens = dims, cu_seqlens
         ctx.save_for_backward(*tensors)
-        return forward_torch(Block(*[*tensors, cu_seqlens, None, dims, EPS]))[0]
+        inputs: Any = (*tensors, cu_seqlens, None, dims, EPS)
+        return forward_torch(Block(*inputs))[0]
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> Any:
@@ -77,7 +78,8 @@ class JetLayer(torch.nn.Module):
         if plain:
             y = PlainBlock.apply(dims, cu_seqlens, *inputs)
         else:
-            y = jet_block_train(*[*inputs, cu_seqlens, dims.H, dims.K, dims.V, EPS])
+            args: Any = (*inputs, cu_seqlens, dims.H, dims.K, dims.V, EPS)
+            y = jet_block_train(*args)
         return F.linear(y, self.out)
 
 
@@ -98,7 +100,8 @@ def layer_errors(model: str) -> dict[str, float]:
         x.detach().requires_grad_()
         for x in layer.block_inputs(torch.randn(500, len(layer.out), device=DEVICE).bfloat16())
     ]
-    out: Any = jet_block_train(*[*inputs, cu, dims.H, dims.K, dims.V, EPS])
+    args: Any = (*inputs, cu, dims.H, dims.K, dims.V, EPS)
+    out: Any = jet_block_train(*args)
     dout = torch.randn_like(out)
     exact: Any = [x.detach().double() for x in inputs]
     block = Block(*[*exact, cu, None, dims, EPS])
