@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, find_chunk, num_chunks, rows, sequence_of_token, silu
-from jet_export.kernels.gated_delta_rule_torch import silu_gradient
+from jet_export.kernels.gated_delta_rule_torch import in_plain_torch, silu_gradient
 
 TILE = {"BT": 16, "BD": 64}  # tokens and channels a program; not measured
 
@@ -210,7 +210,7 @@ def dynamic_conv_backward_triton(u: Tensor, kappa: Tensor, cu_seqlens: Tensor, d
 @torch.library.custom_op("jet::dynamic_conv_train", mutates_args=())
 def dynamic_conv_train(u: Tensor, kappa: Tensor, cu_seqlens: Tensor) -> Tensor:
     """v [T, D] in u's dtype, of u [T, D], kappa [T, D*W] and cu_seqlens [N+1] int32; differentiable in u and kappa."""
-    if u.device.type != "cpu":
+    if not in_plain_torch(u):
         return dynamic_conv_forward_triton(rows(u), rows(kappa), cu_seqlens)
     return dynamic_conv_forward_torch(u, kappa, cu_seqlens).to(u.dtype).contiguous()
 
@@ -222,7 +222,7 @@ def _(u, kappa, cu_seqlens):
 
 @torch.library.custom_op("jet::dynamic_conv_backward", mutates_args=())
 def dynamic_conv_backward(u: Tensor, kappa: Tensor, cu_seqlens: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-    if u.device.type != "cpu":
+    if not in_plain_torch(u):
         du = u.new_empty(u.shape)
         return du, dynamic_conv_backward_triton(rows(u), rows(kappa), cu_seqlens, rows(dv), du)
     du, dkappa = dynamic_conv_backward_torch(u, kappa, cu_seqlens, dv)

@@ -37,6 +37,11 @@ L2_EPS = 1e-6
 CHUNK_SIZE = 64
 
 
+def in_plain_torch(x: Tensor) -> bool:
+    """Whether plain torch computes on x in training: on a CPU, and in fp64, for which there are no kernels."""
+    return x.device.type == "cpu" or x.dtype == torch.float64
+
+
 @dataclass(frozen=True)
 class Chunks:
     """Where packed sequences lie in chunks of C tokens; the last chunk of each sequence may be partly filled."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, rows
 from jet_export.kernels.gated_delta_rule_backward import Inputs, delta_rule_backward_triton
-from jet_export.kernels.gated_delta_rule_torch import delta_rule_backward, delta_rule_forward
+from jet_export.kernels.gated_delta_rule_torch import delta_rule_backward, delta_rule_forward, in_plain_torch
 from jet_export.kernels.gated_delta_rule_train_chunk import prepare, scan
 from jet_export.utils.errors import JetExportError
 
@@ -81,7 +81,7 @@ def gated_delta_rule_op(
     initial_state: Tensor | None,
     l2: bool,
 ) -> tuple[Tensor, Tensor]:
-    if q.device.type != "cpu":
+    if not in_plain_torch(q):
         return rule_forward_triton(q, k, v, beta, g, cu_seqlens, initial_state, l2)
     check_bounds(cu_seqlens, len(q), "gated_delta_rule_train")
     rule = delta_rule_forward(q, k, v, beta, g, cu_seqlens, initial_state, l2=l2)
@@ -107,7 +107,7 @@ def gated_delta_rule_backward(
     do: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if q.device.type != "cpu":
+    if not in_plain_torch(q):
         return rule_backward_triton(q, k, v, beta, g, cu_seqlens, initial_state, l2, do, d_final)
     rule = delta_rule_forward(q, k, v, beta, g, cu_seqlens, initial_state, l2=l2)
     d = delta_rule_backward(rule, q, k, do, d_final, l2=l2)
@@ -159,6 +159,8 @@ def gated_delta_rule_train(
             f"gated_delta_rule_train: {shapes}.",
             "q, k: [T, H, K]; v: [T, H, V]; beta, g: [T, H]; without a batch axis.",
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise JetExportError(f"gated_delta_rule_train: q, k and v are {q.dtype}, {k.dtype}, {v.dtype}.", "One dtype.")
     state = (cu_seqlens.shape[0] - 1, H, K, v.shape[2])
     if initial_state is not None and initial_state.shape != state:
         raise JetExportError(

@@ -22,6 +22,7 @@ from torch import Tensor
 from jet_export.kernels.common import dot_precision, find_chunk, num_chunks, sequence_bounds, silu
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.gated_delta_rule_chunk import load_tile, unit_lower_inverse
+from jet_export.utils.errors import JetExportError
 
 
 @triton.jit
@@ -184,6 +185,10 @@ def prepare(
 ) -> Operands:
     """Launches the kernel. Rows of q and k are contiguous, with any stride between them."""
     (T, H, K), N = q.shape, cu_seqlens.shape[0] - 1
+    if K > 256:
+        raise JetExportError(
+            f"The gated delta rule's kernels train heads of K up to 256, not {K}.", "Use smaller heads."
+        )
     use, scan = blocks(q.dtype, K)
     BT, BK = use.pop("BT"), use.pop("BK")
     dims = {"H": H, "K": K, "BT": BT, "BK": BK, "PRECISION": dot_precision(q.dtype)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from jet_export.kernels import jet_block_backward as passes
 from jet_export.kernels.common import acc_dtype
 from jet_export.kernels.dynamic_conv_backward import dynamic_conv_train
+from jet_export.kernels.gated_delta_rule_torch import in_plain_torch
 from jet_export.kernels.gated_delta_rule_train import check_bounds, gated_delta_rule_train
 from jet_export.kernels.jet_block_backward import Block, Dims
 from jet_export.utils.errors import JetExportError
@@ -38,7 +39,7 @@ def jet_block_op(
 ) -> tuple[Tensor, Tensor]:
     dims = Dims(num_heads, head_k_dim, head_v_dim)
     block = Block(qkuz, ba, kappa, A_log, dt_bias, w_o, cu_seqlens, initial_state, dims, norm_eps)
-    if qkuz.device.type != "cpu":
+    if not in_plain_torch(qkuz):
         return passes.forward_triton(block)
     check_bounds(cu_seqlens, len(qkuz), "jet_block_train")
     return passes.forward_torch(block)
@@ -69,7 +70,7 @@ def jet_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dims = Dims(num_heads, head_k_dim, head_v_dim)
     block = Block(qkuz, ba, kappa, A_log, dt_bias, w_o, cu_seqlens, initial_state, dims, norm_eps)
-    backward = passes.backward_torch if qkuz.device.type == "cpu" else passes.backward_triton
+    backward = passes.backward_torch if in_plain_torch(qkuz) else passes.backward_triton
     return backward(block, dout, d_final)
 
 

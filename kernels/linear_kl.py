@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, fp32
+from jet_export.kernels.gated_delta_rule_torch import in_plain_torch
 from jet_export.utils.errors import JetExportError
 
 IGNORED = -100
@@ -159,7 +160,7 @@ def linear_kl_op(
     for i in range(0, x.shape[0], chunk):
         rows = slice(i, i + chunk)
         z, z_teacher = x[rows] @ w.t(), x_teacher[rows] @ w_teacher.t()
-        if x.device.type == "cpu":
+        if in_plain_torch(x):
             kl_i, ce_i, dz = kl_rows_torch(z, z_teacher, labels[rows], scales, temperature)
             dz = dz.to(x.dtype)
         else:

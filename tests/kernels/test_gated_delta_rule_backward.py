@@ -177,6 +177,10 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         gated_delta_rule_train(tokens[0], tokens[1], tokens[2][:5], tokens[3], tokens[4], cu)
     with pytest.raises(JetExportError, match=r"It is \[N, H, K, V\], here \(2, 2, 8, 4\)"):
         trained([*tokens, state[:1]], cu)
+    with pytest.raises(JetExportError, match=r"q, k and v are torch.float64, torch.float64, torch.float32"):
+        trained([*tokens[:2], tokens[2].float(), *tokens[3:], state], cu)
+    with pytest.raises(JetExportError, match="heads of K up to 256, not 272"):
+        rule_forward_triton(*[*inputs([3], 1, 272, 4, torch.float32)[0][:5], cu[:2], None, True])
 
 
 @pytest.mark.parametrize(
