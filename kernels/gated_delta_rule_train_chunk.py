@@ -159,7 +159,7 @@ class Operands:
 def blocks(dtype: torch.dtype, head_k_dim: int) -> tuple[dict[str, int], dict[str, int]]:
     """BT, BK and launch options of the prepare kernel, which are those of inference, and the options of the scans.
 
-    The scans' are not measured: they are those with which neither scan spills more than 32 bytes on SM 9.0, and three
+    The scans' are not measured: they are those with which neither scan spills more than 48 bytes on SM 9.0, and three
     stages where they fit, since with two a load waits for its use."""
     prepare = lookup("delta_rule_prepare", dtype=dtype, head_k_dim=head_k_dim)
     if dtype == torch.float32:

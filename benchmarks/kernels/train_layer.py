@@ -1,6 +1,6 @@
 """Training speed of one JetBlock layer, forward and backward, and of the distillation loss, on this GPU.
 
-    python benchmarks/kernels/train_layer.py [--models 2b,4b] [--parts layer,loss] [--tokens 4096] [--output FILE]
+    python benchmarks/kernels/train_layer.py [--models 2b,4b] [--parts layer,loss] [--tokens 4096] [--no-fla]
 
 `layer`: projections, JetBlock and output projection on --tokens packed tokens of one sequence and of four, beside FLA's
 GatedDeltaNet layer of the same heads (with its short convolutions; where FLA refuses its backward pass, its words are
@@ -12,6 +12,7 @@ large bf16 product of this process.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -152,7 +153,7 @@ def rows_of(variants: dict[str, Callable[[], Any]], tokens: int, repeats: int = 
     return rows
 
 
-def layer_speed(model: str, tokens: int, sequences: int, flops: float) -> dict[str, Any]:
+def layer_speed(model: str, tokens: int, sequences: int, flops: float, with_fla: bool) -> dict[str, Any]:
     layer = JetLayer(model)
     x = torch.randn(tokens, len(layer.out), device=DEVICE).bfloat16().requires_grad_()
     cu = bounds([tokens // sequences] * sequences)
@@ -162,7 +163,7 @@ def layer_speed(model: str, tokens: int, sequences: int, flops: float) -> dict[s
         "plain torch": backward_of(partial(layer, x, cu, True), weights),
     }
     batch = x.detach().view(sequences, -1, x.shape[1]).requires_grad_()
-    fla, why_not = fla_layer(model, batch)
+    fla, why_not = fla_layer(model, batch) if with_fla else (None, "not asked for")
     if fla is not None:
         variants["fla"] = fla
     products = sum(w.numel() for w in layer.parameters() if w.dim() == 2)
@@ -202,6 +203,9 @@ def main() -> int:
     parser.add_argument("--models", default="2b")
     parser.add_argument("--parts", default="layer,loss")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument(
+        "--fla", action=argparse.BooleanOptionalAction, default=True, help="its autotuning takes minutes"
+    )
     options = parser.parse_args()
     if lacks_gpu("train_layer.py"):
         return 2
@@ -217,7 +221,7 @@ def main() -> int:
     result["matmul_flops"] = flops = timer.matmul_speed(torch.bfloat16)
     for model in models:
         for sequences in (1, 4) if "layer" in parts else ():
-            result["layers"].append(row := layer_speed(model, options.tokens, sequences, flops))
+            result["layers"].append(row := layer_speed(model, options.tokens, sequences, flops, options.fla))
             show(f"layer {model}, {sequences} x {options.tokens // sequences} (fla: {row['fla']})", row)
             write_result(output_of(options), result)
         if "loss" in parts:

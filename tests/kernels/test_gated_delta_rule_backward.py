@@ -202,8 +202,9 @@ def test_kernels_fit_sm_90(cases: list[str]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("H, K, V", [*PAPER, (16, 128, 256)])
+@pytest.mark.parametrize(
+    "H, K, V, dtype", [*((*shape, torch.bfloat16) for shape in PAPER), (16, 128, 256, torch.float16)], ids=str
+)
 def test_every_shape_is_as_good_as_the_rounded_chunk_form_and_repeats(
     H: int, K: int, V: int, dtype: torch.dtype
 ) -> None:
