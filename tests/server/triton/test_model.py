@@ -216,6 +216,8 @@ def test_metrics_follow_the_engines(model) -> None:
 def test_serving_options_are_read_from_the_configuration() -> None:
     parameters = {"bundle": "x", "slots": "3", "wait_timeout": "2.5"}
     assert triton.serving_options(parameters) == Serving(slots=3, wait_timeout=2.5)
+    drafted = triton.serving_options({"speculate": '"lookup"', "drafts": "4"})
+    assert drafted == Serving(speculate="lookup", drafts=4)
     with pytest.raises(JetExportError, match=r"config.pbtxt: .*is not a number"):
         triton.serving_options({"slots": "many"})
 
