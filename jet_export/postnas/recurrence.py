@@ -75,16 +75,16 @@ def linear_recurrence(
         c_in, b_out = cs * (G - step).exp(), bs * out
         system = torch.eye(chunk_size, dtype=acc, device=q.device) - c_b
     N, (_, H, K), V = len(cu_seqlens) - 1, q.shape, v.shape[2]
-    state = [torch.zeros(H, K, V, dtype=acc, device=q.device)] * N
-    o: list[Tensor] = [vs.new_empty(0)] * len(vs)
-    for sequences, places in chunks.steps:
-        i = places
-        S = torch.stack([state[n] for n in sequences.tolist()])
+    state = torch.zeros(N, H, K, V, dtype=acc, device=q.device)
+    o: list[Tensor] = []
+    for sequences, i in chunks.steps:
+        S = state[sequences]
         o_i = q_in[i] @ S + q_k[i] @ vs[i]
         new = last[i] * S + k_out[i].mT @ vs[i]
         if erases:
             r = torch.linalg.solve_triangular(system[i], c_in[i] @ S + c_k[i] @ vs[i], upper=False, unitriangular=True)
             o_i, new = o_i + q_b[i] @ r, new + b_out[i].mT @ r
-        for n, place, one, s in zip(sequences.tolist(), places.tolist(), o_i, new, strict=True):
-            o[place], state[n] = one, s
-    return chunks.unpack(torch.stack(o), len(q))
+        o.append(o_i)
+        state = state.index_put((sequences,), new)
+    order = torch.cat([i for _, i in chunks.steps]).argsort()
+    return chunks.unpack(torch.cat(o)[order], len(q))

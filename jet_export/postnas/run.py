@@ -56,21 +56,25 @@ def run_postnas(
                 make_toy_teacher(output / TEACHER, recipe.training.seed)
         group.barrier()
         session = Session(made, group, output, output, device, stop, say)
+        done = 0
         try:
             for step in steps:
-                run_step(session, step)
+                done += run_step(session, step)
         except Stopped:
             say("stopped; --resume goes on")
             return False
+        finally:
+            if group.first and done:
+                write_atomically(output / REPORT, report(results_of(output), environment()))
     return True
 
 
-def run_step(session: Session, step: str) -> None:
-    """Raises Stopped, and JetExportError as `run_postnas`."""
+def run_step(session: Session, step: str) -> bool:
+    """Whether there was something to do. Raises Stopped, and JetExportError as `run_postnas`."""
     output, group = session.output, session.group
     if (output / step / RESULT).exists():
         session.say(f"{step}: is there")
-        return
+        return False
     session.say(f"{step}: begins" if not (output / f".{step}").exists() else f"{step}: goes on")
     session.directory = output / f".{step}"
     group.barrier()
@@ -82,8 +86,8 @@ def run_step(session: Session, step: str) -> None:
     if group.first:
         write_atomically(session.directory / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
         replace_directory(session.directory, output / step)
-        write_atomically(output / REPORT, report(results_of(output), environment()))
     group.barrier()
+    return True
 
 
 def results_of(output: Path) -> dict[str, dict[str, Any]]:

@@ -38,11 +38,11 @@ def recipe(toy: PostnasRecipe) -> PostnasRecipe:
     data = replace(training.data, sequence_length=48)
     return replace(
         toy,
-        training=replace(training, stage=stage, data=data),
+        training=replace(training, stage=stage, data=data, run=replace(training.run, log_every=1)),
         task=tuple(replace(t, items=2, length=96) for t in toy.task),
         placement=replace(toy.placement, steps=4),
         block=replace(toy.block, feature_steps=2, logits_steps=1),
-        design=replace(toy.design, feature_steps=2, logits_steps=1),
+        design=replace(toy.design, variants=("static v",), feature_steps=2, logits_steps=1),
         shapes=replace(toy.shapes, feature_steps=1, logits_steps=1),
     )
 
