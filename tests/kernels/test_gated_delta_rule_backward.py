@@ -97,6 +97,16 @@ def test_split_with_carried_state_is_whole_with_its_gradients(at: int) -> None:
         assert relative_error(a, b) < 1e-11
 
 
+def test_an_empty_sequence_hands_its_state_on() -> None:
+    leaves, _, d = inputs([3, 4], 2, 8, 4)
+    cu = torch.tensor([0, 0, 7], dtype=torch.int32)
+    leaves[5].requires_grad_()
+    o, final = trained(leaves, cu)
+    assert torch.equal(final[0], leaves[5][0]) and o.isfinite().all()
+    (d_initial,) = torch.autograd.grad((o, final), leaves[5], d)
+    assert torch.equal(d_initial[0], d[1][0])
+
+
 def test_without_decay_it_is_the_delta_rule() -> None:
     leaves, cu, _ = inputs([5, 70], 2, 16, 8)
     q, k, v, beta, g, _ = leaves
