@@ -23,6 +23,7 @@ from torch import Tensor
 
 from jet_export.kernels.attention_decode import attention_decode_triton
 from jet_export.kernels.attention_prefill import attention_prefill_triton
+from jet_export.kernels.attention_verify import attention_verify_triton
 from jet_export.kernels.form import Form
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
@@ -152,12 +153,16 @@ def attention_triton(
     v_scale: float,
     form: int,
 ) -> Tensor:
-    """Launches the kernels: those of decode, of prefill, or both. Arguments as `attention_ref`, and `form.Form`."""
+    """Launches the kernels of the form, those of MIXED being prefill's and decode's.
+
+    Arguments as `attention_ref`, and `form.Form`."""
     inputs = qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens
     sizes = num_heads, num_kv_heads, head_dim, window, k_scale, v_scale
     form = Form(int(form))  # may be symbolic in a dynamic torch.compile
     if form is Form.DECODE:
         return attention_decode_triton(*inputs, *sizes)
+    if form is Form.VERIFY:
+        return attention_verify_triton(*inputs, *sizes)
     o = attention_prefill_triton(*inputs, *sizes, mixed=form is Form.MIXED)
     return attention_decode_triton(*inputs, *sizes, out=o) if form is Form.MIXED else o
 

@@ -149,14 +149,14 @@ def compile_attention(cache: str, head_dim: str, window: str) -> list[dict[str, 
     import torch
 
     from helpers.paged import make_case
-    from jet_export.kernels import attention_decode, attention_prefill, rope_append
+    from jet_export.kernels import attention_decode, attention_prefill, attention_verify, rope_append
 
     cache_dtype = getattr(torch, cache)
     dtype = torch.bfloat16 if cache_dtype == torch.float8_e4m3fn else cache_dtype
     case = make_case([1, 1], [0, 9], (12, 2), int(head_dim), 128, dtype, cache_dtype, window=int(window))
-    compiling = compiling_in(attention_decode, attention_prefill, rope_append)
-    case.run("prefill", small=False)
-    case.run("decode", small=False)
+    compiling = compiling_in(attention_decode, attention_prefill, attention_verify, rope_append)
+    for form in ("prefill", "decode", "verify"):
+        case.run(form, small=False)
     return compiling.report
 
 

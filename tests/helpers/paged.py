@@ -10,6 +10,7 @@ from torch import Tensor
 from jet_export.kernels.attention import attention_ref, quantize_ref, rope_ref
 from jet_export.kernels.attention_decode import DecodeConfig, attention_decode_triton
 from jet_export.kernels.attention_prefill import PrefillConfig, attention_prefill_triton
+from jet_export.kernels.attention_verify import attention_verify_triton
 from jet_export.kernels.form import Form
 
 FP8 = torch.float8_e4m3fn
@@ -53,6 +54,8 @@ class Case:
         tiles: tuple[Any, Any] = None, None
         if small:
             tiles = PrefillConfig(32, min(page, 16), 4, 1), DecodeConfig(min(page, 16), 4, 1, 1)
+        if form == "verify":
+            return attention_verify_triton(*args, config=tiles[1]).cpu(), args[2].cpu()
         o = None
         if form != "decode":
             o = prefill(*args, config=tiles[0], mixed=form == "mixed")

@@ -34,6 +34,23 @@ def assert_kernel_is_reference(c: Case, form: str) -> None:
         assert torch.allclose(cache, expected_cache, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "options", [{"heads": (6, 1)}, {"window": 20}, {"cache_dtype": FP8, "k_scale": 0.02, "v_scale": 0.5}], ids=str
+)
+def test_verification_is_the_reference(options):
+    """From no tokens held on, up to 16 a sequence, over several splits."""
+    assert_kernel_is_reference(poison(make_case([3, 1, 16], [0, 5, 40], **options)), "verify")
+
+
+def test_padding_rows_of_a_verification_are_inert():
+    c = make_case([20, 2], [0, 30])  # the padding row takes more tokens than any other may have
+    c = poison(replace(c, slots=torch.tensor([-1, 0], dtype=torch.int32)))
+    o, cache = c.run("verify", DEVICE)
+    alone, _ = pick(c, [1]).run("verify", DEVICE)
+    assert not o[:20].any() and relative_error(o[20:], alone) < 1e-6
+    assert torch.equal(cache[c.block_table[0].long()].isnan(), c.kv_cache[c.block_table[0].long()].isnan())
+
+
 @pytest.mark.parametrize("window", [0, 1, 20])
 @pytest.mark.parametrize("form, lens, context", [("prefill", *RAGGED), ("prefill", *DECODE), ("decode", *DECODE)])
 def test_kernel_is_reference(form, lens, context, window):
@@ -152,7 +169,7 @@ def test_kernels_fit_sm_90():
     """Compiled ahead of time with the configurations in use: shared memory fits, no global scratch, few spills."""
     cases = ["bfloat16-128-1152", "float8_e4m3fn-128-0", "bfloat16-256-0", "float32-64-0"]
     report = compile_report(cases)
-    assert len(report) == 4 * len(cases)  # append, prefill, decode, combine
+    assert len(report) == 7 * len(cases)  # append, prefill; decode, combine; append, verify, combine
     for kernel in report:
         assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == kernel["f64"] == 0, kernel
         assert kernel["stack"] <= 128, kernel
