@@ -51,7 +51,7 @@ class StateCopies:
         self.slots = [pool.unbind() for pool in by_kind["slots"]]
         self.windows = [pool.unbind() for pool in by_kind["window_pages"]]
         per_page = [pool.shape[1] for pool in by_kind["window_pages"]]
-        self.sizes = [pool.shape[1] for pool in by_kind["slots"]]
+        self.sizes = [words(pool[:1].nbytes) for pool in by_kind["slots"]]
         self.sizes += [n for n in per_page for _ in range(most_window_pages(engine.config))]
         self.row_words = sum(self.sizes)
         self.rows = torch.empty(rows, self.row_words, dtype=torch.int64, device=self.device)
@@ -117,7 +117,8 @@ class StateCopies:
     def _pairs(self, request: Request, parts: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """The states of a request that holds `request.held` tokens, and the parts of a row that belong to each."""
         states, n = [pool[request.slot] for pool in self.slots], len(self.slots)
-        mine, most, ring = list(parts[:n]), most_window_pages(self.config), self.runner.window_block_table.shape[1]
+        most, ring = most_window_pages(self.config), self.runner.window_block_table.shape[1]
+        mine = [part.view(x.dtype)[: len(x)] for x, part in zip(states, parts, strict=False)]
         window = [request.window_pages[j % ring] for j in window_range(self.config, request.held)]
         for i, pool in enumerate(self.windows):
             states += [pool[page] for page in window]
@@ -162,5 +163,7 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def as_words(pool: Tensor) -> Tensor:
-    """[rows, *shape] of any dtype -> [rows, words] int64, the same memory."""
-    return pool.view(torch.uint8).view(len(pool), -1).view(torch.int64)
+    """[rows, *shape] of any dtype -> [rows, words] int64, the same memory; int32 where a row has half a word too much,
+    as positions of an odd number of heads do."""
+    flat = pool.view(torch.uint8).view(len(pool), -1)
+    return flat.view(torch.int64 if flat.shape[1] % WORD == 0 else torch.int32)

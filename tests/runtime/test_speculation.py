@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.batching import require_placeless_rows, tokens
-from helpers.eager_bundle import eager_engine
+from helpers.eager_bundle import eager_engine, mini_config
 
 from jet_export.backends.eager import EagerEngine
 from jet_export.bundle.limits import Limits
 from jet_export.model.cache import PAGE
+from jet_export.model.jet_nemotron import random_model
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.draft_model import DraftModel
@@ -208,6 +209,35 @@ def test_a_turn_is_cached_with_the_tokens_that_it_has(engine) -> None:
         finish(one)
         outcomes.append((first.tokens, turn.tokens, turn.cached_tokens))
     assert outcomes[0] == outcomes[1] and outcomes[0][2] == len(REPEATS) + 22
+
+
+def test_states_of_an_odd_number_of_heads_are_cached_and_preempted(device) -> None:
+    """Their rows are no whole 64-bit words."""
+    jet = {
+        "conv_size": 4,
+        "dconv_generator_reduction": 8,
+        "expand_v": 2,
+        "head_dim": 32,
+        "norm_eps": 1e-5,
+        "num_heads": 3,
+    }
+    swa = {"window_size": 24}
+    config = mini_config(efficient_attention_config={"jet": {**jet, "mode": "chunk"}, "swa": swa})
+    model = random_model(config, torch.float32, device, max_positions=LIMITS.max_seq_len)
+    odd = EagerEngine(model, LIMITS, rollback=MOST + 1)
+    assert any(spec.row_bytes % 8 for spec in odd.specs)
+    one = batching(odd, LookupProposer(), prefix_cache_bytes=1 << 22, kv_tokens=3 * PAGE, host_cache_bytes=1 << 26)
+    alone = batching(odd, None)
+    asked = [(tokens(PAGE - 3 * i, i), hot(i, 12)) for i in range(2)]
+    asked.append((tokens(20, 7), Params(6)))
+    results = []
+    for made in (one, alone):
+        running = [ask(made, *case)[0] for case in asked]
+        finish(made)
+        turn, _ = ask(made, [*asked[2][0], *running[2].tokens, 5], hot(1, 6))
+        finish(made)
+        results.append([s.tokens for s in (*running, turn)])
+    assert results[0] == results[1] and one.metrics.prefix_hits > 0
 
 
 @pytest.mark.parametrize(("deterministic", "host"), [(False, 1 << 26), (True, 0)], ids=["kept", "recomputed"])
