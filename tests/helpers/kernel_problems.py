@@ -23,6 +23,7 @@ from jet_export.kernels.gated_delta_rule import gated_delta_rule_triton, packed_
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 from jet_export.kernels.gemv import gemv_ref, gemv_triton
 from jet_export.kernels.jet_block import jet_block_ref, jet_block_triton
+from jet_export.kernels.state_layout import EXTRA
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16
@@ -81,6 +82,13 @@ def over_inputs(op: Callable[..., Tensor], *rest: Any, first: int | None = None)
     return lambda inputs: op(*list(inputs.values())[:first], *rest)
 
 
+def with_buffer(
+    op: Callable[..., Tensor], first: int, sizes: tuple[Any, ...], interval: tuple[int, ...]
+) -> Callable[[Inputs], Tensor]:
+    """op of the `first` inputs, `sizes`, the inputs behind them (a step buffer's pools), and the interval."""
+    return lambda inputs: op(*list(inputs.values())[:first], *sizes, *list(inputs.values())[first:], *interval)
+
+
 def raw(x: Tensor) -> Tensor:
     """Indexing is not implemented for FP8: its bytes."""
     return x.view(torch.uint8) if x.dtype == FP8 else x
@@ -96,6 +104,8 @@ def shape_of(form: Form, large: bool) -> tuple[list[int], list[int]]:
         return ([1, 1, 5, 1], [40, 4, 5, 0]) if not large else ([1, 1, 300, 1], [700, 4, 383, 0])
     if form == Form.DECODE:
         return [1, 1, 1, 1], [5, 4, 0, 40 if not large else 700]
+    if form == Form.VERIFY:
+        return [1, 2, 3, 5], [5, 4, 0, 40 if not large else 700]
     return ([1, 2, 5, 18], [5, 4, 0, 3]) if not large else ([1, 2, 65, 300], [5, 4, 0, 383])
 
 
@@ -124,18 +134,26 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
             "A_log": torch.empty(H).uniform_(0.1, 8, generator=rng).log().to(device),
             "dt_bias": rand(H, dtype=torch.float32) - 3,
             "w_o": 1 + 0.1 * rand(V),
-            "conv_state": poison_unowned(rand(N + 2, W - 1, D), slots),
+            "conv_state": poison_unowned(rand(N + 2, W - 1 + (5 if form == Form.VERIFY else 0), D), slots),
             "recurrent_state": poison_unowned(rand(N + 2, H, K, V, dtype=state), slots),
             **common,
         }
         name = form.name.lower()
+        # The last inputs of a VERIFY call: some sequences' buffers are full, others' are not.
+        held: Inputs = {}
+        if form == Form.VERIFY:
+            positions = torch.tensor([n % 3 + 3 for n in range(N + 2)], dtype=torch.int32, device=device)
+            positions[2] = max(context) - 2
+            buffer = poison_unowned(rand(N + 2, H, 8, K + V + EXTRA, dtype=torch.float32) * 0.1, slots)
+            held = {"step_buffer": buffer, "state_position": positions[:, None].repeat(1, H)}
+        interval = (2,) if held else ()
         yield Problem(
             f"jet_block {name}",
-            block,
-            launch=over_inputs(jet_block_triton, H, K, V, 1e-5, form),
-            reference=over_inputs(jet_block_ref, H, K, V, 1e-5, form),
+            block | held,
+            launch=with_buffer(jet_block_triton, len(block), (H, K, V, 1e-5, form), interval),
+            reference=with_buffer(jet_block_ref, len(block), (H, K, V, 1e-5, form), interval),
             tokens=("qkuz", "ba", "kappa"),
-            slots=("conv_state", "recurrent_state"),
+            slots=("conv_state", "recurrent_state", *held),
         )
         rule = {
             "q": rand(T, H, K),
@@ -148,11 +166,11 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
         }
         yield Problem(
             f"gated_delta_rule {name}",
-            rule,
-            over_inputs(gated_delta_rule_triton, form),
-            over_inputs(packed_gated_delta_rule_ref, form),
+            rule | held,
+            with_buffer(gated_delta_rule_triton, len(rule), (form,), interval),
+            with_buffer(packed_gated_delta_rule_ref, len(rule), (form,), interval),
             ("q", "k", "v", "beta", "g"),
-            ("recurrent_state",),
+            ("recurrent_state", *held),
         )
         if form != Form.PREFILL:
             continue
