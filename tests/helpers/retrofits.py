@@ -11,6 +11,7 @@ from jet_export.training.model import TrainingModel
 from jet_export.training.recipe import Recipe
 from jet_export.training.student import load_teacher, new_student, open_teacher, student_config
 
+VOCAB = 257  # of the toy teacher: bytes, and the end of a text
 ALONE = Group(0, 1, torch.device("cpu"), None)
 
 

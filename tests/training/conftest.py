@@ -1,14 +1,14 @@
-"""A toy teacher with jet-tiny's tokenizer, and text to train on."""
+"""A toy teacher whose tokens are bytes, and a recipe for it."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.retrofits import VOCAB
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.hub import JET_TINY_DIR
 from jet_export.model.jet_nemotron import random_model
 from jet_export.training.recipe import (
     CheckpointRecipe,
@@ -24,7 +24,7 @@ from jet_export.utils.files import DATA
 
 TEACHER = JetNemotronConfig(
     hidden_size=32, intermediate_size=48, layer_types=("attn",) * 3, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, jet_num_heads=1, head_k_dim=16, expand_v=2.0, vocab_size=4096, max_position_embeddings=256,
+    head_dim=16, jet_num_heads=1, head_k_dim=16, expand_v=2.0, vocab_size=VOCAB, max_position_embeddings=256,
     rope_theta=1e4, bos_token_id=0, eos_token_id=0, model_type="qwen2",
 )  # fmt: skip
 
@@ -34,8 +34,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 directory of three layers."""
     directory = tmp_path_factory.mktemp("teacher")
     random_model(TEACHER, torch.bfloat16, seed=1).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(JET_TINY_DIR / name, directory / name)
+    letters = {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({"<|endoftext|>": 0, **letters}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 
 

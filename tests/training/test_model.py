@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.compare import relative_error
-from helpers.retrofits import ALONE, models, rows_of
+from helpers.retrofits import ALONE, VOCAB, models, rows_of
 from torch import Tensor
 
 from jet_export.model.config import JetNemotronConfig
@@ -23,7 +23,7 @@ HYBRID = JetNemotronConfig(
     max_position_embeddings=256, rope_theta=1e4, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 
-ROWS = rows_of([[40, 24], [64], [3, 61], [20, 20, 24]], 4096)
+ROWS = rows_of([[40, 24], [64], [3, 61], [20, 20, 24]], VOCAB)
 
 
 def weight(model: TrainingModel, name: str) -> Tensor:
@@ -49,7 +49,7 @@ def test_packed_logits_are_the_inference_models_one_by_one(qwen3: bool) -> None:
 def test_a_student_is_its_teacher_where_nothing_is_replaced(recipe: Recipe) -> None:
     same = replace(recipe, student=replace(recipe.student, layers="aaa"))
     student, teacher = models(same)
-    batch = Batch.of(rows_of([[40, 24]], 4096))
+    batch = Batch.of(rows_of([[40, 24]], VOCAB))
     with torch.no_grad():
         assert torch.equal(student(batch, TrainingModel.logits), teacher(batch, TrainingModel.logits))
 
@@ -71,7 +71,7 @@ def test_gradients_reach_the_parts_that_train_and_no_others(recipe: Recipe, part
     student, teacher = models(recipe)
     trained = set_trainable(student, parts)
     objective = LogitsObjective(student, teacher, StageRecipe(ce_weight=1.0))
-    backward(objective, rows_of([[40, 24], [64]], 4096), 1, ALONE)
+    backward(objective, rows_of([[40, 24], [64]], VOCAB), 1, ALONE)
     for name, p in student.named_parameters():
         if name in trained:
             assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -105,7 +105,7 @@ def test_micro_batches_and_checkpointing_leave_the_gradients(recipe: Recipe, fea
 def test_features_are_matched_layer_by_layer_on_the_teachers_inputs(recipe: Recipe) -> None:
     student, teacher = models(replace(recipe, student=replace(recipe.student, layers="jaj")))
     set_trainable(student, ("jet",))
-    rows = rows_of([[40, 24]], 4096)
+    rows = rows_of([[40, 24]], VOCAB)
     loss = backward(FeatureObjective(student, teacher), rows, 1, ALONE)
     batch = Batch.of(rows)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_a_student_that_is_its_teacher_has_no_divergence(recipe: Recipe) -> None
     _, teacher = models(recipe)
     stage = StageRecipe(ce_weight=1.0)
     loss = backward(
-        LogitsObjective(copy.deepcopy(teacher).requires_grad_(), teacher, stage), rows_of([[64]], 4096), 1, ALONE
+        LogitsObjective(copy.deepcopy(teacher).requires_grad_(), teacher, stage), rows_of([[64]], VOCAB), 1, ALONE
     )
     assert abs(loss.parts["kl"]) < 1e-5
     assert loss.loss == pytest.approx(loss.parts["kl"] + loss.parts["ce"])

@@ -130,5 +130,5 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher: Path, tmp_path: Path) -
     shutil.copyfile(teacher / "tokenizer.json", other / "tokenizer.json")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
-    assert "its largest token is 4095, and the teacher's vocabulary has 100" in refused(other, tmp_path, *common)
+    assert "its largest token is 256, and the teacher's vocabulary has 100" in refused(other, tmp_path, *common)
     assert "data.sequence_length is 4096" in refused(teacher, tmp_path, "--student-layers", "jaa")

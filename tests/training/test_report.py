@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.retrofits import models
+from helpers.retrofits import VOCAB, models
 
 from jet_export.training.flops import flops_per_token
 from jet_export.training.recipe import Recipe, StageRecipe
@@ -49,7 +49,7 @@ def test_flops_count_each_product(recipe: Recipe, loss: str) -> None:
     linear = {n: p.numel() for n, p in student.named_parameters() if n.endswith("proj.weight") or "w2.weight" in n}
     jet = sum(n for name, n in linear.items() if name.startswith("layers.0.self_attn"))
     theirs = sum(p.numel() for n, p in teacher.named_parameters() if n.endswith("proj.weight"))
-    head = 4096 * 32
+    head = VOCAB * 32
     found = flops_per_token(student, teacher, StageRecipe(loss=loss))
     if loss == "features":  # teacher's layers; JetBlocks forward, and backward into their weights
         assert found == 2 * (theirs + 2 * jet)
