@@ -88,7 +88,12 @@ def main() -> None:
         recipe = replace(recipe, training=replace(recipe.training, teacher=str(args.run / "teacher")))
     args.output.mkdir(parents=True, exist_ok=True)
     with pieces(args.minutes), processes(args.device) as group, stop_at_signals() as stop:
-        session = Session(recipe, group, args.run, args.output, args.device, stop, print if group.first else str)
+
+        def say(line: str) -> None:
+            if group.first:
+                print(line, flush=True)
+
+        session = Session(recipe, group, args.run, args.output, args.device, stop, say)
         try:
             truth: dict[str, Any] = {"correlations": correlations(session, args.run)}
             truth |= {"placements": learned_and_uniform(session, args.seeds)}

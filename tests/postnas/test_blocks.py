@@ -1,7 +1,9 @@
 """Blocks and designs: sequences apart, causal, trained everywhere; equal to the JetBlock where they say so."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,13 @@ from jet_export.training.data.rows import Batch
 from jet_export.training.layer import jet_block
 
 SIZES = Sizes(hidden=24, dims=JetDims(2, 16, 32), conv_size=4, reduction=8, norm_eps=1e-5)
-MAKES = {**MIXERS, **{f"design: {n}": partial(DesignedBlock, design=d) for n, d in DESIGNS.items()}}
+MAKES: dict[str, Callable[[Sizes], Mixer]] = {
+    **MIXERS,
+    **{f"design: {n}": partial(DesignedBlock, design=d) for n, d in DESIGNS.items()},
+}
 
 
-def made(name: str, seed: int = 0) -> Mixer:
+def made(name: str, seed: int = 0) -> Any:
     mixer = MAKES[name](SIZES)
     init_mixer(mixer, seed)
     for p in mixer.parameters():  # away from values at which a part has no effect
@@ -90,7 +95,7 @@ def test_mixers_are_drawn_from_seed_and_layer(recipe, teacher_directory) -> None
     from helpers.retrofits import models
 
     made = replace(recipe, training=replace(recipe.training, teacher=str(teacher_directory)))
-    drawn = [
+    drawn: list[Any] = [
         replace_mixers(models(made.student("jaj", made.training.stage[:1]))[0], MIXERS["gla"], seed)
         for seed in (0, 0, 1)
     ]
