@@ -3,7 +3,7 @@ tokens (mode.linears), elsewhere plain PyTorch, which compilers fuse as they lik
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,16 @@ def normed(h: Hidden, norm: RMSNorm) -> Tensor:
     return h.normed(norm, ()).values if isinstance(h, Unsummed) else norm(h)
 
 
+@overload
+def project(layer: nn.Module, x: Input, norm: RMSNorm | None = None, *, silu: bool = False) -> Tensor: ...
+
+
+@overload
+def project(
+    layer: nn.Module, x: Input, norm: RMSNorm | None = None, *, silu: bool = False, residual: Hidden
+) -> Hidden: ...
+
+
 def project(
     layer: nn.Module,
     x: Input,  # [T, K]
@@ -107,7 +117,7 @@ def project(
     *,
     silu: bool = False,
     residual: Hidden | None = None,  # [T, N]
-) -> Any:  # Tensor [T, N]; Hidden with a residual
+) -> Hidden:  # [T, N]
     """residual + layer(silu(norm(x))), each of the three if asked for."""
     if isinstance(residual, Unsummed):
         assert residual.total is not None
@@ -124,8 +134,7 @@ def project(
     if skinny(layer):
         if residual is None:
             return skinny_linear(layer, x)
-        partials = torch.ops.jet.skinny_partials(multiplied(layer, x), layer.weight, splits_of(layer.weight))
-        return Unsummed(residual, layer, partials)
+        return Unsummed(residual, layer, skinny_partials(layer, x))
     x = x.values if isinstance(x, Normed) else x
     if linears() == "gemv" and isinstance(layer, (nn.Linear, Fp8Linear)):
         codes = quantize(x, layer.input_scale) if isinstance(layer, Fp8Linear) else x
@@ -163,6 +172,11 @@ def skinny_linear(layer: Any, x: Input, *, gated: bool = False, y_scale: Tensor 
     y: Tensor = torch.ops.jet.skinny_linear(
         multiplied(layer, x), layer.weight, *scales(layer), layer.bias, y_scale, gated, dtype
     )
+    return y
+
+
+def skinny_partials(layer: Any, x: Input) -> Tensor:
+    y: Tensor = torch.ops.jet.skinny_partials(multiplied(layer, x), layer.weight, splits_of(layer.weight))
     return y
 
 

@@ -55,7 +55,8 @@ class Case:
         if small:
             tiles = PrefillConfig(32, min(page, 16), 4, 1), DecodeConfig(min(page, 16), 4, 1, 1)
         if form == "verify":
-            return attention_verify_triton(*args, config=tiles[1]).cpu(), args[2].cpu()
+            verify: Callable[..., Tensor] = attention_verify_triton
+            return verify(*args, config=tiles[1]).cpu(), args[2].cpu()
         o = None
         if form != "decode":
             o = prefill(*args, config=tiles[0], mixed=form == "mixed")

@@ -130,9 +130,12 @@ def test_a_response_format_goes_with_the_tool_choices_that_decide() -> None:
 
 def test_strict_functions_keep_to_their_schemas_where_the_model_may_call() -> None:
     engine = ScriptedEngine((CALL, "stop"))
-    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    function = {"name": "weather", "parameters": SCHEMA, "strict": True}
+    strict = {"type": "function", "function": function}
     ask(engine, tools=[strict, {"type": "function", "function": {"name": "now", "parameters": {"required": ["x"]}}}])
-    grammar = json.loads(engine.submitted[-1][1].grammar.text)
+    asked = engine.submitted[-1][1].grammar
+    assert asked is not None
+    grammar = json.loads(asked.text)
     assert grammar["free"] and grammar["several"]
     assert [item["schema"] for item in grammar["items"]] == [SCHEMA, {"type": "object"}]
     ask(engine)
