@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; without a GPU the Triton kernels run in Triton's interpreter."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,8 @@ if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 # An AOTInductor package's wrapper, which calls the kernels, takes the compiler longer than the kernels themselves.
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
+# pytest 9.2 adds its handler to loggers that do not propagate, and torch traces every export while this one has any.
+logging.getLogger("torch.__trace").propagate = True
 
 import pytest  # noqa: E402
 

@@ -10,6 +10,7 @@ import torch
 
 from helpers.built_once import built_once
 from helpers.fp8_models import to_fp8
+from helpers.short_tiny import short_tiny
 from jet_export.build.build import run_build
 from jet_export.build.export_hf import save_unified
 from jet_export.build.plan import BuildOptions, make_plan
@@ -66,13 +67,9 @@ def four_b(layers: tuple[str, ...] = ("jet", "attn")) -> JetNemotronForCausalLM:
     return random_model(config, torch.bfloat16, "cpu", 0, max_positions=160)
 
 
-def tiny(**options) -> JetNemotronForCausalLM:
-    return JetNemotronForCausalLM.from_pretrained("jet-tiny", max_positions=160)
-
-
 MAKERS: dict[str, Callable[[Path], None]] = {
     "jet-tiny bf16": lambda output: build(output, "jet-tiny"),
-    "jet-tiny fp8": lambda output: build_fp8(output, tiny()),
+    "jet-tiny fp8, 3 layers": lambda output: build_fp8(output, short_tiny(160)),
     "jet-4b fp8, 2 layers": lambda output: build_fp8(
         output, four_b(), kv_cache_dtype="fp8", state_dtype="bfloat16", sm="8.9"
     ),

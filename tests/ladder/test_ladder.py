@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from helpers.short_tiny import write_short_tiny
 
 from jet_export.build.build import run_build
 from jet_export.build.plan import BuildOptions, make_plan
@@ -28,17 +29,18 @@ ORDER = ["kernels", "plugin objects", "plugin outputs", "onnx", "engine, layer b
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
-    """jet-tiny's ONNX graph."""
-    out = tmp_path_factory.mktemp("ladder") / "jet-tiny-onnx"
+    """The ONNX graph of a trained layer of each kind."""
+    folder = tmp_path_factory.mktemp("ladder")
+    model, out = write_short_tiny(folder / "short-tiny"), folder / "short-tiny-onnx"
     options = BuildOptions(
-        model="jet-tiny", backend="onnx", device="cpu", max_batch_size=4, max_seq_len=512, output=out
+        model=str(model), backend="onnx", device="cpu", max_batch_size=4, max_seq_len=512, output=out
     )
     run_build(make_plan(options), ["jet-export", "build", "--backend", "onnx"], lambda line: None)
     return out
 
 
 @CPU_ONLY
-def test_jet_tiny_climbs_as_far_as_a_cpu_goes(bundle, headers, tmp_path, capsys):
+def test_a_model_climbs_as_far_as_a_cpu_goes(bundle, headers, tmp_path, capsys):
     report = tmp_path / "out" / "ladder.json"
     status = run_ladder(LadderOptions(bundle=bundle, report=report, tensorrt_headers=headers), lambda line: None)
     result = json.loads(report.read_text())
@@ -52,7 +54,7 @@ def test_jet_tiny_climbs_as_far_as_a_cpu_goes(bundle, headers, tmp_path, capsys)
     onnx_rung = result["rungs"][3]["figures"]
     assert 0 <= onnx_rung["decode"]["logits"] < 0.1 and {"prefill", "chunked prefill"} <= onnx_rung.keys()
     assert result["environment"]["torch"] == torch.__version__ and result["environment"]["gpu"] == "none"
-    assert result["bundle"]["model"] == "jet-tiny" and str(bundle.parent) not in report.read_text()
+    assert result["bundle"]["model"] == "short-tiny" and str(bundle.parent) not in report.read_text()
 
 
 def test_a_bundle_without_a_graph_has_its_model_exported_again(bundle, tmp_path):

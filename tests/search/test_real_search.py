@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.inductor_headers import share_headers
 
 from jet_export.model.config import JetDims, JetNemotronConfig
 from jet_export.model.hub import PRESETS
@@ -31,7 +32,9 @@ layers = 1
 
 
 def write_inputs(folder: Path, space: str = SPACE) -> None:
-    replace(PRESETS["jet-tiny"](), layer_types=("jet", "attn", "jet")).save(folder / "three.json")
+    """Widths as of jet-tiny but a short vocabulary, and a space."""
+    config = replace(PRESETS["jet-tiny"](), layer_types=("jet", "attn", "jet"), vocab_size=512)
+    config.save(folder / "three.json")
     (folder / "space.toml").write_text(space)
 
 
@@ -67,6 +70,7 @@ def rows(database: Path) -> dict[tuple[str, str], tuple[float, str]]:
 @pytest.mark.timeout(600)
 def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
     write_inputs(tmp_path)
+    share_headers(tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     database = tmp_path / "searches" / "measurements.db"
     first = subprocess.Popen(

@@ -16,8 +16,10 @@ from helpers.golden import DATA, MINI_NAMES, load_golden
 from helpers.onnx_models import GRAPH_LIMITS, engines, export
 from helpers.packed import Packed
 from helpers.paged import make_case
+from helpers.short_tiny import short_tiny
 
 from jet_export.backends.eager import EagerEngine
+from jet_export.backends.onnx.engine import OnnxEngine
 from jet_export.backends.onnx.evaluate import HANDLERS, OnnxModel, attention, jet_block
 from jet_export.backends.onnx.export import write_onnx
 from jet_export.bundle.dtypes import Dtypes
@@ -178,7 +180,13 @@ def test_goldens(name, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> JetNemotronForCausalLM:
-    return JetNemotronForCausalLM.from_pretrained("jet-tiny", max_positions=LIMITS.max_seq_len)
+    """A trained layer of each kind."""
+    return short_tiny(LIMITS.max_seq_len)
+
+
+@pytest.fixture(scope="module")
+def tiny_engines(tiny, tmp_path_factory) -> tuple[OnnxEngine, EagerEngine]:
+    return engines(tiny, tmp_path_factory.mktemp("tiny"), LIMITS)
 
 
 def trial_batch(model, call, held, eager):
@@ -195,9 +203,9 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("call", "held"), STEPS)
-def test_tiny_ragged_steps(tiny, tmp_path, call, held) -> None:
+def test_tiny_ragged_steps(tiny, tiny_engines, call, held) -> None:
     """With padding rows and empty sequences; states within the bf16 rounding."""
-    engine, eager = engines(tiny, tmp_path, LIMITS)
+    engine, eager = tiny_engines
     ids, batch, states = trial_batch(tiny, call, held, eager)
     rows = torch.arange(len(ids), dtype=torch.int32)
     ours, theirs = ([s.clone() for s in states] for _ in range(2))

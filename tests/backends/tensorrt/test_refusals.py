@@ -160,11 +160,11 @@ def test_an_engine_is_verified_where_its_gpu_is(quick, monkeypatch, passes) -> N
 
 @needs_rtx
 def test_inspect_shows_the_layers(tmp_path_factory) -> None:
-    bundle = rtx_bundle(tmp_path_factory, "jet-tiny fp8")
+    bundle = rtx_bundle(tmp_path_factory, "jet-tiny fp8, 3 layers")
     done = CliRunner().invoke(app, ["inspect", str(bundle)])
     assert done.exit_code == 0, done.output
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert "NOT verified: built without a GPU of SM 8.9, 12.0" in done.stdout
-    assert "plugin self_attn.JetBlock 5 5" in lines and "copies 0 0" in lines
-    assert "GEMM mlp.down_proj fp8 x fp8 -> bf16 7 7" in lines
+    assert "plugin self_attn.JetBlock 1 1" in lines and "copies 0 0" in lines
+    assert "GEMM mlp.down_proj fp8 x fp8 -> bf16 3 3" in lines
     assert json.loads((bundle / "manifest.json").read_text())["backend"]["library_in_plan"] is True

@@ -19,7 +19,11 @@ from jet_export.utils.errors import JetExportError
 
 pytestmark = needs_rtx
 RTX = FLAVORS["tensorrt-rtx"]
-LAYERS = {"jet-tiny bf16": "jjwjajj", "jet-tiny fp8": "jjwjajj", "jet-4b fp8, 2 layers": "ja"}  # jet, window, attention
+LAYERS = {  # jet, window, attention
+    "jet-tiny bf16": "jjwjajj",
+    "jet-tiny fp8, 3 layers": "jwa",
+    "jet-4b fp8, 2 layers": "ja",
+}
 
 
 def fp8_of(bundle) -> list[str]:
@@ -141,13 +145,13 @@ def unquantised(graph) -> None:
     ],
 )
 def test_the_check_finds(change, message, tmp_path_factory, tmp_path) -> None:
-    bundle = rtx_bundle(tmp_path_factory, "jet-tiny fp8")
+    bundle = rtx_bundle(tmp_path_factory, "jet-tiny fp8, 3 layers")
     problems = check(edit(bundle, tmp_path, change), expected(bundle / "model.onnx", fp8_of(bundle)))
     assert any(message in p for p in problems), problems
 
 
 def test_the_check_requires_every_layer_once(tmp_path_factory) -> None:
-    bundle = rtx_bundle(tmp_path_factory, "jet-tiny fp8")
+    bundle = rtx_bundle(tmp_path_factory, "jet-tiny fp8, 3 layers")
     report, want = LayerReport.load(bundle / REPORT), expected(bundle / "model.onnx", fp8_of(bundle))
     assert check(report, want) == []
     plugins = [x for x in report.layers if x.kind == "plugin"]

@@ -20,11 +20,12 @@ from jet_export.utils.errors import JetExportError
 from jet_export.verify.verify import STAGES, verify_engines
 
 pytestmark = needs_rtx
+BUNDLES = {"bf16": "jet-tiny bf16", "fp8": "jet-tiny fp8, 3 layers"}
 
 
 @pytest.fixture(scope="module", params=["bf16"])
 def bundle(request, tmp_path_factory):
-    built = rtx_bundle(tmp_path_factory, f"jet-tiny {request.param}")
+    built = rtx_bundle(tmp_path_factory, BUNDLES[request.param])
     return run_on_cpu(built, tmp_path_factory.mktemp("fake") / "bundle")
 
 
