@@ -75,10 +75,12 @@ class JetBlock(nn.Module):
             qkuz, project(self.ba_proj, x, later), kappa,
             self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
             batch.cu_seqlens, batch.slots, batch.context_lens,
-            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form), *(buffer or (None, None)),
-            interval,
+            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form),
         )  # fmt: skip
-        o = jet_block_node(*args) if onnx_mode() else torch.ops.jet.jet_block(*args)
+        if onnx_mode():
+            o = jet_block_node(*args)  # whose states are written at every token: a build refuses others
+        else:
+            o = torch.ops.jet.jet_block(*args, *(buffer or (None, None)), interval)
         return project(self.o_proj, o, residual=h)
 
 
