@@ -56,15 +56,12 @@ def skinny_partials_ref(x: Tensor, weight: Tensor, splits: int) -> Tensor:  # [s
 
 
 @triton.jit
-def ask_for_weights(p_w, nbytes, GDC: tl.constexpr):
+def ask_for_weights(p_w, nbytes):
     """0 for each of the rows of weights p_w [BN], of whose next nbytes L2 has been asked for."""
-    zero = tl.zeros(p_w.shape, tl.int32)
-    if GDC:
-        zero = tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [p_w.to(tl.int64), zero + nbytes],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return zero
+    return tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [p_w.to(tl.int64), tl.zeros(p_w.shape, tl.int32) + nbytes], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -139,9 +136,9 @@ def skinny_kernel(
     if GDC and K * weight.dtype.element_ty.primitive_bitwidth % 128 == 0:
         nbytes = tl.maximum(last - first, 0) * (weight.dtype.element_ty.primitive_bitwidth // 8)
         p_w = weight + tl.where(m_n, o_n, 0).to(tl.int64) * K + tl.minimum(first, K - K % 16)
-        o_zero = ask_for_weights(p_w, nbytes, GDC)
+        o_zero = ask_for_weights(p_w, nbytes)
         if GATED:
-            o_zero += ask_for_weights(p_w + N.to(tl.int64) * K, nbytes, GDC)
+            o_zero += ask_for_weights(p_w + N.to(tl.int64) * K, nbytes)
     x += await_inputs(GDC) * 16  # known to be a multiple: x stays aligned
     if PARTIAL:
         y += tl.program_id(1).to(tl.int64) * M * N
