@@ -18,7 +18,7 @@ from jet_export.postnas.session import RESULT, Session, Stopped
 from jet_export.postnas.steps import RUN
 from jet_export.postnas.toy import make_toy_teacher
 from jet_export.training.distributed import processes
-from jet_export.training.run import difference
+from jet_export.training.run import check_same_recipe
 from jet_export.training.stop import stop_at_signals
 from jet_export.utils.environment import environment
 from jet_export.utils.errors import JetExportError
@@ -101,17 +101,7 @@ def check_output(output: Path, recipe: PostnasRecipe, steps: Sequence[str], resu
     path = output / RECIPE
     if not path.exists():
         return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise JetExportError(f"{path}: damaged.", "Start again in another --output.") from None
-    found = difference(there, json.loads(json.dumps(recipe.identity())))
-    if found is not None:
-        key, old, new = found
-        raise JetExportError(
-            f"--output {output}: {key} was {old!r} and is {new!r} now.",
-            "Only [run] and [checkpoint] may change; name another --output for a new run.",
-        )
+    check_same_recipe(path, recipe.identity(), f"--output {output}")
     begun = [s for s in steps if (output / s).exists() or (output / f".{s}").exists()]
     if begun and not resume:
         raise JetExportError(

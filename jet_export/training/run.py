@@ -194,15 +194,20 @@ def check_output(output: Path, recipe: Recipe, resume: bool) -> None:
         raise JetExportError(
             f"--output {output}: a run is there already.", "Go on with it by --resume, or name another directory."
         )
+    check_same_recipe(path, recipe.identity(), "--resume")
+
+
+def check_same_recipe(path: Path, identity: Any, where: str) -> None:
+    """`path`: the recipe of the run that is there. Raises JetExportError, beginning with `where`, if it differs."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise JetExportError(f"{path}: damaged.", "Start again in another --output.") from None
-    found = difference(there, json.loads(json.dumps(recipe.identity())))
+    found = difference(there, json.loads(json.dumps(identity)))
     if found is not None:
         key, old, new = found
         raise JetExportError(
-            f"--resume: {key} was {old!r} and is {new!r} now.",
+            f"{where}: {key} was {old!r} and is {new!r} now.",
             "Only [run] and [checkpoint] may change; name another --output for a new run.",
         )
 
