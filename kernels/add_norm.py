@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, await_inputs, fp32, gdc, wrap
+from jet_export.kernels.common import acc_dtype, await_inputs, fp32, gdc, i64, wrap
 from jet_export.kernels.gemv import FP8, codes, to_codes
 
 
@@ -67,7 +67,7 @@ def add_norm_kernel(
     p = partials + zero + row * N + o_n
     b_y = tl.load(p, mask=m_n, other=0.0)
     for s in tl.static_range(1, SPLITS):  # in this order, whatever was ready first
-        b_y += tl.load(p + s * M.to(tl.int64) * N, mask=m_n, other=0.0)
+        b_y += tl.load(p + s * i64(M) * N, mask=m_n, other=0.0)
     if SCALED:
         b_y *= tl.load(x_scale) * tl.load(w_scale)
     if BIASED:

@@ -179,6 +179,12 @@ def fp32(scalar):
 
 
 @triton.jit
+def i64(scalar):
+    """An integer argument, widened; to torch 2.11, looking for what a kernel writes, it is a Python int."""
+    return tl.cast(scalar, tl.int64)
+
+
+@triton.jit
 def silu(x):
     return x * tl.sigmoid(x)
 

@@ -218,9 +218,9 @@ def gated_delta_rule_cpu(
     slots: Tensor,
     context_lens: Tensor,
     form: int,
-    step_buffer: Tensor | None = None,
-    state_position: Tensor | None = None,
-    interval: int = 1,
+    step_buffer: Tensor | None,
+    state_position: Tensor | None,
+    interval: int,
 ) -> Tensor:
     tail = cu_seqlens, slots, context_lens, form, step_buffer, state_position, interval
     o = packed_gated_delta_rule_ref(q, k, v, beta, g, recurrent_state, *tail)
@@ -230,7 +230,7 @@ def gated_delta_rule_cpu(
 @gated_delta_rule_cpu.register_fake
 def _(
     q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, form,
-    step_buffer=None, state_position=None, interval=1,
+    step_buffer, state_position, interval,
 ):  # fmt: skip
     return v.new_empty(v.shape)
 
@@ -247,9 +247,9 @@ def gated_delta_rule(
     slots: Tensor,
     context_lens: Tensor,
     form: int,
-    step_buffer: Tensor | None = None,
-    state_position: Tensor | None = None,
-    interval: int = 1,
+    step_buffer: Tensor | None,
+    state_position: Tensor | None,
+    interval: int,
 ) -> Tensor:
     """o [T, H, V] in v's dtype; recurrent_state is updated in place. See the module's equations."""
     tail = cu_seqlens, slots, context_lens, form, step_buffer, state_position, interval

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import find_chunk, sequence_bounds, silu
+from jet_export.kernels.common import find_chunk, i64, sequence_bounds, silu
 from jet_export.kernels.gated_delta_rule_backward_chunk import chunk_pairs_kernel, chunk_qk_kernel
 from jet_export.kernels.gated_delta_rule_chunk import load_tile
 from jet_export.kernels.gated_delta_rule_train_chunk import Operands, Scanned
@@ -119,7 +119,7 @@ def chunk_finish_kernel(
     b_dG = tl.load(dg + row + o_t * H, mask=m_t, other=0.0)
     last = tl.zeros([], tl.float32)
     for i_k in range(TILES):
-        o_part = i_k * T.to(tl.int64) * H + row + o_t * H
+        o_part = i_k * i64(T) * H + row + o_t * H
         b_beta += tl.load(part_beta + o_part, mask=m_t, other=0.0)
         b_dG += tl.load(part_G + o_part, mask=m_t, other=0.0)
         last += tl.load(part_last + (i_k * M + i_c).to(tl.int64) * H + i_h)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, await_inputs, fp32, gdc, silu, wrap
+from jet_export.kernels.common import acc_dtype, await_inputs, fp32, gdc, i64, silu, wrap
 from jet_export.kernels.configs import lookup
 
 FP8 = torch.float8_e4m3fn
@@ -115,7 +115,7 @@ def gemv_kernel(
     o_k = tl.arange(0, BK)
     m_n = o_n < N
     p_w = weight + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-    up = N.to(tl.int64) * K
+    up = i64(N) * K
     dtype: tl.constexpr = x.dtype.element_ty if CODES else y.dtype.element_ty
     scale = 1.0
     if QUANTISE:

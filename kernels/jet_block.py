@@ -143,9 +143,9 @@ def jet_block_cpu(
     head_v_dim: int,
     norm_eps: float,
     form: int,
-    step_buffer: Tensor | None = None,
-    state_position: Tensor | None = None,
-    interval: int = 1,
+    step_buffer: Tensor | None,
+    state_position: Tensor | None,
+    interval: int,
 ) -> Tensor:
     return jet_block_ref(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
@@ -171,9 +171,9 @@ def _(
     head_v_dim,
     norm_eps,
     form,
-    step_buffer=None,
-    state_position=None,
-    interval=1,
+    step_buffer,
+    state_position,
+    interval,
 ):
     return qkuz.new_empty(qkuz.shape[0], num_heads * head_v_dim)
 
@@ -196,9 +196,9 @@ def jet_block(
     head_v_dim: int,
     norm_eps: float,
     form: int,
-    step_buffer: Tensor | None = None,
-    state_position: Tensor | None = None,
-    interval: int = 1,
+    step_buffer: Tensor | None,
+    state_position: Tensor | None,
+    interval: int,
 ) -> Tensor:
     """[T, D] in qkuz's dtype; both states are updated in place. Arguments as `jet_block_ref`."""
     if qkuz.device.type == "cpu":

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.add_norm import scaled
-from jet_export.kernels.common import acc_dtype, await_inputs, dot_precision, gdc, silu, wrap
+from jet_export.kernels.common import acc_dtype, await_inputs, dot_precision, gdc, i64, silu, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.gemv import FP8, codes, to_codes
 
@@ -110,7 +110,7 @@ def skinny_tile(
     if not PARTIAL:
         b_y = scaled_tile(b_y, x_scale, w_scale, bias, o_n, m_n, dtype, SCALED, BIASED)
     if GATED:
-        b_up = sums(p_w + N.to(tl.int64) * K, p_x, o_k, m_n, m_m, first, last, K, BM, BN, BK, STAGES, PRECISION)
+        b_up = sums(p_w + i64(N) * K, p_x, o_k, m_n, m_m, first, last, K, BM, BN, BK, STAGES, PRECISION)
         b_up = scaled_tile(b_up, x_scale, w_scale, bias + N, o_n, m_n, dtype, SCALED, BIASED)
         b_y = (silu(b_y).to(dtype).to(tl.float32) * b_up).to(dtype).to(tl.float32)
     if CODES:
@@ -138,7 +138,7 @@ def skinny_kernel(
         p_w = weight + tl.where(m_n, o_n, 0).to(tl.int64) * K + tl.minimum(first, K - K % 16)
         o_zero = ask_for_weights(p_w, nbytes)
         if GATED:
-            o_zero += ask_for_weights(p_w + N.to(tl.int64) * K, nbytes)
+            o_zero += ask_for_weights(p_w + i64(N) * K, nbytes)
     x += await_inputs(GDC) * 16  # known to be a multiple: x stays aligned
     if PARTIAL:
         y += tl.program_id(1).to(tl.int64) * M * N

@@ -15,6 +15,7 @@ from fla_pinned import import_fla, rule_inputs
 from torch import Tensor
 
 from jet_export.kernels.gated_delta_rule import chunk_gated_delta_rule_ref
+from jet_export.kernels.state_layout import NO_BUFFER
 from jet_export.utils.environment import write_result
 
 SHAPES = [(12, 96, 256), (16, 128, 256)]
@@ -42,7 +43,9 @@ def compare(fla, case: str, T: int, H: int, K: int, V: int) -> dict:
     o, state = chunk_gated_delta_rule_ref(q.double(), k.double(), v.double(), beta.double(), g.double(), S.double())
     pool, one = S.clone(), torch.ones(1, device="cuda", dtype=torch.int32)
     bounds = torch.tensor([0, T], device="cuda", dtype=torch.int32)
-    ours = torch.ops.jet.gated_delta_rule(*(x[0] for x in (q, k, v, beta, g)), pool, bounds, one * 0, one, False)
+    ours = torch.ops.jet.gated_delta_rule(
+        *(x[0] for x in (q, k, v, beta, g)), pool, bounds, one * 0, one, False, *NO_BUFFER
+    )
     theirs, their_state = fla.chunk_gated_delta_rule(
         q, k, v, g, beta, initial_state=S, output_final_state=True, use_qk_l2norm_in_kernel=True
     )

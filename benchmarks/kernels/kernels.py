@@ -31,6 +31,7 @@ from torch import Tensor
 from jet_export.bench import timer
 from jet_export.kernels.attention import rope_ref
 from jet_export.kernels.jet_block import jet_block_ref
+from jet_export.kernels.state_layout import NO_BUFFER
 from jet_export.utils.environment import environment, write_result
 
 DEVICE = "cuda"
@@ -72,7 +73,7 @@ def correctness(model: str) -> dict[str, float]:
         args = block_inputs(lens, model, context=4)
         exact: list[Any] = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
         want = reference(*exact, decode)
-        errors[name] = rel(torch.ops.jet.jet_block(*args, decode), want)
+        errors[name] = rel(torch.ops.jet.jet_block(*args, decode, *NO_BUFFER), want)
         errors[f"{name} state"] = rel(args[7], exact[7])
     return errors
 
@@ -141,7 +142,9 @@ def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kerne
         for dtype in (torch.float32, torch.bfloat16):
             moved, layers = decode_work(B, model, dtype)
             sets = [block_inputs([1] * B, model, dtype, context=4) for _ in range(layers)]
-            variants = {"jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, True) for a in sets])}
+            variants = {
+                "jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, True, *NO_BUFFER) for a in sets])
+            }
             if fla is not None and dtype == torch.float32:
                 q, k, v, beta, g = rule_inputs(B, 1, H, K, V)
                 rule = partial(
@@ -177,8 +180,8 @@ def sglang_block(model: str, sglang: Any, peaks: tuple[float, float]) -> list[Ke
             work = moved, 0
         sets = [block_inputs(lens, model, context=4 if decode else 0) for _ in range(layers)]
         runs = [jet_block_path(sglang, a, decode)[0] for a in sets]
-        difference = rel(runs[0](), torch.ops.jet.jet_block(*sets[0], decode).double())
-        variants = {"jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, decode) for a in sets])}
+        difference = rel(runs[0](), torch.ops.jet.jet_block(*sets[0], decode, *NO_BUFFER).double())
+        variants = {"jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, decode, *NO_BUFFER) for a in sets])}
         times = timer.compare(variants, graph=True, repeats=15, calls=layers)
         note = f"sglang: its result differs by {difference:.1e}"
         if difference < 2e-2:

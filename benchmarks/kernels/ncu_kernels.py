@@ -18,6 +18,8 @@ from typing import Any
 
 from arguments import output_of, parser_of
 
+from jet_export.kernels.state_layout import NO_BUFFER
+
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 METRICS = {
     "us": "gpu__time_duration.sum",
@@ -44,7 +46,7 @@ def run_cases(models: list[str]) -> None:
             for profiled in (False, True):
                 if profiled:
                     torch.cuda.profiler.start()
-                torch.ops.jet.jet_block(*args, form == "decode")
+                torch.ops.jet.jet_block(*args, form == "decode", *NO_BUFFER)
                 torch.cuda.synchronize()
             torch.cuda.profiler.stop()
 

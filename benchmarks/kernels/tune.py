@@ -30,6 +30,7 @@ from candidates import CANDIDATES, GEMV_SIZES
 
 from jet_export.bench import timer
 from jet_export.kernels import configs
+from jet_export.kernels.state_layout import NO_BUFFER
 from jet_export.utils.environment import write_result
 
 MIN_GAIN = 0.03
@@ -103,8 +104,8 @@ def block_tasks(model: str) -> list[Task]:
         op, args = torch.ops.jet.jet_block, sets[0]
         conv, state = (x.clone() for x in args[6:8])  # what is timed changes its own
         return (
-            lambda: [op(*a, decode) for a in sets],
-            lambda: op(*args[:6], conv.clone(), state.clone(), *args[8:], decode),
+            lambda: [op(*a, decode, *NO_BUFFER) for a in sets],
+            lambda: op(*args[:6], conv.clone(), state.clone(), *args[8:], decode, *NO_BUFFER),
         )
 
     prefill = {name: run([args], False) for name, args in prefills.items()}

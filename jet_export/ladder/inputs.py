@@ -11,6 +11,7 @@ from torch import Tensor
 from jet_export.kernels.attention import attention_ref
 from jet_export.kernels.form import Form
 from jet_export.kernels.jet_block import jet_block_ref
+from jet_export.kernels.state_layout import NO_BUFFER
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
 
 STATES = {"JetBlock": [6, 7], "JetAttention": [2]}  # inputs whose values after the step are outputs 1, 2
@@ -75,8 +76,9 @@ class NodeInputs:
     def op(self) -> list[Tensor]:
         """The torch op's output, and the states after it. The inputs are not changed."""
         tensors = [t.clone() for t in self.tensors]
+        attributes = [*self.attributes.values(), *(NO_BUFFER if self.node == "JetBlock" else ())]
         op = torch.ops.jet.jet_block if self.node == "JetBlock" else torch.ops.jet.attention
-        return [op(*tensors, *self.attributes.values()), *(tensors[i] for i in STATES[self.node])]
+        return [op(*tensors, *attributes), *(tensors[i] for i in STATES[self.node])]
 
     def reference(self) -> list[Tensor]:
         """The reference's output, and the states after it, on the CPU."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
 from jet_export.kernels.form import Form
+from jet_export.kernels.state_layout import NO_BUFFER
 from jet_export.model.config import JetNemotronConfig
 from jet_export.trtllm.adapt import architecture, check_model_config, version_line
 from jet_export.trtllm.config import correct_exclusions
@@ -110,6 +111,7 @@ class JetBlock(nn.Module):
             V,
             self.norm_eps,
             int(Form.DECODE if step.decode else Form.MIXED),
+            *NO_BUFFER,
         )
         write_back(pools, conv, ssm, step.slots)
         out: Tensor = self.o_proj(o)

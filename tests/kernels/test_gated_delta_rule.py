@@ -17,6 +17,7 @@ from jet_export.kernels.gated_delta_rule import (
     packed_gated_delta_rule_ref,
 )
 from jet_export.kernels.gated_delta_rule_chunk import unit_lower_inverse
+from jet_export.kernels.state_layout import NO_BUFFER
 
 LENS = [1, 2, 63, 64, 65, 200]
 
@@ -219,9 +220,9 @@ def test_opcheck_with_strided_and_transposed_inputs(decode):
     p = Packed([1, 1] if decode else [2, 5], extra=8)
     args = p.rule_args(decode)
     assert not args[0].is_contiguous()
-    torch.library.opcheck(torch.ops.jet.gated_delta_rule, args)
+    torch.library.opcheck(torch.ops.jet.gated_delta_rule, (*args, *NO_BUFFER))
     transposed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in args[:5]]
-    torch.library.opcheck(torch.ops.jet.gated_delta_rule, (*transposed, *p.rule_args(decode)[5:]))
+    torch.library.opcheck(torch.ops.jet.gated_delta_rule, (*transposed, *p.rule_args(decode)[5:], *NO_BUFFER))
 
 
 # On a GPU
@@ -237,7 +238,7 @@ def test_16_bit_error_is_that_of_the_rounded_chunk_form(H, K, V, dtype):
     q, k, v, beta, g, pool, cu, slots, context, _ = p.rule_args(False)
     want, want_state = exact(p)
     got = p.rule_args(False)
-    o = torch.ops.jet.gated_delta_rule(*got)
+    o = torch.ops.jet.gated_delta_rule(*got, *NO_BUFFER)
     o_rounded, rounded_state = torch.zeros_like(v), pool.clone()
     for n, slot in enumerate(slots.tolist()):
         s = slice(int(cu[n]), int(cu[n + 1]))
@@ -258,12 +259,13 @@ def test_a_sequence_has_the_same_bits_alone_and_among_many(H, K):
     p = Packed([130, 64, 333, 1, 65, 200, 64, 7, 100], H=H, K=K, V=256, dtype=torch.bfloat16, device="cuda")
     q, k, v, beta, g, state, cu, slots, context, _ = p.rule_args(False)
     alone_state = state.clone()
-    o = torch.ops.jet.gated_delta_rule(q, k, v, beta, g, state, cu, slots, context, False)
+    o = torch.ops.jet.gated_delta_rule(q, k, v, beta, g, state, cu, slots, context, False, *NO_BUFFER)
     for n in (0, 2, 3):
         begin, end = cu[n : n + 2].tolist()
         one = (x[begin:end] for x in (q, k, v, beta, g))
         bounds = cu.new_tensor([0, end - begin])
-        alone = torch.ops.jet.gated_delta_rule(*one, alone_state, bounds, slots[n : n + 1], context[n : n + 1], False)
+        rest = (bounds, slots[n : n + 1], context[n : n + 1], False, *NO_BUFFER)
+        alone = torch.ops.jet.gated_delta_rule(*one, alone_state, *rest)
         assert torch.equal(alone, o[begin:end]) and torch.equal(alone_state[slots[n]], state[slots[n]])
 
 
@@ -273,6 +275,6 @@ def test_bf16_decode_is_one_rounding(state_dtype):
     p = Packed([1] * 9, H=16, K=128, V=256, dtype=torch.bfloat16, state_dtype=state_dtype, device="cuda")
     want, want_state = exact(p, decode=True)
     args = p.rule_args(True)
-    o = torch.ops.jet.gated_delta_rule(*args)
+    o = torch.ops.jet.gated_delta_rule(*args, *NO_BUFFER)
     assert relative_error(o, want) <= 1.01 * relative_error(want.bfloat16(), want)
     assert relative_error(args[5], want_state) <= 1.01 * relative_error(want_state.to(state_dtype), want_state) + 1e-6

@@ -1,6 +1,5 @@
 """jet::gemv: equal to its reference, whatever its tiles; one linear layer, and a whole decode step, by it."""
 
-import os
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from helpers.compare import relative_error
 from helpers.golden import DATA, MINI_NAMES, load_golden
 from helpers.paged import interpreter_fp8
+from helpers.paths import with_helpers
 from helpers.poison import poisoned
 
 from jet_export.backends.eager import EagerEngine
@@ -204,21 +204,16 @@ source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
 ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 weights, reads = ptx.split("griddepcontrol.wait")
 assert weights.count("ld.global") >= 8 and "st.global" not in weights and "ld.global.v4" in reads
-class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-triton.runtime.driver.set_active(Driver())
-from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
+from helpers.written_tensors import written_tensors
 row = torch.zeros(1, 1536, dtype=torch.bfloat16)
 values = {n: row if kind.startswith("*") else 64 for n, kind in kinds.items()} | {"eps": 1e-6} | constants
-written = identify_accessed_tensors(kernel, values, {}).read_writes.writes
-print(sorted(access.name for access in written))
+print(written_tensors(kernel, values))
 """
 
 
 def test_every_size_of_jet_2b_compiles_with_wide_loads(tmp_path):
     (tmp_path / "compile.py").write_text(COMPILE)
-    env = os.environ | {"TRITON_INTERPRET": "0"}
+    env = with_helpers(TRITON_INTERPRET="0")
     done = subprocess.run([sys.executable, str(tmp_path / "compile.py")], env=env, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["compiled", "['y']"], done.stderr[-2000:]
 

@@ -9,6 +9,7 @@ from helpers.rounded_chunk import rounded_chunk
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref
 from jet_export.kernels.jet_block import jet_block_ref, jet_block_triton
+from jet_export.kernels.state_layout import NO_BUFFER
 
 STATES = (6, 7)  # conv_state and recurrent_state among the arguments
 
@@ -90,14 +91,14 @@ def test_a_row_does_not_see_the_others(device, decode):
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 def test_opcheck_with_strided_rows(decode):
     p = Packed([1, 1] if decode else [2, 5], extra=8)
-    torch.library.opcheck(torch.ops.jet.jet_block, p.block_args(decode))
+    torch.library.opcheck(torch.ops.jet.jet_block, (*p.block_args(decode), *NO_BUFFER))
 
 
 def test_compiles_without_a_graph_break():
     p = Packed([2, 5], extra=8)
     eager, compiled = p.block_args(False), p.block_args(False)
-    want = torch.ops.jet.jet_block(*eager)
-    got = torch.compile(lambda *args: torch.ops.jet.jet_block(*args) * 1, fullgraph=True)(*compiled)
+    want = torch.ops.jet.jet_block(*eager, *NO_BUFFER)
+    got = torch.compile(lambda *args: torch.ops.jet.jet_block(*args, *NO_BUFFER) * 1, fullgraph=True)(*compiled)
     assert torch.equal(got, want) and all(torch.equal(eager[i], compiled[i]) for i in STATES)
 
 
@@ -158,7 +159,7 @@ def rounded_block(p: Packed) -> tuple[torch.Tensor, torch.Tensor]:
 def test_16_bit_error_is_that_of_the_rounded_form(H, K, V, dtype):
     p = Packed([1, 64, 333], H=H, K=K, V=V, context=[5, 0, 5], dtype=dtype, extra=8, device="cuda")
     exact, args = p.block_args(False, torch.float64), p.block_args(False)
-    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args)
+    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args, *NO_BUFFER)
     rounded, rounded_state = rounded_block(p)
     rows = p.slots.long()
     assert relative_error(out, want) <= 1.1 * relative_error(rounded, want)
@@ -172,7 +173,7 @@ def test_16_bit_error_is_that_of_the_rounded_form(H, K, V, dtype):
 def test_bf16_decode_rounds_once(H, K, V, state_dtype):
     p = Packed([1] * 9, H=H, K=K, V=V, dtype=torch.bfloat16, state_dtype=state_dtype, extra=8, device="cuda")
     exact, args = p.block_args(True, torch.float64), p.block_args(True)
-    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args)
+    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args, *NO_BUFFER)
     beta_rounding = 2**-9  # sigmoid(b) is rounded to the model dtype by definition; fp64's reference does not
     assert relative_error(out, want) <= relative_error(want.bfloat16(), want) + beta_rounding
     assert relative_error(args[7], exact[7]) <= relative_error(exact[7].to(state_dtype), exact[7]) + beta_rounding
@@ -183,10 +184,10 @@ def test_bf16_decode_rounds_once(H, K, V, state_dtype):
 def test_replays_in_a_cuda_graph(decode):
     p = Packed([1] * 5 if decode else [70, 1, 130], H=4, K=96, V=256, dtype=torch.bfloat16, device="cuda")
     eager, captured = p.block_args(decode), p.block_args(decode)
-    want = torch.ops.jet.jet_block(*eager)
-    torch.ops.jet.jet_block(*p.block_args(decode))
+    want = torch.ops.jet.jet_block(*eager, *NO_BUFFER)
+    torch.ops.jet.jet_block(*p.block_args(decode), *NO_BUFFER)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = torch.ops.jet.jet_block(*captured)
+        out = torch.ops.jet.jet_block(*captured, *NO_BUFFER)
     graph.replay()
     assert torch.equal(out, want) and all(torch.equal(eager[i], captured[i]) for i in STATES)

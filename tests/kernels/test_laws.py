@@ -3,12 +3,16 @@
 The problems are those that benchmarks/kernels/sanitize.py runs under compute-sanitizer."""
 
 import functools
+import importlib
+import pkgutil
 
 import pytest
 import torch
 from helpers import kernel_problems as kp
 from helpers.compare import same_bits
 from helpers.poison import poisoned
+
+from jet_export import kernels
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -78,3 +82,13 @@ def test_models_sizes_on_a_gpu(name: str) -> None:
     out, _ = p.disturbed(3).run()
     rows = p.rows(3)[p.tokens[0]]
     assert same_bits(a[rows], out[rows])
+
+
+def test_ops_take_no_defaults() -> None:
+    """torch 2.11 drops trailing arguments that equal their defaults, then looks for a mutated one among them."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    ours = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("jet::")]
+    assert {"jet::jet_block", "jet::attention", "jet::gated_delta_rule"} <= {s.name for s in ours}
+    defaults = {s.name: [a.name for a in s.arguments if a.has_default_value()] for s in ours}
+    assert {name: args for name, args in defaults.items() if args} == {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from jet_export.kernels import attention as _attention  # noqa: F401  registers jet::attention
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
+from jet_export.kernels.state_layout import NO_BUFFER
 from jet_export.model.onnx_nodes import DOMAIN, VERSION
 from jet_export.utils.errors import JetExportError
 
@@ -102,7 +103,7 @@ def jet_block(a: Attributes, *inputs: Tensor) -> tuple[Tensor, ...]:
     *projections, conv_state, recurrent_state, cu_seqlens, slots, context_lens = inputs
     states = conv_state.clone(), recurrent_state.clone()
     sizes = a["num_heads"], a["head_k_dim"], a["head_v_dim"], a["norm_eps"], a["form"]
-    o = torch.ops.jet.jet_block(*projections, *states, cu_seqlens, slots, context_lens, *sizes)
+    o = torch.ops.jet.jet_block(*projections, *states, cu_seqlens, slots, context_lens, *sizes, *NO_BUFFER)
     return o, *states
 
 

@@ -26,6 +26,7 @@ from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS
 from jet_export.kernels.form import Form
+from jet_export.kernels.state_layout import NO_BUFFER
 from jet_export.model.cache import state_specs
 from jet_export.model.fp8 import FP8, Fp8Linear
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
@@ -62,7 +63,7 @@ def test_jet_block_equals_the_mutating_op(lens, dtype) -> None:
     attributes = {"num_heads": H, "head_k_dim": K, "head_v_dim": V, "norm_eps": eps, "form": form}
     o, conv_state, recurrent_state = jet_block(attributes, *args)
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
-    expected = torch.ops.jet.jet_block(*args, H, K, V, eps, form)
+    expected = torch.ops.jet.jet_block(*args, H, K, V, eps, form, *NO_BUFFER)
     assert torch.equal(o, expected)
     assert torch.equal(conv_state, args[6]) and torch.equal(recurrent_state, args[7])
     assert not torch.equal(conv_state, before[6])
