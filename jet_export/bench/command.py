@@ -13,7 +13,7 @@ import torch
 
 from jet_export.backends.load import load_engine
 from jet_export.bench import picture, report
-from jet_export.bench.measure import Case, check_case
+from jet_export.bench.measure import DROPPED, Case, check_case
 from jet_export.bench.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases, skip, wanted
 from jet_export.bench.ratios import SHAPED, Ratio, headline
 from jet_export.bench.roofline import Peaks, Roofline, bundle_weights, measure_peaks, product_dtypes
@@ -97,6 +97,13 @@ def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str
         )
     manifest = Manifest.load(options.bundle)
     wanted(options.asked, manifest.limits)
+    interval = manifest.state_interval
+    if options.asked.new_tokens < interval and options.asked.protocol != "serving":
+        raise JetExportError(
+            f"--new-tokens {options.asked.new_tokens}: the bundle writes its states every {interval} tokens, and "
+            "decode is timed over whole intervals.",
+            f"Pass --new-tokens {interval + SWEEP_TOKENS} or more.",
+        )
     if options.output is not None:
         check_directory(options.output)
     baselines = [baseline_bundle(name, manifest, emit) for name in options.baselines]
@@ -193,7 +200,7 @@ def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, ne
     out = list(cases)
     asked = [(c.context, c.chunk) for c in cases] + [(s.context, s.chunk) for s in skipped]
     for context, chunk in dict.fromkeys(asked):
-        steps = min(new_tokens, SWEEP_TOKENS)
+        steps = min(new_tokens, max(SWEEP_TOKENS, DROPPED + room.manifest.state_interval))
         one = Case(batch=1, context=context, chunk=chunk, new_tokens=steps, fill="synthetic")
         if check_case(one, room.manifest.limits) is not None:
             continue

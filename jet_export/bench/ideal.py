@@ -148,13 +148,13 @@ def measure_speeds(
 ) -> Speeds:
     """Measure an engine on pools of its own, which are freed after: do this before or after serving, not during it.
 
-    A decode step is one of `STEPS` launched together (on a GPU: replays of one CUDA graph of exactly that batch, and
-    the argmax), the median of `REPEATS`, on states of noise that hold `held_tokens`. Prompts: 16 of 2,048 tokens, or as
-    many and as long as the engine's limits allow. `now`: seconds, by a clock that runs while the engine works.
-    Raises JetExportError for sizes beyond the engine's limits.
+    A decode step is one of `steps_together` launched together (on a GPU: replays of one CUDA graph of exactly that
+    batch, and the argmax), the median of `REPEATS`, on states of noise that hold `held_tokens`. Prompts: 16 of 2,048
+    tokens, or as many and as long as the engine's limits allow. `now`: seconds, by a clock that runs while the engine
+    works. Raises JetExportError for sizes beyond the engine's limits.
     """
     limits = engine.limits
-    held = max(1, min(held_tokens, limits.max_seq_len - STEPS - 1))
+    held = max(1, min(held_tokens, limits.max_seq_len - steps_together(engine) - 1))
     if max(sizes := sorted(set(sizes))) > limits.max_batch_size:
         raise JetExportError(f"ideal: {max(sizes)} at once; the bundle's max_batch_size is {limits.max_batch_size}.")
     return Speeds(
@@ -165,6 +165,11 @@ def measure_speeds(
     )
 
 
+def steps_together(engine: Engine) -> int:
+    """STEPS, or the next multiple of the tokens between two writes of the states."""
+    return -(-STEPS // engine.state_interval) * engine.state_interval
+
+
 def prompt_shape(limits: Limits) -> tuple[int, int]:
     """Prompts, and tokens of each: 16 x 2048 where the limits allow."""
     return min(PROMPTS, limits.max_batch_size), min(PROMPT_TOKENS, limits.max_seq_len - 2)
@@ -172,20 +177,21 @@ def prompt_shape(limits: Limits) -> tuple[int, int]:
 
 def _step_seconds(engine: Engine, batch: int, held: int, now: Callable[[], float]) -> float:
     free_cached(engine.device)
-    case = Case(batch=batch, context=held, chunk=min(held, engine.limits.prefill_chunk), new_tokens=STEPS + 1)
+    together = steps_together(engine)
+    case = Case(batch=batch, context=held, chunk=min(held, engine.limits.prefill_chunk), new_tokens=together + 1)
     run = Run(engine, case, seed=0, cuda_graphs=True)
     run.synthesise()
     tokens = run.runner.decode(run.slots, run.next).argmax(-1)  # captures the graph
 
     def steps() -> None:
         nonlocal tokens
-        for _ in range(STEPS):
+        for _ in range(together):
             tokens = run.runner.decode(run.slots, tokens).argmax(-1)
 
     times = []
     for _ in range(REPEATS + 1):  # the first warms up
-        run.reset(held)
-        times.append(_seconds(steps, engine.device, now) / STEPS)
+        run.reset_written()
+        times.append(_seconds(steps, engine.device, now) / together)
     return statistics.median(times[1:])
 
 

@@ -64,7 +64,7 @@ class Measurement:
     prefill_tokens_per_s: float  # of all sequences together, over the whole context
     prefill_call: Timing  # one call of up to MAX_PREFILL_TOKENS tokens
     step: Timing  # one decode step of the whole batch
-    decode_tokens_per_s: float  # of all sequences together
+    decode_tokens_per_s: float  # of all sequences together, over all timed steps
     ttft: tuple[float, ...]  # of every sequence of every fill, all arriving at once; empty where synthetic
     state_bytes: int  # states and caches
     peak_bytes: int | None  # of the process, on a GPU; None on a CPU
@@ -97,6 +97,12 @@ def measure_engine(
         reason = check_case(case, engine.limits)
         if reason or min(case.batch, case.context, case.chunk, case.repeats) < 1 or case.new_tokens < 2:
             raise JetExportError(f"benchmark: {reason or f'{case}: sizes must be positive'}.")
+        if case.new_tokens < engine.state_interval:
+            raise JetExportError(
+                f"benchmark: {case.new_tokens} new tokens; states are written every {engine.state_interval} tokens, "
+                "and decode is timed over whole intervals.",
+                f"Decode at least {engine.state_interval}.",
+            )
         if case.fill not in FILLS:
             raise JetExportError(f"benchmark: fill {case.fill!r} is not known.", f"Known: {', '.join(FILLS)}.")
     return [measure_case(engine, case, seed, fill_seconds, cuda_graphs) for case in cases]
@@ -130,7 +136,7 @@ def measure_case(engine: Engine, case: Case, seed: int, fill_seconds: float, cud
         prefill_tokens_per_s=case.batch * case.context / seconds,
         prefill_call=summary(calls),
         step=step,
-        decode_tokens_per_s=case.batch / (step.median * 1e-3),
+        decode_tokens_per_s=case.batch / (statistics.mean(steps) * 1e-3),
         ttft=tuple(ttft),
         state_bytes=sum(s.nbytes for s in run.runner.states),
         peak_bytes=torch.cuda.max_memory_allocated(engine.device) if cuda else None,
@@ -141,7 +147,8 @@ class Run:
     """One case's pools and random tokens, and the timed parts of it."""
 
     def __init__(self, engine: Engine, case: Case, seed: int, cuda_graphs: bool) -> None:
-        self.case, self.device = case, engine.device
+        self.case, self.device, self.interval = case, engine.device, engine.state_interval
+        self.specs = engine.specs
         engine = copy.copy(engine)
         engine.limits = Limits(max_batch_size=case.batch, max_seq_len=case.tokens, prefill_chunk=case.chunk)
         self.runner = Runner(engine, cuda_graphs)
@@ -195,14 +202,23 @@ class Run:
         return calls, ttft
 
     def synthesise(self) -> None:
-        """Fill every pool with noise, as if the sequences held `context` tokens."""
-        for pool in self.runner.states:
+        """Fill every pool with noise, as if the sequences held `context` tokens, prefilled."""
+        for spec, pool in zip(self.specs, self.runner.states, strict=True):
+            if spec.name.endswith(".state_position"):
+                continue
             rows = max(1, NOISE_BYTES // max(1, pool[0].numel() * 4))
             block = torch.randn(min(rows, len(pool)), *pool.shape[1:], generator=self.noise, device=self.device)
             block = (0.1 * block if pool.dtype == torch.float32 else block).to(pool.dtype)
             for part in torch.split(pool, rows):
                 part.copy_(block[: len(part)])
+        self.reset_written()
+
+    def reset_written(self) -> None:
+        """As behind a prefill of the context: states hold all of it, and no tokens are held beside them."""
         self.reset(self.case.context)
+        for spec, pool in zip(self.specs, self.runner.states, strict=True):
+            if spec.name.endswith(".state_position"):
+                pool.fill_(self.case.context)
 
     def probe_prefill(self) -> list[float]:
         """Milliseconds of prefill calls on synthetic states, PROBES at each end of the context."""
@@ -213,7 +229,7 @@ class Run:
             for _ in range(PROBES):
                 self.reset(begin)
                 times.append(stopwatch(partial(self.prefill, slots, begin, end), self.device))
-        self.reset(self.case.context)
+        self.reset_written()
         return times
 
     def probed_tokens(self) -> tuple[int, int]:
@@ -223,7 +239,8 @@ class Run:
         return first, last
 
     def decode(self) -> list[float]:
-        """Milliseconds of every decode step (the engine and the argmax), the first ones dropped."""
+        """Milliseconds of decode steps (the engine and the argmax): the first ones are dropped, as many as leave whole
+        intervals between two writes of the states, of whose steps all but one are cheap."""
         tokens: Tensor = self.next
 
         def step() -> None:
@@ -231,4 +248,5 @@ class Run:
             tokens = self.runner.decode(self.slots, tokens).argmax(-1)
 
         times = [stopwatch(step, self.device) for _ in range(self.case.new_tokens)]
-        return times[min(DROPPED, self.case.new_tokens // 2) :]
+        most = len(times) - min(DROPPED, len(times) // 2)
+        return times[-max(most - most % self.interval, self.interval) :]

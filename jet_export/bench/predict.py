@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jet_export.bench.roofline import step_bytes
+from jet_export.bench.roofline import spaced_bytes, step_bytes
 from jet_export.bench.rows import Row
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import USABLE, Memory, MemoryBudget, available_memory
@@ -204,7 +204,7 @@ def fit_alone(points: Sequence[tuple[float, int, float]], byte: float) -> Alone 
 
 def predict(budget: MemoryBudget, table: StepTable, target: Target) -> Prediction:
     """The largest batch of the budget's model that meets the target, by the table's measurements of that model."""
-    points = [(float(r.step_bytes["total"]), r.batch, r.ms_per_token * 1e-3) for r in table.rows]
+    points = [(float(r.moved), r.batch, r.step_seconds) for r in table.rows]
     several = [p for p in points if p[1] > 1]
     if len(several) < MIN_ROWS:
         several = points
@@ -214,7 +214,8 @@ def predict(budget: MemoryBudget, table: StepTable, target: Target) -> Predictio
     specs = budget.dtypes.specs(budget.config)
 
     def seconds(batch: int) -> float:
-        total = step_bytes(budget.config, specs, read, batch, target.context).total
+        step = step_bytes(budget.config, specs, read, batch, target.context)
+        total = spaced_bytes(step, specs, batch, budget.dtypes.state_interval).total
         return alone.seconds(total) if batch == 1 and alone else fit.seconds(total, batch)
 
     chunk = min(target.prefill_chunk, target.context)

@@ -53,11 +53,11 @@ def headline(ours: Sequence[Row], baseline: Sequence[Row]) -> list[Ratio]:
         common = max(mine.keys() & theirs.keys(), default=None)
         if common is not None:
             out.append(compare("decode", "equal batch", mine[common], theirs[common]))
-        limit = theirs[max(theirs)].ms_per_token
-        inside = [r for r in mine.values() if r.ms_per_token <= limit]
+        limit = theirs[max(theirs)].step_seconds
+        inside = [r for r in mine.values() if r.step_seconds <= limit]
         if inside:
             best = max(inside, key=lambda r: r.decode_tokens_per_s)
-            rival = max((r for r in theirs.values() if r.ms_per_token <= limit), key=lambda r: r.decode_tokens_per_s)
+            rival = max((r for r in theirs.values() if r.step_seconds <= limit), key=lambda r: r.decode_tokens_per_s)
             out.append(compare("decode", "equal time per token", best, rival))
         out.append(compare("decode", "largest batch", mine[max(mine)], theirs[max(theirs)]))
         if common is not None:
@@ -67,7 +67,7 @@ def headline(ours: Sequence[Row], baseline: Sequence[Row]) -> list[Ratio]:
 
 def compare(kind: str, at: str, ours: Row, baseline: Row) -> Ratio:
     """One ratio, or why it is not quoted."""
-    share = baseline.decode_of_roofline if kind == "decode" else baseline.prefill_of_roofline
+    share = baseline.of_own_roofline if kind == "decode" else baseline.prefill_of_roofline
     mine, theirs = (r.decode_tokens_per_s if kind == "decode" else r.prefill_tokens_per_s for r in (ours, baseline))
     quoted = share >= MIN_BASELINE
     why = f"not quoted: the baseline reaches {share:.0%} of its own roofline, under {MIN_BASELINE:.0%}"

@@ -32,7 +32,8 @@ def tabulate(rows: Sequence[R], columns: Sequence[Column[R]], left: Sequence[str
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """One row per case; "of roof": the share of what the roofline allows."""
+    """One row per case; "of roof": the share of what the roofline allows; where a row's states are written every few
+    tokens, also "of roof/L", the share of one that writes them so (see `footnotes`)."""
     columns: list[Column[Row]] = [
         ("model", lambda r: f"{SHAPED.get(r.model, r.model)} {r.precision}"),
         ("context", lambda r: str(r.context) + ("*" if r.throughput_only else "")),
@@ -43,11 +44,14 @@ def table(rows: Sequence[Row]) -> Table:
         ("ms/token", lambda r: f"{r.ms_per_token:.3g}"),
         ("p90", lambda r: f"{r.ms_per_token_p90:.3g}"),
         ("of roof", lambda r: f"{r.decode_of_roofline:.0%}"),
+        ("of roof/L", lambda r: percent(r.decode_of_interval_roofline)),
         ("TTFT p50", lambda r: milliseconds(r.ttft_p50)),
         ("p99", lambda r: milliseconds(r.ttft_p99)),
         ("memory", lambda r: human(r.memory_peak or r.memory_predicted) + ("" if r.memory_peak else " pred.")),
         ("filled by", lambda r: r.filled_by),
     ]
+    if all(r.state_interval == 1 for r in rows):
+        columns = [c for c in columns if c[0] != "of roof/L"]
     return tabulate(rows, columns, left=("model", "filled by"))
 
 
@@ -69,6 +73,10 @@ def serving_table(rows: Sequence[tuple[str, str, ServingRow]]) -> Table:
     return tabulate(rows, columns, left=("model", "sampling"))
 
 
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
 def milliseconds(value: float | None) -> str:
     if value is None:
         return "–"
@@ -82,6 +90,12 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     if any(r.filled_by == "synthetic" for r in rows):
         notes.append(
             "synthetic: states made of noise instead of prefilled; prefill speed from calls at both ends of the context"
+        )
+    if intervals := sorted({r.state_interval for r in rows} - {1}):
+        notes.append(
+            f"recurrent states written every {' or '.join(map(str, intervals))} tokens (L): decode tok/s by the mean "
+            "step of whole intervals, ms/token and p90 of single steps; decode's of roof: of a step that writes them, "
+            "of roof/L: of the average of L steps that write them once, and each other a token beside them"
         )
     few = [r for r in rows if 0 < r.ttft_samples < 100]
     if few:
@@ -120,11 +134,12 @@ def ratio_table(ratios: Sequence[Ratio]) -> Table:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """One line per row; the bytes of a step are columns."""
+    """One line per row; the bytes of a step are columns, empty where a row has none."""
     records = []
     for r in rows:
         record = asdict(r)
-        record.update({f"step_bytes_{k}": v for k, v in record.pop("step_bytes").items()})
+        for name in ("step_bytes", "interval_step_bytes"):
+            record.update({f"{name}_{k}": v for k, v in (record.pop(name) or {}).items()})
         records.append(record)
     _write_records(path, records)
 
@@ -135,7 +150,7 @@ def write_serving_csv(path: Path, rows: Sequence[tuple[str, str, ServingRow]]) -
 
 
 def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    names = list(records[0])
+    names = list(dict.fromkeys(name for record in records for name in record))
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, names)
         writer.writeheader()

@@ -4,6 +4,10 @@ Decode, a step of B sequences that hold n tokens each:
 
     bytes = weights + B (2 recurrent states + 2 convolution states + n KV bytes a token + min(n, window) of the windows)
 
+Where recurrent states are written every L tokens (kernels/step_buffer.py), a second roofline counts 1 + 1/L states
+instead of 2, and of the rows [K + V + 4] fp32 that stand beside them (L - 1) / 2 read a step (0 to L - 1 are held) and
+(L - 1) / L written.
+
 Prefill: the products of the projections and of attention, and the recurrence, at the speed of a large matrix product;
 or the bytes, where they take longer. Speeds are measured in the same process on the same device (timer.copy_speed,
 timer.matmul_speed). Weights: every tensor of weights.safetensors except the RoPE table, and except the embedding where
@@ -12,7 +16,7 @@ the output projection is a matrix of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +24,7 @@ import torch
 from jet_export.bench.measure import Case
 from jet_export.bench.timer import copy_speed, matmul_speed
 from jet_export.bundle.manifest import WEIGHTS, Manifest
-from jet_export.model.cache import BESIDE_STATE, PAGE, StateSpec
+from jet_export.model.cache import PAGE, StateSpec
 from jet_export.model.config import JetNemotronConfig
 
 CHUNK = 64  # of the delta rule's chunk form
@@ -42,10 +46,11 @@ class StepBytes:
     """The least bytes that one decode step moves."""
 
     weights: int
-    recurrent_states: int  # read and written
+    recurrent_states: int  # read at every step, written at every one or once in an interval
     conv_states: int  # read and written
     kv_full: int
     kv_window: int
+    step_buffers: int = 0  # tokens held beside the states, read and written
 
     @property
     def total(self) -> int:
@@ -90,18 +95,29 @@ def count_weights(sizes: dict[str, tuple[torch.dtype, int, int]]) -> Weights:
 
 
 def step_bytes(c: JetNemotronConfig, specs: list[StateSpec], weights: int, batch: int, context: float) -> StepBytes:
-    """The bytes of one decode step. `weights`: those it reads; `context`: tokens held by each sequence."""
+    """The bytes of one decode step that writes the recurrent states. `weights`: those that it reads; `context`: tokens
+    held by each sequence."""
     size = {"recurrent_state": 0.0, "conv_state": 0.0, "pages": 0.0, "window_pages": 0.0}
     for s in specs:
-        if s.name.endswith(BESIDE_STATE):
-            continue
-        if s.rows == "slots":
-            size[s.name.rsplit(".", 1)[1]] += 2 * s.row_bytes
-        else:
+        kind = s.name.rsplit(".", 1)[1]
+        if kind == "recurrent_state":
+            size[kind] += 2 * s.row_bytes
+        elif kind == "conv_state":  # rows of tokens that may be taken back are not read
+            size[kind] += 2 * s.row_bytes / s.shape[0] * (c.conv_size - 1)
+        elif s.rows != "slots":
             held = context if s.rows == "pages" else min(context, c.window_size)
             size[s.rows] += s.row_bytes / PAGE * held
     recurrent, conv, full, window = (int(batch * n) for n in size.values())
     return StepBytes(weights=weights, recurrent_states=recurrent, conv_states=conv, kv_full=full, kv_window=window)
+
+
+def spaced_bytes(step: StepBytes, specs: list[StateSpec], batch: int, interval: int) -> StepBytes:
+    """The average step of `interval` ones, of which the last writes the recurrent states and each other a token beside
+    them. `step`: one that writes the states."""
+    row = sum(s.row_bytes // s.shape[1] for s in specs if s.name.endswith(".step_buffer"))
+    moved = (interval - 1) / 2 + (interval - 1) / interval  # rows read and written
+    states = step.recurrent_states // 2
+    return replace(step, recurrent_states=states + states // interval, step_buffers=int(batch * row * moved))
 
 
 def mixer_flops(c: JetNemotronConfig, context: int) -> float:
@@ -128,12 +144,13 @@ class Roofline:
     weights: Weights
     peaks: Peaks
 
-    def step_bytes(self, batch: int, context: float) -> StepBytes:
-        return step_bytes(self.config, self.specs, self.weights.read, batch, context)
+    def step_bytes(self, batch: int, context: float, interval: int = 1) -> StepBytes:
+        step = step_bytes(self.config, self.specs, self.weights.read, batch, context)
+        return spaced_bytes(step, self.specs, batch, interval)
 
-    def decode_seconds(self, batch: int, context: float) -> float:
-        """A decode step: its bytes at copy speed."""
-        return self.step_bytes(batch, context).total / self.peaks.copy
+    def decode_seconds(self, batch: int, context: float, interval: int = 1) -> float:
+        """A decode step, averaged over `interval` of them: its bytes at copy speed."""
+        return self.step_bytes(batch, context, interval).total / self.peaks.copy
 
     def prefill_seconds(self, case: Case) -> float:
         """Filling a case's sequences: its products or its bytes, whichever takes longer."""

@@ -12,6 +12,7 @@ import torch
 from helpers.eager_bundle import eager_engine, mini_config
 from safetensors.torch import save_file
 
+from jet_export.backends.eager import EagerEngine
 from jet_export.bench import command, protocols, verified
 from jet_export.bench.command import BenchOptions, baseline_bundle, run_bench
 from jet_export.bench.protocols import Asked
@@ -28,12 +29,13 @@ LIMITS = Limits(max_batch_size=4, max_seq_len=96, prefill_chunk=32)
 
 
 @pytest.fixture
-def bundle(tmp_path, monkeypatch):
-    """A bundle directory whose engine is the eager model."""
+def bundle(request, tmp_path, monkeypatch):
+    """A bundle directory whose engine is the eager model; its parameter: tokens between two writes of the states."""
+    interval = getattr(request, "param", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     directory = tmp_path / "mini"
     directory.mkdir()
-    engine = eager_engine(LIMITS)
+    engine = EagerEngine(eager_engine(LIMITS).model, LIMITS, state_interval=interval)
     tensors = {k: v for k, v in engine.model.state_dict().items() if k != "lm_head.weight"}
     save_file({**tensors, "cos_sin": engine.model.cos_sin}, directory / "weights.safetensors")
     manifest = Manifest(
@@ -46,6 +48,7 @@ def bundle(tmp_path, monkeypatch):
         limits=LIMITS,
         build={"command": ["jet-export", "build", "--model", "mini.json"]},
         files=describe_files(directory),
+        state_interval=interval,
     )
     manifest.save(directory)
     monkeypatch.setattr(command, "load_engine", lambda path: (engine, manifest))
@@ -123,12 +126,33 @@ def test_rows_and_files(bundle, outcome, tmp_path) -> None:
     for r in b["rows"]:
         assert r["decode_tokens_per_s"] > 0 and r["prefill_tokens_per_s"] > 0 and r["ttft_p50"] <= r["ttft_p99"]
         moved = r["step_bytes"]["total"] / 1e10
-        assert r["decode_of_roofline"] == pytest.approx(moved / (r["ms_per_token"] * 1e-3))
+        assert r["decode_of_roofline"] == pytest.approx(moved * r["decode_tokens_per_s"] / r["batch"])
+        assert r["state_interval"] == 1 and r["decode_of_interval_roofline"] is r["interval_step_bytes"] is None
         assert r["step_bytes"]["weights"] == bundle_weights(bundle).read
     (s,) = b["skipped"]
     assert s["reason"] == "context 512 and 6 new tokens exceed max_seq_len 96"
     assert any("skipped: context 512" in line and "--max-seq-len 518" in line for line in lines)
     assert len((out / "bench.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("bundle", [4], indirect=True)
+def test_a_bundle_with_an_interval_has_the_shares_of_both_rooflines(bundle, outcome) -> None:
+    (b,) = run(bundle, 32)["bundles"]
+    (r,) = b["rows"]
+    for share, moved in (
+        (r["decode_of_roofline"], r["step_bytes"]["total"]),
+        (r["decode_of_interval_roofline"], r["interval_step_bytes"]["total"]),
+    ):
+        assert share == pytest.approx(moved / 1e10 * r["decode_tokens_per_s"] / r["batch"])
+    assert r["state_interval"] == 4 and r["interval_step_bytes"]["step_buffers"] > 0 == r["step_bytes"]["step_buffers"]
+    assert r["precision"] == "fp32+state/4"
+
+
+@pytest.mark.parametrize("bundle", [8], indirect=True)
+def test_fewer_new_tokens_than_an_interval_are_refused_before_anything_runs(bundle, outcome) -> None:
+    with pytest.raises(JetExportError, match=r"--new-tokens 6: the bundle writes its states every 8 tokens.*\n.*48"):
+        run(bundle, 32)
+    assert outcome.runs == 0
 
 
 def test_without_git_the_commit_is_unknown(bundle, outcome, monkeypatch, tmp_path) -> None:
@@ -152,7 +176,7 @@ def test_a_baseline_is_swept_and_compared(bundle, outcome) -> None:
     )
     result = run_bench(options, ["jet-export"], lambda line: None)
     assert [sorted(r["batch"] for r in b["rows"]) for b in result["bundles"]] == [[1, 2, 4]] * 2
-    ours, theirs = ({r["batch"]: r["ms_per_token"] for r in b["rows"]} for b in result["bundles"])
+    ours, theirs = ({r["batch"]: r["batch"] / r["decode_tokens_per_s"] for r in b["rows"]} for b in result["bundles"])
     in_time = {"equal time per token"} if min(ours.values()) <= theirs[4] else set()  # real times: either may happen
     assert {r["at"] for r in result["ratios"]} == {"equal batch", "largest batch"} | in_time
     assert all((r["ratio"] is None) == (r["baseline_of_roofline"] < 0.7) for r in result["ratios"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from helpers.eager_bundle import eager_engine
 
+from jet_export.backends.eager import EagerEngine
 from jet_export.bench import ideal
 from jet_export.bench.ideal import Speeds, batch_sizes, measure_speeds, simulate
 from jet_export.bundle.limits import Limits
@@ -109,4 +110,7 @@ def test_speeds_of_an_engine_are_those_of_the_clock_given(device, monkeypatch) -
     ticks = iter(range(10**6))
     speeds = measure_speeds(engine, [1, 3], held_tokens=500, now=lambda: float(next(ticks)))  # each read a second later
     assert speeds.step_ms == {1: 125.0, 3: 125.0}  # eight steps between two reads
+    spaced = EagerEngine(engine.model, engine.limits, state_interval=3)
+    speeds_spaced = measure_speeds(spaced, [1], held_tokens=500, now=lambda: float(next(ticks)))
+    assert speeds_spaced.step_ms == {1: pytest.approx(1e3 / 9)}  # three intervals
     assert speeds.held_tokens == 55 and speeds.prompt_shape == (3, 62) and speeds.prompt_tokens_per_s == 3 * 62

@@ -7,12 +7,14 @@ import pytest
 import torch
 from helpers.eager_bundle import eager_engine
 
+from jet_export.backends.eager import EagerEngine
 from jet_export.bench import timer
-from jet_export.bench.measure import DROPPED, Case, check_case, measure_engine
+from jet_export.bench.measure import DROPPED, Case, Run, check_case, measure_case, measure_engine
 from jet_export.bundle.limits import Limits
 from jet_export.utils.errors import JetExportError
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=96, prefill_chunk=16)
+LONG = Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=16)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,6 @@ def test_a_case_decodes_every_sequence_at_its_context(engine, fill, monkeypatch)
     assert seen[1:] == [[40 + i] * 3 for i in range(12)]  # after the warm-up
     assert m.filled_by == fill
     assert len(m.ttft) == (6 if fill == "prefill" else 0)
-    assert m.decode_tokens_per_s == pytest.approx(3 / (m.step.median * 1e-3))
     assert 0 < m.step.median <= m.step.p90 and m.prefill_tokens_per_s > 0
     assert m.peak_bytes is None  # a CPU
 
@@ -79,8 +80,6 @@ def test_prefill_speed_and_time_to_first_token_are_of_one_fill(engine):
 
 
 def test_synthetic_states_are_finite_and_not_zero(engine):
-    from jet_export.bench.measure import Run
-
     run = Run(engine, Case(batch=2, context=64, chunk=16, new_tokens=4), 0, False)
     run.synthesise()
     assert all(s.isfinite().all() and (s != 0).any(dim=-1).all() for s in run.runner.states)
@@ -117,6 +116,37 @@ def test_the_first_steps_are_dropped(engine, monkeypatch):
     monkeypatch.setattr("jet_export.bench.measure.stopwatch", lambda fn, device: fn() or float(next(ticks)))
     (m,) = measure_engine(engine, [Case(batch=1, context=16, chunk=16, new_tokens=DROPPED + 20, fill="prefill")])
     assert m.step.median == pytest.approx(2 + DROPPED + 9.5)
+
+
+@pytest.mark.parametrize(("new", "timed"), [(27, 16), (12, 8), (8, 8)])
+def test_tokens_a_second_are_of_whole_intervals_between_two_writes_of_the_states(new, timed, monkeypatch):
+    """Of a clock by which a step takes 1 ms, and one that writes the states 9: 2 ms on average, whatever the number of
+    steps; the median step is a cheap one."""
+    spaced = EagerEngine(eager_engine(LONG).model, LONG, state_interval=8)
+    steps = []
+
+    def call(fn, device):
+        before = [s.clone() for s in written]
+        fn()
+        wrote = any((a != b).any() for a, b in zip(before, written, strict=True))
+        steps.append(9.0 if wrote else 1.0)
+        return steps[-1]
+
+    run = Run(spaced, Case(batch=2, context=16, chunk=16, new_tokens=new), 0, False)
+    written = [p for s, p in zip(spaced.specs, run.runner.states, strict=True) if s.name.endswith("recurrent_state")]
+    monkeypatch.setattr("jet_export.bench.measure.stopwatch", call)
+    monkeypatch.setattr("jet_export.bench.measure.Run", lambda *args: run)
+    m = measure_case(spaced, Case(batch=2, context=16, chunk=16, new_tokens=new, fill="synthetic"), 0, 1, False)
+    decoded = steps[-new:]
+    assert [i % 8 for i, ms in enumerate(decoded) if ms == 9.0] == [7] * (new // 8)
+    assert m.decode_tokens_per_s == pytest.approx(2 / 2e-3)
+    assert m.step == timer.summary(decoded[-timed:]) and m.step.median == 1.0
+
+
+def test_fewer_tokens_than_an_interval_are_refused(engine):
+    spaced = EagerEngine(engine.model, LIMITS, state_interval=8)
+    with pytest.raises(JetExportError, match=r"7 new tokens; states are written every 8 tokens.*\n.*at least 8"):
+        measure_engine(spaced, [Case(batch=1, context=16, chunk=16, new_tokens=7)])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from jet_export.bench.predict import (
     lines,
     predict,
 )
-from jet_export.bench.roofline import step_bytes
+from jet_export.bench.roofline import spaced_bytes, step_bytes
+from jet_export.bench.rows import Row
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.memory import MemoryBudget, weight_bytes
 from jet_export.cli import app as cli
@@ -68,13 +69,18 @@ def table(tmp_path) -> StepTable:
 
 
 def test_the_fit_recovers_the_terms_of_the_steps(table) -> None:
-    fit = fit_steps([(r.step_bytes["total"], r.batch, r.ms_per_token * 1e-3) for r in table.rows])
+    fit = fit_steps([(r.step_bytes["total"], r.batch, r.step_seconds) for r in table.rows])
     assert (fit.overhead, 1 / fit.byte, fit.each) == pytest.approx((0.5e-3, 2.5e12, 2e-6), rel=1e-6)
 
 
 def test_no_term_is_negative() -> None:
     fit = fit_steps([(1e9, 1, 0.9e-3), (2e9, 2, 2.1e-3), (3e9, 3, 3.1e-3), (4e9, 4, 4.2e-3)])
     assert min(fit.overhead, fit.byte, fit.each) >= 0 and fit.seconds(2e9, 2) == pytest.approx(2e-3, rel=0.1)
+
+
+def quicker(r: Row) -> Row:
+    """A step of 0.3 ms less."""
+    return dataclasses.replace(r, decode_tokens_per_s=r.batch / (r.step_seconds - 0.3e-3))
 
 
 @pytest.mark.parametrize("tpot", [2.5, 7.7, 20.0])
@@ -91,7 +97,7 @@ def test_the_batch_is_the_largest_within_the_time(table, tpot) -> None:
 
 def test_one_sequence_has_an_overhead_of_its_own(table) -> None:
     """A quicker step of one sequence, which a package of its own decodes, changes neither the fit nor its errors."""
-    quick = [dataclasses.replace(r, ms_per_token=r.ms_per_token - 0.3) if r.batch == 1 else r for r in table.rows]
+    quick = [quicker(r) if r.batch == 1 else r for r in table.rows]
     faster = dataclasses.replace(table, rows=tuple(quick))
     one = 0.5 + nbytes(1, 65536) / 2.5e9 + 0.002
     for tpot, batches in ((one - 0.1, (0, 1)), (one - 0.31, (0, 0)), (7.7, None)):
@@ -151,7 +157,7 @@ def test_the_packages_tables_are_those_of_the_results() -> None:
 
 def test_a_step_of_one_sequence_is_explained(table) -> None:
     """Its own fit and error are printed where the answer is one sequence."""
-    quick = [dataclasses.replace(r, ms_per_token=r.ms_per_token - 0.3) if r.batch == 1 else r for r in table.rows]
+    quick = [quicker(r) if r.batch == 1 else r for r in table.rows]
     faster = dataclasses.replace(table, rows=tuple(quick))
     one = 0.2 + nbytes(1, 65536) / 2.5e9 + 0.002
     for tpot in (one + 0.01, one - 0.1):
@@ -190,7 +196,7 @@ def test_a_time_that_cannot_be_met(table) -> None:
 
 
 def test_the_error_is_of_steps_left_out(table) -> None:
-    points = [(r.step_bytes["total"], r.batch, r.ms_per_token * 1e-3) for r in table.rows]
+    points = [(r.step_bytes["total"], r.batch, r.step_seconds) for r in table.rows]
     assert max(left_out_errors(points)) < 1e-6
     rng = random.Random(0)
     noisy = [(x, b, y * (1 + rng.uniform(-0.1, 0.1))) for x, b, y in points]
@@ -273,3 +279,19 @@ def test_files_without_a_table(tmp_path, monkeypatch, capsys) -> None:
         find_table("jet-2b", "bf16", tmp_path / "y.json")
     with pytest.raises(JetExportError, match="at least 4 decode steps"):
         find_table("jet-2b", "bf16", tmp_path / bench_json(tmp_path / "few.json", [measured(1, 4096)]))
+
+
+def test_a_bundle_that_writes_its_states_every_few_tokens_is_fitted_by_its_own_bytes(table) -> None:
+    """Steps made of the bytes of an interval of 8: the same terms, and the larger batch that they allow."""
+    spaced = Dtypes(model=torch.bfloat16, kv_cache=torch.bfloat16, state_interval=8)
+    specs, rows = spaced.specs(jet_2b()), []
+    for r in table.rows:
+        every = step_bytes(jet_2b(), specs, WEIGHTS, r.batch, r.context + 64)
+        total = spaced_bytes(every, specs, r.batch, 8).total
+        ms, step = 0.5 + total / 2.5e9 + 0.002 * r.batch, {"weights": WEIGHTS, "total": total}
+        new = row(r.batch, 1e3 * r.batch / ms, context=r.context, state_interval=8, interval_step_bytes=step)
+        rows.append(dataclasses.replace(new, step_bytes=r.step_bytes))
+    budget = MemoryBudget(config=jet_2b(), dtypes=spaced, weights=WEIGHTS, available=int(1e13))
+    p = predict(budget, dataclasses.replace(table, rows=tuple(rows)), target(65536, 7.7))
+    assert (p.fit.overhead, 1 / p.fit.byte, p.fit.each) == pytest.approx((0.5e-3, 2.5e12, 2e-6), rel=1e-6)
+    assert p.batch > largest(table, 65536, 7.7).batch

@@ -19,6 +19,11 @@ def test_a_baseline_under_70_percent_of_its_roofline_gives_no_ratio(share: float
         assert r.baseline_of_roofline == share
 
 
+def test_a_baselines_roofline_is_that_of_its_own_interval() -> None:
+    slow = baseline(1, 50, decode_of_roofline=0.9, state_interval=8, decode_of_interval_roofline=0.6)
+    assert compare("decode", "", row(1, 100), slow).ratio is None
+
+
 def test_nan_is_no_roofline() -> None:
     assert compare("decode", "", row(1, 100), baseline(1, 50, decode_of_roofline=float("nan"))).ratio is None
 

@@ -32,5 +32,23 @@ def test_table_marks_contexts_beyond_the_positions() -> None:
     assert list(t.columns[1].cells) == ["4096*", "4096"]
 
 
+def spaced(batch: int, decode: float):
+    step = {"weights": 5, "total": 6}
+    return row(batch, decode, state_interval=8, decode_of_interval_roofline=0.5, interval_step_bytes=step)
+
+
+def test_rows_of_states_written_every_few_tokens_have_the_shares_of_both_rooflines(tmp_path) -> None:
+    headers = [str(c.header) for c in table([row(1, 5)]).columns]
+    assert "of roof/L" not in headers and not footnotes([row(1, 5, ttft_samples=1000)])
+    columns = {str(c.header): list(c.cells) for c in table([spaced(1, 5), row(1, 5)]).columns}
+    assert columns["of roof/L"] == ["50%", "–"] and columns["of roof"] == ["80%", "80%"]
+    assert "written every 8 tokens (L)" in " ".join(footnotes([spaced(1, 5), row(1, 5)]))
+    write_csv(tmp_path / "x.csv", [row(2, 3), spaced(1, 5)])
+    with open(tmp_path / "x.csv", newline="") as f:
+        first, second = csv.DictReader(f)
+    assert first["interval_step_bytes_total"] == "" and second["interval_step_bytes_total"] == "6"
+    assert (first["state_interval"], second["decode_of_interval_roofline"]) == ("1", "0.5")
+
+
 def test_milliseconds() -> None:
     assert [milliseconds(x) for x in (None, 1.234, 1234.0)] == ["–", "1.23 ms", "1.23 s"]

@@ -11,6 +11,7 @@ from jet_export.bench.roofline import (
     Weights,
     count_weights,
     mixer_flops,
+    spaced_bytes,
     step_bytes,
 )
 from jet_export.bundle.memory import weight_bytes
@@ -71,6 +72,35 @@ def test_windows_and_caches_stop_growing_where_they_should() -> None:
     assert step_bytes(c, specs, 0, 4, 9000).kv_window == long.kv_window
     row = next(s for s in specs if s.rows == "pages").row_bytes
     assert short.kv_full == 4 * 2 * row // PAGE * 1000
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_state_written_once_in_an_interval_saves_its_writes_less_the_tokens_beside_it(interval, dtype) -> None:
+    """Of a step, on average: (L - 1) / L of a state are not written; (L - 1) / 2 rows [K + V + 4] fp32 are read and
+    (L - 1) / L written. The roofline that writes states at every token, which that of L = 1 is, has the bytes of a
+    bundle without an interval and drafts."""
+    c = jet_2b()
+    specs = state_specs(c, BF16, state_dtype=dtype, interval=interval, rollback=5)
+    plain, every = (step_bytes(c, s, 7, 4, 1000) for s in (state_specs(c, BF16, state_dtype=dtype), specs))
+    spaced = spaced_bytes(every, specs, 4, interval)
+    assert every == plain == spaced_bytes(every, specs, 4, 1) and every.step_buffers == 0
+    states = rows = 0
+    for i, kind in enumerate(c.layer_types):
+        if kind == "jet":
+            H, K, V = c.jet_dims(i)
+            states, rows = states + H * K * V * dtype.itemsize, rows + 4 * H * (K + V + 4)
+    L = interval
+    saved = 4 * (states * (L - 1) / L - rows * ((L - 1) / 2 + (L - 1) / L))
+    assert every.total - spaced.total == pytest.approx(saved, abs=2)
+    assert every.recurrent_states == 4 * 2 * states and spaced.conv_states == plain.conv_states
+    assert spaced.recurrent_states == pytest.approx(4 * states * (1 + 1 / L), abs=1)
+
+
+def test_an_interval_of_one_is_the_roofline_of_today() -> None:
+    device = roofline(Weights(read=7, resident=7, products={}), Peaks(1e12, {}))
+    assert device.step_bytes(4, 1000, 1) == device.step_bytes(4, 1000)
+    assert device.decode_seconds(4, 1000, 1) == device.step_bytes(4, 1000).total / 1e12
 
 
 def test_attention_of_a_prefill_is_quadratic_and_windows_are_not() -> None:
