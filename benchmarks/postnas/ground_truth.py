@@ -1,35 +1,22 @@
 """What the supernet's ranking is worth: placements that are really retrofitted, beside their scores as paths.
 
-    python benchmarks/postnas/ground_truth.py benchmarks/postnas/h200.toml --run runs/postnas \
-        --output runs/postnas-truth --minutes 9                      # again until it says done
-
-After step placement of --run. Every placement of one attention layer gets a short retrofit ([block]'s steps), and for
-each k of placement.keep the learned and the uniform placement do, with --seeds seeds each. truth.json: Spearman's rank
-correlation of the supernet's scores and of restore-one KL with the retrofits', by task; learned against uniform.
-Candidates that are there are not trained again.
+Every placement of one attention layer gets a short retrofit ([block]'s steps); and for each k of placement.keep the
+learned, the uniform and the restore-one-KL placement do, with several seeds. Candidates that are there are not trained
+again.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
-
-from pieces import pieces
 
 from jet_export.postnas.beam import rank_correlation
 from jet_export.postnas.candidate import Candidate, run_candidate
 from jet_export.postnas.evaluate import task_value
-from jet_export.postnas.placement import rank_of
+from jet_export.postnas.placement import EVALUATIONS, rank_of
 from jet_export.postnas.recipe import letters
-from jet_export.postnas.recipe_read import read_postnas_recipe
-from jet_export.postnas.session import Session, Stopped
-from jet_export.training.distributed import processes
-from jet_export.training.stop import stop_at_signals
-from jet_export.utils.files import write_atomically
+from jet_export.postnas.session import Session
 
 
 def retrofit(session: Session, placement: tuple[int, ...], seed: int) -> dict[str, Any]:
@@ -41,7 +28,7 @@ def retrofit(session: Session, placement: tuple[int, ...], seed: int) -> dict[st
 def correlations(session: Session, run: Path) -> dict[str, Any]:
     """By task: of the k = 1 placements' values in the supernet, and of their KL, with those after retrofits."""
     placement = session.result("placement")
-    paths = rank_of(run / "placement/evaluations.jsonl")
+    paths = rank_of(run / "placement" / EVALUATIONS)
     layers = range(session.config.num_hidden_layers)
     truth = [retrofit(session, (i,), 0) for i in layers]
     out = {}
@@ -59,53 +46,22 @@ def correlations(session: Session, run: Path) -> dict[str, Any]:
     return out
 
 
+def methods(session: Session) -> list[dict[str, Any]]:
+    """The placements that are compared, by method and number of attention layers."""
+    objective = session.recipe.placement.objective
+    names = (f"learned: {objective}", "uniform", "restore-one KL")
+    rows = session.result("placement")["placements"]
+    return [row for name in names for row in rows if row["method"] == name and row["keep"]]
+
+
 def learned_and_uniform(session: Session, seeds: int) -> list[dict[str, Any]]:
-    recipe, rows = session.recipe.placement, session.result("placement")["placements"]
-    out: list[dict[str, Any]] = []
-    for method in (f"learned: {recipe.objective}", "uniform", "restore-one KL"):
-        for row in rows:
-            if row["method"] == method and row["keep"]:
-                results = [retrofit(session, tuple(row["attention"]), seed) for seed in range(seeds)]
-                values = {t.name: [task_value(t, r["scores"]) for r in results] for t in session.tasks}
-                means = {name: mean(v) for name, v in values.items()}
-                out.append(
-                    {"method": method, "keep": row["keep"], "attention": row["attention"], "mean": means} | values
-                )
+    """Values by method, k and task: of each seed, their mean and standard deviation."""
+    out = []
+    for row in methods(session):
+        results = [retrofit(session, tuple(row["attention"]), seed) for seed in range(seeds)]
+        values = {t.name: [task_value(t, r["scores"]) for r in results] for t in session.tasks}
+        spread = {
+            name: {"values": v, "mean": mean(v), "stdev": stdev(v) if seeds > 1 else 0.0} for name, v in values.items()
+        }
+        out.append({"method": row["method"], "keep": row["keep"], "attention": row["attention"], "tasks": spread})
     return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--run", type=Path, required=True, help="the --output of jet-export postnas")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--minutes", type=float, default=9)
-    args = parser.parse_args()
-    recipe = read_postnas_recipe(args.recipe)
-    if recipe.training.teacher == "toy":
-        recipe = replace(recipe, training=replace(recipe.training, teacher=str(args.run / "teacher")))
-    args.output.mkdir(parents=True, exist_ok=True)
-    with pieces(args.minutes), processes(args.device) as group, stop_at_signals() as stop:
-
-        def say(line: str) -> None:
-            if group.first:
-                print(line, flush=True)
-
-        session = Session(recipe, group, args.run, args.output, args.device, stop, say)
-        try:
-            truth: dict[str, Any] = {"correlations": correlations(session, args.run)}
-            truth |= {"placements": learned_and_uniform(session, args.seeds)}
-        except Stopped:
-            print("not done: run the same command again")
-            return
-        if group.first:
-            write_atomically(args.output / "truth.json", json.dumps(truth, indent=1) + "\n")
-            for name, values in truth["correlations"].items():
-                print(f"{name}: rank correlation {values['rank_correlation']}")
-            print(f"done: {args.output / 'truth.json'}")
-
-
-if __name__ == "__main__":
-    main()

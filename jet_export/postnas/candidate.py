@@ -53,7 +53,7 @@ class Candidate:
             H, K, V = self.dims
             student = replace(recipe.student, num_heads=H, head_k_dim=K, head_v_dim=V)
             recipe = replace(recipe, student=student)
-        retrofit = MixerRetrofit(recipe, session.output, session.device)
+        retrofit = MixerRetrofit(recipe, session.output, session.device, session.encode)
         retrofit.make = self.make
         return retrofit
 

@@ -13,7 +13,7 @@ from jet_export.postnas.tasks import Item, Task
 from jet_export.training.data.rows import IGNORED, Batch
 from jet_export.training.model import TrainingModel
 
-ROWS = 8  # items in a batch
+ROWS = {"cpu": 8, "cuda": 32}  # items in a batch
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def divergence(model: Readout, teacher: Readout, task: Task) -> float:
 
 def batches(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Sequence[Item], Batch]]:
     """Items a few at a time, padded to the longest of all."""
-    length = max(len(item.tokens) for item in items)
-    for start in range(0, len(items), ROWS):
-        some = items[start : start + ROWS]
+    length, rows = max(len(item.tokens) for item in items), ROWS[device.type]
+    for start in range(0, len(items), rows):
+        some = items[start : start + rows]
         yield some, Batch.of([item.row(length) for item in some], device)
 
 

@@ -100,7 +100,8 @@ def run_placement(session: Session) -> dict[str, Any]:
             "Keep fewer attention layers.",
         )
     stage = StageRecipe(name="supernet", loss="features", steps=p.steps, tokens=p.tokens, lr=p.lr)
-    retrofit = SupernetRetrofit(recipe.student("j" * layers, (stage,)), session.output, session.device)
+    made = recipe.student("j" * layers, (stage,))
+    retrofit = SupernetRetrofit(made, session.output, session.device, session.encode)
     retrofit.keep, retrofit.kl_weight = p.keep, p.kl_weight
     output = session.directory / "supernet"
     progress = train(session, retrofit, output)

@@ -17,6 +17,7 @@ from jet_export.postnas.evaluate import Readout, Scores, score
 from jet_export.postnas.recipe import PostnasRecipe
 from jet_export.postnas.tasks import Task, load_task
 from jet_export.training.checkpoint import Checkpoints, Progress
+from jet_export.training.data.shard import Encode
 from jet_export.training.data.tokenizer import load_encoder
 from jet_export.training.distributed import Group
 from jet_export.training.model import TrainingModel
@@ -58,12 +59,15 @@ class Session:
         return self.files.config
 
     @cached_property
+    def encode(self) -> Encode:
+        """One for all candidates, which read the same texts."""
+        named = self.recipe.data.tokenizer
+        return load_encoder(Path(named) if named else self.files.directory, self.config)
+
+    @cached_property
     def tasks(self) -> tuple[Task, ...]:
-        data = self.recipe.data
-        source = Path(data.tokenizer) if data.tokenizer else self.files.directory
-        encode = load_encoder(source, self.config)
-        ends = self.config.eos_token_id >= 0
-        return tuple(load_task(t, encode, ends, data.sequence_length) for t in self.recipe.task)
+        ends, length = self.config.eos_token_id >= 0, self.recipe.data.sequence_length
+        return tuple(load_task(t, self.encode, ends, length) for t in self.recipe.task)
 
     @cached_property
     def teacher(self) -> TrainingModel:

@@ -48,8 +48,9 @@ CHECKPOINTS = "checkpoints"
 class Retrofit:
     """A checked recipe with its teacher, tokenizer and student's config: what the stages share."""
 
-    def __init__(self, recipe: Recipe, output: Path, device: str) -> None:
-        """Reads the teacher's config and tokenizer, no weights. Raises JetExportError for what does not fit."""
+    def __init__(self, recipe: Recipe, output: Path, device: str, encode: Encode | None = None) -> None:
+        """Reads the teacher's config and tokenizer (unless `encode` stands for it), no weights. Raises JetExportError
+        for what does not fit."""
         self.recipe, self.output, self.device = recipe, output, device
         self.files: CheckpointFiles = open_teacher(recipe.teacher)
         self.config: JetNemotronConfig = student_config(self.files.config, recipe.student)
@@ -60,7 +61,7 @@ class Retrofit:
                 "Lower it.",
             )
         source = Path(recipe.data.tokenizer) if recipe.data.tokenizer else self.files.directory
-        self.encode: Encode = load_encoder(source, self.config)
+        self.encode: Encode = encode or load_encoder(source, self.config)
 
     def models(self, group: Group) -> tuple[TrainingModel, TrainingModel]:
         """(student, teacher) as a run begins, the student untrained and neither sharded."""

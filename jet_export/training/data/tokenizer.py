@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from pathlib import Path
 
 from jet_export.model.config import JetNemotronConfig
@@ -9,6 +11,27 @@ from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.training.data.shard import Encode
 from jet_export.training.data.stream import encoder
 from jet_export.utils.errors import JetExportError
+
+REMEMBERED = 50_000_000  # tokens, of 4 bytes
+
+
+class Remembering:
+    """An encoder that tokenises a text once: of a small corpus, which a run reads many times. What it keeps is bounded:
+    texts that come once `limit` tokens are kept are tokenised each time."""
+
+    def __init__(self, encode: Encode, limit: int = REMEMBERED) -> None:
+        self.encode, self.left = encode, limit
+        self._known: dict[bytes, array[int]] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if (known := self._known.get(key)) is not None:
+            return known.tolist()
+        ids = self.encode(text)
+        if len(ids) <= self.left:
+            self._known[key] = array("i", ids)
+            self.left -= len(ids)
+        return ids
 
 
 def load_encoder(directory: Path, config: JetNemotronConfig) -> Encode:
@@ -36,4 +59,4 @@ def load_encoder(directory: Path, config: JetNemotronConfig) -> Encode:
         found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return found
 
-    return encoder(ids, config.eos_token_id)
+    return Remembering(encoder(ids, config.eos_token_id))
