@@ -43,7 +43,7 @@ def recipes(output: Path, toy: bool) -> Scale:
     limits = {"max-batch-size": "64", "max-seq-len": "2048", "prefill-chunk": "1024"}
     if toy:
         teacher, postnas = _toy_training(teacher), _toy(postnas)
-        limits = {"max-batch-size": "2", "max-seq-len": "128", "prefill-chunk": "64"}
+        limits = {"max-batch-size": "2", "max-seq-len": "256", "prefill-chunk": "64"}
     return Scale(
         postnas=postnas,
         teacher=check_recipe(teacher, "teacher.toml"),

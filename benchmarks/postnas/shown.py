@@ -11,8 +11,8 @@ fit --minutes, stops in time, and writes what the next call needs to --save (def
 A file a piece under OUTPUT/pieces; shown.json and shown.md at the end of every call. Status 1: a piece failed.
 
 Needs torch, triton, numpy, safetensors, tokenizers, huggingface_hub, typer and rich alone. Wheels for more, where they
-are missing: piece engine builds FP8 with nvidia-modelopt (which needs omegaconf, antlr4-python3-runtime, pulp, pydantic,
-pydantic_core, annotated_types and typing_inspection) and bf16 without. report.html needs plotly, and is made elsewhere
+are missing: piece engine builds FP8 with nvidia-modelopt (omegaconf, antlr4-python3-runtime, pulp, pydantic,
+pydantic_core, annotated_types, typing_inspection too) and bf16 without. report.html needs plotly, and is made elsewhere
 from the same state.
 """
 

@@ -1,13 +1,14 @@
 """Tokens per second and memory of `jet-export retrofit` on one GPU, a phase at a time, with random weights and tokens.
 
     python benchmarks/training/retrofit_speed.py [--model jet-2b] [--phase features logits all] [--length 4096]
-        [--micro-batch 1 2 4] [--checkpointing] [--compile] [--steps 12] [--hours 50e9] [--output FILE]
+        [--micro-batch 1 2 4] [--checkpointing] [--compile] [--steps 12] [--hours 50e9] [--minutes 8] [--output FILE]
 
 features, logits: JetBlocks train, the teacher runs forward; all: everything trains on next tokens, without a teacher.
 A step is one micro-batch: forward, backward, clipping and AdamW; medians after 4 steps of warm-up. `--hours` gives what
 so many tokens take on 8 and 64 GPUs at this speed, with nothing lost between them.
 
-First the gradients of a small model on this device are compared with those of the CPU in fp32; no speed without it.
+First the gradients of a small model on this device are compared with those of the CPU in fp32, phase by phase; no speed
+without it. --output is written after each row, and no row begins after --minutes.
 """
 
 from __future__ import annotations
@@ -132,31 +133,30 @@ def alone(device: torch.device) -> Group:
 
 
 def measure(
-    config: JetNemotronConfig, phase: str, micro_batch: int, args: argparse.Namespace, device: torch.device
+    models: tuple[Objective, TrainingModel | None], phase: str, micro_batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One phase at one micro-batch; `error` where the memory does not suffice."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    objective, teacher = models
+    device, vocabulary = objective.student.embed_tokens.weight.device, objective.student.config.vocab_size
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
     try:
-        objective, teacher = build(config, phase, dtype, device)
-        for layer in (*objective.student.training_layers, *(teacher.training_layers if teacher else ())):
-            layer.activation_checkpointing = args.checkpointing
-            if args.compile:
-                layer.compile()
         optimizer = make_optimizer(objective.student, PHASES[phase], OptimizerRecipe())
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        times = []
         for step in range(WARM_UP + args.steps):
-            rows = random_rows(micro_batch, args.length, config.vocab_size, step)
+            rows = random_rows(micro_batch, args.length, vocabulary, step)
             start = time.perf_counter()
             backward(objective, rows, micro_batch, alone(device))
             clip_gradients(optimizer, 1.0, alone(device))
             optimizer.step()
             optimizer.zero_grad()
-            if device.type == "cuda":
+            if gpu:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
+        objective.student.zero_grad()
         return {"phase": phase, "micro_batch": micro_batch, "error": "out of memory"}
     median = statistics.median(times[WARM_UP:])
     speed = micro_batch * args.length / median
@@ -166,11 +166,24 @@ def measure(
         "micro_batch": micro_batch,
         "tokens_per_s": round(speed, 1),
         "seconds": [round(t, 5) for t in times[WARM_UP:]],
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "warm_up_seconds": [round(t, 2) for t in times[:WARM_UP]],
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
         "flops_per_token": flops,
         "mfu": round(speed * flops / peak, 4) if peak else None,
         "hours": {n: round(args.hours / speed / 3600 / n, 1) for n in (1, 8, 64)},
     }
+
+
+def built(
+    config: JetNemotronConfig, phase: str, args: argparse.Namespace, device: torch.device
+) -> tuple[Objective, TrainingModel | None]:
+    """The phase's objective in the dtype of a run on this device, with layers as the options say."""
+    objective, teacher = build(config, phase, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    for layer in (*objective.student.training_layers, *(teacher.training_layers if teacher else ())):
+        layer.activation_checkpointing = args.checkpointing
+        if args.compile:
+            layer.compile()
+    return objective, teacher
 
 
 def main() -> None:
@@ -183,23 +196,32 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--hours", type=float, default=50e9, help="tokens of a run")
+    parser.add_argument("--minutes", type=float, default=60, help="no row begins after so many")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    until = time.monotonic() + 60 * args.minutes
     device = target_device(args.device)
     config = load_config(args.model)
-    checked = {phase: check(phase, device) for phase in args.phase}
-    rows = []
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "device", "phase", "micro_batch", "minutes")}
+    checked: dict[str, dict[str, float]] = {}
+    rows: list[dict[str, Any]] = []
     for phase in args.phase:
+        checked[phase] = check(phase, device)
+        print(f"{phase}: gradients' errors {checked[phase]}", flush=True)
+        models = None
         for micro_batch in args.micro_batch:
-            row = measure(config, phase, micro_batch, args, device)
+            if time.monotonic() > until:
+                print(f"{phase}, micro-batch {micro_batch}: not begun, --minutes is over", flush=True)
+                continue
+            models = models or built(config, phase, args, device)
+            row = measure(models, phase, micro_batch, args)
             rows.append(row)
             print(" ".join(f"{k} {v}" for k, v in row.items() if k not in ("seconds", "flops_per_token")), flush=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    if args.output:
-        settings = {k: v for k, v in vars(args).items() if k not in ("output", "device", "phase", "micro_batch")}
-        write_result(args.output, {**settings, "gradient errors": checked, "rows": rows})
+            if args.output:
+                write_result(args.output, {**settings, "gradient errors": checked, "rows": rows})
+            if "error" in row:
+                break
 
 
 if __name__ == "__main__":
