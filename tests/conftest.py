@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; without a GPU the Triton kernels run in Triton's interpreter."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -17,16 +18,27 @@ logging.getLogger("torch.__trace").propagate = True
 
 import pytest  # noqa: E402
 
-# Modules that take a minute or more come first, so that no worker is left with one of them at the end.
+# Modules that take long come first, so that no worker is left with one of them at the end; the longest before all.
 LONG = (
     "search/test_real_search.py",
     "server/triton/test_tritonserver.py",
     "backends/inductor/test_compile_worker.py",
     "backends/tensorrt/test_rtx.py",
+    "verify/test_verify.py",
     "ladder/test_ladder.py",
+    "backends/onnx/test_export.py",
+    "kernels/test_attention_kernels.py",
+    "kernels/test_jet_block.py",
+    "bench/test_command.py",
+    "server/openai/test_hostile.py",
+    "postnas/test_run.py",
+    "test_package.py",
+    "plugins/test_evaluator.py",
+    "kernels/test_gated_delta_rule_backward.py",
     "quantization/test_quantize.py",
     "plugins/test_model_sizes.py",
     "plugins/test_faults.py",
+    "verify/test_parity.py",
 )
 
 
@@ -37,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: without it, every gc.collect() of an engine that is freed takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,21 @@ from jet_export.bundle.manifest import Manifest
 from jet_export.model.hub import JET_TINY_DIR, load_config
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.utils.files import sha256_file
+from jet_export.verify import quality
 from jet_export.verify.quality import RECALL, Quality, measure_quality, read_queries, unquantised_engine, windows
 
 LIMITS = Limits(max_batch_size=1, max_seq_len=512, prefill_chunk=200)
 TEXT = (JET_TINY_DIR.parent / "heldout.txt").read_text()[:3000]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_recall_texts(tmp_path_factory):
+    """Two of the eight: every text holds queries of both distances that 512 tokens have."""
+    path = tmp_path_factory.mktemp("recall") / RECALL.name
+    path.write_text("".join(RECALL.read_text(encoding="utf-8").splitlines(True)[:2]), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "RECALL", path)
+        yield
 
 
 def manifest(source: str = "jet-tiny, in the package") -> Manifest:
@@ -40,7 +51,7 @@ def engine() -> EagerEngine:
 
 
 @pytest.fixture(scope="module")
-def trained() -> Quality:
+def trained(few_recall_texts) -> Quality:
     return measure_quality(engine(), manifest(), JET_TINY_DIR, TEXT)
 
 
