@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from plan import Piece
@@ -10,7 +10,7 @@ from plan import Piece
 
 def tables(found: Mapping[str, Any], progress: Mapping[str, Any], pieces: Sequence[Piece]) -> str:
     """`found`: results by piece."""
-    writers = {
+    writers: dict[str, Callable[[Any], Iterator[str]]] = {
         "placement": _placement, "truth": _truth, "compare": _compare, "block": _candidates, "design": _candidates,
         "shapes": _shapes, "models": _models, "engine": _engine,
     }  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from jet_export.training.data.rows import IGNORED, Batch, Packer, Row
 from jet_export.training.data.shard import Shard
 from jet_export.training.data.stream import DataStream, encoder
+from jet_export.training.data.tokenizer import Remembering
 from jet_export.training.recipe import DataRecipe, SourceRecipe
 from jet_export.utils.errors import JetExportError
 
@@ -191,3 +192,18 @@ def test_an_error_reaches_the_step_whose_rows_it_stops(tmp_path: Path) -> None:
     with pytest.raises(JetExportError, match=r"byte 224: a line that is not JSON"):
         stream.next()
     stream.close()
+
+
+def test_a_text_is_tokenised_once_while_there_is_room() -> None:
+    asked: list[str] = []
+
+    def tokenise(text: str) -> list[int]:
+        asked.append(text)
+        return encode(text)
+
+    remembering = Remembering(tokenise, limit=10)
+    for text in ("abcd", "abcd", "efghijk", "efghijk", "lmno", "lmno", "abcd"):
+        found = remembering(text)
+        assert found == encode(text)
+        found.append(0)  # what is kept is not the caller's
+    assert asked == ["abcd", "efghijk", "efghijk", "lmno"]
