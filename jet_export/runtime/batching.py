@@ -249,7 +249,7 @@ class BatchingEngine(EngineThread):
             self._draw_next()
             return
         with self.lock:
-            self._observe(step, now)
+            self._observe(step, tokens, now)
             self.finished_at = now
             self.delivering = True
             try:
@@ -259,8 +259,8 @@ class BatchingEngine(EngineThread):
                 self.delivering = False
                 self.after_step()
 
-    def _observe(self, step: InFlightStep, now: float) -> None:
-        """What the step took."""
+    def _observe(self, step: InFlightStep, tokens: list[int], now: float) -> None:
+        """What the step took; `tokens` were sampled in its rows."""
         if step.scores:
             return
         decoding, prompt_tokens = len(step.plan.decode), step.plan.prefill_tokens
@@ -268,7 +268,9 @@ class BatchingEngine(EngineThread):
             self.pacing.observe(decoding, prompt_tokens, now - max(step.launched_at, self.finished_at))
         if self.speculation and decoding and step.timed:
             seconds = now - (step.launched_at if step.after_rest else self.finished_at)
-            self.speculation.lengths.observe(decoding, step.inputs.drafted, seconds, prompt_tokens)
+            drafted = step.inputs.drafted
+            accepted = sum(len(new) - 1 for new in step.inputs.accepted(tokens)) if drafted else 0
+            self.speculation.lengths.observe(decoding, drafted, seconds, prompt_tokens, accepted)
 
     def _fail(self, inputs: StepInputs, e: Exception) -> None:
         with self.lock:

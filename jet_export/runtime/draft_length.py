@@ -5,7 +5,9 @@ is worth rate^k: those worth less than some threshold are left out, and the thre
 tokens a second, among a few; 1 leaves all of them out, which is a plain step. What a step takes is remembered by its
 number of sequences and of drafted tokens, both to a factor of two. A size that has not been seen is taken to cost what
 the next smaller one does, so that it is tried once; what has not been seen for long is forgotten, so that it is tried
-again. A plain step is measured first. Speculation therefore costs at most the tries: a few steps in each KEEP.
+again. A plain step is measured first. Estimates are wrong at first, and where drafts are as often right as not but a
+step with them is dear, a few tries are a lot: what drafts have lost against plain steps is therefore accounted for
+(draft_budget.py), and while the budget is spent there are none.
 
 Beside prompts sequences decode at little cost, in the prompts' call, while drafts take a call of their own: there the
 tokens must be worth the time of both.
@@ -15,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from jet_export.runtime.draft_budget import DraftBudget
 
 THRESHOLDS = (0.7, 0.5, 0.3, 0.15, 0.05)
 GAIN = 1.03  # drafts must promise so many times the tokens a second of a plain step
@@ -62,6 +66,10 @@ class StepTimes:
             return None
         return next(cell.seconds for i in range(most[1], -1, -1) if (cell := self._fresh((most[0], i))) is not None)
 
+    def is_new(self, rows: int, drafted: int) -> bool:
+        """No step of this size has been seen."""
+        return size(rows, drafted) not in self.cells
+
     def _fresh(self, key: tuple[int, int]) -> Cell | None:
         cell = self.cells.get(key)
         return cell if cell is not None and self.steps - cell.at < KEEP else None
@@ -82,6 +90,7 @@ class DraftLengths:
         self.fixed = fixed
         self.times = StepTimes()
         self.mixed = StepTimes()  # of steps with prompts and without drafts, by the tokens of the prompts
+        self.budget = DraftBudget()
 
     def choose(self, candidates: Sequence[Candidate], rows: int, prompt_tokens: int = 0) -> list[int]:
         """Tokens to draft for each candidate, 0 for none, in a step in which `rows` sequences decode."""
@@ -91,7 +100,7 @@ class DraftLengths:
         if prompt_tokens and best is not None:
             seconds = self.mixed.seconds(prompt_tokens, 0)
             best, beside = (None, 0.0) if seconds is None else (rows / seconds, seconds)
-        if best is None or not any(c.most for c in candidates):
+        if best is None or not self.budget.is_open or not any(c.most for c in candidates):
             return nothing
         chosen, best = nothing, best * GAIN
         for threshold in THRESHOLDS:
@@ -119,8 +128,15 @@ class DraftLengths:
         seconds = self.times.seconds(rows, 0)
         return None if seconds is None else rows / max(seconds, 1e-9)
 
-    def observe(self, rows: int, drafted: int, seconds: float, prompt_tokens: int = 0) -> None:
-        """A step took so long, the making of its drafts included."""
+    def observe(self, rows: int, drafted: int, seconds: float, prompt_tokens: int = 0, accepted: int = 0) -> None:
+        """A step of `rows` sequences took so long, the making of its drafts included; so many of the drafted tokens
+        were accepted."""
+        plain = self.mixed.seconds(prompt_tokens, 0) if prompt_tokens else self.times.seconds(rows, 0)
+        if not drafted:
+            self.budget.plain_step()
+        elif plain is not None:
+            lost = seconds / max(plain, 1e-9) - (rows + accepted) / rows
+            self.budget.drafted_step(lost, not prompt_tokens and self.times.is_new(rows, drafted))
         if not prompt_tokens:
             self.times.observe(rows, drafted, seconds)
         elif not drafted:

@@ -26,6 +26,11 @@ def launched(rows: int, drafted: int) -> float:
     return 1.0 + 0.33 * (drafted > 0) + 0.02 * drafted
 
 
+def threefold(rows: int, drafted: int) -> float:
+    """A verification costs three plain steps."""
+    return 1.0 + 2.0 * (drafted > 0)
+
+
 def speed(cost: Cost, rate: float, rows: int, steps: int = 800, most: int = 7) -> float:
     """Tokens a second, against plain steps, of sequences whose drafted tokens are right with probability `rate`."""
     rng, lengths, acceptance = random.Random(0), DraftLengths(), Acceptance()
@@ -33,20 +38,21 @@ def speed(cost: Cost, rate: float, rows: int, steps: int = 800, most: int = 7) -
     tokens = seconds = 0.0
     for _ in range(steps):
         drafts = lengths.choose([Candidate(most, a.rate(0)) for a in own], rows)
+        accepted = 0
         for a, n in zip(own, drafts, strict=True):
             right = next((i for i in range(n) if rng.random() > rate), n)
-            tokens += 1 + right
+            tokens, accepted = tokens + 1 + right, accepted + right
             seen = [0] * right + [1] if n else [int(rng.random() > rate)]  # lookups are compared in plain steps too
             a.observe(0, [0] * max(n, 1), seen)
         took = cost(rows, sum(drafts))
         seconds += took
-        lengths.observe(rows, sum(drafts), took * rng.uniform(0.95, 1.05))
+        lengths.observe(rows, sum(drafts), took * rng.uniform(0.95, 1.05), accepted=accepted)
     return (tokens / seconds) / (rows / cost(rows, 0))
 
 
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("rate", [0.0, 0.4, 0.9])
-@pytest.mark.parametrize("cost", [free, dear, launched])
+@pytest.mark.parametrize("cost", [free, dear, launched, threefold])
 def test_it_is_never_much_slower_than_plain(cost: Cost, rate: float, rows: int) -> None:
     assert speed(cost, rate, rows) > 0.97
 
@@ -61,7 +67,7 @@ def test_it_is_nearly_as_fast_as_the_best_fixed_length(rows: int) -> None:
 def test_sequences_that_accept_little_have_no_drafts_beside_others_that_do() -> None:
     lengths = DraftLengths()
     for drafted in (0, 0, 1, 1, 2, 2, 4, 4, 8, 8, 16, 16):
-        lengths.observe(4, drafted, launched(4, drafted))
+        lengths.observe(4, drafted, launched(4, drafted), accepted=drafted)
     good, bad = Candidate(4, 0.95), Candidate(4, 0.01)
     assert lengths.choose([good, bad, good, bad], 4) == [4, 0, 4, 0]
 
