@@ -6,18 +6,26 @@
 The bundle verifies drafts (`jet-export build --speculate N`). Of each batch size, `--prompt` random tokens a sequence
 are continued plainly by `--new` tokens, and what was answered is recorded. Then the same requests run again with drafts
 of up to `--drafts` tokens from the record, each right with the probability at which the stated share of drafted tokens
-is accepted: with drafts of that length always (`fixed`), and as the server chooses (`adaptive`). With `--code`, prompts
-are the first `--prompt` tokens of text files, and drafts are looked up in them.
+is accepted: with drafts of that length always (`fixed`), and as the server chooses (`adaptive`). At 0 every draft is
+wrong: what `adaptive` then costs is what speculation costs where it cannot pay. With `--code`, prompts are the first
+`--prompt` tokens of text files, and drafts are looked up in them.
+
+Random weights have no preference: their largest logits are nearly tied, calls of another shape round another way, and
+the answers part from the record within a few tokens, behind which its drafts are all rejected. So of a bundle of
+random weights with tied embeddings the loaded embeddings are multiplied by a power of two (`--weights decisive`, the
+default there), until a token's own embedding is most of what the last norm sees: every answer then repeats its
+prompt's last token by a wide margin, while the steps read the same bytes, launch the same kernels and compute on
+states and activations of the same sizes. `--weights own` leaves them as they are. The result says which.
 
 Decoding is timed, from the step behind the last prompt on; plain and speculating runs are interleaved, after one of
 each that does not count. Beside the median of each stand the drafts that were accepted, and the answers that are those
-of the plain run: rounding may part them, since calls of other shapes compute their tokens, and drafts from the record
-are then rejected from there on.
+of the plain run.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import time
@@ -26,8 +34,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from jet_export.backends.base import Engine
+from jet_export.backends.eager import EagerEngine
+from jet_export.backends.inductor.engine import InductorEngine
 from jet_export.backends.load import load_engine
+from jet_export.bundle.manifest import Manifest
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.draft_length import expected
@@ -38,8 +52,10 @@ from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from jet_export.utils.environment import device_slug, write_result
+from jet_export.utils.errors import JetExportError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+DECISIVE = 256.0  # root mean square of an embedding; what the layers of random weights add is of the order of 1 to 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +153,38 @@ def probability(share: float, drafts: int) -> float:
     return high
 
 
+def embeddings(engine: Engine) -> Tensor:
+    """[vocab, hidden], the memory that the engine's calls read."""
+    if isinstance(engine, EagerEngine):
+        return engine.model.embed_tokens.weight
+    if isinstance(engine, InductorEngine):
+        return engine.weights["embed_tokens.weight"]
+    raise JetExportError("--weights decisive: the engine's weights are not in memory that can be changed.")
+
+
+@torch.no_grad()
+def make_decisive(engine: Engine) -> int:
+    """Multiplies the embeddings, until a token is followed by itself by a wide margin. -> the factor, a power of two,
+    which is exact. Raises JetExportError where the output projection is not tied to them."""
+    if not engine.config.tie_word_embeddings:
+        raise JetExportError(
+            "--weights decisive: the model's output projection is not its embeddings.", "--weights own"
+        )
+    weight = embeddings(engine)
+    factor = 2 ** max(0, math.ceil(math.log2(DECISIVE / float(weight.float().square().mean().sqrt()))))
+    weight.mul_(factor)
+    return factor
+
+
+def prepared(engine: Engine, manifest: Manifest, args: argparse.Namespace) -> str:
+    """Changes the weights as the options ask; says what was done."""
+    untrained = str(manifest.build.get("inputs", {}).get("weights", "")).startswith("random")
+    chosen = args.weights or ("decisive" if untrained and not args.code else "own")
+    if chosen == "own":
+        return "the bundle's own"
+    return f"decisive: the embeddings times {make_decisive(engine)}, so that answers repeat a token by a wide margin"
+
+
 def prompts_of(
     args: argparse.Namespace, tokenizer: Tokenizer | ByteTokenizer, vocab: int, batch: int
 ) -> list[list[int]]:
@@ -152,15 +200,18 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE/speculation-MODEL.json")
     parser.add_argument("--batch", default="1,8,64", help="sequences at once")
-    parser.add_argument("--acceptance", default="0.6,0.8,0.9", help="share of drafted tokens that is accepted")
+    parser.add_argument("--acceptance", default="0,0.6,0.8,0.9", help="share of drafted tokens that is accepted")
     parser.add_argument("--drafts", type=int, default=4, help="tokens of a draft")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens")
     parser.add_argument("--new", type=int, default=256, help="tokens")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--code", type=Path, nargs="+", help="text files to complete by lookup")
+    parser.add_argument("--weights", choices=("decisive", "own"), help="default: decisive for random weights")
     args = parser.parse_args()
     engine, manifest = load_engine(args.bundle)
+    weights = prepared(engine, manifest, args)
+    print(f"weights: {weights}")
     tokenizer, vocab = load_tokenizer(args.bundle), engine.config.vocab_size
     rows = []
     for batch in map(int, args.batch.split(",")):
@@ -175,7 +226,7 @@ def main() -> None:
         )
         variants: dict[str, tuple[Proposer, bool]] = {}
         for rate in [] if args.code else map(float, args.acceptance.split(",")):
-            for kind in ("fixed", "adaptive"):
+            for kind in ("fixed", "adaptive") if rate else ("adaptive",):
                 proposer = ReplayProposer([], probability(rate, args.drafts), vocab)
                 variants[f"{kind} {rate:g}"] = proposer, kind == "fixed"
         if args.code:
@@ -195,6 +246,8 @@ def main() -> None:
         "model": name,
         "precision": "fp8" if manifest.quantization else manifest.dtype,
         "limits": asdict(manifest.limits),
+        "state_interval": manifest.state_interval,
+        "weights": weights,
         "prompt": args.prompt,
         "new": args.new,
         "temperature": args.temperature,
