@@ -6,14 +6,22 @@ import pytest
 import torch
 
 from jet_export.bundle.manifest import Manifest
+from jet_export.verify import quality
 from jet_export.verify.parity import StageResult
 from jet_export.verify.quality import Quality
 from jet_export.verify.verify import STAGES, Verification, verify_bundle
 
 
 @pytest.fixture(scope="module")
-def verification(bundle) -> Verification:
-    return verify_bundle(bundle, None, 0, print)
+def verification(bundle, request, tmp_path_factory) -> Verification:
+    """Of `--bundle` all of both texts; of the one built here a quarter of the first, and one of those for recall."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("bundle", default=None) is None:
+            recall = tmp_path_factory.mktemp("recall") / quality.RECALL.name
+            recall.write_text(quality.RECALL.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+            patch.setattr(quality, "RECALL", recall)
+            patch.setattr(quality, "SLICE_BYTES", quality.SLICE_BYTES // 4)
+        return verify_bundle(bundle, None, 0, print)
 
 
 def stage(v: Verification, name: str) -> StageResult:

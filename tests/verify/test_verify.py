@@ -110,7 +110,7 @@ def test_faults_are_noticed_in_fp32(mini, name) -> None:
     "limits",
     [
         Limits(max_batch_size=1, max_seq_len=32, prefill_chunk=8),
-        Limits(max_batch_size=2, max_seq_len=100, prefill_chunk=1),
+        Limits(max_batch_size=2, max_seq_len=50, prefill_chunk=1),
         Limits(max_batch_size=16, max_seq_len=200, prefill_chunk=200),
     ],
 )

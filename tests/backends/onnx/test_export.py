@@ -125,21 +125,14 @@ def test_file(fp8_model, fp8_file) -> None:
     assert not any(n.metadata_props or n.doc_string for n in graph.node)  # torch's hold this machine's paths
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_the_file_does_not_depend_on_the_models_device(fp8, tmp_path) -> None:
+def test_the_file_does_not_depend_on_the_models_device(fp8_model, fp8_file, tmp_path) -> None:
     """The same bytes from another device, though torch.onnx creates the results of symbolic nodes on the CPU."""
-    model = model_of()
-    if fp8:
-        to_fp8(model, CALIBRATION[0])
-    kv_dtype = FP8 if fp8 else None
-    here = export(model, tmp_path / "cpu", kv_dtype).read_bytes()
-    elsewhere = copy.deepcopy(model).to("meta")
+    elsewhere = copy.deepcopy(fp8_model).to("meta")
     elsewhere.lm_head.weight = elsewhere.embed_tokens.weight
     assert elsewhere.device.type == "meta"
-    dtypes = Dtypes(model=model.dtype, kv_cache=kv_dtype or model.dtype)
-    (tmp_path / "meta").mkdir()
-    (tmp_path / "meta" / WEIGHTS).write_bytes((tmp_path / "cpu" / WEIGHTS).read_bytes())
-    assert write_onnx(elsewhere, tmp_path / "meta", dtypes, GRAPH_LIMITS).read_bytes() == here
+    (tmp_path / WEIGHTS).write_bytes((fp8_file.parent / WEIGHTS).read_bytes())
+    dtypes = Dtypes(model=fp8_model.dtype, kv_cache=FP8)
+    assert write_onnx(elsewhere, tmp_path, dtypes, GRAPH_LIMITS).read_bytes() == fp8_file.read_bytes()
     assert elsewhere.device.type == "meta"  # and the model is as it was
 
 
@@ -243,9 +236,10 @@ def test_fp8_every_node_on_the_models_own_inputs(fp8_model, fp8_file, step) -> N
     assert wrong == ["layers.2.mlp.down_proj"]
 
 
-def test_fp8_end_to_end(fp8_model, tmp_path) -> None:
+def test_fp8_end_to_end(fp8_model, fp8_file) -> None:
     """Codes may flip, so the distributions are compared."""
-    engine, eager = engines(fp8_model, tmp_path, LIMITS, FP8)
+    eager = EagerEngine(fp8_model, LIMITS, kv_dtype=FP8, state_dtype=torch.float32)
+    engine = OnnxEngine.like(eager, OnnxModel.load(fp8_file))
     runners = [Runner(e) for e in (engine, eager)]
     prompts = random_prompts(fp8_model.config, 80, 0)
     logits: list[list[torch.Tensor]] = [[], []]
