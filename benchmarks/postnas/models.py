@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import time
@@ -73,6 +74,8 @@ def engine(session: Session, output: Path, seconds: float, limits: dict[str, str
         "verify": ["verify", str(bundle)],
         "bench": ["bench", str(bundle), "--contexts", context, "--batch", batch, "--output", str(output / "engine")],
     }
+    caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # those of training, which travel
+    own = {k: v for k, v in os.environ.items() if k not in caches}
     took = {}
     for name, command in commands.items():
         if name == "build" and (bundle / "manifest.json").exists():
@@ -81,7 +84,7 @@ def engine(session: Session, output: Path, seconds: float, limits: dict[str, str
         began = time.monotonic()
         try:
             done = subprocess.run(
-                [*CLI, *command], capture_output=True, text=True, timeout=max(1.0, until - began), check=False
+                [*CLI, *command], capture_output=True, text=True, timeout=max(1.0, until - began), check=False, env=own
             )
         except subprocess.TimeoutExpired:
             raise Stopped from None
