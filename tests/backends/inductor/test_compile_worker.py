@@ -54,7 +54,7 @@ def test_a_bundle_compiled_side_by_side(apart, tmp_path) -> None:
     output = tmp_path / "out" / "bundle"
     lines: list[str] = []
     options = BuildOptions(
-        model=str(write_mini_config(tmp_path)),
+        model=str(write_mini_config(tmp_path, layer_types=["jet", "attn"], num_hidden_layers=2)),
         device="cpu",
         fp8=True,
         kv_cache_dtype="fp8",
