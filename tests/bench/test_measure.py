@@ -123,7 +123,7 @@ def test_tokens_a_second_are_of_whole_intervals_between_two_writes_of_the_states
     """Of a clock by which a step takes 1 ms, and one that writes the states 9: 2 ms on average, whatever the number of
     steps; the median step is a cheap one."""
     spaced = EagerEngine(eager_engine(LONG).model, LONG, state_interval=8)
-    steps = []
+    steps: list[float] = []
 
     def call(fn, device):
         before = [s.clone() for s in written]
