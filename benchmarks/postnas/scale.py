@@ -58,12 +58,16 @@ def _moved(data: DataRecipe, output: Path) -> DataRecipe:
 
 
 def _toy_training(recipe: Recipe) -> Recipe:
-    """Four steps a stage of two rows."""
+    """Four steps a stage of two rows, in autocast as on a GPU."""
     data = replace(recipe.data, sequence_length=128, batch=2, shards=2)
     stages = tuple(replace(s, steps=4) for s in recipe.stage)
     student = replace(recipe.student, num_heads=2, head_k_dim=16, head_v_dim=32)
     return replace(
-        recipe, data=data, stage=stages, student=student, run=replace(recipe.run, micro_batch=2, log_every=4)
+        recipe,
+        data=data,
+        stage=stages,
+        student=student,
+        run=replace(recipe.run, micro_batch=2, log_every=4, dtype="bfloat16"),
     )
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jet_export.kernels.gated_delta_rule_train import gated_delta_rule_train
-from jet_export.postnas.mixer import Mixer, Sizes, heads, low_rank, rms, short_conv, unit
+from jet_export.postnas.mixer import Mixer, Sizes, heads, low_rank, own_precision, rms, short_conv, unit
 from jet_export.postnas.recurrence import linear_recurrence
 from jet_export.training.data.rows import Batch
 
@@ -70,7 +70,9 @@ class DeltaNet(LinearBlock):
         self.b_proj = nn.Linear(s.hidden, s.dims.num_heads, bias=False)
 
     def rule(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, batch: Batch) -> Tensor:
-        o, _ = gated_delta_rule_train(q, k, v, self.b_proj(x).sigmoid(), None, batch.cu_seqlens)
+        beta = self.b_proj(x).sigmoid()
+        with own_precision(x):
+            o, _ = gated_delta_rule_train(q, k, v, beta, None, batch.cu_seqlens)
         return o
 
 
@@ -96,8 +98,9 @@ class GatedDeltaNet(DeltaNet):
         self.decay = HeadDecay(s)
 
     def rule(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, batch: Batch) -> Tensor:
-        g, _ = self.decay(x)
-        o, _ = gated_delta_rule_train(q, k, v, self.b_proj(x).sigmoid(), g, batch.cu_seqlens)
+        (g, _), beta = self.decay(x), self.b_proj(x).sigmoid()
+        with own_precision(x):
+            o, _ = gated_delta_rule_train(q, k, v, beta, g, batch.cu_seqlens)
         return o
 
 

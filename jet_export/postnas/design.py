@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jet_export.kernels.jet_block_train import jet_block_train
-from jet_export.postnas.mixer import Mixer, Sizes, short_conv
+from jet_export.postnas.mixer import Mixer, Sizes, own_precision, short_conv
 from jet_export.training.data.rows import Batch
 
 OPEN = 1.2784645427610738  # its SiLU is 1
@@ -74,10 +74,11 @@ class DesignedBlock(Mixer):
             q_k = short_conv(q_k, self.qk.conv, batch)
         parts = [q_k, rest] if self.design.gate else [q_k, rest, torch.full_like(rest, OPEN)]
         qkuz = torch.cat(parts, 1)
-        o = jet_block_train(
+        args = (
             qkuz, self.ba_proj(x), self.kappa(x).to(qkuz.dtype), self.A_log, self.dt_bias, self.o_norm.to(qkuz.dtype),
-            batch.cu_seqlens, H, K, V, self.sizes.norm_eps,
         )  # fmt: skip
+        with own_precision(x):
+            o = jet_block_train(*args, batch.cu_seqlens, H, K, V, self.sizes.norm_eps)
         assert isinstance(o, Tensor) and o.shape[1] == D
         out: Tensor = self.o_proj(o)
         return out

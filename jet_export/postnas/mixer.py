@@ -97,6 +97,11 @@ def short_conv(x: Tensor, weight: Tensor, batch: Batch) -> Tensor:
     return y
 
 
+def own_precision(x: Tensor) -> torch.autocast:
+    """For rules, which choose their own precision, in a model that runs in autocast."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def heads(x: Tensor, num_heads: int) -> Tensor:
     """[T, H * d] -> [T, H, d]."""
     return torch.unflatten(x, 1, (num_heads, -1))

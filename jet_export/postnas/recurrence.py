@@ -53,7 +53,21 @@ def linear_recurrence(
     cu_seqlens: Tensor,  # [N+1] int32, from 0 to T
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:  # o [T, H, V]
-    """Differentiable; computed in fp32 (fp64 for fp64 inputs), returned so."""
+    """Differentiable; computed in fp32 (fp64 for fp64 inputs), also in autocast, and returned so."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _chunked(q, k, v, g, b, c, cu_seqlens, chunk_size)
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    cu_seqlens: Tensor,
+    chunk_size: int,
+) -> Tensor:
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     chunks = Chunks.of(cu_seqlens, chunk_size)
     qs, ks, vs, G = (chunks.pack(x.to(acc)) for x in (q, k, v, g))  # [M, H, C, .]

@@ -51,6 +51,20 @@ def test_packed_is_one_by_one_causal_and_trains_everywhere(name: str) -> None:
     assert idle == []
 
 
+@pytest.mark.parametrize("name", MAKES)
+def test_in_autocast_as_models_train_on_a_gpu(name: str) -> None:
+    """bf16 products around the rule, which has its own precision: within two bf16 roundings of fp32."""
+    mixer = made(name)
+    batch = Batch.of(rows_of([[5, 1, 17]], 10))
+    x = torch.randn(23, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixer(x, batch)
+    exact = mixer(x.float(), batch)
+    assert (y.float() - exact).norm() / exact.norm() < 2 * 2**-7
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
 def test_every_block_of_the_recipe_is_here() -> None:
     assert set(BLOCKS) == {"jet", *MIXERS}
 
