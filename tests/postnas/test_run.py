@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from jet_export.cli.app import app
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.postnas import shapes
 from jet_export.postnas.candidate import SPEED
@@ -203,6 +205,23 @@ def test_the_model_decodes_as_it_prefills(whole: Path) -> None:
         cache = model.new_cache(1, 40)
         pieces = [model(tokens[:, :30], cache), *(model(tokens[:, i : i + 1], cache) for i in range(30, 40))]
     torch.testing.assert_close(torch.cat(pieces, 1), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_model_is_built_verified_and_generates(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    """By the commands that users run next, with the smallest limits that verify takes."""
+    monkeypatch.setattr("jet_export.verify.quality.recall", lambda *_: {})  # most of its time; tests/verify has it
+    bundle, text = str(tmp_path / "bundle"), tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 10, encoding="utf-8")
+    limits = ("--max-batch-size", "1", "--max-seq-len", "32")
+    build = ("build", "--model", str(whole / "model"), "--device", "cpu", *limits, "--output", bundle)
+    generate = ("generate", bundle, "--prompt", "def ", "--max-new-tokens", "4")
+    for command, said in (
+        (build, bundle),
+        (("verify", bundle, "--text", str(text)), "PASSED"),
+        (generate, "[4 tokens"),
+    ):
+        done = CliRunner().invoke(app, [*command])
+        assert done.exit_code == 0 and said in done.output, (done.output, done.exception)
 
 
 SPACE = """
