@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from jet_export.kernels.state_layout import EXTRA, buffer_rows
 H, K, V, INTERVAL = 1, 16, 40, 3
 
 
-def arguments(lens: list[int], rollback: int, device: str = "cpu") -> list:
+def arguments(lens: list[int], rollback: int, device: str = "cpu") -> list[Any]:
     """A JetBlock's; the first sequence's buffer is full, the second's is not, the third is padding."""
     p = Packed(lens, H=H, K=K, V=V, context=[9, 8, 3], rows=[3, 0, -1], device=device)
     S = len(p.recurrent_state)
@@ -32,14 +33,16 @@ def arguments(lens: list[int], rollback: int, device: str = "cpu") -> list:
     return [*p.block_args(Form.VERIFY), buffer.to(device), position.to(device), INTERVAL]
 
 
-def states(args: list) -> list[torch.Tensor]:
+def states(args: list[Any]) -> list[torch.Tensor]:
     return [args[i] for i in (6, 7, 16, 17)]  # conv_state, recurrent_state, step_buffer, state_position
 
 
 @pytest.mark.parametrize("lens, rollback", [([5, 1, 9], 5), ([12, 9, 2], 12)], ids=["8 tokens", "16 tokens"])
 def test_either_width_is_the_reference(device, lens, rollback):
     args, ref = arguments(lens, rollback, device), arguments(lens, rollback)
-    exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments(lens, rollback)]
+    exact: list[Any] = [
+        x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments(lens, rollback)
+    ]
     with poisoned():
         got = jet_block_triton(*args)
     fp32, want = jet_block_ref(*ref), jet_block_ref(*exact)
