@@ -251,7 +251,7 @@ def show(runs: Sequence[BundleRun], ratios: Sequence[Ratio], emit: Emit) -> None
     from jet_export.utils.console import console
 
     out = console()
-    out.width = max(out.width, 150)
+    out.width = max(out.width, 180)
     rows = [r for run in runs for r in run.rows]
     if rows:
         out.print(report.table(rows))
