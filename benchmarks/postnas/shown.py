@@ -51,8 +51,9 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     began, args = time.monotonic(), arguments()
     cache = (args.output / "cache").absolute()  # travels: a bare machine compiles nothing twice
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    if not args.plan:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     from driver import Call
 
     return Call(args, began + 60 * args.minutes).run()
