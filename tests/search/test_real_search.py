@@ -1,5 +1,5 @@
-"""`jet-export search` as users run it: three of jet-tiny's layers as real CPU engines, killed in the middle, and
-resumed."""
+"""`jet-export search` as users run it: two of jet-tiny's layers as real CPU engines, killed in the middle, and resumed.
+An attention layer's cell would be two more packages: test_cells.py has it in the eager engine, a GPU's search here."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SPACE = """
 [jet]
 sizes = ["128x64x2", "256x256x4"]
 [attention]
-layout = ["jaj"]
+layout = ["jj"]
 [measure]
 batch = [2]
 context = [128]
@@ -31,10 +31,10 @@ layers = 1
 """
 
 
-def write_inputs(folder: Path, space: str = SPACE) -> None:
+def write_inputs(folder: Path, space: str = SPACE, layers: tuple[str, ...] = ("jet", "jet")) -> None:
     """Widths as of jet-tiny but a short vocabulary, and a space."""
-    config = replace(PRESETS["jet-tiny"](), layer_types=("jet", "attn", "jet"), vocab_size=512)
-    config.save(folder / "three.json")
+    config = replace(PRESETS["jet-tiny"](), layer_types=layers, vocab_size=512)
+    config.save(folder / "small.json")
     (folder / "space.toml").write_text(space)
 
 
@@ -43,7 +43,7 @@ def command(*more: str) -> list[str]:
     words = [
         "search",
         "--model",
-        "three.json",
+        "small.json",
         "--device",
         "cpu",
         "--space",
@@ -84,7 +84,7 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
     _, err = first.communicate()
     kept = rows(database)
     assert set(kept) == {("base", "decode"), ("base", "prefill")}, err.decode()
-    assert not (tmp_path / "searches" / "three-inductor" / "best.json").exists()
+    assert not (tmp_path / "searches" / "small-inductor" / "best.json").exists()
 
     second = subprocess.run(
         command("--resume", "--whole", "1"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -92,21 +92,21 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
     assert second.returncode == 0, second.stderr
     after = rows(database)
     assert {k: after[k] for k in kept} == kept  # not measured again
-    kinds = ("base", "jet", "attn", "whole")
+    kinds = ("base", "jet", "whole")
     assert set(after) == {(kind, phase) for kind in kinds for phase in ("decode", "prefill")}
-    base, jet, attn, whole = (after[kind, "decode"][0] for kind in kinds)
-    assert whole > jet > base > 0
+    base, jet, whole = (after[kind, "decode"][0] for kind in kinds)
+    assert min(jet, whole) > base > 0
 
-    out = tmp_path / "searches" / "three-inductor"
+    out = tmp_path / "searches" / "small-inductor"
     results = json.loads((out / "results.json").read_text())
     able, refused = results["points"]
-    assert able["decode_ms"] == pytest.approx(base + 2 * (jet - base) + (attn - base))
+    assert able["decode_ms"] == pytest.approx(base + 2 * (jet - base))
     assert able["whole_decode_ms"] == pytest.approx(whole)
     assert {p["phase"]: p["predicted_ms"] for p in results["predictions"]}["decode"] == able["decode_ms"]
     assert able["chosen"] and able["point"].startswith("128x64x2")
     assert "cache" in refused["refused"] and refused["decode_ms"] is None
     best = JetNemotronConfig.from_json_file(out / "best.json")
-    assert best.jet_dims(0) == JetDims(2, 128, 64) and best.layer_types == ("jet", "attn", "jet")
+    assert best.jet_dims(0) == JetDims(2, 128, 64) and best.layer_types == ("jet", "jet")
     assert [p.name for p in (tmp_path / "searches" / "measurements.db.engines").rglob("*.pt2")] == []
 
 
@@ -114,14 +114,14 @@ def test_a_killed_search_goes_on_with_real_engines(tmp_path) -> None:
 @pytest.mark.timeout(1200)
 def test_a_search_on_a_gpu_predicts_the_whole_model(tmp_path) -> None:
     space = SPACE.replace('["128x64x2", "256x256x4"]', '["64x64x4", "128x64x2"]').replace("layers = 1", "layers = 2")
-    write_inputs(tmp_path, space)
+    write_inputs(tmp_path, space.replace('["jj"]', '["jaj"]'), ("jet", "attn", "jet"))
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
 
     def search(*more: str) -> dict:
         words = command("--device", "cuda", "--whole", "1", "--jobs", "2", *more)
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / "searches" / "three-inductor" / "results.json").read_text())
+        return json.loads((tmp_path / "searches" / "small-inductor" / "results.json").read_text())
 
     results = search()
     if results["noisy_measurements"]["over 10 %"] or results["left_out"]:  # other tests share the host
