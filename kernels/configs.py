@@ -30,7 +30,7 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "rope_append": ({"dtype", "cache_dtype", "head_dim"}, {"BT", "num_warps"}),
     "delta_rule_prepare": ({"dtype", "head_k_dim"}, {"BT", "num_warps", "num_stages"}),
     "delta_rule_scan": ({"dtype", "head_k_dim", "many_heads"}, {"BV", "STAGES", "num_warps", "one_wave"}),
-    "delta_rule_decode": ({"state_dtype", "head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
+    "delta_rule_decode": ({"state_dtype", "head_k_dim", "head_v_dim", "held"}, {"BV", "num_warps"}),
     "delta_rule_verify": ({"state_dtype", "head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
     "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),

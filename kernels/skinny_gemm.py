@@ -66,21 +66,27 @@ def ask_for_weights(p_w, nbytes):
 
 @triton.jit
 def sums(
-    p_w, p_x, o_k, m_n, m_m, first, last,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    p_w, p_up, p_x, o_k, m_n, m_m, first, last,
+    K: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BN, BM] fp32: W x^T over columns first .. last. p_w [BN, 1], p_x [1, BM]: their rows."""
+    """[BN, BM] fp32: W x^T over columns first .. last, and if GATED of W_up too, with which x is read once.
+    p_w, p_up [BN, 1], p_x [1, BM]: their rows."""
+    # of E4M3 the tensor cores keep 14 bits of a sum: no more than 128 products are summed by them
+    EXACT: tl.constexpr = BK if BK < 128 else 128
     b_y = tl.zeros([BN, BM], tl.float32)
+    b_up = tl.zeros([BN, BM] if GATED else [1, 1], tl.float32)
     for i_k in tl.range(first, last, BK, num_stages=STAGES):
         m_w, m_x = m_n[:, None], m_m[None, :]
         if K % BK != 0:  # a mask along the rows would take the loads apart
             m_w, m_x = m_w & (i_k + o_k < K)[None, :], m_x & (i_k + o_k < K)[:, None]
-        b_w = tl.load(p_w + (i_k + o_k)[None, :], mask=m_w, other=0.0)
         b_x = tl.load(p_x + (i_k + o_k)[:, None], mask=m_x, other=0.0)
-        # of E4M3 the tensor cores keep 14 bits of a sum: no more than 128 products are summed by them
-        b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION, max_num_imprecise_acc=128)
-    return b_y
+        b_w = tl.load(p_w + (i_k + o_k)[None, :], mask=m_w, other=0.0)
+        b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION, max_num_imprecise_acc=EXACT)
+        if GATED:
+            b_w = tl.load(p_up + (i_k + o_k)[None, :], mask=m_w, other=0.0)
+            b_up = tl.dot(b_w, b_x, b_up, input_precision=PRECISION, max_num_imprecise_acc=EXACT)
+    return b_y, b_up
 
 
 @triton.jit
@@ -106,11 +112,11 @@ def skinny_tile(
     m_m = o_m < M
     p_w = weight + (o_n + o_zero).to(tl.int64)[:, None] * K
     p_x = x + o_m[None, :] * K
-    b_y = sums(p_w, p_x, o_k, m_n, m_m, first, last, K, BM, BN, BK, STAGES, PRECISION)
+    p_up = p_w + i64(N) * K
+    b_y, b_up = sums(p_w, p_up, p_x, o_k, m_n, m_m, first, last, K, GATED, BM, BN, BK, STAGES, PRECISION)
     if not PARTIAL:
         b_y = scaled_tile(b_y, x_scale, w_scale, bias, o_n, m_n, dtype, SCALED, BIASED)
     if GATED:
-        b_up = sums(p_w + i64(N) * K, p_x, o_k, m_n, m_m, first, last, K, BM, BN, BK, STAGES, PRECISION)
         b_up = scaled_tile(b_up, x_scale, w_scale, bias + N, o_n, m_n, dtype, SCALED, BIASED)
         b_y = (silu(b_y).to(dtype).to(tl.float32) * b_up).to(dtype).to(tl.float32)
     if CODES:

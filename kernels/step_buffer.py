@@ -154,11 +154,17 @@ def load_position(p_position, context, ROWS: tl.constexpr):
 
 
 @triton.jit
-def held_decays(p_g, o_c, m_c, WIDTH: tl.constexpr):
-    """G, the sum of the held tokens' g, and exp(G - G_j) [BC] of each, 0 for rows that hold nothing."""
-    b_g = tl.load(p_g + o_c * WIDTH, mask=m_c, other=0.0)
+def decays(b_g, m_c):
+    """G, the sum of the held tokens' g [BC], and exp(G - G_j) [BC] of each, 0 for rows that hold nothing."""
+    b_g = tl.where(m_c, b_g, 0.0)
     b_total = tl.sum(b_g, 0)
     return b_total, tl.where(m_c, tl.exp(b_total - tl.cumsum(b_g, 0)), 0.0)
+
+
+@triton.jit
+def held_decays(p_g, o_c, m_c, WIDTH: tl.constexpr):
+    """`decays` of the tokens in a step buffer, of whose rows p_g is the first g."""
+    return decays(tl.load(p_g + o_c * WIDTH, mask=m_c, other=0.0), m_c)
 
 
 @triton.jit
@@ -220,7 +226,7 @@ def flush_triton(
 ) -> None:
     """Launches `flush_kernel`; `mixed`: sequences of one token are left out."""
     (S, H, K, V), R = recurrent_state.shape, step_buffer.shape[2]
-    use = lookup("delta_rule_decode", state_dtype=recurrent_state.dtype, head_k_dim=K, head_v_dim=V)
+    use = lookup("delta_rule_decode", state_dtype=recurrent_state.dtype, head_k_dim=K, head_v_dim=V, held=True)
     wrap(flush_kernel)[(H, slots.shape[0])](
         recurrent_state, step_buffer, state_position, cu_seqlens, slots, context_lens, num_tokens, S,
         H=H, K=K, V=V, ROWS=R, WIDTH=K + V + EXTRA,

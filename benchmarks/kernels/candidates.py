@@ -31,8 +31,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         if 16 <= bn * bk // (32 * w) <= 64
     ],
     "skinny_gemm": [
-        dict(BN=64, BK=bk, STAGES=st, SPLITS=sp, num_warps=4)
-        for bk, st, sp in itertools.product((64, 128, 256), (3, 4, 6), (1, 2, 4, 5, 6, 7, 10, 14))
+        dict(BN=bn, BK=bk, STAGES=st, SPLITS=sp, num_warps=bn // 16)
+        for bn, bk, st, sp in itertools.product((64, 128), (64, 128, 256), (3, 5), (1, 2, 4, 6, 7, 12))
         if st * bk <= 768
     ],
 }

@@ -35,6 +35,7 @@ from jet_export.utils.environment import write_result
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 COPIES = 2.4e8  # bytes of weights that a graph walks through
 BOUND = 8e-3  # of bf16 results; of codes, whose steps are 2^-4, half of one on top
+SHARED = 2e5  # bytes of shared memory, with some to spare
 SPLIT, GATED = ("o_proj", "down_proj"), ("gate_up_proj",)
 
 
@@ -95,6 +96,16 @@ class Layer:
         return torch.nn.functional.silu(y[:, : self.N // 2]) * y[:, self.N // 2 :] if self.gated else y
 
 
+def sensible(use: dict[str, int], layer: Layer) -> bool:
+    """Whether a candidate fits a layer, and is worth its time: of codes, 128 bytes of a row at once and more, of
+    values, at most 256; parts of one width."""
+    tile = use["BK"] * (use["BN"] * (2 if layer.gated else 1) + max(skinny_gemm.MAX_ROWS // 2, layer.rows))
+    fits = use["STAGES"] * tile * layer.dtype.itemsize <= SHARED
+    if (use["SPLITS"] > 1) != layer.split or use["BK"] * use["SPLITS"] > layer.K or not fits:
+        return False
+    return use["BK"] == 128 if layer.split else use["BK"] >= 128 if layer.dtype == FP8 else use["BK"] <= 128
+
+
 def measure(layer: Layer, tiles: list[dict[str, int]], copy: float) -> dict[str, Any]:
     """Microseconds of every variant of one layer; a wrong one raises."""
     nbytes = layer.N * layer.K * layer.dtype.itemsize
@@ -117,7 +128,7 @@ def measure(layer: Layer, tiles: list[dict[str, int]], copy: float) -> dict[str,
 
     add("library", layer.library)
     for use in tiles or [skinny_gemm.configuration(weights[0], layer.gated, layer.split)]:
-        if (use["SPLITS"] > 1) != layer.split or use["BK"] * use["SPLITS"] > layer.K:
+        if tiles and not sensible(use, layer):
             continue
         with configs.override("skinny_gemm", use):
             add("skinny " + " ".join(f"{k}={v}" for k, v in use.items()), partial(layer.ours, splits=use["SPLITS"]))
@@ -149,6 +160,7 @@ def main() -> int:
     parser.add_argument("--tiles", choices=("table", "all"), default="table")
     parser.add_argument("--rows", default="2,8,16,32,64,128", help="tokens, each at most 128")
     parser.add_argument("--layers", default=",".join(GEMV_SIZES))
+    parser.add_argument("--dtypes", default="fp8,bf16")
     options = parser.parse_args()
     if lacks_gpu("skinny_gemm.py"):
         return 2
@@ -156,10 +168,11 @@ def main() -> int:
     torch.manual_seed(0)
     copy = timer.copy_speed()
     results: list[dict[str, Any]] = []
+    dtypes = [{"fp8": FP8, "bf16": BF16}[name] for name in options.dtypes.split(",")]
     rows = [int(m) for m in options.rows.split(",")]
     if max(rows) > skinny_gemm.MAX_ROWS:
         parser.error(f"--rows: at most {skinny_gemm.MAX_ROWS}")
-    for name, dtype, m in itertools.product(options.layers.split(","), (FP8, BF16), rows):
+    for name, dtype, m in itertools.product(options.layers.split(","), dtypes, rows):
         if name == "lm_head" and dtype == FP8:
             continue
         tiles = CANDIDATES["skinny_gemm"] if options.tiles == "all" else []

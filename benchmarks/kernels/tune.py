@@ -124,7 +124,7 @@ def block_tasks(model: str) -> list[Task]:
         Task("gated_rms_norm", model, {"dtype": "bfloat16", "head_v_dim": V}, prefill),
     ]
     for state in (FP32, BF16):
-        where = {"state_dtype": str(state).removeprefix("torch."), "head_k_dim": K, "head_v_dim": V}
+        where = {"state_dtype": str(state).removeprefix("torch."), "head_k_dim": K, "head_v_dim": V, "held": False}
         # Layers one after the other, as in a model: a graph of one launch would show its own start.
         sets = {
             f"decode B{b}": [block_inputs([1] * b, model, state, context=4) for _ in range(8)] for b in (1, 64, 128)

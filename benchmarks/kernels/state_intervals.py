@@ -1,0 +1,151 @@
+"""A decode step of jet_block whose state is written every L tokens, beside a write at every token, on this GPU.
+
+    python benchmarks/kernels/state_intervals.py [--models 2b] [--batch 8,64,128] [--intervals 1,2,4,8,16] [--tiles all]
+
+Microseconds of a layer's step, the mean over an interval: a CUDA graph takes several layers with states of their own
+through L steps. `bytes` are those of the state, read at every step and written once in L, and of the step buffer:
+(L - 1) / 2 held tokens read on average, and L - 1 of L steps append one. First the states and outputs after two
+intervals are compared with those of a write at every token. --tiles all: every candidate of the kernel's table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from arguments import lacks_gpu, output_of, parser_of
+from candidates import CANDIDATES
+from kernels import MODELS, block_inputs
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from jet_export.bench import timer
+from jet_export.kernels import configs
+from jet_export.kernels.form import Form
+from jet_export.kernels.state_layout import EXTRA, NO_BUFFER, buffer_rows
+from jet_export.kernels.step_buffer import current_state
+from jet_export.utils.environment import write_result
+
+FIRST = 64  # tokens held before the first step
+BOUND = 2e-3  # of bf16 outputs and fp32 states, beside a write at every token
+
+
+class Layer:
+    """The inputs of a layer of B sequences, and its pools."""
+
+    def __init__(self, model: str, batch: int, interval: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        *inputs, self.context, H, K, V, eps = block_inputs([1] * batch, model, context=FIRST)
+        self.inputs, self.sizes, self.interval = inputs, (H, K, V, eps), interval
+        self.buffer: tuple[Any, ...] = NO_BUFFER
+        if interval > 1:
+            rows = buffer_rows(interval, 0)
+            pool = torch.zeros(batch, H, rows, K + V + EXTRA, device="cuda")
+            self.buffer = pool, torch.full((batch, H), FIRST, device="cuda", dtype=torch.int32), interval
+
+    def step(self, context: Tensor) -> Tensor:
+        out: Tensor = torch.ops.jet.jet_block(*self.inputs, context, *self.sizes, int(Form.DECODE), *self.buffer)
+        return out
+
+    def state(self, steps: int) -> Tensor:
+        """[B, H, K, V] after so many steps."""
+        slots, pool, position = self.inputs[-1], *self.buffer[:2]
+        return current_state(self.inputs[7], pool, position, slots, self.context + steps, torch.float32)
+
+
+def work(model: str, batch: int, interval: int) -> int:
+    """Bytes of a layer's step that the state and its buffer cost, the mean of an interval."""
+    H, K, V = MODELS[model]
+    state, token = 4 * K * V, 4 * (K + V + EXTRA)
+    buffer = token * ((interval - 1) / 2 + (interval - 1) / interval)
+    return int(batch * H * (state + state / interval + buffer))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def check(model: str, interval: int) -> float:
+    """The largest relative error of outputs and state over two intervals, beside a write at every token."""
+    plain, held = (Layer(model, 3, L, seed=1) for L in (1, interval))
+    errors = []
+    for s in range(2 * interval):
+        errors.append(relative(held.step(held.context + s), plain.step(plain.context + s)))
+        errors.append(relative(held.state(s + 1), plain.state(s + 1)))
+    if not max(errors) <= BOUND:
+        raise ValueError(f"{model}, interval {interval}: error {max(errors):.1e}")
+    return max(errors)
+
+
+def measure(model: str, batch: int, interval: int, tiles: list[dict[str, int]], copy: float) -> dict[str, Any]:
+    nbytes = work(model, batch, 1)
+    layers = [Layer(model, batch, interval, seed) for seed in range(max(2, min(24, int(6e8 / nbytes))))]
+    steps = max(interval, 4)
+    contexts = [layers[0].context + s for s in range(steps)]
+
+    def run() -> None:
+        for context, layer in itertools.product(contexts, layers):
+            layer.step(context)
+
+    variants: dict[str, Callable[[], Any]] = {}
+    for use in tiles or [{}]:
+        if use:
+            with configs.override("delta_rule_decode", use):
+                variants[" ".join(f"{k}={v}" for k, v in use.items())] = timer.capture(run)
+        else:
+            variants["table"] = timer.capture(run)
+    times = timer.compare(variants, repeats=7, calls=steps * len(layers))
+    moved = work(model, batch, interval)
+    return {
+        "model": model,
+        "batch": batch,
+        "interval": interval,
+        "error": check(model, interval),
+        "bytes": moved,
+        "roofline_us": round(1e6 * moved / copy, 2),
+        "us": {k: round(1e3 * t.median, 2) for k, t in times.items()},
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("model", "batch", "interval", "us", "of roofline", "of a write a token", "tiles"):
+        table.add_column(column, justify="left" if column in ("model", "tiles") else "right", no_wrap=True)
+    best = {(r["model"], r["batch"], r["interval"]): min(r["us"].values()) for r in results}
+    for r in results:
+        key = (r["model"], r["batch"], r["interval"])
+        share = best[key] / best[(*key[:2], 1)] if (*key[:2], 1) in best else None
+        tiles = min(r["us"], key=lambda k: r["us"][k])
+        ratio = "" if share is None else f"{share:.2f}"
+        cells = (str(r["batch"]), str(r["interval"]), f"{best[key]:.1f}", f"{r['roofline_us'] / best[key]:.0%}", ratio)
+        table.add_row(r["model"], *cells, tiles)
+    Console(width=140, highlight=False).print(table)
+
+
+def main() -> int:
+    parser = parser_of(__doc__, "state_intervals")
+    parser.add_argument("--models", default="2b", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--batch", default="8,64,128", help="sequences")
+    parser.add_argument("--intervals", default="1,2,4,8,16", help="tokens from write to write")
+    parser.add_argument("--tiles", choices=("table", "all"), default="table")
+    options = parser.parse_args()
+    if lacks_gpu("state_intervals.py"):
+        return 2
+    output, copy = output_of(options), timer.copy_speed()
+    tiles = CANDIDATES["delta_rule_decode"] if options.tiles == "all" else []
+    numbers = ([int(n) for n in text.split(",")] for text in (options.batch, options.intervals))
+    results: list[dict[str, Any]] = []
+    for model, batch, interval in itertools.product(options.models.split(","), *numbers):
+        results.append(measure(model, batch, interval, tiles, copy))
+        torch.cuda.empty_cache()
+        write_result(output, {"copy_bytes_per_s": copy, "layers": results})
+    show(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
