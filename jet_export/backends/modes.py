@@ -4,4 +4,4 @@ MODES = ("prefill", "decode")
 ONE_ROW = "decode_one"
 FEW_ROWS = "decode_few"
 VERIFY = "verify"
-MAX_FEW_ROWS = 128  # sequences: what kernels/skinny_gemm.py takes
+MAX_FEW_ROWS = 64  # sequences: with more the library's products are faster (results/h200/skinny_gemm.json)

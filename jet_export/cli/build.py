@@ -48,8 +48,8 @@ def build(
         bool,
         typer.Option(
             "--fuse-decode",
-            help="Experimental, SM 9.0 on: decode of up to 128 sequences by linear layers of our own, norms and "
-            "activations inside of them, kernels that overlap. Not measured yet.",
+            help="Experimental, SM 9.0 on: decode of up to 64 sequences by linear layers of our own, norms and "
+            "activations inside of them, kernels that overlap.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,

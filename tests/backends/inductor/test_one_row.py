@@ -61,7 +61,7 @@ def test_one_sequence_goes_to_its_own_package(opened) -> None:
 def test_a_few_sequences_go_to_theirs(opened) -> None:
     engine = opened(*modes_for("cuda", fused=True))
     names = [step(engine, n)[0] for n in (1, 2, MAX_FEW_ROWS, MAX_FEW_ROWS + 1)]
-    assert names == [ONE_ROW, FEW_ROWS, FEW_ROWS, "decode"] and MAX_FEW_ROWS == MAX_ROWS
+    assert names == [ONE_ROW, FEW_ROWS, FEW_ROWS, "decode"] and MAX_FEW_ROWS <= MAX_ROWS
 
 
 def test_without_a_package_of_its_own_one_sequence_is_a_few(opened) -> None:
