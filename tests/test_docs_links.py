@@ -1,8 +1,8 @@
 """Documents and docstrings name files, scripts and modules of the repository that are there.
 
 A path is one of ours if its first part is a folder of the repository or of the document's own folder; what users have
-(`bundles/`, `out/`) begins with neither. What a command writes, after --output, need not be there. A part in capitals
-or angle brackets stands for any.
+(`bundles/`, `out/`) begins with neither, even if it lies in the checkout. What a command writes, after --output, need
+not be there. A part in capitals or angle brackets stands for any.
 """
 
 import ast
@@ -39,9 +39,9 @@ def missing_paths(text: str, folder: Path) -> Iterator[str]:
     """Paths of ours in the text that lead nowhere."""
     for found in PATH.findall(OUTPUT.sub("", text)):
         path = PLACEHOLDER.sub("*", found.rstrip("./"))
-        bases = [base for base in {ROOT, folder} if (base / path.split("/")[0]).is_dir()]
-        ours = path.split("/")[0] in FOLDERS or folder != ROOT
-        if ours and bases and not any(any(base.glob(path)) for base in bases):
+        first = path.split("/")[0]
+        bases = [b for b in {ROOT, folder} if (b != ROOT or first in FOLDERS) and (b / first).is_dir()]
+        if bases and not any(any(base.glob(path)) for base in bases):
             yield found
 
 
