@@ -9,7 +9,7 @@ or loops without bound. The results for invalid inputs are undefined.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,19 @@ def gdc() -> bool:
     return _dependent_launch and not INTERPRET
 
 
+AHEAD_BYTES = 2**24  # of a tensor that is asked for ahead, at most: a third of an H100's L2
+
+
+def ahead_of(weights: Sequence[Tensor], like: Tensor) -> dict[str, Any]:
+    """The arguments of a kernel that asks L2 for up to two weights ahead (`ask_ahead`), where graphs overlap launches;
+    `like` stands for those that are not there."""
+    assert len(weights) <= 2
+    asked = [w for w in weights if gdc()]
+    sizes = [min(w.numel() * w.element_size(), AHEAD_BYTES) // 128 * 128 for w in asked]
+    first, second = [*asked, like, like][:2]
+    return dict(zip(("ahead", "ahead_more", "AHEAD", "AHEAD_MORE"), (first, second, *[*sizes, 0, 0][:2]), strict=True))
+
+
 def wrap(kernel: Any) -> Any:
     """The kernel as the body of a triton_op launches it. The interpreter's functions cannot and need not be traced."""
     return kernel if INTERPRET else torch.library.wrap_triton(kernel)
@@ -121,6 +134,37 @@ def await_inputs(GDC: tl.constexpr):
             "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32,
             is_pure=True, pack=1,
         )  # fmt: skip
+    return zero
+
+
+@triton.jit
+def ask_for(p, nbytes):
+    """0. L2 is asked for nbytes from p on, both multiples of 16, by one thread. SM 9.0."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred one;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 one, thread, 0;
+        setp.gt.and.s32 one, $2, 0, one;
+        @one cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""", "=r,l,r",
+        [p.to(tl.int64), tl.zeros([], tl.int32) + nbytes], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def ask_ahead(first, second, i, n, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """0. Program i of n asks L2 for its shares of FIRST bytes from `first` on and of SECOND from `second` on: weights
+    that kernels behind this one read, so that memory is busy while a step's kernels wait for each other."""
+    zero = 0
+    if FIRST > 0:
+        share = (FIRST // 128 + n - 1) // n * 128
+        zero += ask_for(first.to(tl.int64) + i * share, tl.minimum(share, FIRST - i * share))
+    if SECOND > 0:
+        share = (SECOND // 128 + n - 1) // n * 128
+        zero += ask_for(second.to(tl.int64) + i * share, tl.minimum(share, SECOND - i * share))
     return zero
 
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.attention_decode import num_sms
-from jet_export.kernels.common import INTERPRET, await_inputs, gdc, sequence_bounds, silu, slot_of, wrap
+from jet_export.kernels.common import INTERPRET, ask_for, await_inputs, gdc, sequence_bounds, silu, slot_of, wrap
 from jet_export.kernels.configs import current_sm, lookup
 from jet_export.kernels.dynamic_conv import conv_tile, store_ring
 from jet_export.kernels.form import MAX_VERIFY
@@ -33,22 +33,6 @@ from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise, unit_
 from jet_export.kernels.gated_rms_norm import gated_norm_tile
 from jet_export.kernels.state_layout import EXTRA
 from jet_export.kernels.step_buffer import add_held, held_decays, load_position
-
-
-@triton.jit
-def ask_for(p, nbytes):
-    """0. L2 is asked for nbytes from p on, both multiples of 16, by one thread."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred one;
-        .reg .b32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 one, thread, 0;
-        @one cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""", "=r,l,r",
-        [p.to(tl.int64), tl.zeros([], tl.int32) + nbytes], dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit

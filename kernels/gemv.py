@@ -13,13 +13,15 @@ FP8), and tensor cores would idle; each program computes BN outputs, and norms o
 an FP8 layer's (model/fp8.py), [1] fp32; x_scale and w_scale come together.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, await_inputs, fp32, gdc, i64, silu, wrap
+from jet_export.kernels.common import acc_dtype, ahead_of, ask_ahead, await_inputs, fp32, gdc, i64, silu, wrap
 from jet_export.kernels.configs import lookup
 
 FP8 = torch.float8_e4m3fn
@@ -105,16 +107,19 @@ def output(b_y, x_scale, w_scale, bias, o_n, m_n, dtype: tl.constexpr, SCALED: t
 
 @triton.jit
 def gemv_kernel(
-    x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, y, N, eps,
+    x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, ahead, ahead_more, y, N, eps,
     K: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, QUANTISE: tl.constexpr, SCALED: tl.constexpr,
     BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, CODES: tl.constexpr,
-    GDC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    GDC: tl.constexpr, AHEAD: tl.constexpr, AHEAD_MORE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of BN outputs). N: outputs, half the rows of W if GATED. With NORM, BK >= K."""
+    """Grid (blocks of BN outputs). N: outputs, half the rows of W if GATED. With NORM, BK >= K. AHEAD, AHEAD_MORE:
+    bytes of other weights that L2 is asked for."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_zero = ask_ahead(ahead, ahead_more, tl.program_id(0), tl.num_programs(0), AHEAD, AHEAD_MORE)
     o_k = tl.arange(0, BK)
     m_n = o_n < N
-    p_w = weight + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    p_w = weight + (o_n + o_zero).to(tl.int64)[:, None] * K + o_k[None, :]
     up = i64(N) * K
     dtype: tl.constexpr = x.dtype.element_ty if CODES else y.dtype.element_ty
     scale = 1.0
@@ -181,8 +186,10 @@ def gemv_triton(
     silu: bool,
     gated: bool,
     dtype: torch.dtype,
+    ahead: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Launches the kernel; arguments as `gemv_ref`, contiguous."""
+    """Launches the kernel; arguments as `gemv_ref`, contiguous. ahead: up to two weights that the kernels behind this
+    one read."""
     (rows, K), N = weight.shape, weight.shape[0] // (2 if gated else 1)
     facts = {"out_features": rows, "in_features": K, "normed": norm_weight is not None, "gated": gated}
     use = lookup("gemv", dtype=weight.dtype, **facts)
@@ -194,10 +201,10 @@ def gemv_triton(
         return x if tensor is None else tensor
 
     wrap(gemv_kernel)[(triton.cdiv(N, use["BN"]),)](
-        x, weight, given(x_scale), given(w_scale), given(bias), given(norm_weight), given(residual), given(y_scale), y,
-        N, norm_eps, K=K, NORM=norm_weight is not None, SILU=silu,
+        x, weight, given(x_scale), given(w_scale), given(bias), given(norm_weight), given(residual), given(y_scale),
+        y=y, N=N, eps=norm_eps, K=K, NORM=norm_weight is not None, SILU=silu,
         QUANTISE=x_scale is not None and x.dtype != FP8, SCALED=x_scale is not None, BIASED=bias is not None,
-        GATED=gated, RESIDUAL=residual is not None, CODES=y_scale is not None, GDC=gdc(), **use,
+        GATED=gated, RESIDUAL=residual is not None, CODES=y_scale is not None, GDC=gdc(), **ahead_of(ahead, x), **use,
     )  # fmt: skip
     return y
 
@@ -216,6 +223,7 @@ def gemv_cpu(
     silu: bool,
     gated: bool,
     dtype: torch.dtype,
+    ahead: list[Tensor],
 ) -> Tensor:
     return gemv_ref(
         x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, norm_eps, silu, gated, dtype
@@ -223,7 +231,7 @@ def gemv_cpu(
 
 
 @gemv_cpu.register_fake
-def _(x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, norm_eps, silu, gated, dtype):
+def _(x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, norm_eps, silu, gated, dtype, ahead):
     return x.new_empty(1, weight.shape[0] // (2 if gated else 1), dtype=dtype if y_scale is None else FP8)
 
 
@@ -241,14 +249,16 @@ def gemv(
     silu: bool,
     gated: bool,
     dtype: torch.dtype,
+    ahead: list[Tensor],
 ) -> Tensor:
-    """[1, N]; arguments as `gemv_ref`. See the module's equations."""
+    """[1, N]; arguments as `gemv_ref`, see the module's equations; `ahead` as `gemv_triton`."""
     if x.device.type == "cpu":
         return torch.ops.jet.gemv_cpu(
-            x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, norm_eps, silu, gated, dtype
+            x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, norm_eps, silu, gated, dtype, ahead
         )
     if residual is not None:
         residual = residual.contiguous()
     return gemv_triton(
-        x.contiguous(), weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, norm_eps, silu, gated, dtype
-    )
+        x.contiguous(), weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, norm_eps, silu, gated, dtype,
+        ahead,
+    )  # fmt: skip

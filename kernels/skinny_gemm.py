@@ -14,6 +14,8 @@ along K; the parts meet in the kernel that follows such a layer anyway: the resi
 Launched by a programmatic edge (common.await_inputs) a program asks L2 for its weights before it waits for x.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -21,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.add_norm import scaled
-from jet_export.kernels.common import acc_dtype, await_inputs, dot_precision, gdc, i64, silu, wrap
+from jet_export.kernels.common import acc_dtype, ahead_of, ask_ahead, await_inputs, dot_precision, gdc, i64, silu, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.gemv import FP8, codes, to_codes
 
@@ -127,13 +129,14 @@ def skinny_tile(
 
 @triton.jit(do_not_specialize=["M"])
 def skinny_kernel(
-    x, weight, x_scale, w_scale, bias, y_scale, y, M, N,
+    x, weight, x_scale, w_scale, bias, y_scale, ahead, ahead_more, y, M, N,
     K: tl.constexpr, PART: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-    CODES: tl.constexpr, PARTIAL: tl.constexpr, MODEL: tl.constexpr, GDC: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    CODES: tl.constexpr, PARTIAL: tl.constexpr, MODEL: tl.constexpr, GDC: tl.constexpr, AHEAD: tl.constexpr,
+    AHEAD_MORE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of BN outputs, parts of K). N: outputs, half the rows of W if GATED. A program takes all tokens, in
-    the narrowest tile that holds them, so that weights are read once. MODEL: the model dtype."""
+    the narrowest tile that holds them, so that weights are read once. MODEL: the model dtype. AHEAD, AHEAD_MORE: bytes
+    of other weights that L2 is asked for."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < N
     first = tl.program_id(1) * PART
@@ -145,6 +148,8 @@ def skinny_kernel(
         o_zero = ask_for_weights(p_w, nbytes)
         if GATED:
             o_zero += ask_for_weights(p_w + i64(N) * K, nbytes)
+    i_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    o_zero += ask_ahead(ahead, ahead_more, i_program, tl.num_programs(0) * tl.num_programs(1), AHEAD, AHEAD_MORE)
     x += await_inputs(GDC) * 16  # known to be a multiple: x stays aligned
     if PARTIAL:
         y += tl.program_id(1).to(tl.int64) * M * N
@@ -194,6 +199,7 @@ def launch(
     gated: bool,
     dtype: torch.dtype,
     y: Tensor,  # [M, N], or [splits, M, N]
+    ahead: Sequence[Tensor],
 ) -> Tensor:
     """Launches the kernel, and returns y. x and weight are contiguous."""
     K, N = weight.shape[1], weight.shape[0] // (2 if gated else 1)
@@ -204,9 +210,9 @@ def launch(
     part = triton.cdiv(K, use["BK"] * splits) * use["BK"]
     given = [x if t is None else t for t in (x_scale, w_scale, bias, y_scale)]
     wrap(skinny_kernel)[(triton.cdiv(N, use["BN"]), splits)](
-        x, weight, *given, y, x.shape[0], N, K=K, PART=part, SCALED=x_scale is not None, BIASED=bias is not None,
+        x, weight, *given, y=y, M=x.shape[0], N=N, K=K, PART=part, SCALED=x_scale is not None, BIASED=bias is not None,
         GATED=gated, CODES=y_scale is not None, PARTIAL=partial, MODEL=MODEL[dtype], GDC=gdc(),
-        PRECISION=dot_precision(x.dtype), **use,
+        PRECISION=dot_precision(x.dtype), **ahead_of(ahead, x), **use,
     )  # fmt: skip
     return y
 
@@ -220,17 +226,18 @@ def skinny_linear_triton(
     y_scale: Tensor | None,
     gated: bool,
     dtype: torch.dtype,
+    ahead: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Arguments as `skinny_linear_ref`, contiguous."""
+    """Arguments as `skinny_linear_ref`, contiguous. ahead: up to two weights that the kernels behind this one read."""
     N = weight.shape[0] // (2 if gated else 1)
     y = x.new_empty(x.shape[0], N, dtype=dtype if y_scale is None else FP8)
-    return launch(x, weight, x_scale, w_scale, bias, y_scale, gated, dtype, y)
+    return launch(x, weight, x_scale, w_scale, bias, y_scale, gated, dtype, y, ahead)
 
 
-def skinny_partials_triton(x: Tensor, weight: Tensor, splits: int) -> Tensor:
-    """Arguments as `skinny_partials_ref`, contiguous."""
+def skinny_partials_triton(x: Tensor, weight: Tensor, splits: int, ahead: Sequence[Tensor] = ()) -> Tensor:
+    """Arguments as `skinny_partials_ref`, contiguous; `ahead` as `skinny_linear_triton`."""
     y = x.new_empty(splits, x.shape[0], weight.shape[0], dtype=torch.float32)
-    return launch(x, weight, None, None, None, None, False, torch.float32, y)
+    return launch(x, weight, None, None, None, None, False, torch.float32, y, ahead)
 
 
 # The ops: the references on a CPU, where compilers must not look into them.
@@ -246,12 +253,13 @@ def skinny_linear_cpu(
     y_scale: Tensor | None,
     gated: bool,
     dtype: torch.dtype,
+    ahead: list[Tensor],
 ) -> Tensor:
     return skinny_linear_ref(x, weight, x_scale, w_scale, bias, y_scale, gated, dtype)
 
 
 @skinny_linear_cpu.register_fake
-def _(x, weight, x_scale, w_scale, bias, y_scale, gated, dtype):
+def _(x, weight, x_scale, w_scale, bias, y_scale, gated, dtype, ahead):
     N = weight.shape[0] // (2 if gated else 1)
     return x.new_empty(x.shape[0], N, dtype=dtype if y_scale is None else FP8)
 
@@ -266,26 +274,27 @@ def skinny_linear(
     y_scale: Tensor | None,
     gated: bool,
     dtype: torch.dtype,
+    ahead: list[Tensor],
 ) -> Tensor:
-    """Arguments as `skinny_linear_ref`; at most MAX_ROWS tokens."""
+    """Arguments as `skinny_linear_ref` and `skinny_linear_triton`; at most MAX_ROWS tokens."""
     if x.device.type == "cpu":
-        return torch.ops.jet.skinny_linear_cpu(x, weight, x_scale, w_scale, bias, y_scale, gated, dtype)
-    return skinny_linear_triton(x.contiguous(), weight, x_scale, w_scale, bias, y_scale, gated, dtype)
+        return torch.ops.jet.skinny_linear_cpu(x, weight, x_scale, w_scale, bias, y_scale, gated, dtype, ahead)
+    return skinny_linear_triton(x.contiguous(), weight, x_scale, w_scale, bias, y_scale, gated, dtype, ahead)
 
 
 @torch.library.custom_op("jet::skinny_partials_cpu", mutates_args=())
-def skinny_partials_cpu(x: Tensor, weight: Tensor, splits: int) -> Tensor:
+def skinny_partials_cpu(x: Tensor, weight: Tensor, splits: int, ahead: list[Tensor]) -> Tensor:
     return skinny_partials_ref(x, weight, splits)
 
 
 @skinny_partials_cpu.register_fake
-def _(x, weight, splits):
+def _(x, weight, splits, ahead):
     return x.new_empty(splits, x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
 @torch.library.triton_op("jet::skinny_partials", mutates_args=())
-def skinny_partials(x: Tensor, weight: Tensor, splits: int) -> Tensor:
+def skinny_partials(x: Tensor, weight: Tensor, splits: int, ahead: list[Tensor]) -> Tensor:
     """Arguments as `skinny_partials_ref`, splits as `splits_of`; at most MAX_ROWS tokens."""
     if x.device.type == "cpu":
-        return torch.ops.jet.skinny_partials_cpu(x, weight, splits)
-    return skinny_partials_triton(x.contiguous(), weight, splits)
+        return torch.ops.jet.skinny_partials_cpu(x, weight, splits, ahead)
+    return skinny_partials_triton(x.contiguous(), weight, splits, ahead)

@@ -22,7 +22,7 @@ from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers 
 from jet_export.kernels.form import Form
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.model.linear import Hidden, RMSNorm, norm_later, normed, project, project_gated
+from jet_export.model.linear import Hidden, Layers, RMSNorm, norm_later, normed, project, project_gated
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
 from jet_export.model.weights import CheckpointFiles, WeightedModel, check_tensors, load_checkpoint, save_checkpoint
@@ -34,10 +34,11 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, h: Hidden, norm: RMSNorm) -> Hidden:
+    def forward(self, h: Hidden, norm: RMSNorm, ahead: Layers = ()) -> Hidden:
         """h + MLP(norm(h))."""
         x, later = norm_later(h, norm, self.gate_up_proj)
-        return project(self.down_proj, project_gated(self.gate_up_proj, x, later, self.down_proj), residual=h)
+        gated = project_gated(self.gate_up_proj, x, later, self.down_proj)
+        return project(self.down_proj, gated, residual=h, ahead=ahead)
 
 
 class JetBlock(nn.Module):
@@ -64,12 +65,13 @@ class JetBlock(nn.Module):
         batch: PackedBatch,
         state: tuple[Tensor, ...],
         form: Form,
+        ahead: Layers = (),
         interval: int = 1,
     ) -> Hidden:
-        """h + JetBlock(norm(h))."""
+        """h + JetBlock(norm(h)). ahead: the linear layer that follows the block."""
         x, later = norm_later(h, norm, self.in_proj, self.ba_proj)
-        qkuz = project(self.in_proj, x, later)  # [T, 2HK + 2D + R]
-        kappa = project(self.w2, qkuz[:, -self.generator_dim :], silu=True)  # [T, D * W]
+        qkuz = project(self.in_proj, x, later, ahead=(self.w2, self.o_proj))  # [T, 2HK + 2D + R]
+        kappa = project(self.w2, qkuz[:, -self.generator_dim :], silu=True, ahead=ahead)  # [T, D * W]
         conv_state, recurrent_state, *buffer = state
         args = (
             qkuz, project(self.ba_proj, x, later), kappa,
@@ -106,10 +108,12 @@ class Attention(nn.Module):
         batch: PackedBatch,
         state: tuple[Tensor, ...],
         form: Form,
+        ahead: Layers = (),
     ) -> Hidden:
-        """h + Attention(norm(h))."""
+        """h + Attention(norm(h)). ahead: the linear layer that follows the block."""
         (kv_cache,) = state
-        qkv = self.normed(project(self.qkv_proj, *norm_later(h, norm, self.qkv_proj)))
+        ahead = (self.o_proj, *ahead)
+        qkv = self.normed(project(self.qkv_proj, *norm_later(h, norm, self.qkv_proj), ahead=ahead))
         args = (
             qkv, cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
             batch.cu_seqlens, batch.slots, batch.context_lens,
@@ -144,13 +148,21 @@ class DecoderLayer(nn.Module):
         batch: PackedBatch,
         state: tuple[Tensor, ...],
         form: Form,
+        ahead: Layers = (),
         interval: int = 1,
     ) -> Hidden:
-        tail = (batch, state, form)
+        """ahead: the linear layer that follows this one's."""
+        tail = (batch, state, form, (self.mlp.gate_up_proj,))
         mixer = (*tail, interval) if self.kind == "jet" else (cos_sin, *tail)
         h = self.self_attn(h, self.input_layernorm, *mixer)
-        out: Hidden = self.mlp(h, self.post_attention_layernorm)
+        out: Hidden = self.mlp(h, self.post_attention_layernorm, ahead)
         return out
+
+    @property
+    def first(self) -> nn.Module:
+        """The linear layer that reads the residual first."""
+        first: nn.Module = getattr(self.self_attn, "in_proj" if self.kind == "jet" else "qkv_proj")
+        return first
 
 
 class PackedOutput(NamedTuple):
@@ -276,8 +288,9 @@ class JetNemotronForCausalLM(WeightedModel):
         """One step over packed tokens, of the stated form. `interval`: that of the states, see cache.state_specs."""
         h = self.embed_tokens(input_ids)
         kept = []
-        for layer, state in zip(self.layers, states_per_layer(self.config, states), strict=True):
-            h = layer(h, self.cos_sin, batch, state, form, interval)
+        ahead = [*[layer.first for layer in self.layers][1:], self.lm_head]
+        for layer, state, later in zip(self.layers, states_per_layer(self.config, states), ahead, strict=True):
+            h = layer(h, self.cos_sin, batch, state, form, (later,), interval)
             if hidden_states:
                 kept.append(h)
         if logit_indices is not None:

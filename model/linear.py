@@ -69,6 +69,7 @@ class Normed(NamedTuple):
 
 Hidden: TypeAlias = Tensor | Unsummed  # between the layers, [T, hidden]
 Input: TypeAlias = Tensor | Normed  # of linear layers
+Layers: TypeAlias = tuple[nn.Module, ...]
 
 
 def scales(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -101,12 +102,20 @@ def normed(h: Hidden, norm: RMSNorm) -> Tensor:
 
 
 @overload
-def project(layer: nn.Module, x: Input, norm: RMSNorm | None = None, *, silu: bool = False) -> Tensor: ...
+def project(
+    layer: nn.Module, x: Input, norm: RMSNorm | None = None, *, silu: bool = False, ahead: Layers = ()
+) -> Tensor: ...
 
 
 @overload
 def project(
-    layer: nn.Module, x: Input, norm: RMSNorm | None = None, *, silu: bool = False, residual: Hidden
+    layer: nn.Module,
+    x: Input,
+    norm: RMSNorm | None = None,
+    *,
+    silu: bool = False,
+    residual: Hidden,
+    ahead: Layers = (),
 ) -> Hidden: ...
 
 
@@ -117,14 +126,17 @@ def project(
     *,
     silu: bool = False,
     residual: Hidden | None = None,  # [T, N]
+    ahead: Layers = (),
 ) -> Hidden:  # [T, N]
-    """residual + layer(silu(norm(x))), each of the three if asked for."""
+    """residual + layer(silu(norm(x))), each of the three if asked for. ahead: up to two layers that come next, whose
+    weights kernels ask for while they wait."""
     if isinstance(residual, Unsummed):
         assert residual.total is not None
         residual = residual.total
     if fused(layer):
         assert isinstance(x, Tensor)
-        return gemv(layer, x, norm, silu=silu, residual=residual, dtype=x.dtype if residual is None else residual.dtype)
+        dtype = x.dtype if residual is None else residual.dtype
+        return gemv(layer, x, norm, silu=silu, residual=residual, dtype=dtype, ahead=ahead)
     x = x if norm is None or isinstance(x, Normed) else norm(x)
     if silu:
         assert isinstance(x, Tensor)
@@ -133,8 +145,8 @@ def project(
         return x.product
     if skinny(layer):
         if residual is None:
-            return skinny_linear(layer, x)
-        return Unsummed(residual, layer, skinny_partials(layer, x))
+            return skinny_linear(layer, x, ahead=ahead)
+        return Unsummed(residual, layer, skinny_partials(layer, x, ahead))
     x = x.values if isinstance(x, Normed) else x
     if linears() == "gemv" and isinstance(layer, (nn.Linear, Fp8Linear)):
         codes = quantize(x, layer.input_scale) if isinstance(layer, Fp8Linear) else x
@@ -150,10 +162,10 @@ def project_gated(gate_up: nn.Module, x: Input, norm: RMSNorm | None, down: nn.M
     if fused(gate_up):
         assert isinstance(x, Tensor)
         y_scale = down.input_scale if isinstance(down, Fp8Linear) and fused(down) else None
-        return gemv(gate_up, x, norm, gated=True, y_scale=y_scale, dtype=x.dtype)
+        return gemv(gate_up, x, norm, gated=True, y_scale=y_scale, dtype=x.dtype, ahead=(down,))
     if skinny(gate_up) and norm is None:
         y_scale = down.input_scale if isinstance(down, Fp8Linear) and skinny(down) else None
-        return skinny_linear(gate_up, x, gated=True, y_scale=y_scale)
+        return skinny_linear(gate_up, x, gated=True, y_scale=y_scale, ahead=(down,))
     gate, up = project(gate_up, x, norm).chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -167,16 +179,23 @@ def multiplied(layer: nn.Module, x: Input) -> Tensor:
     return x if x.dtype == FP8 else quantize(x, layer.input_scale)
 
 
-def skinny_linear(layer: Any, x: Input, *, gated: bool = False, y_scale: Tensor | None = None) -> Tensor:
+def weights(layers: Layers) -> list[Tensor]:
+    return [layer.weight for layer in layers if isinstance(layer, (nn.Linear, Fp8Linear))]
+
+
+def skinny_linear(
+    layer: Any, x: Input, *, gated: bool = False, y_scale: Tensor | None = None, ahead: Layers = ()
+) -> Tensor:
     dtype = x.values.dtype if isinstance(x, Normed) else x.dtype
     y: Tensor = torch.ops.jet.skinny_linear(
-        multiplied(layer, x), layer.weight, *scales(layer), layer.bias, y_scale, gated, dtype
+        multiplied(layer, x), layer.weight, *scales(layer), layer.bias, y_scale, gated, dtype, weights(ahead)
     )
     return y
 
 
-def skinny_partials(layer: Any, x: Input) -> Tensor:
-    y: Tensor = torch.ops.jet.skinny_partials(multiplied(layer, x), layer.weight, splits_of(layer.weight))
+def skinny_partials(layer: Any, x: Input, ahead: Layers) -> Tensor:
+    splits = splits_of(layer.weight)
+    y: Tensor = torch.ops.jet.skinny_partials(multiplied(layer, x), layer.weight, splits, weights(ahead))
     return y
 
 
@@ -190,9 +209,11 @@ def gemv(
     gated: bool = False,
     residual: Tensor | None = None,
     y_scale: Tensor | None = None,
+    ahead: Layers = (),
 ) -> Tensor:
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     y: Tensor = torch.ops.jet.gemv(
-        x, layer.weight, *scales(layer), layer.bias, weight, residual, y_scale, eps, silu, gated, dtype
-    )
+        x, layer.weight, *scales(layer), layer.bias, weight, residual, y_scale, eps, silu, gated, dtype,
+        weights(ahead),
+    )  # fmt: skip
     return y

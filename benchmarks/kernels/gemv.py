@@ -39,7 +39,7 @@ def library(x: Tensor, w: Tensor, one: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, scales: tuple[Tensor | None, Tensor | None], w: Tensor) -> Tensor:
-    y: Tensor = torch.ops.jet.gemv(x, w, *scales, *[None] * 4, 0.0, False, False, BF16)
+    y: Tensor = torch.ops.jet.gemv(x, w, *scales, *[None] * 4, 0.0, False, False, BF16, [])
     return y
 
 

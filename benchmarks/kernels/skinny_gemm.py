@@ -78,14 +78,14 @@ class Layer:
 
     def ours(self, w: Tensor, splits: int) -> Tensor:
         if self.split:
-            parts = torch.ops.jet.skinny_partials(self.x, w, splits)
+            parts = torch.ops.jet.skinny_partials(self.x, w, splits, [])
             fp8 = self.scale is not None
             _, a, codes, _ = torch.ops.jet.add_norm(
                 parts, *self.scales, None, self.h, self.norm, self.scale, None, 1e-6, not fp8
             )
             return codes if fp8 else a
         scale = self.scale if self.gated else None
-        y: Tensor = torch.ops.jet.skinny_linear(self.x, w, *self.scales, None, scale, self.gated, BF16)
+        y: Tensor = torch.ops.jet.skinny_linear(self.x, w, *self.scales, None, scale, self.gated, BF16, [])
         return y
 
     def exact(self, w: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def gemv_tasks(model: str) -> list[Task]:
             x = torch.randn(1, K, device="cuda", dtype=BF16).to(dtype)
 
             def run(weights: list[torch.Tensor] = weights, x: torch.Tensor = x) -> torch.Tensor:
-                return [torch.ops.jet.gemv(x, w, *[None] * 6, 0.0, False, False, BF16) for w in weights][-1]
+                return [torch.ops.jet.gemv(x, w, *[None] * 6, 0.0, False, False, BF16, []) for w in weights][-1]
 
             name = str(dtype).removeprefix("torch.")
             where = {"dtype": name, "out_features": N, "in_features": K}

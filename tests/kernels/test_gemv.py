@@ -119,9 +119,9 @@ def test_every_tile_gives_the_same_sums(device, use):
 def test_opcheck():
     x, w, scales, bias = inputs(24, 96)
     for extra in ((None, None, None), (*scales, bias)):
-        torch.library.opcheck(torch.ops.jet.gemv, (x, w.t().contiguous().t(), *extra, *ALONE, torch.bfloat16))
+        torch.library.opcheck(torch.ops.jet.gemv, (x, w.t().contiguous().t(), *extra, *ALONE, torch.bfloat16, [w]))
     around = (w[0], bias[None, :12].bfloat16(), scales[0], 1e-6, True, True)
-    torch.library.opcheck(torch.ops.jet.gemv, (x.bfloat16(), w, *scales, bias, *around, torch.bfloat16))
+    torch.library.opcheck(torch.ops.jet.gemv, (x.bfloat16(), w, *scales, bias, *around, torch.bfloat16, []))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -180,10 +180,12 @@ for kind, dtype in (("fp8e4nv", "float8_e4m3fn"), ("bf16", "bfloat16")):
         if flags["NORM"]:
             use["BK"] = triton.next_power_of_2(K)
         codes_out = fp8 and N == 17920
-        constants = dict(K=K, GDC=False, QUANTISE=fp8 and not codes_in, SCALED=fp8, BIASED=N == 12288, CODES=codes_out,
+        constants = dict(K=K, GDC=False, AHEAD=0, AHEAD_MORE=0,
+                         QUANTISE=fp8 and not codes_in, SCALED=fp8, BIASED=N == 12288, CODES=codes_out,
                          BN=use["BN"], BK=use["BK"], STAGES=use["STAGES"], **flags)
         kinds = {"x": "*" + (kind if codes_in else "bf16"), "weight": "*" + kind, "x_scale": "*fp32",
                  "w_scale": "*fp32", "bias": "*bf16", "norm_weight": "*bf16", "residual": "*bf16", "y_scale": "*fp32",
+                 "ahead": "*fp8e4nv", "ahead_more": "*bf16",
                  "y": "*" + (kind if codes_out else "bf16"), "N": "i32", "eps": "fp32"}
         names = kernel.arg_names
         source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
@@ -195,14 +197,17 @@ for kind, dtype in (("fp8e4nv", "float8_e4m3fn"), ("bf16", "bfloat16")):
         assert ".local" not in ptx
 print("compiled")
 
-# With programmatic dependent launch the weights are on their way before the wait, x is read behind it, and torch
+# With programmatic dependent launch the weights are on their way before the wait, and what is asked for ahead, x is
+# read behind it, and torch
 # still sees that nothing but y is written: for a kernel that it cannot read it takes every argument to be.
-constants |= dict(K=1536, NORM=True, QUANTISE=False, SCALED=False, BIASED=False, RESIDUAL=True, GDC=True, BN=8, BK=2048)
+constants |= dict(K=1536, NORM=True, QUANTISE=False, SCALED=False, BIASED=False, RESIDUAL=True, GDC=True, AHEAD=2**24,
+                  AHEAD_MORE=4718592, BN=8, BK=2048)
 source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
                    {(names.index(n),): v for n, v in constants.items()},
                    {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in kinds and n != "eps"})
 ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 weights, reads = ptx.split("griddepcontrol.wait")
+assert weights.count("bulk.prefetch.L2") == 2 and "prefetch" not in reads
 assert weights.count("ld.global") >= 8 and "st.global" not in weights and "ld.global.v4" in reads
 from helpers.written_tensors import written_tensors
 row = torch.zeros(1, 1536, dtype=torch.bfloat16)
@@ -227,6 +232,6 @@ def test_on_a_gpu_one_rounding_from_the_exact_product(N, K, dtype):
     """A layer in E4M3 whose x is in E4M3, and one in bf16."""
     x, w, scales, bias = inputs(N, K, dtype, "cuda")
     scales, factor = (scales, 0.125) if dtype == FP8 else ([None, None], 1.0)
-    got = torch.ops.jet.gemv(x, w, *scales, bias.bfloat16(), *ALONE, torch.bfloat16)
+    got = torch.ops.jet.gemv(x, w, *scales, bias.bfloat16(), *ALONE, torch.bfloat16, [])
     exact = F.linear(x.double(), w.double()) * factor + bias.bfloat16().double()
     assert relative_error(got, exact) < 2**-8

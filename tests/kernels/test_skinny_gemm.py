@@ -133,9 +133,9 @@ def test_an_fp8_layer_split_and_joined_is_the_layer_and_the_norm() -> None:
     x, w, bias = inputs(4, 40, 96, torch.device("cpu"))
     codes, weight, (x_scale, w_scale) = (x / 0.5).to(FP8), (w / 0.25).to(FP8), scales(torch.device("cpu"))
     h, norm = torch.randn(4, 40), torch.rand(40)
-    partials = torch.ops.jet.skinny_partials(codes, weight, 3)
+    partials = torch.ops.jet.skinny_partials(codes, weight, 3, [])
     got_h, got_a, *_ = torch.ops.jet.add_norm(partials, x_scale, w_scale, bias, h, norm, None, None, 1e-6, True)
-    y = torch.ops.jet.skinny_linear(codes, weight, x_scale, w_scale, bias, None, False, torch.float32)
+    y = torch.ops.jet.skinny_linear(codes, weight, x_scale, w_scale, bias, None, False, torch.float32, [])
     want = h + y
     assert relative_error(got_h, want) < 1e-6
     assert relative_error(got_a, norm * want * torch.rsqrt(want.square().mean(-1, keepdim=True) + 1e-6)) < 1e-6
@@ -144,8 +144,8 @@ def test_an_fp8_layer_split_and_joined_is_the_layer_and_the_norm() -> None:
 def test_opcheck() -> None:
     x, w, bias = inputs(4, 24, 96, torch.device("cpu"))
     one = torch.ones(1)
-    torch.library.opcheck(torch.ops.jet.skinny_linear, (x, w, one, one, bias, one, True, torch.bfloat16))
-    torch.library.opcheck(torch.ops.jet.skinny_partials, (x, w, 3))
+    torch.library.opcheck(torch.ops.jet.skinny_linear, (x, w, one, one, bias, one, True, torch.bfloat16, [w]))
+    torch.library.opcheck(torch.ops.jet.skinny_partials, (x, w, 3, [w]))
     partials = torch.randn(3, 4, 24)
     around = (one, one, bias, x[:, :24].contiguous(), bias)
     torch.library.opcheck(torch.ops.jet.add_norm, (partials, *around, one, w[:, :24].contiguous(), 1e-6, True))
@@ -195,9 +195,10 @@ for dtype, N, K, split, gated in ((E4M3, 8960, 1536, False, True), (BF16, 1536, 
                          split=split)
     splits, warps = use.pop("SPLITS"), use.pop("num_warps")
     constants = dict(K=K, PART=-(-K // (use["BK"] * splits)) * use["BK"], SCALED=gated, BIASED=False, GATED=gated,
-                     CODES=gated, PARTIAL=split, MODEL="bf16", GDC=True, PRECISION="tf32", **use)
+                     CODES=gated, PARTIAL=split, MODEL="bf16", GDC=True, PRECISION="tf32", AHEAD=2**24,
+                     AHEAD_MORE=4718592, **use)
     kinds = dict(x="*" + kind, weight="*" + kind, x_scale="*fp32", w_scale="*fp32", bias="*bf16", y_scale="*fp32",
-                 y="*" + ("fp32" if split else kind), M="i32", N="i32")
+                 ahead="*fp8e4nv", ahead_more="*bf16", y="*" + ("fp32" if split else kind), M="i32", N="i32")
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
                        {(names.index(n),): v for n, v in constants.items()},
                        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in kinds and n != "M"})
@@ -208,7 +209,8 @@ for dtype, N, K, split, gated in ((E4M3, 8960, 1536, False, True), (BF16, 1536, 
     assert products == {"m64n16", "m64n32", "m64n64", "m64n128"} and "mma.sync" not in ptx, products
     assert "cp.async.cg" in ptx and "cp.async.ca" not in ptx  # 16 bytes at a time
     asked, rest = ptx.split("griddepcontrol.wait")
-    assert "bulk.prefetch.L2" in asked and "bulk.prefetch" not in rest and "cp.async.cg" not in asked
+    assert asked.count("@one cp.async.bulk.prefetch.L2") == 2 < asked.count("bulk.prefetch.L2")
+    assert "bulk.prefetch" not in rest and "cp.async.cg" not in asked
 
 # torch sees that nothing but the results is written: for a kernel that it cannot read it takes every argument to be.
 from helpers.written_tensors import written_tensors
@@ -241,10 +243,10 @@ def test_on_a_gpu_one_rounding_from_the_exact_product(N: int, K: int, gated: boo
     x, w, _ = inputs(M, N, K, device)
     x, w = (x / 4).to(dtype), (w / 4).to(dtype)
     extra = (*(scales(device) if dtype == FP8 else (None, None)), None, None, gated)
-    got = torch.ops.jet.skinny_linear(x, w, *extra, torch.bfloat16)
+    got = torch.ops.jet.skinny_linear(x, w, *extra, torch.bfloat16, [])
     exact = linear_ref(x.double(), w.double(), *extra, torch.float64)
     assert relative_error(got, exact) < (2**-7 if gated else 2**-8)
-    parts = torch.ops.jet.skinny_partials(x, w, skinny_gemm.splits_of(w))
+    parts = torch.ops.jet.skinny_partials(x, w, skinny_gemm.splits_of(w), [])
     # SM 9.0 sums E4M3 products to 13 bits behind the point, 32 at a time: 1.1e-4 on an H200.
     bound = 2**-12 if dtype == FP8 else 1e-4
     assert relative_error(parts.sum(0), x.double() @ w.double().t()) < bound
