@@ -11,7 +11,7 @@ of state0, taken in the one read, and of the tokens' own; w_j = exp(G - G_j), an
 
     state^T x = exp(g) (exp(G) state0^T x + sum_j w_j (kn_j . x) delta_j)
 
-so a step that only appends its token reads the state and writes none.
+so a step that only appends its token reads the state, by whole rows, and writes none.
 """
 
 import torch
@@ -171,9 +171,8 @@ def decode_kernel(
             b_state = b_next.to(tl.float32) * b_decay
             b_next = load_state(p_state, o_k, i_v + BV, m_k, begun, V, BV)
             b_vt = tl.sum(tl.where(o_tile == i_tile, b_vs, 0.0), 0)[None, :]
-            b_state_k, b_state_q = tl.split(
-                tl.sum(tl.join(b_state * b_kc, b_state * b_qc), 0)
-            )  # one reduction for both
+            b_both = tl.sum(tl.join(b_state * b_kc, b_state * b_qc), 0)  # one reduction
+            b_state_k, b_state_q = tl.split(b_both)
             b_delta = b_beta * (b_vt - b_state_k[None, :])  # [1, BV]
             b_os = tl.where(o_tile == i_tile, b_state_q[None, :] + b_qk * b_delta, b_os)
             o_sv = i_v + tl.arange(0, BV)[None, :]
