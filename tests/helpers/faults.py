@@ -162,7 +162,7 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj, self.down_proj = mlp.gate_up_proj, mlp.down_proj
 
-    def forward(self, h: Tensor, norm: nn.Module) -> Tensor:
+    def forward(self, h: Tensor, norm: nn.Module, ahead: tuple[nn.Module, ...] = ()) -> Tensor:
         """h + MLP(norm(h))."""
         gate, up = self.gate_up_proj(norm(h)).float().chunk(2, dim=-1)
         return h + self.down_proj((nn.functional.silu(gate) * up).to(h.dtype))
