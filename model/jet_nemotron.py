@@ -288,7 +288,7 @@ class JetNemotronForCausalLM(WeightedModel):
         """One step over packed tokens, of the stated form. `interval`: that of the states, see cache.state_specs."""
         h = self.embed_tokens(input_ids)
         kept = []
-        ahead = [*[layer.first for layer in self.layers][1:], self.lm_head]
+        ahead = [*(layer.first for layer in self.layers), self.lm_head][1:]
         for layer, state, later in zip(self.layers, states_per_layer(self.config, states), ahead, strict=True):
             h = layer(h, self.cos_sin, batch, state, form, (later,), interval)
             if hidden_states:
