@@ -155,17 +155,20 @@ def ask_for(p, nbytes):
 
 
 @triton.jit
+def ask_share(p, i, n, NBYTES: tl.constexpr):
+    """0. Program i of n asks L2 for its share of NBYTES from p on."""
+    zero = 0
+    if NBYTES > 0:
+        share = (NBYTES // 128 + n - 1) // n * 128
+        zero = ask_for(p.to(tl.int64) + i * share, tl.minimum(share, NBYTES - i * share))
+    return zero
+
+
+@triton.jit
 def ask_ahead(first, second, i, n, FIRST: tl.constexpr, SECOND: tl.constexpr):
     """0. Program i of n asks L2 for its shares of FIRST bytes from `first` on and of SECOND from `second` on: weights
     that kernels behind this one read, so that memory is busy while a step's kernels wait for each other."""
-    zero = 0
-    if FIRST > 0:
-        share = (FIRST // 128 + n - 1) // n * 128
-        zero += ask_for(first.to(tl.int64) + i * share, tl.minimum(share, FIRST - i * share))
-    if SECOND > 0:
-        share = (SECOND // 128 + n - 1) // n * 128
-        zero += ask_for(second.to(tl.int64) + i * share, tl.minimum(share, SECOND - i * share))
-    return zero
+    return ask_share(first, i, n, FIRST) + ask_share(second, i, n, SECOND)
 
 
 @triton.jit
