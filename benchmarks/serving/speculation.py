@@ -17,9 +17,11 @@ default there), until a token's own embedding is most of what the last norm sees
 prompt's last token by a wide margin, while the steps read the same bytes, launch the same kernels and compute on
 states and activations of the same sizes. `--weights own` leaves them as they are. The result says which.
 
-Decoding is timed, from the step behind the last prompt on; plain and speculating runs are interleaved, after one of
-each that does not count. Beside the median of each stand the drafts that were accepted, and the answers that are those
-of the plain run.
+Decoding is timed while all sequences decode: from the step behind the last prompt, before which nothing is drafted, to
+the one in which the first of them ends. With drafts they end far apart, and steps of the few that are left would be
+timed as steps of the batch. Graphs are captured before, as by a server. Plain and speculating runs are interleaved,
+after one of each that does not count. Beside the median of each stand the drafts that were accepted, and the answers
+that are those of the plain run.
 """
 
 from __future__ import annotations
@@ -45,8 +47,10 @@ from jet_export.bundle.manifest import Manifest
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.draft_length import expected
+from jet_export.runtime.draft_model import Draw
 from jet_export.runtime.drafts import LookupProposer, Proposer
 from jet_export.runtime.params import Params
+from jet_export.runtime.prompt_lookup import NO_MATCH, Match
 from jet_export.runtime.replay import ReplayProposer
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.sequence import RunningSequence
@@ -69,6 +73,22 @@ class Run:
     answers: list[RunningSequence]
 
 
+class Gate:
+    """A proposer that offers nothing while it is closed."""
+
+    def __init__(self, proposer: Proposer) -> None:
+        self.proposer, self.guesses, self.is_open = proposer, proposer.guesses, False
+
+    def forget(self, sequence: RunningSequence) -> None:
+        self.proposer.forget(sequence)
+
+    def offer(self, sequence: RunningSequence, most: int) -> Match:
+        return self.proposer.offer(sequence, most) if self.is_open else NO_MATCH
+
+    def draft(self, sequences: Sequence[RunningSequence], offers: Sequence[Match], draw: Draw) -> list[list[int]]:
+        return self.proposer.draft(sequences, offers, draw)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """The same requests with one proposer or another."""
@@ -84,13 +104,16 @@ class Bench:
         serving = Serving(
             slots=len(self.prompts), prefix_cache_bytes=0, drafts=self.drafts if proposer is not None else None
         )
-        made = BatchingEngine(self.engine, self.tokenizer, -1, serving, proposer=proposer)
+        gate = None if proposer is None else Gate(proposer)
+        made = BatchingEngine(self.engine, self.tokenizer, -1, serving, proposer=gate)
         if made.speculation:
             made.speculation.lengths.fixed = fixed
+        if made.executor.verify:
+            made.executor.verify.capture(least_rows=len(self.prompts))
         return made
 
     def run(self, batching: BatchingEngine) -> Run:
-        drafts = batching.metrics.drafts
+        drafts, gate = batching.metrics.drafts, batching.speculation and batching.speculation.proposer
         before = (sum(drafts.drafted), sum(drafts.accepted)) if drafts else (0, 0)
         answers = []
         for i, prompt in enumerate(self.prompts):
@@ -98,14 +121,21 @@ class Bench:
             answers.append(batching.submit(prompt, params, lambda _: None, text=False))
         while any(not s.tokens for s in answers):
             batching.step()
+        if isinstance(gate, Gate):
+            gate.is_open = True
         begin, made, steps = time.perf_counter(), sum(len(s.tokens) for s in answers), batching.metrics.steps
+        while all(s.finish_reason is None for s in answers):
+            batching.step()
+        seconds, steps = time.perf_counter() - begin, batching.metrics.steps - steps
+        made = sum(len(s.tokens) for s in answers) - made
+        after = (sum(drafts.drafted), sum(drafts.accepted)) if drafts else (0, 0)
         while batching.step():
             pass
-        seconds = time.perf_counter() - begin
-        after = (sum(drafts.drafted), sum(drafts.accepted)) if drafts else (0, 0)
+        if isinstance(gate, Gate):
+            gate.is_open = False
         return Run(
-            tokens_per_s=(sum(len(s.tokens) for s in answers) - made) / seconds,
-            steps=batching.metrics.steps - steps,
+            tokens_per_s=made / seconds,
+            steps=steps,
             drafted=after[0] - before[0],
             accepted=after[1] - before[1],
             answers=answers,

@@ -18,6 +18,7 @@ from jet_export.runtime.calls import ALIGNED, decode_bucket, round_up
 from jet_export.runtime.runner import Runner
 from jet_export.runtime.transfer import upload
 
+SMALL = 64  # tokens of a call that is rounded up to whole groups of 8
 ROW = 16  # tokens of a row, at most: jet::jet_block's form VERIFY
 
 
@@ -35,11 +36,18 @@ class VerifySize:
 
 
 def verify_size(tokens: int, rows: int) -> VerifySize:
-    """The size of the captured call that serves so many tokens and rows."""
+    """The size of the captured call that serves so many tokens and rows.
+
+    Tokens are rounded up by less than a quarter, those of many sequences by less than an eighth, and a batch of whole
+    drafts hardly at all. The padding rows are as many as hold the most that may be left over: few sizes serve all
+    calls."""
     padded = decode_bucket(rows)
-    least = tokens + padded - rows + 1
-    room = max(8, decode_bucket(least))
-    return VerifySize(tokens=room, rows=padded + -(-(room - least + 1) // ROW))
+    least = tokens + padded - rows  # each row that is not used has a token
+    if least < SMALL:
+        return VerifySize(tokens=round_up(least + 1, 8), rows=padded + 1)
+    step = max(16, 1 << (least.bit_length() - 4))
+    more = -(-(step - 1) // (ROW - 1))  # rows: each has a token, and room for ROW - 1 of the rounding
+    return VerifySize(tokens=round_up(least, step) + more, rows=padded + more)
 
 
 def invariant_size(rows: int, most: int) -> VerifySize:
@@ -48,10 +56,10 @@ def invariant_size(rows: int, most: int) -> VerifySize:
     return VerifySize(tokens=rows * (most + 1), rows=2 * rows)
 
 
-def verify_sizes(slots: int, most: int) -> list[VerifySize]:
-    """The sizes of the captured calls that serving needs, the largest first."""
+def verify_sizes(slots: int, most: int, least_rows: int = 1) -> list[VerifySize]:
+    """The sizes of the captured calls of `least_rows` to `slots` rows, the largest first."""
     sizes: set[VerifySize] = set()
-    for rows in range(1, slots + 1):
+    for rows in range(least_rows, slots + 1):
         sizes.update(verify_size(tokens, rows) for tokens in range(rows, rows * most + 1))
     return sorted(sizes, key=lambda size: (-size.tokens, -size.rows))
 
@@ -122,16 +130,16 @@ class VerifyCalls:
         assert self.logits is not None
         return self.logits[:total]
 
-    def capture(self) -> None:
-        """The graphs of all calls."""
+    def capture(self, least_rows: int = 1) -> None:
+        """The graphs of all calls of at least so many rows."""
         if not self.runner.cuda_graphs:
             return
-        for size in self._sizes():
+        for size in self._sizes(least_rows):
             if size not in self.graphs:
                 self._capture(size)
 
-    def _sizes(self) -> list[VerifySize]:
-        return [self.invariant] if self.runner.deterministic else verify_sizes(self.slots, self.most)
+    def _sizes(self, least_rows: int = 1) -> list[VerifySize]:
+        return [self.invariant] if self.runner.deterministic else verify_sizes(self.slots, self.most, least_rows)
 
     def _call(self, integers: Tensor, size: VerifySize) -> Tensor:
         r = self.runner

@@ -48,3 +48,19 @@ def test_all_sizes_of_serving_are_captured_and_hold_padding_alone() -> None:
     assert {verify_size(t, n) for n in range(1, 17) for t in range(n, 5 * n + 1)} == set(sizes)
     for size in [*sizes, invariant_size(16, 5)]:
         check(size, [], [], [])
+
+
+@pytest.mark.parametrize("most", [2, 5, ROW])
+def test_sizes_are_few_and_hardly_larger_than_the_call(most: int) -> None:
+    """Of 64 rows: one or two numbers of padding rows, less than a sixth too many tokens, and nearly none where all
+    drafts are whole."""
+    sizes = {tokens: verify_size(tokens, 64) for tokens in range(64, 64 * most + 1)}
+    assert len(set(sizes.values())) <= 20 + most
+    for tokens, size in sizes.items():
+        assert tokens < size.tokens <= 1.17 * tokens + 17 and 64 < size.rows <= 73
+    assert sizes[64 * most].tokens <= 64 * most + size.rows - 64
+
+
+def test_the_sizes_of_a_full_batch_can_be_captured_alone() -> None:
+    full = verify_sizes(16, 5, least_rows=16)
+    assert set(full) == {verify_size(t, 16) for t in range(16, 81)} < set(verify_sizes(16, 5))
