@@ -2,13 +2,14 @@
 
 For token t of sequence n, at position p = context_lens[n] + (t - cu_seqlens[n]):
 
-    q, k = rope(q, p), rope(k, p)            rope(x) = x * [cos, cos] + [-x2, x1] * [sin, sin],  x = [x1, x2]
+    q, k = rope(q, p), rope(k, p)            rope(x) = [x1, x2] * [cos, cos] + [-x2, x1] * [sin, sin] | rest
     cache[n, p] = k / k_scale, v / v_scale   (k_scale = v_scale = 1 unless the cache is FP8)
     o[t] = sum_j softmax_j(q . k[n, j] * Dh^-0.5) v[n, j]      over j <= p, and j > p - window when window > 0
 
-The rotary products and sums are rounded in the model dtype, as published; the softmax is fp32. Query head h reads
-key/value head h // (Hq / Hkv). Keys of the current call are read back from the cache, so an FP8 cache rounds them too,
-and a prompt in several calls equals one in a single call.
+x = x1 | x2 | rest: of a head's columns the first are rotated, as many as the rotary table has. The rotary products and
+sums are rounded in the model dtype, as published; the softmax is fp32. Query head h reads key/value head h // (Hq /
+Hkv). Keys of the current call are read back from the cache, so an FP8 cache rounds them too, and a prompt in several
+calls equals one in a single call.
 
 Position p of sequence n lives in page `block_table[n, (p // page) % M]` at offset `p % page`: a row that covers all
 positions is a plain page table, a shorter one is a ring, enough for a window when M * page >= window + tokens a call.
@@ -32,12 +33,13 @@ QUERY_BLOCK = 512  # the reference attends this many tokens of a sequence at a t
 
 def rope_ref(
     x: Tensor,  # [T, H, Dh]
-    cos_sin: Tensor,  # [T, Dh]: cos [Dh / 2] | sin [Dh / 2]
+    cos_sin: Tensor,  # [T, R]: cos [R / 2] | sin [R / 2]
 ) -> Tensor:
-    """Rotate-half rotary embedding, every product and sum rounded to x.dtype."""
+    """Rotate-half rotary embedding of the first R columns, every product and sum rounded to x.dtype."""
     cos, sin = cos_sin.to(x.dtype)[:, None].chunk(2, -1)
+    x, rest = x.tensor_split([cos_sin.shape[-1]], -1)
     x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1)
 
 
 def quantize_ref(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -96,7 +98,7 @@ def attend_ref(
 
 def attention_ref(
     qkv: Tensor,  # [T, (Hq + 2 Hkv) * Dh], biases added, before RoPE
-    cos_sin: Tensor,  # [P, Dh]: cos | sin of each position
+    cos_sin: Tensor,  # [P, R]: cos | sin of each position, R <= Dh
     kv_cache: Tensor,  # [pages, 2, Hkv, page, Dh], model dtype or float8_e4m3fn; updated in place
     block_table: Tensor,  # [N, M] int32
     cu_seqlens: Tensor,  # [N + 1] int32
@@ -214,7 +216,7 @@ def _(
 @torch.library.triton_op("jet::attention", mutates_args={"kv_cache"})
 def attention(
     qkv: Tensor,  # [T, (Hq + 2 Hkv) * Dh]
-    cos_sin: Tensor,  # [P, Dh]
+    cos_sin: Tensor,  # [P, R]
     kv_cache: Tensor,  # [pages, 2, Hkv, page, Dh]; updated in place
     block_table: Tensor,  # [N, M] int32
     cu_seqlens: Tensor,  # [N + 1] int32

@@ -3,11 +3,12 @@
     y[t, d] = sum_w kappa[t, d, w] * u[t - (W-1) + w, d]        w = W-1 is the current token
     v = silu(y)
 
-u [T, D] packed tokens, kappa [T, D*W] read as [T, D, W]. Tokens before the call come from `conv_state` [S, rows, D],
+u [T, D] packed tokens, kappa [T, D*W] read as [T, D, W]. A static convolution is the case of one kernel for all tokens:
+kappa [D*W], read as [D, W] (conv1d.weight [D, 1, W], flat). Tokens before the call come from `conv_state` [S, rows, D],
 which is updated in place. With W-1 rows it holds the last W-1 raw u of each sequence, oldest first. With more, R, it is
 a ring: the u of position p lies in row p % R, so that the last R - (W-1) tokens can be taken back by a smaller
 context_lens in the next call. Accumulation in fp32, one rounding.
-Source: Jet-Nemotron, arXiv 2508.15884, section 3.3 (JetBlock).
+Source: Jet-Nemotron, arXiv 2508.15884, section 3.3 (JetBlock); static: Gated DeltaNet, arXiv 2412.06464.
 """
 
 import torch
@@ -35,7 +36,7 @@ from jet_export.kernels.configs import lookup
 
 def dynamic_conv_ref(
     u: Tensor,  # [T, D]
-    kappa: Tensor,  # [T, D*W]
+    kappa: Tensor,  # [T, D*W], or [D*W] for all tokens
     conv_state: Tensor,  # [S, W-1 or more, D], updated in place
     cu_seqlens: Tensor,  # [N+1]
     slots: Tensor,  # [N]
@@ -43,9 +44,9 @@ def dynamic_conv_ref(
 ) -> Tensor:  # [T, D], not yet rounded: fp32 (fp64 for fp64 inputs)
     """The specification, in plain torch."""
     T, D = u.shape
-    W, R = kappa.shape[1] // D, conv_state.shape[1]
+    W, R = kappa.shape[-1] // D, conv_state.shape[1]
     acc = acc_dtype(u.dtype)
-    u_acc, taps = u.to(acc), kappa.to(acc).view(T, D, W)
+    u_acc, taps = u.to(acc), kappa.to(acc).view(-1, D, W)  # taps [T or 1, D, W]
     history = gather_state(conv_state, slots, context_lens, acc)  # [N, R, D]
     if R > W - 1:
         before = context_lens.long()[:, None] - torch.arange(W - 1, 0, -1, device=u.device)  # [N, W-1] positions

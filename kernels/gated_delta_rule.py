@@ -4,14 +4,16 @@ Per head, with qn = q / |q| * K^-0.5 and kn = k / |k| (|x| = sqrt(sum(x^2) + 1e-
 
     state = exp(g) state;   delta = beta (v - state^T kn);   state = state + kn delta^T;   o = state^T qn
 
-q, k [T, H, K]; v, o [T, H, V]; beta [T, H] in (0, 1); g [T, H] fp32, natural-log decay (<= 0).
+q, k [T, HK, K]; v, o [T, H, V]; beta [T, H] in (0, 1); g [T, H] fp32, natural-log decay (<= 0). HK is H, or a divisor:
+then every query and key head serves H / HK consecutive value heads, which have a state each.
 The chunk form processes `chunk_size` tokens at once. With G_i the sum of g up to token i of the chunk:
 
     A_ij = beta_i (kn_i . kn_j) exp(G_i - G_j)   (j < i);      [u | w] = (I + A)^-1 [beta v | beta exp(G) kn]
     v_new = u - w state;    o = exp(G) qn state + tril((qn kn^T) exp(G_i - G_j)) v_new
     state = exp(G_last) state + sum_i exp(G_last - G_i) kn_i v_new_i^T
 
-The kernels are in gated_delta_rule_chunk.py (prefill) and gated_delta_rule_decode.py.
+The kernels are in gated_delta_rule_chunk.py (prefill), gated_delta_rule_decode.py, and gated_delta_rule_deferred.py for
+states that are written every few tokens.
 Source: Gated Delta Networks, arXiv 2412.06464, section 3 (the WY form of arXiv 2406.06484 with decay).
 """
 
@@ -25,14 +27,12 @@ from jet_export.kernels.common import acc_dtype, by_rows, rows, zero_padding
 from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
-from jet_export.kernels.gated_delta_rule_verify import verify_delta_rule_triton
+from jet_export.kernels.gated_delta_rule_deferred import deferred_delta_rule_triton
 from jet_export.kernels.step_buffer import (
-    append_ref,
     current_state,
     flush_triton,
     held_buffer,
-    keep_step_ref,
-    write_held_ref,
+    keep_tokens_ref,
     write_state_ref,
 )
 
@@ -45,9 +45,14 @@ def l2norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
+def per_value_head(x: Tensor, num_heads: int) -> Tensor:  # [..., HK, K] -> [..., H, K]
+    """The query or key that each value head uses."""
+    return x if x.shape[-2] == num_heads else x.repeat_interleave(num_heads // x.shape[-2], -2)
+
+
 def gated_delta_rule_ref(
-    q: Tensor,  # [B, T, H, K]
-    k: Tensor,  # [B, T, H, K]
+    q: Tensor,  # [B, T, HK, K]
+    k: Tensor,  # [B, T, HK, K]
     v: Tensor,  # [B, T, H, V]
     beta: Tensor,  # [B, T, H]
     g: Tensor,  # [B, T, H]
@@ -62,8 +67,9 @@ def delta_rule_steps_ref(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `gated_delta_rule_ref`, and each token's kn | delta | g [B, T, H, K + V + 1]."""
-    B, T, H, K = q.shape
+    (B, T, _, K), H = q.shape, v.shape[2]
     acc = acc_dtype(q.dtype)
+    q, k = per_value_head(q, H), per_value_head(k, H)
     q, k, v, beta, decay = (
         l2norm(q.to(acc)) * K**-0.5,
         l2norm(k.to(acc)),
@@ -83,8 +89,8 @@ def delta_rule_steps_ref(
 
 
 def chunk_gated_delta_rule_ref(
-    q: Tensor,  # [B, T, H, K]
-    k: Tensor,  # [B, T, H, K]
+    q: Tensor,  # [B, T, HK, K]
+    k: Tensor,  # [B, T, HK, K]
     v: Tensor,  # [B, T, H, V]
     beta: Tensor,  # [B, T, H]
     g: Tensor,  # [B, T, H]
@@ -92,9 +98,9 @@ def chunk_gated_delta_rule_ref(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:  # o [B, T, H, V], final_state [B, H, K, V]
     """The chunk form in plain torch, differentiable; dtypes as `gated_delta_rule_ref`."""
-    B, T, H, K = q.shape
-    V, C = v.shape[-1], min(chunk_size, T)
-    acc = acc_dtype(q.dtype)
+    (B, T, _, K), (H, V) = q.shape, v.shape[2:]
+    C, acc = min(chunk_size, T), acc_dtype(q.dtype)
+    q, k = per_value_head(q, H), per_value_head(k, H)
 
     def chunks(x: Tensor) -> Tensor:
         """[B, T, H, ...] -> [B, H, T/C, C, ...]; padded with zeros: beta = 0 and g = 0 leave the state as it is."""
@@ -124,8 +130,8 @@ def chunk_gated_delta_rule_ref(
 
 
 def packed_gated_delta_rule_ref(
-    q: Tensor,  # [T, H, K]
-    k: Tensor,  # [T, H, K]
+    q: Tensor,  # [T, HK, K]
+    k: Tensor,  # [T, HK, K]
     v: Tensor,  # [T, H, V]
     beta: Tensor,  # [T, H]
     g: Tensor,  # [T, H]
@@ -151,13 +157,16 @@ def packed_gated_delta_rule_ref(
     steps = [n for n, size in enumerate(lens) if size == 1 and form != Form.PREFILL]
     if step_buffer is not None and state_position is not None and form == Form.VERIFY:
         steps = []
-        write_held_ref(initial, recurrent_state, step_buffer, state_position, slots, context_lens, interval)
     if steps:
         t = torch.tensor([bounds[n] for n in steps])
         q_n, k_n, v_n, beta_n, g_n = (x[t][:, None] for x in (q, k, v, beta, g))
         o_steps, final, token = delta_rule_steps_ref(q_n, k_n, v_n, beta_n, g_n, initial[steps])
         o[t] = o_steps[:, 0]
-        keep_step_ref(final, token[:, 0], *pools, slots[steps], context_lens[steps], interval)
+        some = slots[steps], context_lens[steps]
+        if step_buffer is None or state_position is None:
+            write_state_ref(final, recurrent_state, None, *some)
+        else:
+            keep_tokens_ref(token, initial[steps], recurrent_state, step_buffer, state_position, *some, interval)
     for n in sorted(set(range(len(lens))) - set(steps)):
         tokens = slice(bounds[n], bounds[n + 1])
         # Cloned: the bits of a matrix product may depend on its operands' alignment.
@@ -166,7 +175,8 @@ def packed_gated_delta_rule_ref(
         one = slots[n : n + 1], context_lens[n : n + 1]
         if step_buffer is not None and state_position is not None and form == Form.VERIFY:
             o_n, _, appended = delta_rule_steps_ref(*args)
-            append_ref(appended, step_buffer, state_position, *one)
+            before = initial[n : n + 1]
+            keep_tokens_ref(appended, before, recurrent_state, step_buffer, state_position, *one, interval)
         else:
             o_n, final = chunk_gated_delta_rule_ref(*args)
             write_state_ref(final, recurrent_state, state_position, one[0], one[1] + lens[n])
@@ -195,15 +205,19 @@ def gated_delta_rule_triton(
     inputs = q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims
     form = Form(int(form))  # may be symbolic in a dynamic torch.compile
     buffer = held_buffer(step_buffer, state_position, interval, form)
-    if form is Form.VERIFY and buffer is not None:
-        return verify_delta_rule_triton(*inputs, buffer=buffer)
-    if form is Form.DECODE:
-        return decode_delta_rule_triton(*inputs, buffer=buffer)
+    if form in (Form.DECODE, Form.VERIFY):
+        if buffer is None:
+            return decode_delta_rule_triton(*inputs)
+        return deferred_delta_rule_triton(*inputs, buffer, form is Form.VERIFY)
     mixed = form is Form.MIXED
     if buffer is not None:
         flush_triton(recurrent_state, *buffer[:2], cu_seqlens, slots, context_lens, q.shape[0], mixed)
     o = chunk_delta_rule_triton(*inputs, mixed=mixed)
-    return decode_delta_rule_triton(*inputs, out=o, buffer=buffer) if mixed else o
+    if mixed:
+        if buffer is None:
+            return decode_delta_rule_triton(*inputs, out=o)
+        return deferred_delta_rule_triton(*inputs, buffer, out=o)
+    return o
 
 
 @torch.library.custom_op("jet::gated_delta_rule_cpu", mutates_args=STATES)

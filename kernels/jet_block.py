@@ -2,12 +2,17 @@
 
     [q | k | u | gate | ...] = qkuz,  [b | a] = ba                                (raw projections of x)
     q = silu(q), k = silu(k);   v = silu(dynamic_conv(u, kappa))                  (dynamic_conv.py)
+or  [q | k | v] = silu(static_conv([q | k | u], kappa))                           (Gated DeltaNet)
     beta = sigmoid(b), rounded to the model dtype;  g = -exp(A_log) softplus(a + dt_bias), fp32
     o = gated_delta_rule(q, k, v, beta, g)                                        (gated_delta_rule.py)
     out = gated_rms_norm(o, w_o, gate)                                            (gated_rms_norm.py)
 
 D = H * V. Everything inside is fp32 apart from the operands of matrix products; one rounding at the end.
-Source: Jet-Nemotron, arXiv 2508.15884, section 3.3.
+
+conv_state [S, W-1 or more, C] says which channels are convolved: C = D, those of u, or C = 2 HK K + D, those of q, k
+and u; there HK heads of q and k are shared by the H heads of values (gated_delta_rule.py). kappa is of each token,
+[T, C*W], or of all, [C*W]. A JetBlock has C = D and the former, a Gated DeltaNet of Qwen3.5 has both of the latter.
+Source: Jet-Nemotron, arXiv 2508.15884, section 3.3; Gated DeltaNet, arXiv 2412.06464.
 """
 
 from typing import Any
@@ -22,21 +27,27 @@ from jet_export.kernels.form import Form
 from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
-from jet_export.kernels.gated_delta_rule_verify import verify_delta_rule_triton
+from jet_export.kernels.gated_delta_rule_deferred import deferred_delta_rule_triton
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 from jet_export.kernels.step_buffer import flush_triton, held_buffer
 
 STATES = {"conv_state", "recurrent_state", "step_buffer", "state_position"}  # updated in place
 
 
+def key_heads(conv_state: Tensor, num_heads: int, head_k_dim: int, head_v_dim: int) -> tuple[int, bool]:
+    """HK, and whether q and k are convolved as the values are."""
+    beside = conv_state.shape[2] - num_heads * head_v_dim
+    return (beside // (2 * head_k_dim), True) if beside else (num_heads, False)
+
+
 def jet_block_ref(
-    qkuz: Tensor,  # [T, >= 2HK + 2D]: q | k | u | gate | ignored columns
+    qkuz: Tensor,  # [T, >= 2 HK K + 2D]: q | k | u | gate | ignored columns
     ba: Tensor,  # [T, 2H]: b | a
-    kappa: Tensor,  # [T, D*W]
+    kappa: Tensor,  # [T, C*W], or [C*W] for all tokens
     A_log: Tensor,  # [H]
     dt_bias: Tensor,  # [H]
     w_o: Tensor,  # [V]
-    conv_state: Tensor,  # [S, W-1, D], or a ring of more rows (dynamic_conv.py); updated in place
+    conv_state: Tensor,  # [S, W-1, C], or a ring of more rows (dynamic_conv.py); updated in place
     recurrent_state: Tensor,  # [S, H, K, V], updated in place
     cu_seqlens: Tensor,  # [N+1]
     slots: Tensor,  # [N]
@@ -52,16 +63,21 @@ def jet_block_ref(
 ) -> Tensor:  # [T, D]
     """The specification: the three references composed, in fp32 (fp64 for fp64 inputs)."""
     T, H, K, V = qkuz.shape[0], num_heads, head_k_dim, head_v_dim
-    D = H * V
+    (HK, conv_qk), D = key_heads(conv_state, H, K, V), H * V
     acc = acc_dtype(qkuz.dtype)
-    q, k, u, gate = qkuz[:, : 2 * H * K + 2 * D].split([H * K, H * K, D, D], -1)
+    qkv, gate = qkuz[:, : 2 * HK * K + 2 * D].tensor_split([2 * HK * K + D], -1)
     b, a = ba.to(acc).split(H, -1)
     beta = by_rows(torch.sigmoid, b).to(qkuz.dtype)
     g = -A_log.to(acc).exp() * by_rows(F.softplus, a + dt_bias.to(acc))
-    v = dynamic_conv_ref(u, kappa, conv_state, cu_seqlens, slots, context_lens)
-    q, k = (by_rows(F.silu, x.to(acc)).reshape(T, H, K) for x in (q, k))
+    if conv_qk:
+        qkv = dynamic_conv_ref(qkv, kappa, conv_state, cu_seqlens, slots, context_lens)
+    q, k, v = qkv.split([HK * K, HK * K, D], -1)
+    if not conv_qk:
+        v = dynamic_conv_ref(v, kappa, conv_state, cu_seqlens, slots, context_lens)
+        q, k = (by_rows(F.silu, x.to(acc)) for x in (q, k))
+    q, k = (x.reshape(T, HK, K) for x in (q, k))
     o = packed_gated_delta_rule_ref(
-        q, k, v.view(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, form,
+        q, k, v.reshape(T, H, V), beta, g, recurrent_state, cu_seqlens, slots, context_lens, form,
         step_buffer, state_position, interval,
     )  # fmt: skip
     out = gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), norm_eps)
@@ -89,7 +105,8 @@ def jet_block_triton(
     state_position: Tensor | None = None,
     interval: int = 1,
 ) -> Tensor:
-    """Launches the kernels: one for DECODE and VERIFY, those of the three ops for PREFILL, all for MIXED.
+    """Launches the kernels: one for DECODE, two beside a step buffer and for VERIFY, those of the three ops for
+    PREFILL, all for MIXED.
 
     Arguments as `jet_block_ref`."""
     H, K, V = num_heads, head_k_dim, head_v_dim
@@ -105,12 +122,8 @@ def jet_block_triton(
         "raw_gates": (A_log, dt_bias),
         "norm": (w_o, qkuz, norm_eps),
     }
-    if form is Form.VERIFY and buffer is not None:
-        return verify_delta_rule_triton(qkuz, qkuz, qkuz, ba, ba, *tail, buffer=buffer, **whole).view(
-            qkuz.shape[0], H * V
-        )
     out: Tensor | None = None
-    if form is not Form.DECODE:
+    if form in (Form.PREFILL, Form.MIXED):
         mixed = form is Form.MIXED
         if buffer is not None:
             flush_triton(recurrent_state, *buffer[:2], cu_seqlens, slots, context_lens, qkuz.shape[0], mixed)
@@ -120,7 +133,11 @@ def jet_block_triton(
         )
         out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_gate=off_z)
     if form is not Form.PREFILL:  # after the norm, which knows no sequences and writes the rows of single tokens too
-        out = decode_delta_rule_triton(qkuz, qkuz, qkuz, ba, ba, *tail, out=out, buffer=buffer, **whole)
+        inputs = qkuz, qkuz, qkuz, ba, ba, *tail
+        if buffer is None:
+            out = decode_delta_rule_triton(*inputs, out=out, **whole)
+        else:
+            out = deferred_delta_rule_triton(*inputs, buffer, form is Form.VERIFY, out=out, **whole)
     assert out is not None
     return out.view(qkuz.shape[0], H * V)
 

@@ -1,10 +1,10 @@
 """States carried between calls: their shapes, their pools, and the batch API's cache over them.
 
 Each layer has its own pools (never views of a stacked one), rows picked by slot (JetBlocks) or page (attention):
-    jet   conv_state [S, conv_size-1, D] model dtype, recurrent_state [S, H, K, V] fp32 or bf16; where the state is
-          written every `interval` tokens, or `rollback` tokens can be taken back, also step_buffer [S, H, interval - 1
-          + rollback, K + V + 4] fp32 and state_position [S, H] int32 (kernels/step_buffer.py), and conv_state has
-          `rollback` rows more (a ring)
+    jet   conv_state [S, conv_size-1, C] model dtype, C = D or 2 HK K + D (config.conv_dim), recurrent_state
+          [S, H, K, V] fp32 or bf16; where the state is written every `interval` tokens, or `rollback` tokens can be
+          taken back, also step_buffer [S, H, interval - 1 + rollback, K + V + 4] fp32 and state_position [S, H] int32
+          (kernels/step_buffer.py), and conv_state has `rollback` rows more (a ring)
     attn  kv_cache [pages, 2, Hkv, PAGE, head_dim], pages named by block_table [N, M]
     swa   the same over window_block_table, a ring: position p lies in page (p // PAGE) % M
 """
@@ -76,7 +76,7 @@ def state_specs(
     for i, kind in enumerate(c.layer_types):
         if kind == "jet":
             dims = c.jet_dims(i)
-            conv, state = (c.conv_size - 1 + rollback, dims.value_dim), tuple(dims)
+            conv, state = (c.conv_size - 1 + rollback, c.conv_dim(dims)), tuple(dims)
             specs.append(StateSpec(f"layers.{i}.conv_state", i, "slots", conv, dtype))
             specs.append(StateSpec(f"layers.{i}.recurrent_state", i, "slots", state, state_dtype))
             if tokens := buffer_rows(interval, rollback):

@@ -1,7 +1,7 @@
 """JetNemotronConfig: the published config.json, read, checked and written.
 
 Source: NVlabs/Jet-Nemotron `configuration_jet_nemotron.py` and the config.json of jet-ai/Jet-Nemotron-2B and -4B;
-transformers' Qwen2Config and Qwen3Config.
+transformers' Qwen2Config, Qwen3Config and Qwen3_5TextConfig.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from jet_export.model.config_keys import unknown_keys
 from jet_export.model.config_read import config_fields
 from jet_export.model.jet_dims import JetDims as JetDims
 from jet_export.model.jet_dims import expand_v_of as expand_v_of
+from jet_export.model.qwen3_5 import TEXT, published, text_part
 from jet_export.utils.errors import JetExportError, JetExportWarning
 
 LAYER_TYPES = ("jet", "attn", "swa")
-MAX_HEAD_K_DIM, MAX_HEAD_V_DIM, MAX_HEAD_DIM = 256, 576, 128
+CONVOLUTIONS = ("dynamic", "static")
+ARCHITECTURES = {"jet_nemotron": "JetNemotron", "qwen2": "Qwen2", "qwen3": "Qwen3", TEXT: "Qwen3_5"}
+MAX_HEAD_K_DIM, MAX_HEAD_V_DIM, MAX_HEAD_DIM = 256, 576, 256
 MAX_LAYERS, MAX_HEADS, MAX_POSITIONS = 1024, 1024, 2**24
 MAX_SIZES = {"hidden_size": 2**16, "intermediate_size": 2**20, "vocab_size": 2**22}  # several times any model's
 
 
 @dataclass(frozen=True)
 class JetNemotronConfig:
-    """Sizes of a Jet-Nemotron model, or of a Qwen2 or Qwen3, whose layers are all `attn`.
+    """Sizes of a Jet-Nemotron model, of a Qwen2 or Qwen3, whose layers are all `attn`, or of a Qwen3.5.
 
-    `layer_types` names each layer's mixer: `jet` (JetBlock), `attn` (full attention) or `swa` (sliding window).
-    `jet_num_heads`, `head_k_dim` (K) and `head_v_dim` (V) describe the JetBlocks, except those that `jet_layers` gives
-    other sizes; `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the attention layers. `raw` keeps
-    all fields that were read from config.json, so that writing preserves those that are not used here.
+    `layer_types` names each layer's mixer: `jet` (a gated delta rule: JetBlock, or Gated DeltaNet), `attn` (full
+    attention) or `swa` (sliding window). `jet_num_heads`, `head_k_dim` (K) and `head_v_dim` (V) describe the
+    JetBlocks, except those that `jet_layers` gives other sizes; `num_attention_heads`, `num_key_value_heads` and
+    `head_dim` describe the attention layers. `raw` keeps all fields that were read from config.json, so that
+    writing preserves those that are not used here.
     """
 
     hidden_size: int
@@ -60,7 +64,12 @@ class JetNemotronConfig:
     eos_token_id: int = 151643
     qk_norm: bool = False  # RMSNorm of each attention head's query and key, before RoPE (Qwen3); published: none
     qkv_bias: bool = True  # of the attention layers (Qwen2 and the published models; Qwen3 has none)
-    model_type: str = "jet_nemotron"  # or qwen2, qwen3: how config.json spells it; the sizes above say all else
+    rotary_dim: int = 0  # columns of an attention head that are rotated; 0: all
+    output_gate: bool = False  # attention's output is multiplied by the sigmoid of a gate (Qwen3.5)
+    jet_conv: str = "dynamic"  # on the values, a kernel a token (JetBlock); static: on q, k and the values, one kernel
+    jet_num_key_heads: int = 0  # heads of q and k, each shared by jet_num_heads / jet_num_key_heads; 0: as many
+    norm_offset: bool = False  # RMSNorm multiplies by 1 + weight (Qwen3.5), the jet layers' own norm excepted
+    model_type: str = "jet_nemotron"  # or qwen2, qwen3, qwen3_5_text: config.json's; the fields above say all else
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,9 +89,31 @@ class JetNemotronConfig:
         return self.jet_num_heads * self.head_v_dim
 
     @property
+    def key_heads(self) -> int:
+        """Heads of q and k of a jet layer."""
+        return self.jet_num_key_heads or self.jet_num_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Columns of an attention head that are rotated."""
+        return self.rotary_dim or self.head_dim
+
+    @property
     def generator_dim(self) -> int:
         """R, the hidden width of the dynamic convolution's kernel generator."""
-        return self.jet_value_dim // self.dconv_generator_reduction
+        return self.generator_dim_of(self.jet_value_dim)
+
+    def generator_dim_of(self, value_dim: int) -> int:
+        """R of a jet layer of this D; 0 where the convolution is static."""
+        return value_dim // self.dconv_generator_reduction if self.jet_conv == "dynamic" else 0
+
+    def key_dim(self, dims: JetDims) -> int:
+        """HK * K, the width of a jet layer's queries, and of its keys."""
+        return (self.jet_num_key_heads or dims.num_heads) * dims.head_k_dim
+
+    def conv_dim(self, dims: JetDims) -> int:
+        """C, the channels of a jet layer's convolution: of its values, or of q, k and the values."""
+        return dims.value_dim + (2 * self.key_dim(dims) if self.jet_conv == "static" else 0)
 
     def jet_dims(self, layer: int) -> JetDims:
         """The sizes of this layer's JetBlock."""
@@ -124,7 +155,7 @@ class JetNemotronConfig:
         if not isinstance(values, dict):
             raise JetExportError(f"{path}: not a JSON object.")
         config = cls.from_dict(values, where=str(path))
-        if unknown := unknown_keys(values):
+        if unknown := unknown_keys(text_part(values, str(path))):
             names = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
             text = f"{path}: not known here, and ignored: {names}. Logits are wrong if the model depends on it."
             warnings.warn(text, JetExportWarning, stacklevel=2)
@@ -140,6 +171,8 @@ class JetNemotronConfig:
 
     def _mixers(self) -> dict[str, Any]:
         """Which mixer each layer has, and its sizes."""
+        if self.model_type == TEXT:
+            return published(self)
         if self.model_type != "jet_nemotron":
             return {"layer_types": ["full_attention"] * self.num_hidden_layers} if "layer_types" in self.raw else {}
         jet_raw = (self.raw.get("efficient_attention_config") or {}).get("jet") or {}
@@ -173,16 +206,15 @@ class JetNemotronConfig:
 
     def _published_defaults(self) -> dict[str, Any]:
         """What published files have and nothing here depends on."""
-        name = {"jet_nemotron": "JetNemotron", "qwen2": "Qwen2", "qwen3": "Qwen3"}[self.model_type]
         return {
-            "architectures": [f"{name}ForCausalLM"],
+            "architectures": [f"{ARCHITECTURES[self.model_type]}ForCausalLM"],
             "attention_dropout": 0.0,
             "hidden_act": "silu",
             "initializer_range": 0.02,
             "rope_scaling": None,
             "torch_dtype": "bfloat16",
             "use_cache": True,
-            "max_window_layers": self.num_hidden_layers,
+            **({} if self.model_type == TEXT else {"max_window_layers": self.num_hidden_layers}),
             **({"use_mrope": False} if self.model_type == "jet_nemotron" else {}),
         }
 
@@ -224,6 +256,15 @@ def check_config(c: JetNemotronConfig) -> None:
             f"config: num_attention_heads {c.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {c.num_key_value_heads}."
         )
+    if c.jet_conv not in CONVOLUTIONS:
+        raise JetExportError(f"config: jet_conv is {c.jet_conv!r}.", f"Known: {', '.join(CONVOLUTIONS)}.")
+    if c.jet_num_key_heads < 0 or c.jet_num_heads % c.key_heads or (c.jet_num_key_heads and c.jet_conv == "dynamic"):
+        raise JetExportError(
+            f"config: {c.jet_num_key_heads} key heads beside {c.jet_num_heads} value heads, convolution {c.jet_conv}.",
+            "Value heads are a multiple of key heads, which only a static convolution may have fewer of.",
+        )
+    if not 0 < c.rope_dim <= c.head_dim or c.rope_dim % 2:
+        raise JetExportError(f"config: rotary_dim is {c.rope_dim}, which is no even part of head_dim {c.head_dim}.")
     if not 2 <= c.conv_size <= 8:
         raise JetExportError(f"config: conv_size {c.conv_size} is not between 2 and 8.")
     check_range("window_size of the swa layers", c.window_size, 1 if "swa" in c.layer_types else 0, MAX_POSITIONS)
@@ -247,9 +288,9 @@ def check_config(c: JetNemotronConfig) -> None:
     ):
         if value <= 0 or value % 16 or value > limit:
             raise JetExportError(f"config: {name} is {value}.", f"The kernels take multiples of 16 up to {limit}.")
+    least = c.dconv_generator_reduction if c.jet_conv == "dynamic" else 1
     for i in (i for i, kind in enumerate(c.layer_types) if kind == "jet"):
-        width = c.jet_dims(i).value_dim
-        check_range(f"num_heads * head_v_dim of jet layer {i}", width, c.dconv_generator_reduction, 2**20)
+        check_range(f"num_heads * head_v_dim of jet layer {i}", c.jet_dims(i).value_dim, least, 2**20)
 
 
 def check_range(name: str, value: float, low: float, high: float, todo: str = "") -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from jet_export.model.qwen3_5 import TEXT
 from jet_export.utils.errors import JetExportError
 
-MODEL_TYPES = ("jet_nemotron", "qwen2", "qwen3")
+MODEL_TYPES = ("jet_nemotron", "qwen2", "qwen3", TEXT)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -30,6 +31,11 @@ USED: Mapping[str, frozenset[str]] = {
     "jet_nemotron": COMMON | {"efficient_attention_config", "qk_norm", "qkv_bias"},
     "qwen2": COMMON,
     "qwen3": COMMON,
+    TEXT: COMMON
+    | _names(
+        "full_attention_interval linear_num_value_heads linear_num_key_heads linear_key_head_dim "
+        "linear_value_head_dim linear_conv_kernel_dim partial_rotary_factor"
+    ),
 }
 FIXED_IN_ALL: Mapping[str, Collection[Any]] = {
     "hidden_act": ("silu", "swish"),
@@ -40,7 +46,8 @@ FIXED_IN_ALL: Mapping[str, Collection[Any]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
 }
-ATTENTION_BIAS = {"jet_nemotron": True, "qwen2": True, "qwen3": False}  # of q, k and v; o_proj never has one
+FIXED_IN: Mapping[str, Mapping[str, Collection[Any]]] = {TEXT: {"attn_output_gate": (True,), "mlp_only_layers": ([],)}}
+ATTENTION_BIAS = {"jet_nemotron": True, "qwen2": True, "qwen3": False, TEXT: False}  # of q, k, v; o_proj never has one
 NO_EFFECT = _names(
     # which software, which files, which dtype they were saved in (--dtype decides here)
     "architectures auto_map torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash "
@@ -51,6 +58,8 @@ NO_EFFECT = _names(
     "chunk_size_feed_forward pruned_heads is_decoder cross_attention_hidden_size tie_encoder_decoder "
     # read only with use_sliding_window, which is refused
     "sliding_window max_window_layers "
+    # precision of the recurrent state in other software (fp32; --state-dtype decides here); layers that are left out
+    "mamba_ssm_dtype mtp_num_hidden_layers mtp_use_dedicated_embeddings "
     # training and classification
     "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop id2label label2id num_labels problem_type "
     "finetuning_task task_specific_params pad_token_id sep_token_id decoder_start_token_id prefix "
@@ -65,13 +74,14 @@ JET_NO_EFFECT = _names("mode dconv_implementation")  # which published kernel; o
 SWA_KEYS = _names("window_size")
 LAYER_KEYS = _names("head_dim expand_v num_heads")
 ROPE_KEYS = _names("rope_theta rope_type type partial_rotary_factor")
+TEXT_ROPE_KEYS = ROPE_KEYS | _names("mrope_section mrope_interleaved")  # text has one position on all three axes
 
 
 def check_keys(values: Mapping[str, Any], where: str) -> None:
     """Raise JetExportError for a key with a value that is not implemented, naming both."""
     model_type = values["model_type"]
     bias = values.get("qkv_bias", True) if model_type == "jet_nemotron" else ATTENTION_BIAS[model_type]
-    for key, implemented in {**FIXED_IN_ALL, "attention_bias": (bias,)}.items():
+    for key, implemented in {**fixed(model_type), "attention_bias": (bias,)}.items():
         value = values.get(key)
         if value is not None and not any(
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in implemented
@@ -82,18 +92,27 @@ def check_keys(values: Mapping[str, Any], where: str) -> None:
                 "The model would compute something else than its checkpoint means.",
             )
     for key in ("rope_scaling", "rope_parameters"):
-        _check_rope(values.get(key) or {}, f"{where}: {key}")
+        _check_rope(values.get(key) or {}, f"{where}: {key}", model_type)
+
+
+def fixed(model_type: str) -> dict[str, Collection[Any]]:
+    """The keys that have one value here, and which."""
+    every = {**FIXED_IN_ALL, **FIXED_IN.get(model_type, {})}
+    return {key: values for key, values in every.items() if key not in USED[model_type]}
 
 
 def _same(value: Any, implemented: Any) -> bool:
     return bool(value == implemented) and isinstance(value, bool) == isinstance(implemented, bool)  # 0 is not false
 
 
-def _check_rope(rope: Any, where: str) -> None:
+def _check_rope(rope: Any, where: str, model_type: str) -> None:
     if not isinstance(rope, dict):
         raise JetExportError(f"{where} is {rope!r}, not an object.")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    scaled = sorted(rope.keys() - ROPE_KEYS) or rope.get("partial_rotary_factor", 1.0) != 1.0
+    if model_type == TEXT:
+        scaled = bool(rope.keys() - TEXT_ROPE_KEYS)
+    else:
+        scaled = bool(rope.keys() - ROPE_KEYS) or rope.get("partial_rotary_factor", 1.0) != 1.0
     if kind != "default" or scaled:
         raise JetExportError(
             f"{where} {rope!r} is not supported.", "RoPE is the plain one here: null, or rope_type default."
@@ -103,7 +122,7 @@ def _check_rope(rope: Any, where: str) -> None:
 def unknown_keys(values: Mapping[str, Any]) -> list[str]:
     """Keys that are neither used, fixed nor known to change nothing, with their path."""
     model_type = values.get("model_type", "jet_nemotron")
-    known = USED[model_type] | FIXED_IN_ALL.keys() | NO_EFFECT | {"attention_bias"}
+    known = USED[model_type] | fixed(model_type).keys() | NO_EFFECT | {"attention_bias"}
     unknown = [key for key in values if key not in known]
     mixers = values.get("efficient_attention_config") if model_type == "jet_nemotron" else None
     if isinstance(mixers, dict):

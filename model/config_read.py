@@ -1,4 +1,4 @@
-"""Reads the published config.json of Jet-Nemotron, Qwen2(.5) and Qwen3 into the fields of JetNemotronConfig."""
+"""Reads the published config.json of Jet-Nemotron, Qwen2(.5), Qwen3 and Qwen3.5 into JetNemotronConfig's fields."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from jet_export.model.config_fields import Fields
 from jet_export.model.config_keys import MODEL_TYPES, check_keys
 from jet_export.model.jet_dims import JetDims
+from jet_export.model.qwen3_5 import TEXT, check_relative, qwen3_5_fields, text_part
 from jet_export.utils.errors import JetExportError
 
 QWEN3_HEAD_DIM = 128  # of transformers' Qwen3Config, where config.json has none
@@ -16,15 +17,19 @@ MIXERS = "efficient_attention_config"
 
 def config_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The arguments of JetNemotronConfig. Raises JetExportError naming a key that is missing, wrong or unsupported."""
+    values = text_part(values, where)
     model_type = values.get("model_type")
+    check_relative(model_type, where)
     if model_type not in MODEL_TYPES:
         raise JetExportError(
             f"{where}: model_type is {model_type!r}, not 'jet_nemotron'.",
-            f"jet-export builds Jet-Nemotron checkpoints, and dense Qwen2(.5) and Qwen3: {', '.join(MODEL_TYPES)}.",
+            f"jet-export builds Jet-Nemotron checkpoints, and dense Qwen2(.5), Qwen3 and Qwen3.5: "
+            f"{', '.join(MODEL_TYPES)}.",
         )
     check_keys(values, where)
     f = Fields(values, where)
-    return {**_common(f), **(_jet(f) if model_type == "jet_nemotron" else _qwen(f, model_type)), "raw": dict(values)}
+    own = _jet(f) if model_type == "jet_nemotron" else _qwen3_5(f) if model_type == TEXT else _qwen(f, model_type)
+    return {**_common(f), **own, "raw": dict(values)}
 
 
 def _common(f: Fields) -> dict[str, Any]:
@@ -129,6 +134,12 @@ def _qwen(f: Fields, model_type: str) -> dict[str, Any]:
         "qkv_bias": not qwen3,
         **NO_JET_LAYERS,
     }
+
+
+def _qwen3_5(f: Fields) -> dict[str, Any]:
+    own = qwen3_5_fields(f)
+    _check_count(f, own["layer_types"])
+    return own
 
 
 NO_JET_LAYERS: Mapping[str, Any] = {"jet_num_heads": 1, "head_k_dim": 32, "expand_v": 2.0}  # sizes that are not used

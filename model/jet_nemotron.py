@@ -1,10 +1,11 @@
-"""Jet-Nemotron: JetBlocks, attention and sliding-window layers over packed tokens, one definition for every engine.
+"""Jet-Nemotron and its relatives: gated delta rules, attention and sliding-window layers over packed tokens, one
+definition for every engine and every family (config.py says which sizes and options a family has).
 
     h += Mix(RMS(h));  h += down(silu(gate(x)) * up(x)), x = RMS(h);  logits = RMS(h) @ embed^T
 
 A batch is packed: x is [T, hidden] for N sequences delimited by `cu_seqlens`; the mixers' cores are the ops of
-`jet_export.kernels`, which carry the states in place. Projections that read the same x are one matrix:
-[q|k|v|gate|w1] and [b|a] of a JetBlock, [q|k|v] of attention, [gate|up] of the MLP.
+`jet_export.kernels`, which carry the states in place (mixers.py). Projections that read the same x are one matrix:
+[q|k|v|gate|w1] and [b|a] of a JetBlock, [q|k|v|gate] of attention, [gate|up] of the MLP.
 Source: arXiv 2508.15884 and NVlabs/Jet-Nemotron (`modeling_jet_nemotron.py`, `jet_block.py`, `dynamic_conv.py`).
 """
 
@@ -16,15 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jet_export.kernels import attention as _attention  # noqa: F401  registers jet::attention
 from jet_export.kernels import gemv as _gemv  # noqa: F401  registers jet::gemv
-from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
 from jet_export.kernels.form import Form
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
-from jet_export.model.config import JetDims, JetNemotronConfig
+from jet_export.model.config import JetNemotronConfig
 from jet_export.model.linear import Hidden, Layers, RMSNorm, norm_later, normed, project, project_gated
-from jet_export.model.mode import onnx_mode
-from jet_export.model.onnx_nodes import attention_node, jet_block_node
+from jet_export.model.mixers import Attention as Attention
+from jet_export.model.mixers import JetBlock as JetBlock
 from jet_export.model.weights import CheckpointFiles, WeightedModel, check_tensors, load_checkpoint, save_checkpoint
 
 
@@ -39,96 +38,6 @@ class MLP(nn.Module):
         x, later = norm_later(h, norm, self.gate_up_proj)
         gated = project_gated(self.gate_up_proj, x, later, self.down_proj)
         return project(self.down_proj, gated, residual=h, ahead=ahead)
-
-
-class JetBlock(nn.Module):
-    """Gated delta rule with a dynamic convolution on the values; the core is `jet::jet_block`."""
-
-    def __init__(self, c: JetNemotronConfig, dims: JetDims) -> None:
-        super().__init__()
-        (H, K, V), D = dims, dims.value_dim
-        R = D // c.dconv_generator_reduction
-        self.num_heads, self.head_k_dim, self.head_v_dim, self.generator_dim = H, K, V, R
-        self.norm_eps = c.jet_norm_eps
-        self.in_proj = nn.Linear(c.hidden_size, 2 * H * K + 2 * D + R, bias=False)  # [q | k | v | gate | w1]
-        self.ba_proj = nn.Linear(c.hidden_size, 2 * H, bias=False)  # [b | a]
-        self.w2 = nn.Linear(R, D * c.conv_size, bias=True)
-        self.A_log = nn.Parameter(torch.zeros(H))  # fp32 in every model dtype, as dt_bias
-        self.dt_bias = nn.Parameter(torch.zeros(H))
-        self.o_norm = nn.Parameter(torch.ones(V))
-        self.o_proj = nn.Linear(D, c.hidden_size, bias=False)
-
-    def forward(
-        self,
-        h: Hidden,
-        norm: RMSNorm,
-        batch: PackedBatch,
-        state: tuple[Tensor, ...],
-        form: Form,
-        ahead: Layers = (),
-        interval: int = 1,
-    ) -> Hidden:
-        """h + JetBlock(norm(h)). ahead: the linear layer that follows the block."""
-        x, later = norm_later(h, norm, self.in_proj, self.ba_proj)
-        qkuz = project(self.in_proj, x, later, ahead=(self.w2, self.o_proj))  # [T, 2HK + 2D + R]
-        kappa = project(self.w2, qkuz[:, -self.generator_dim :], silu=True, ahead=ahead)  # [T, D * W]
-        conv_state, recurrent_state, *buffer = state
-        args = (
-            qkuz, project(self.ba_proj, x, later), kappa,
-            self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
-            batch.cu_seqlens, batch.slots, batch.context_lens,
-            self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form),
-        )  # fmt: skip
-        if onnx_mode():
-            o = jet_block_node(*args)  # whose states are written at every token: a build refuses others
-        else:
-            o = torch.ops.jet.jet_block(*args, *(buffer or (None, None)), interval)
-        return project(self.o_proj, o, residual=h)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention, causal (window 0) or sliding-window; the core is `jet::attention`."""
-
-    def __init__(self, c: JetNemotronConfig, window: int) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.window = window
-        self.k_scale = self.v_scale = 1.0  # of an FP8 KV cache
-        heads = c.num_attention_heads + 2 * c.num_key_value_heads
-        self.qkv_proj = nn.Linear(c.hidden_size, heads * c.head_dim, bias=c.qkv_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-
-    def forward(
-        self,
-        h: Hidden,
-        norm: RMSNorm,
-        cos_sin: Tensor,
-        batch: PackedBatch,
-        state: tuple[Tensor, ...],
-        form: Form,
-        ahead: Layers = (),
-    ) -> Hidden:
-        """h + Attention(norm(h)). ahead: the linear layer that follows the block."""
-        (kv_cache,) = state
-        ahead = (self.o_proj, *ahead)
-        qkv = self.normed(project(self.qkv_proj, *norm_later(h, norm, self.qkv_proj), ahead=ahead))
-        args = (
-            qkv, cos_sin, kv_cache, batch.window_block_table if self.window else batch.block_table,
-            batch.cu_seqlens, batch.slots, batch.context_lens,
-            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.k_scale, self.v_scale, int(form),
-        )  # fmt: skip
-        o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args)
-        return project(self.o_proj, o, residual=h)
-
-    def normed(self, qkv: Tensor) -> Tensor:  # [T, (Hq + 2 Hkv) * Dh]
-        """qkv with every head of q and k normalised over head_dim, in a model with qk-norm (Qwen3); else qkv itself."""
-        if self.q_norm is None or self.k_norm is None:
-            return qkv
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        q, k, v = torch.split(torch.unflatten(qkv, 1, (-1, self.head_dim)), heads, 1)  # [T, heads, Dh]
-        return torch.cat([self.q_norm(q), self.k_norm(k), v], 1).flatten(1)
 
 
 class DecoderLayer(nn.Module):
@@ -186,7 +95,7 @@ class JetNemotronForCausalLM(WeightedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.register_buffer("cos_sin", torch.empty(self.max_positions, config.head_dim), persistent=False)
+        self.register_buffer("cos_sin", torch.empty(self.max_positions, config.rope_dim), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -299,14 +208,19 @@ class JetNemotronForCausalLM(WeightedModel):
 
 
 def rope_table(config: JetNemotronConfig, positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[positions, head_dim]: cos | sin of position * theta^(-2i / head_dim), in fp32, then cast to the model dtype."""
-    i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    inv_freq = 1.0 / (config.rope_theta ** (i / config.head_dim))
+    """[positions, R]: cos | sin of position * theta^(-2i / R), in fp32, then cast to the model dtype. R: rope_dim."""
+    i = torch.arange(0, config.rope_dim, 2, dtype=torch.float32, device=device)
+    inv_freq = 1.0 / (config.rope_theta ** (i / config.rope_dim))
     angle = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * inv_freq
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
 
 
 KEEP_FP32 = ("A_log", "dt_bias")
+
+
+def keeps_fp32(name: str, config: JetNemotronConfig) -> bool:
+    """Whether a parameter is fp32 in every model dtype: those of the decay, and norms' weights read as 1 + w."""
+    return name.endswith(KEEP_FP32) or (config.norm_offset and name.endswith("norm.weight"))
 
 
 def empty_model(
@@ -317,7 +231,7 @@ def empty_model(
         model = JetNemotronForCausalLM(config, max_positions)
     model.requires_grad_(False)
     for name, p in model.named_parameters():
-        p.data = p.data.to(torch.float32 if name.endswith(KEEP_FP32) else dtype)
+        p.data = p.data.to(torch.float32 if keeps_fp32(name, config) else dtype)
     model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -334,7 +248,7 @@ def random_model(
     max_positions: int | None = None,
 ) -> JetNemotronForCausalLM:
     """Random weights, by the published initialisation: N(0, 0.02) matrices, A = exp(A_log) ~ U(0, 16),
-    softplus(dt_bias) log-uniform in [0.001, 0.1], static convolution (w2.bias) ~ U(-W^-0.5, W^-0.5), norms 1."""
+    softplus(dt_bias) log-uniform in [0.001, 0.1], static taps (w2.bias, conv1d) ~ U(-W^-0.5, W^-0.5), norms 1."""
     device = torch.device(device)
     model = empty_model(config, dtype, device, max_positions)
     rng = torch.Generator(device=device).manual_seed(seed)
@@ -345,7 +259,7 @@ def random_model(
         elif name.endswith("dt_bias"):
             dt = torch.empty_like(p).uniform_(-6.907755, -2.302585, generator=rng).exp().clamp_(min=1e-4)
             p.copy_(dt + torch.log(-torch.expm1(-dt)))
-        elif name.endswith("w2.bias"):
+        elif name.endswith(("w2.bias", "conv1d")):
             p.uniform_(-(config.conv_size**-0.5), config.conv_size**-0.5, generator=rng)
         elif "norm" in name:
             p.fill_(1.0)

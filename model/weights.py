@@ -1,6 +1,7 @@
-"""Published checkpoints: which rows of which fused parameter each tensor fills, loading and saving them.
+"""Published checkpoints: loading and saving them.
 
-`checkpoint_layout` is the one description of the mapping; loading and saving both walk it, so they are inverse.
+`checkpoint_layout` (layout.py) is the one description of which tensor fills what; loading and saving both walk it, so
+they are inverse.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,18 +29,12 @@ from jet_export.model.fp8_checkpoint import (
     scale_value,
 )
 from jet_export.model.hf_files import copy_tokenizer, write_config
+from jet_export.model.layout import Slice as Slice
+from jet_export.model.layout import checkpoint_layout as checkpoint_layout
 from jet_export.model.unread import check_unread
 from jet_export.utils.errors import JetExportError
 
 SHARD_BYTES = 4 * 2**30
-
-
-class Slice(NamedTuple):
-    """Rows [start, start + shape[0]) of parameter `param`."""
-
-    param: str
-    start: int
-    shape: tuple[int, ...]
 
 
 class WeightedModel(nn.Module):
@@ -48,54 +42,6 @@ class WeightedModel(nn.Module):
 
     config: JetNemotronConfig
     layers: nn.ModuleList
-
-
-def checkpoint_layout(c: JetNemotronConfig) -> dict[str, Slice]:
-    """Published tensor name -> the rows of our parameter that it fills."""
-    out: dict[str, Slice] = {}
-
-    def fused(param: str, parts: list[tuple[str, int]], *tail: int) -> None:
-        start = 0
-        for name, rows in parts:
-            out[name] = Slice(param, start, (rows, *tail))
-            start += rows
-
-    d = c.hidden_size
-    fused("embed_tokens.weight", [("model.embed_tokens.weight", c.vocab_size)], d)
-    fused("norm.weight", [("model.norm.weight", d)])
-    if not c.tie_word_embeddings:
-        fused("lm_head.weight", [("lm_head.weight", c.vocab_size)], d)
-    for i, kind in enumerate(c.layer_types):
-        ours, pub = f"layers.{i}", f"model.layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            fused(f"{ours}.{norm}.weight", [(f"{pub}.{norm}.weight", d)])
-        f, mlp = c.intermediate_size, f"{pub}.mlp"
-        fused(f"{ours}.mlp.gate_up_proj.weight", [(f"{mlp}.gate_proj.weight", f), (f"{mlp}.up_proj.weight", f)], d)
-        fused(f"{ours}.mlp.down_proj.weight", [(f"{mlp}.down_proj.weight", d)], f)
-        attn, theirs = f"{ours}.self_attn", f"{pub}.self_attn"
-        if kind == "jet":
-            dims = c.jet_dims(i)
-            H, HK, D = dims.num_heads, dims.num_heads * dims.head_k_dim, dims.value_dim
-            R = D // c.dconv_generator_reduction
-            gen = f"{theirs}.dynamic_conv1d.kernel_generator"
-            names = [f"{theirs}.{p}_proj.weight" for p in "qkvg"] + [f"{gen}.w1.weight"]
-            fused(f"{attn}.in_proj.weight", list(zip(names, (HK, HK, D, D, R), strict=True)), d)
-            fused(f"{attn}.ba_proj.weight", [(f"{theirs}.b_proj.weight", H), (f"{theirs}.a_proj.weight", H)], d)
-            fused(f"{attn}.w2.weight", [(f"{gen}.w2.weight", D * c.conv_size)], R)
-            fused(f"{attn}.w2.bias", [(f"{gen}.w2.bias", D * c.conv_size)])
-            fused(f"{attn}.A_log", [(f"{theirs}.A_log", H)])
-            fused(f"{attn}.dt_bias", [(f"{theirs}.dt_bias", H)])
-            fused(f"{attn}.o_norm", [(f"{theirs}.o_norm.weight", dims.head_v_dim)])
-            fused(f"{attn}.o_proj.weight", [(f"{theirs}.o_proj.weight", d)], D)
-        else:
-            q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-            for what, tail in (("weight", (d,)), ("bias", ()))[: 1 + c.qkv_bias]:
-                parts = [(f"{theirs}.{p}_proj.{what}", rows) for p, rows in (("q", q), ("k", kv), ("v", kv))]
-                fused(f"{attn}.qkv_proj.{what}", parts, *tail)
-            fused(f"{attn}.o_proj.weight", [(f"{theirs}.o_proj.weight", d)], q)
-            for norm in ("q_norm", "k_norm") if c.qk_norm else ():
-                fused(f"{attn}.{norm}.weight", [(f"{theirs}.{norm}.weight", c.head_dim)])
-    return out
 
 
 @dataclass(frozen=True)
@@ -186,11 +132,10 @@ def load_checkpoint(model: WeightedModel, files: CheckpointFiles, fp8: list[str]
     place_fp8_linears(model, fp8)
     params: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in _tensors(files, list(layout)):
-        param, start, shape = layout[name]
-        _check_tensor(files.file_of[name], name, tensor, shape, params[param].dtype)
-        rows = params[param][start : start + shape[0]]
-        rows.copy_(tensor)
-        if not is_finite(rows):
+        into = layout[name]
+        param = params[into.param]
+        _check_tensor(files.file_of[name], name, tensor, into.shape, param.dtype)
+        if not all(map(is_finite, into.write(param, tensor))):
             raise JetExportError(
                 f"{files.file_of[name]}: {name} has a NaN or an infinity.",
                 "The checkpoint is damaged, or was saved by a training run that had diverged.",
@@ -247,10 +192,11 @@ def _load_scales(model: WeightedModel, files: CheckpointFiles, layout: dict[str,
 
 
 def published_tensors(model: WeightedModel) -> dict[str, Tensor]:
-    """Every tensor under its published name: rows of the model's own, not copies."""
+    """Every tensor under its published name: rows of the model's own, not copies, where a published tensor is that."""
     own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     layout = checkpoint_layout(model.config)
-    return {n: own[s.param][s.start : s.start + s.shape[0]].detach() for n, s in layout.items()}
+    dtype = own["embed_tokens.weight"].dtype
+    return {n: s.read(own[s.param].detach(), dtype) for n, s in layout.items()}
 
 
 def save_checkpoint(model: WeightedModel, directory: Path, source: Path | None) -> None:

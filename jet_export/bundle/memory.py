@@ -40,7 +40,7 @@ def parameter_count(c: JetNemotronConfig) -> int:
 
 
 def weight_bytes(c: JetNemotronConfig, dtype: torch.dtype, fp8: bool, lm_head_fp8: bool = False) -> int:
-    """Weights on the device: FP8 projections 1 byte, the rest in the model dtype, A_log and dt_bias in fp32."""
+    """Weights on the device: FP8 projections 1 byte; A_log, dt_bias and norms of 1 + w fp32; others the model dtype."""
     from jet_export.model.weights import checkpoint_layout  # imports torch's compiler, which serving does not need
 
     total = 0
@@ -48,7 +48,7 @@ def weight_bytes(c: JetNemotronConfig, dtype: torch.dtype, fp8: bool, lm_head_fp
         size = dtype.itemsize
         if fp8 and s.param.endswith(".weight") and s.param.split(".")[-2] in FP8_PROJECTIONS:
             size = 1
-        elif s.param.endswith(("A_log", "dt_bias")):
+        elif s.offset or s.param.endswith(("A_log", "dt_bias")):
             size = 4
         total += torch.Size(s.shape).numel() * size
     return total + (c.vocab_size * c.hidden_size if lm_head_fp8 else 0)
@@ -72,7 +72,7 @@ def engine_memory(c: JetNemotronConfig, limits: Limits, dtypes: Dtypes, weights:
         kv_full=size["pages"],
         kv_window=size["window_pages"],
         workspace=tokens * workspace_per_token(c, dtypes.model),
-        rope_table=limits.max_seq_len * c.head_dim * dtypes.model.itemsize,
+        rope_table=limits.max_seq_len * c.rope_dim * dtypes.model.itemsize,
     )
 
 
@@ -132,7 +132,7 @@ def workspace_per_token(c: JetNemotronConfig, dtype: torch.dtype) -> int:
     mlp = 3 * c.intermediate_size
     jet = 0
     for dims in {c.jet_dims(i) for i, kind in enumerate(c.layer_types) if kind == "jet"}:
-        D, HK = dims.value_dim, dims.num_heads * dims.head_k_dim
-        R = D // c.dconv_generator_reduction
-        jet = max(jet, 2 * HK + 2 * D + R + c.conv_size * D + 2 * HK + 4 * D)
+        D, HK, R = dims.value_dim, c.key_dim(dims), c.generator_dim_of(dims.value_dim)
+        kappa = c.conv_size * D if R else c.conv_dim(dims)  # a static convolution: its output
+        jet = max(jet, 2 * HK + 2 * D + R + kappa + 2 * dims.num_heads * dims.head_k_dim + 4 * D)
     return (residual + max(mlp, jet)) * dtype.itemsize

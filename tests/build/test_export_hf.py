@@ -100,17 +100,17 @@ def test_kv_scales_are_those_of_the_cache(fp8_model, written) -> None:
 def published_skeleton(model: JetNemotronForCausalLM, attribute: str) -> nn.Module:
     """Modules named as the published tensors, linear layers holding `attribute` of the fused ones, sliced."""
     root = nn.Module()
-    for name, (param, start, shape) in checkpoint_layout(model.config).items():
+    for name, s in checkpoint_layout(model.config).items():
         *path, leaf = name.split(".")
         parent: Any = root
         for part in path:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent._modules[part]
-        tensor = model.get_parameter(param)[start : start + shape[0]]
+        tensor = model.get_parameter(s.param)[s.start : s.start + s.shape[0]]
         if leaf == "weight" and tensor.dim() == 2 and "embed" not in name:
             holder = root.get_submodule(".".join(path[:-1])) if path[:-1] else root
-            linear = nn.Linear(shape[1], shape[0], bias=False, dtype=tensor.dtype)
+            linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, dtype=tensor.dtype)
             linear.weight = nn.Parameter(tensor.detach().clone(), requires_grad=False)
             setattr(holder, path[-1], linear)
         elif leaf == "bias":

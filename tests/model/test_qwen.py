@@ -92,7 +92,7 @@ def test_a_plan_of_a_directory(golden: Golden, tmp_path) -> None:
         ({"num_hidden_layers": 2**40, "layer_types": None}, "num_hidden_layers is 1,099,511,627,776"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling .*is not supported"),
-        ({"head_dim": 256}, "head_dim of the attention layers is 256"),
+        ({"head_dim": 272}, "head_dim of the attention layers is 272"),
         ({"model_type": "qwen3_moe"}, r"model_type is 'qwen3_moe'.*\n.*qwen2, qwen3"),
     ],
 )

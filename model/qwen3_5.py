@@ -1,0 +1,129 @@
+"""Qwen3.5 as a case of this model: config.json's keys, and the sizes they mean.
+
+    linear_attention   a `jet` layer whose convolution is static and over q, k and the values (jet_conv), and whose key
+                       heads may serve several value heads each (jet_num_key_heads)
+    full_attention     an `attn` layer with qk-norm, a sigmoid gate on its output (output_gate) and a rotary embedding
+                       of a part of the head (rotary_dim)
+    RMSNorm            multiplies by 1 + weight (norm_offset); the weights are read as 1 + w, kept in fp32
+
+Text alone is run. There the three position ids of multimodal RoPE (`mrope_section`) are one and the same, so the rotary
+embedding is the plain one. `model_type` qwen3_5 is the multimodal model: its text_config is read, its vision tower and
+the multi-token-prediction layer are left out. Source: transformers 5, models/qwen3_5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jet_export.model.config_fields import Fields
+from jet_export.model.jet_dims import JetDims, expand_v_of
+from jet_export.utils.errors import JetExportError
+
+TEXT, MULTIMODAL = "qwen3_5_text", "qwen3_5"
+KINDS = {"linear_attention": "jet", "full_attention": "attn"}
+PUBLISHED_KINDS = {ours: theirs for theirs, ours in KINDS.items()}
+# Defaults of transformers' Qwen3_5TextConfig, which config.json may leave out.
+INTERVAL, HEAD_DIM, ROTARY, KEY_HEADS, VALUE_HEADS, LINEAR_DIM, TAPS = 4, 256, 0.25, 16, 32, 128, 4
+BESIDE_TEXT = ("tie_word_embeddings", "quantization_config")  # of the whole model, not in its text_config
+RELATIVES = {
+    "qwen3_5_moe": "a mixture of experts",
+    "qwen3_5_moe_text": "a mixture of experts",
+    "qwen3_next": "Qwen3-Next, whose projections are laid out otherwise and whose MLPs are mixtures of experts",
+    "qwen3_moe": "a mixture of experts",
+    "kimi_linear": "Kimi Linear, whose delta rule decays each channel by itself and whose attention is latent (MLA)",
+}
+
+
+def text_part(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The text model's config.json in that of a multimodal one; any other as it is."""
+    if values.get("model_type") != MULTIMODAL:
+        return values
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise JetExportError(
+            f"{where}: model_type is {MULTIMODAL!r}, and text_config, which describes its text model, is missing."
+        )
+    beside = {key: values[key] for key in BESIDE_TEXT if values.get(key) is not None}
+    for key, value in beside.items():
+        if text.get(key, value) != value:
+            raise JetExportError(f"{where}: {key} is {value!r}, and {text[key]!r} in text_config. Make them agree.")
+    return {**text, **beside, "model_type": TEXT}
+
+
+def check_relative(model_type: Any, where: str) -> None:
+    """Raise JetExportError for a model that is near to Qwen3.5 and not run here, saying what it is."""
+    if isinstance(model_type, str) and model_type in RELATIVES:
+        raise JetExportError(
+            f"{where}: model_type is {model_type!r}: {RELATIVES[model_type]}.",
+            f"Of these models jet-export runs the dense Qwen3.5: {MULTIMODAL} (its text part) and {TEXT}.",
+        )
+
+
+def qwen3_5_fields(f: Fields) -> dict[str, Any]:
+    """Fields of JetNemotronConfig that are this family's own."""
+    kinds = _kinds(f)
+    unknown = next((i for i, kind in enumerate(kinds) if kind not in KINDS), None)
+    if unknown is not None:
+        raise JetExportError(
+            f"{f.where}: layer_types[{unknown}] is {kinds[unknown]!r}.", f"Known in {TEXT}: {', '.join(KINDS)}."
+        )
+    head_dim = f.integer("head_dim", HEAD_DIM)
+    K, V = f.integer("linear_key_head_dim", LINEAR_DIM), f.integer("linear_value_head_dim", LINEAR_DIM)
+    H = f.integer("linear_num_value_heads", VALUE_HEADS)
+    return {
+        "layer_types": tuple(KINDS[kind] for kind in kinds),
+        "head_dim": head_dim,
+        "rotary_dim": int(head_dim * rotary_factor(f)),
+        "qk_norm": True,
+        "qkv_bias": False,
+        "output_gate": True,
+        "norm_offset": True,
+        "jet_conv": "static",
+        "jet_num_heads": H,
+        "jet_num_key_heads": f.integer("linear_num_key_heads", KEY_HEADS),
+        "head_k_dim": K,
+        "expand_v": expand_v_of(JetDims(H, K, V)) if K > 0 else 1.0,
+        "conv_size": f.integer("linear_conv_kernel_dim", TAPS),
+        "jet_norm_eps": f.number("rms_norm_eps", 1e-6),
+    }
+
+
+def _kinds(f: Fields) -> tuple[str, ...]:
+    """layer_types, or what full_attention_interval makes of num_hidden_layers."""
+    kinds, count = f.strings("layer_types"), f.integer("num_hidden_layers")
+    if not 0 < count <= 2**16:  # before a tuple of that length is made
+        raise JetExportError(f"{f.where}: num_hidden_layers is {count:,}.")
+    if kinds:
+        return kinds
+    interval = max(f.integer("full_attention_interval", INTERVAL), 1)
+    return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(count))
+
+
+def rotary_factor(f: Fields) -> float:
+    """The share of a head that is rotated: in rope_parameters, beside it, or the default."""
+    nested = f.object("rope_parameters")
+    given = [
+        g.number("partial_rotary_factor") for g in (nested, f) if g.values.get("partial_rotary_factor") is not None
+    ]
+    factor = given[0] if given else ROTARY
+    if len(set(given)) > 1 or not 0 < factor <= 1:
+        raise JetExportError(f"{f.where}: partial_rotary_factor is {' and '.join(f'{x:g}' for x in given)}.")
+    return factor
+
+
+def published(c: Any) -> dict[str, Any]:
+    """The keys of config.json that say this family's mixers; `c`: a JetNemotronConfig."""
+    factor = c.rope_dim / c.head_dim
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": factor}
+    return {
+        "layer_types": [PUBLISHED_KINDS[kind] for kind in c.layer_types],
+        "linear_num_value_heads": c.jet_num_heads,
+        "linear_num_key_heads": c.key_heads,
+        "linear_key_head_dim": c.head_k_dim,
+        "linear_value_head_dim": c.head_v_dim,
+        "linear_conv_kernel_dim": c.conv_size,
+        "attn_output_gate": True,
+        "partial_rotary_factor": factor,
+        "rope_parameters": {**(c.raw.get("rope_parameters") or {}), **rope},
+    }
