@@ -8,7 +8,7 @@ from typing import Any
 from jet_export.model.config_fields import Fields
 from jet_export.model.config_keys import MODEL_TYPES, check_keys
 from jet_export.model.jet_dims import JetDims
-from jet_export.model.qwen3_5 import TEXT, check_relative, qwen3_5_fields, text_part
+from jet_export.model.qwen3_5 import TEXT, qwen3_5_fields, relative, text_part
 from jet_export.utils.errors import JetExportError
 
 QWEN3_HEAD_DIM = 128  # of transformers' Qwen3Config, where config.json has none
@@ -19,11 +19,11 @@ def config_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The arguments of JetNemotronConfig. Raises JetExportError naming a key that is missing, wrong or unsupported."""
     values = text_part(values, where)
     model_type = values.get("model_type")
-    check_relative(model_type, where)
     if model_type not in MODEL_TYPES:
+        what = relative(model_type)
         raise JetExportError(
-            f"{where}: model_type is {model_type!r}, not 'jet_nemotron'.",
-            f"jet-export builds Jet-Nemotron checkpoints, and dense Qwen2(.5), Qwen3 and Qwen3.5: "
+            f"{where}: model_type is {model_type!r}" + (f": {what}." if what else ", not 'jet_nemotron'."),
+            "jet-export builds Jet-Nemotron checkpoints, and dense Qwen2(.5), Qwen3 and Qwen3.5: "
             f"{', '.join(MODEL_TYPES)}.",
         )
     check_keys(values, where)

@@ -13,7 +13,7 @@ the multi-token-prediction layer are left out. Source: transformers 5, models/qw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jet_export.model.config_fields import Fields
@@ -25,6 +25,7 @@ KINDS = {"linear_attention": "jet", "full_attention": "attn"}
 PUBLISHED_KINDS = {ours: theirs for theirs, ours in KINDS.items()}
 # Defaults of transformers' Qwen3_5TextConfig, which config.json may leave out.
 INTERVAL, HEAD_DIM, ROTARY, KEY_HEADS, VALUE_HEADS, LINEAR_DIM, TAPS = 4, 256, 0.25, 16, 32, 128, 4
+LEFT_OUT = {"model.visual.": "vision tower", "mtp.": "multi-token-prediction layer"}  # by the tensors' first names
 BESIDE_TEXT = ("tie_word_embeddings", "quantization_config")  # of the whole model, not in its text_config
 RELATIVES = {
     "qwen3_5_moe": "a mixture of experts",
@@ -51,13 +52,21 @@ def text_part(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return {**text, **beside, "model_type": TEXT}
 
 
-def check_relative(model_type: Any, where: str) -> None:
-    """Raise JetExportError for a model that is near to Qwen3.5 and not run here, saying what it is."""
-    if isinstance(model_type, str) and model_type in RELATIVES:
-        raise JetExportError(
-            f"{where}: model_type is {model_type!r}: {RELATIVES[model_type]}.",
-            f"Of these models jet-export runs the dense Qwen3.5: {MULTIMODAL} (its text part) and {TEXT}.",
-        )
+def text_name(name: str) -> str:
+    """A tensor of the multimodal checkpoint, as the text model's own checkpoint names it."""
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def left_out(names: Iterable[str]) -> str:
+    """The parts of a checkpoint that are not run, with their numbers of tensors; "" if it has none."""
+    names = list(names)
+    counts = [(what, sum(name.startswith(prefix) for name in names), prefix) for prefix, what in LEFT_OUT.items()]
+    return ", ".join(f"the {what} ({n} tensors, {prefix}*)" for what, n, prefix in counts if n)
+
+
+def relative(model_type: Any) -> str | None:
+    """What a model is that is near to Qwen3.5 and not run here."""
+    return RELATIVES.get(model_type) if isinstance(model_type, str) else None
 
 
 def qwen3_5_fields(f: Fields) -> dict[str, Any]:

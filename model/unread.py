@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import kv_scale_names, scale_names
+from jet_export.model.qwen3_5 import LEFT_OUT, TEXT, left_out
 from jet_export.utils.errors import JetExportError, JetExportWarning
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -21,6 +22,9 @@ def check_unread(c: JetNemotronConfig, layout: Collection[str], names: Iterable[
     if c.tie_word_embeddings:
         read |= {"lm_head.weight", *scale_names("lm_head.weight")}  # a copy of the embeddings
     unread = sorted(name for name in set(names) - read if not NO_EFFECT.search(name))
+    if c.model_type == TEXT and (parts := left_out(unread)):
+        warnings.warn(f"{where}: left out: {parts}. Text alone is run.", JetExportWarning, stacklevel=3)
+        unread = [name for name in unread if not name.startswith(tuple(LEFT_OUT))]
     for name in unread:
         found = LAYER.match(name)
         if found and int(found[1]) >= c.num_hidden_layers:

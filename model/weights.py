@@ -31,6 +31,7 @@ from jet_export.model.fp8_checkpoint import (
 from jet_export.model.hf_files import copy_tokenizer, write_config
 from jet_export.model.layout import Slice as Slice
 from jet_export.model.layout import checkpoint_layout as checkpoint_layout
+from jet_export.model.qwen3_5 import TEXT, text_name
 from jet_export.model.unread import check_unread
 from jet_export.utils.errors import JetExportError
 
@@ -46,11 +47,13 @@ class WeightedModel(nn.Module):
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A Hugging Face directory: config.json and the safetensors file that holds each tensor."""
+    """A Hugging Face directory: config.json and the safetensors file that holds each tensor. Names are the text
+    model's; `stored` says each one's in the file, which is another in a multimodal checkpoint (Qwen3.5)."""
 
     directory: Path
     config: JetNemotronConfig
     file_of: dict[str, Path]
+    stored: dict[str, str]
 
     @classmethod
     def open(cls, directory: str | Path) -> CheckpointFiles:
@@ -71,7 +74,8 @@ class CheckpointFiles:
             file_of = {name: file for file in files for name in _tensor_names(file)}
         for file in sorted(set(file_of.values())):
             _tensor_names(file)
-        return cls(directory, config, file_of)
+        stored = {name if config.model_type != TEXT else text_name(name): name for name in file_of}
+        return cls(directory, config, {name: file_of[own] for name, own in stored.items()}, stored)
 
     @property
     def nbytes(self) -> int:
@@ -98,9 +102,10 @@ def _tensors(files: CheckpointFiles, names: list[str]) -> Iterator[tuple[str, Te
             f = stack.enter_context(safe_open(path, "pt"))
             present = set(f.keys())
             for name in wanted:
-                if name not in present:
-                    raise JetExportError(f"{path}: tensor {name} is missing, though the index names it here.")
-                yield name, f.get_tensor(name)
+                stored = files.stored[name]
+                if stored not in present:
+                    raise JetExportError(f"{path}: tensor {stored} is missing, though the index names it here.")
+                yield name, f.get_tensor(stored)
             stack.pop_all().close()
 
 

@@ -1,8 +1,9 @@
-"""Small random Qwen2 and Qwen3 checkpoints with the logits and the greedy tokens of transformers, in tests/data/qwen.
+"""Small random Qwen2, Qwen3 and Qwen3.5 checkpoints with what transformers made of them, in tests/data/qwen.
 
-Each file: `weight.<name>`, `input_ids` [B, T], `logits` [B, T, vocab], `prompt` [P] and `greedy` [N]; metadata `config`
-is the config.json that transformers wrote, `transformers` its version. qwen2 was written by 4.57, qwen3 by 5, whose
-config.json has rope_parameters. To write one again:
+Each file: `weight.<name>`, `input_ids` [B, T], `logits` [B, T, vocab], `prompt` [P] and `greedy` [N]; of Qwen3.5 also
+`state.{layer}.recurrent` [B, H, K, V] and `.conv` [B, C, 4] after input_ids. Metadata `config` is the config.json that
+transformers wrote, `transformers` its version. qwen2 was written by 4.57, the others by 5, whose config.json has
+rope_parameters. To write one again:
 
     python -m helpers.qwen qwen2
 """
@@ -36,7 +37,17 @@ SIZES: dict[str, Any] = {
 PER_KIND: dict[str, dict[str, Any]] = {  # Qwen3: head_dim is not hidden_size / heads, lm_head has its own weights
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False, "head_dim": 32},
+    "qwen3_5": {
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 4,  # three Gated DeltaNets, one attention
+        "head_dim": 32,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
+TOKENS = {"qwen3_5": 64}  # of input_ids; others 70
 
 
 def load_qwen(kind: str) -> Golden:
@@ -57,19 +68,41 @@ def outputs(model: Any, input_ids: Tensor, prompt: Tensor, new: int) -> dict[str
     return {"input_ids": input_ids, "logits": logits, "prompt": prompt, "greedy": ids[len(prompt) :]}
 
 
+def states(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """A Qwen3.5's states after these tokens: recurrent [B, H, K, V], and the last 4 tokens before the convolution."""
+    with torch.no_grad():
+        cache = model(input_ids, use_cache=True).past_key_values
+    out = {}
+    for i, kind in enumerate(model.config.layer_types):
+        if kind == "linear_attention":
+            out[f"state.{i}.recurrent"] = cache.get_recurrent_state(i)
+            out[f"state.{i}.conv"] = cache.get_conv_state(i)
+    return out
+
+
 def write(kind: str) -> None:
     import transformers
 
     rng = torch.Generator().manual_seed(7)
-    name = kind.capitalize()
-    config = getattr(transformers, f"{name}Config")(rope_theta=1e6, **SIZES, **PER_KIND[kind])
+    name, hybrid = kind.capitalize(), kind == "qwen3_5"
+    config_class = getattr(transformers, f"{name}{'Text' if hybrid else ''}Config")
+    config = config_class(rope_theta=1e6, **{**SIZES, **PER_KIND[kind]})
     if hasattr(config, "rope_parameters"):  # transformers 5
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
+    if hybrid:
+        mrope = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        config.rope_parameters |= {"partial_rotary_factor": 0.25, **mrope}
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for key, p in model.named_parameters():
-        p.data.normal_(1.0, 0.3, generator=rng) if "norm" in key else p.data.normal_(0.0, 0.15, generator=rng)
-    ids = torch.randint(config.vocab_size, (2, 70), generator=rng)
+        if key.endswith(("A_log", "dt_bias")):
+            p.data.add_(torch.randn(p.shape, generator=rng) * 0.1)
+        else:  # Qwen3.5's norms are 1 + w, that of its Gated DeltaNets excepted
+            mean = 1.0 if "norm" in key and (not hybrid or "linear_attn" in key) else 0.0
+            p.data.normal_(mean, 0.3 if "norm" in key else 0.15, generator=rng)
+    ids = torch.randint(config.vocab_size, (2, TOKENS.get(kind, 70)), generator=rng)
     found = outputs(model, ids, torch.randint(config.vocab_size, (9,), generator=rng), 24)
+    if hybrid:
+        found |= states(model, ids)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         weights = load_file(Path(directory) / "model.safetensors")
