@@ -57,7 +57,7 @@ class BatchingEngine(EngineThread):
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         serving = serving or Serving()
         proposer = proposer or draft_model(engine, tokenizer, serving, cuda_graphs)
-        self.speculation = speculation(engine, serving, proposer)
+        self.speculation = speculation(engine, serving, proposer, clock)
         c, self.pacing = capacity(engine, serving), pacing(engine, serving)
         self.runner = Runner(engine, cuda_graphs, pools=pool_size(c), deterministic=c.whole_chunks)
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
@@ -170,7 +170,9 @@ class BatchingEngine(EngineThread):
                 self.rested = True
                 return not idle
         if self.overlap and not step.blocks_overlap and not self._drafts_likely(step):
+            captures = self.runner.graphs.captures
             self.next_step, _ = self._launch(draw=not step.masked, behind=step)
+            step.timed &= self.runner.graphs.captures == captures  # its tokens are read behind the capture
         self._finish(step)
         return True
 
@@ -191,10 +193,14 @@ class BatchingEngine(EngineThread):
                 self.delivery.fail([self.sequences[r] for r in plan.decode], e)
                 return None, False
             inputs = self.executor.collect(plan, self.sequences, drafts)
+        captures = self.runner.graphs.captures
         try:
             step = self.executor.launch(plan, inputs)
             step.launched_at, step.after_rest, self.rested = began, self.rested, False
-            step.timed = bool(inputs.drafted) or not (self.speculation and self.speculation.proposed)
+            step.timed = self.runner.graphs.captures == captures
+            if self.speculation:
+                step.looked = self.speculation.looked if behind is None else 0.0
+                step.timed &= bool(inputs.drafted) or not self.speculation.proposed
             if draw or not step.masked:
                 self.executor.draw(step)
         except Exception as e:
@@ -225,7 +231,9 @@ class BatchingEngine(EngineThread):
             return False
         with self.lock:
             running = [s for s in step.inputs.sampled if s.finish_reason is None]
-            return self.speculation.likely(running, step.plan.prefill_tokens)
+            likely = self.speculation.likely(running, step.plan.prefill_tokens)
+            step.looked += self.speculation.looked
+        return likely
 
     def _draw_next(self) -> None:
         """Launch the draw of the next step, if it has waited for the tokens of this one."""
@@ -270,7 +278,7 @@ class BatchingEngine(EngineThread):
             seconds = now - (step.launched_at if step.after_rest else self.finished_at)
             drafted = step.inputs.drafted
             accepted = sum(len(new) - 1 for new in step.inputs.accepted(tokens)) if drafted else 0
-            self.speculation.lengths.observe(decoding, drafted, seconds, prompt_tokens, accepted)
+            self.speculation.lengths.observe(decoding, drafted, seconds, prompt_tokens, accepted, step.looked)
 
     def _fail(self, inputs: StepInputs, e: Exception) -> None:
         with self.lock:

@@ -9,6 +9,9 @@ again. A plain step is measured first. Estimates are wrong at first, and where d
 step with them is dear, a few tries are a lot: what drafts have lost against plain steps is therefore accounted for
 (draft_budget.py), and while the budget is spent there are none.
 
+Looking for drafts takes the host's time, which a plain step may wait for. So the plain steps that all is compared with
+are some in which nothing looks, and how much longer others take is paid from the budget too.
+
 Beside prompts sequences decode at little cost, in the prompts' call, while drafts take a call of their own: there the
 tokens must be worth the time of both.
 """
@@ -24,6 +27,7 @@ THRESHOLDS = (0.7, 0.5, 0.3, 0.15, 0.05)
 GAIN = 1.03  # drafts must promise so many times the tokens a second of a plain step
 NEW = 0.2  # weight of a new time in a mean
 KEEP = 1024  # steps after which a time is forgotten
+LOOKED = 16  # plain steps with a look for drafts, behind which there is one without
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class StepTimes:
     def __init__(self) -> None:
         self.cells: dict[tuple[int, int], Cell | None] = {}  # None: seen once, and that was not the usual time
         self.steps = 0
+
+    def skip(self) -> None:
+        """A step whose time is not that of its size."""
+        self.steps += 1
 
     def observe(self, rows: int, drafted: int, seconds: float) -> None:
         self.steps += 1
@@ -91,6 +99,11 @@ class DraftLengths:
         self.times = StepTimes()
         self.mixed = StepTimes()  # of steps with prompts and without drafts, by the tokens of the prompts
         self.budget = DraftBudget()
+        self.looked: dict[int, int] = {}  # sequences, to a factor of two -> plain steps since one without a look
+
+    def may_look(self, rows: int) -> bool:
+        """Whether to look for drafts of the next step: there is budget, and no time of a plain step to take."""
+        return self.fixed or (self.budget.is_open and self.looked.get(rows.bit_length(), 0) < LOOKED)
 
     def choose(self, candidates: Sequence[Candidate], rows: int, prompt_tokens: int = 0) -> list[int]:
         """Tokens to draft for each candidate, 0 for none, in a step in which `rows` sequences decode."""
@@ -128,19 +141,41 @@ class DraftLengths:
         seconds = self.times.seconds(rows, 0)
         return None if seconds is None else rows / max(seconds, 1e-9)
 
-    def observe(self, rows: int, drafted: int, seconds: float, prompt_tokens: int = 0, accepted: int = 0) -> None:
+    def observe(
+        self,
+        rows: int,
+        drafted: int,
+        seconds: float,
+        prompt_tokens: int = 0,
+        accepted: int = 0,
+        looked: float = 0.0,
+    ) -> None:
         """A step of `rows` sequences took so long, the making of its drafts included; so many of the drafted tokens
-        were accepted."""
+        were accepted. `looked`: seconds of it in which the host looked for drafts, of this step or the next."""
         plain = self.mixed.seconds(prompt_tokens, 0) if prompt_tokens else self.times.seconds(rows, 0)
         if not drafted:
-            self.budget.plain_step()
-        elif plain is not None:
+            self._plain_step(rows, seconds, prompt_tokens, looked, plain)
+            return
+        if plain is not None:
             lost = seconds / max(plain, 1e-9) - (rows + accepted) / rows
             self.budget.drafted_step(lost, not prompt_tokens and self.times.is_new(rows, drafted))
         if not prompt_tokens:
             self.times.observe(rows, drafted, seconds)
-        elif not drafted:
+
+    def _plain_step(self, rows: int, seconds: float, prompt_tokens: int, looked: float, plain: float | None) -> None:
+        """`plain`: seconds that such a step takes without a look."""
+        self.budget.plain_step()
+        key = rows.bit_length()
+        if prompt_tokens:
             self.mixed.observe(prompt_tokens, 0, seconds)
+        elif looked and plain is not None:
+            self.looked[key] = self.looked.get(key, 0) + 1
+            self.times.skip()
+            most = looked / max(plain, 1e-9)  # what else has made the step longer is none of the look's
+            self.budget.looked(min(max(seconds / max(plain, 1e-9) - 1, -most), most))
+        else:
+            self.looked[key] = 0
+            self.times.observe(rows, 0, seconds)
 
 
 def worthwhile(c: Candidate, threshold: float) -> int:

@@ -12,7 +12,8 @@ may be. Sequences with penalties or a grammar, whose choice of tokens depends on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,13 +104,16 @@ class Speculation:
     `most`: tokens of a draft. `fixed`: the drafts of a request depend on its tokens alone, not on times or free pages.
     """
 
-    def __init__(self, proposer: Proposer, most: int, *, fixed: bool = False) -> None:
-        self.proposer, self.most, self.fixed = proposer, most, fixed
+    def __init__(
+        self, proposer: Proposer, most: int, *, fixed: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.proposer, self.most, self.fixed, self.clock = proposer, most, fixed, clock
         self.lengths = DraftLengths(fixed=fixed)
         self.acceptance = Acceptance()
         self.histories: dict[RunningSequence, History] = {}
         self.quiet = 0  # steps without drafts since the last one with them
         self.proposed = False  # the proposer has worked for the step that was planned last
+        self.looked = 0.0  # seconds that `drafts` or `likely` looked for drafts, whichever was called last
         self.idle: dict[int, int] = {}  # sequences of a step, to a factor of two -> steps to go without looking
 
     def begin(self, sequence: RunningSequence) -> None:
@@ -145,9 +149,15 @@ class Speculation:
         self, sequences: Sequence[RunningSequence], unknown: int, prompt_tokens: int
     ) -> tuple[list[int], list[Match]]:
         """The sequences to draft for, and their offers, without the first `unknown` tokens."""
-        rows = len(sequences)
-        if not self._looks(rows):
+        self.looked = 0.0
+        if not self._looks(len(sequences)):
             return [], []
+        began = self.clock()
+        chosen = self._look(sequences, unknown, prompt_tokens)
+        self.looked = self.clock() - began
+        return [i for i, _ in chosen], [offer for _, offer in chosen]
+
+    def _look(self, sequences: Sequence[RunningSequence], unknown: int, prompt_tokens: int) -> list[tuple[int, Match]]:
         hopeful = not self.proposer.guesses and self.quiet >= QUIET
         found, offers, candidates = [], [], []
         for i, sequence in enumerate(sequences):
@@ -163,17 +173,18 @@ class Speculation:
                 offers.append(offer)
                 rate = history.acceptance.rate(offer.size)
                 candidates.append(Candidate(len(offer.tokens), max(rate, HOPE) if hopeful else rate))
-        lengths = self.lengths.choose(candidates, rows, prompt_tokens)
+        lengths = self.lengths.choose(candidates, len(sequences), prompt_tokens)
         self.quiet = 0 if any(lengths) else self.quiet + 1
-        chosen = [(i, Match(o.tokens[:n], o.size)) for i, o, n in zip(found, offers, lengths, strict=True) if n]
-        return [i for i, _ in chosen], [offer for _, offer in chosen]
+        return [(i, Match(o.tokens[:n], o.size)) for i, o, n in zip(found, offers, lengths, strict=True) if n]
 
     def _looks(self, rows: int) -> bool:
+        if not rows or not self.lengths.may_look(rows):
+            return False
         key = rows.bit_length()
         if self.idle.get(key, 0):
             self.idle[key] -= 1
             return False
-        if rows and self.lengths.could_pay(rows, self.most):
+        if self.lengths.could_pay(rows, self.most):
             return True
         self.idle[key] = IDLE if self.lengths.times.seconds(rows, 0) is not None else 0
         return False
@@ -208,7 +219,9 @@ def page_room(request: Request, fixed: bool) -> int:
     return PAGE - held % PAGE - 1 if fixed else len(request.pages) * PAGE - held - 1
 
 
-def speculation(engine: Engine, serving: Serving, proposer: Proposer | None = None) -> Speculation | None:
+def speculation(
+    engine: Engine, serving: Serving, proposer: Proposer | None = None, clock: Callable[[], float] = time.monotonic
+) -> Speculation | None:
     """As `serving` asks; `proposer`, by default prompt lookup, makes the drafts. None: there are none.
 
     Raises JetExportError for an engine that verifies none, or fewer than asked for."""
@@ -228,4 +241,4 @@ def speculation(engine: Engine, serving: Serving, proposer: Proposer | None = No
             f"drafts is {serving.drafts}; the bundle verifies 1 to {most}.",
             "Ask for fewer, or build with --speculate N.",
         )
-    return Speculation(proposer or LookupProposer(), serving.drafts or most, fixed=serving.deterministic)
+    return Speculation(proposer or LookupProposer(), serving.drafts or most, fixed=serving.deterministic, clock=clock)

@@ -44,9 +44,11 @@ class GraphCache:
         self.mixed: dict[CallSize, MixedGraph] = {}
         self.mixed_logits: Tensor | None = None  # [most outputs, vocab], shared by the mixed graphs
         self.pool: Any = None
+        self.captures = 0  # so far
 
     def capture(self, call: Callable[[], Tensor], overlap: bool = False) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The graph of `call`, which runs twice, and its result. `overlap`: with launch_edges.py's edges."""
+        self.captures += 1
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode():

@@ -78,6 +78,7 @@ class InFlightStep:
     launched_at: float = 0.0  # on the engine's clock
     after_rest: bool = False  # nothing ran before it
     timed: bool = True  # it took the time of a step of its size
+    looked: float = 0.0  # seconds in which the host looked for drafts, of this step or the next
     logits: Tensor  # [rows, vocab], until the step after it is launched
     scores: list[Score]  # of the prompts that are scored
     draw: Draw | None = None  # once it has been launched

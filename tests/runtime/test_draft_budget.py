@@ -5,7 +5,7 @@ import random
 import pytest
 
 from jet_export.runtime.draft_budget import FIRST, MOST, SHARE, START, WORST, DraftBudget
-from jet_export.runtime.draft_length import Candidate, DraftLengths
+from jet_export.runtime.draft_length import LOOKED, Candidate, DraftLengths
 from jet_export.runtime.replay import hashed
 
 
@@ -84,3 +84,25 @@ def test_replayed_drafts_are_right_with_the_stated_probability_at_every_token() 
         for i in range(4):
             assert sum(r[i] for r in right) / 4000 == pytest.approx(p, abs=0.03)
         assert sum(r[0] and r[1] for r in right) / 4000 == pytest.approx(p * p, abs=0.03)
+
+
+def test_looks_that_plain_steps_wait_for_are_paid_and_cost_under_three_percent() -> None:
+    """A look takes half a plain step, and no draft is ever found."""
+    lengths, rng, spent, looks = DraftLengths(), random.Random(0), 0.0, 0
+    for _ in range(2000):
+        looked = 0.5e-3 if lengths.may_look(8) and lengths.could_pay(8, 4) else 0.0
+        looks += looked > 0
+        seconds = (1e-3 + looked) * rng.uniform(0.95, 1.05)
+        spent += seconds
+        lengths.observe(8, 0, seconds, looked=looked)
+    assert 40 < looks < 110 and spent < 1.03 * 2.0
+
+
+def test_looks_that_no_step_waits_for_cost_nothing() -> None:
+    """The host looks while the GPU computes: all steps look, but one in LOOKED."""
+    lengths, rng, looks = DraftLengths(), random.Random(0), 0
+    for _ in range(1700):
+        looked = 0.3e-3 if lengths.may_look(8) and lengths.could_pay(8, 4) else 0.0
+        looks += looked > 0
+        lengths.observe(8, 0, 1e-3 * rng.uniform(0.95, 1.05), looked=looked)
+    assert looks == pytest.approx(1700 * LOOKED / (LOOKED + 1), rel=0.02)
