@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
 
 MAX_PREFILL_TOKENS = 32768  # tokens of all sequences in one prefill call
+MOST = 2**31 - 1  # of sequences, and of tokens: kernels count them in int32
+
+Limit = Annotated[int, Field(ge=1, le=MOST)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the engine's pools and graphs are made for."""
 
-    max_batch_size: int
-    max_seq_len: int
-    prefill_chunk: int  # most tokens of one sequence in one prefill call
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    max_batch_size: Limit
+    max_seq_len: Limit
+    prefill_chunk: Limit  # most tokens of one sequence in one prefill call
 
     @property
     def max_prefill_tokens(self) -> int:

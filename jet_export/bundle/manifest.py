@@ -10,15 +10,28 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field
 
 from jet_export.bundle.dtypes import Dtypes
+from jet_export.bundle.entries import (
+    BackendEntry,
+    BuildEntry,
+    CacheDtype,
+    Dtype,
+    FileEntry,
+    InsidePath,
+    ModelEntry,
+    QuantizationEntry,
+    TargetEntry,
+)
 from jet_export.bundle.limits import Limits
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import sha256_file
+from jet_export.utils.schema import CheckedAs, parse, read_json
 
 SCHEMA_VERSION = 3  # 2: no state_interval and rollback
 MANIFEST = "manifest.json"
@@ -27,21 +40,27 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(kw_only=True)
 class Manifest:
-    """`manifest.json`."""
+    """`manifest.json`; the types are its schema."""
 
-    model: dict[str, Any]  # name, source, config (published layout), licence
-    backend: dict[str, Any]  # name, torch and triton versions; dependent_launch: --fuse-decode was given
-    target: dict[str, Any]  # device type and what it must offer
-    dtype: str
-    kv_cache_dtype: str
-    state_dtype: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model: Annotated[dict[str, Any], CheckedAs(ModelEntry)]  # name, source, config (published layout), licence
+    backend: Annotated[
+        dict[str, Any], CheckedAs(BackendEntry)
+    ]  # and versions; dependent_launch: --fuse-decode was given
+    target: Annotated[dict[str, Any], CheckedAs(TargetEntry)]  # device type and what it must offer
+    dtype: Dtype
+    kv_cache_dtype: CacheDtype
+    state_dtype: Dtype
     limits: Limits
-    state_interval: int = 1  # recurrent states are written every so many tokens
-    rollback: int = 0  # the most tokens of a sequence in a verify call; 0: the bundle has none
-    quantization: dict[str, Any] | None = None
+    state_interval: Annotated[int, Field(ge=1, le=1024)] = 1  # recurrent states are written every so many tokens
+    rollback: Annotated[int, Field(ge=0, le=64)] = 0  # the most tokens of a sequence in a verify call; 0: none
+    quantization: Annotated[dict[str, Any] | None, CheckedAs(QuantizationEntry | None)] = None
     warnings: list[str] = field(default_factory=list)
-    build: dict[str, Any] = field(default_factory=dict)  # command, inputs, date, seconds
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> sha256, bytes
+    build: Annotated[dict[str, Any], CheckedAs(BuildEntry)] = field(
+        default_factory=dict
+    )  # command, inputs, date, seconds
+    files: dict[InsidePath, Annotated[dict[str, Any], CheckedAs(FileEntry)]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -93,21 +112,22 @@ class Manifest:
         path = Path(directory) / MANIFEST
         if not path.is_file():
             raise JetExportError(f"{directory}: not a bundle (no {MANIFEST}).", "Make one with `jet-export build`.")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            version = values["schema_version"]
-        except (ValueError, KeyError, TypeError):
-            raise JetExportError(f"{path}: damaged (not a manifest).", "Build the bundle again.") from None
+        again = "Build the bundle again."
+        values = read_json(path, again)
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if type(version) is not int:
+            raise JetExportError(f"{path}: damaged (not a manifest).", again)
         if version != SCHEMA_VERSION:
-            again = " ".join(values.get("build", {}).get("command", ["jet-export build"]))
+            build = values.get("build")
+            command = build.get("command") if isinstance(build, dict) else None
+            given = isinstance(command, list) and bool(command) and all(isinstance(c, str) for c in command)
             raise JetExportError(
                 f"{path}: schema version {version}, this jet-export reads {SCHEMA_VERSION}.",
-                f"Build it again: {again} --force",
+                f"Build it again: {' '.join(command or []) if given else 'jet-export build'} --force",
             )
-        try:
-            return cls(**{**values, "limits": Limits(**values["limits"])})
-        except (TypeError, KeyError) as e:
-            raise JetExportError(f"{path}: damaged ({e}).", "Build the bundle again.") from None
+        manifest = parse(cls, values, str(path), again, table="object", closed=False)
+        _ = manifest.config, manifest.dtypes  # raise what is wrong with them now
+        return manifest
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:

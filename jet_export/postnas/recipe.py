@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from jet_export.training.recipe import DataRecipe, Recipe, StageRecipe
+from jet_export.utils.schema import MOST, Count, NonNegative, Positive, Size, one_of
 
 STEPS = ("placement", "block", "design", "shapes", "retrofit")
-TASK_KINDS = ("loss", "recall", "completion")
 BLOCKS = ("jet", "gdn", "deltanet", "gla", "retnet", "mamba2", "kda", "rwkv7")
 TOY = "toy"  # as teacher: a random one that the run makes in OUTPUT/teacher
 
@@ -26,46 +28,46 @@ class TaskRecipe:
     """
 
     name: str = ""
-    kind: str = "loss"  # one of TASK_KINDS
+    kind: Annotated[str, one_of("loss", "recall", "completion")] = "loss"
     path: str = ""
     field: str = "text"
     prompt_field: str = "prompt"
     answer_field: str = "answer"
-    length: int = 0  # tokens of an item at most; 0: data.sequence_length
-    items: int = 64  # at most
-    weight: float = 1.0  # in the combined objective
+    length: Count = 0  # tokens of an item at most; 0: data.sequence_length
+    items: Size = 64  # at most
+    weight: Positive = 1.0  # in the combined objective
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementRecipe:
     """Step 1."""
 
-    steps: int = 0
-    tokens: float = 0.0  # of the supernet's training, in place of steps
-    lr: float = 1e-3
-    kl_weight: float = 0.0  # of the path's logits beside its features
-    keep: tuple[int, ...] = (0, 1, 2, 4)  # numbers of attention layers that are looked at
-    beam: int = 4
+    steps: Count = 0
+    tokens: NonNegative = 0.0  # of the supernet's training, in place of steps
+    lr: Positive = 1e-3
+    kl_weight: NonNegative = 0.0  # of the path's logits beside its features
+    keep: tuple[Count, ...] = (0, 1, 2, 4)  # numbers of attention layers that are looked at
+    beam: Size = 4
     objective: str = "combined"  # or a task: whose placement the next steps take
-    choose: int = 2  # attention layers that the next steps keep; one of `keep`
+    choose: Count = 2  # attention layers that the next steps keep; one of `keep`
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetRecipe:
     """A short retrofit: features, then logits. Every candidate of a step gets the same."""
 
-    feature_steps: int = 200
-    logits_steps: int = 200
-    lr: float = 1e-3
-    logits_lr: float = 3e-4
-    seeds: int = 1
+    feature_steps: Count = 200
+    logits_steps: Count = 200
+    lr: Positive = 1e-3
+    logits_lr: Positive = 3e-4
+    seeds: Size = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecipe(BudgetRecipe):
     """Step 2."""
 
-    blocks: tuple[str, ...] = BLOCKS
+    blocks: tuple[Annotated[str, one_of(*BLOCKS)], ...] = BLOCKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +84,24 @@ class ShapesRecipe(BudgetRecipe):
 
     sizes: tuple[str, ...] = ()  # KxVxH, of one number of state elements
     space: str = ""  # a space file of `jet-export search`, in place of sizes: engines are measured, and latency counts
-    rungs: int = 2
-    eta: int = 2
+    rungs: Size = 2
+    eta: Annotated[int, Field(ge=2, le=MOST)] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PostnasRecipe:
+class PostnasTables:
+    """What a PostNAS recipe has beside a retrofit's."""
+
+    task: tuple[TaskRecipe, ...] = ()
+    placement: PlacementRecipe = PlacementRecipe()
+    block: BlockRecipe = BlockRecipe()
+    design: DesignRecipe = DesignRecipe()
+    shapes: ShapesRecipe = ShapesRecipe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostnasRecipe(PostnasTables):
     training: Recipe  # its stages are the last step's; its student's layers are chosen by the first
-    task: tuple[TaskRecipe, ...]
-    placement: PlacementRecipe
-    block: BlockRecipe
-    design: DesignRecipe
-    shapes: ShapesRecipe
 
     @property
     def data(self) -> DataRecipe:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import tomllib
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from jet_export.postnas import recipe as r
 from jet_export.postnas.design import VARIANTS
@@ -17,38 +14,25 @@ from jet_export.postnas.recipe import PostnasRecipe
 from jet_export.training.recipe import Recipe
 from jet_export.training.recipe_read import check_recipe, recipe_of
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.schema import parse, read_toml
 
-T = TypeVar("T")
 SEE = "docs/guides/postnas.md lists the keys."
-TABLES: dict[str, type[Any]] = {
-    "placement": r.PlacementRecipe,
-    "block": r.BlockRecipe,
-    "design": r.DesignRecipe,
-    "shapes": r.ShapesRecipe,
-}
-CHOICES: dict[str, tuple[str, ...]] = {"task.kind": r.TASK_KINDS, "block.blocks": r.BLOCKS, "design.variants": VARIANTS}
+TABLES = tuple(f.name for f in dataclasses.fields(r.PostnasTables))
 SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}x[1-9]\d{0,4}")
-AT_LEAST_ONE = ("beam", "seeds", "items", "rungs")
-ABOVE_ZERO = ("lr", "logits_lr", "weight")
 
 
 def read_postnas_recipe(path: Path) -> PostnasRecipe:
     """The checked recipe. Relative paths in it are its directory's where they exist there, else the caller's."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JetExportError(f"{path}: no such file.", SEE) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
-        raise JetExportError(f"{path}: not valid TOML: {e}.", SEE) from None
-    return postnas_recipe_of(values, str(path), path.parent)
+    return postnas_recipe_of(read_toml(path, str(path), SEE), str(path), path.parent)
 
 
 def postnas_recipe_of(values: Mapping[str, Any], where: str, base: Path) -> PostnasRecipe:
     """The recipe of these values, as tomllib gives them."""
     for key in values:
-        if key not in (*TABLES, "task") and key not in (f.name for f in dataclasses.fields(Recipe)):
-            _bad(where, key, "is not known", f"Known: task, {', '.join(TABLES)}, and what a retrofit's recipe has.")
-    training = recipe_of({k: v for k, v in values.items() if k not in (*TABLES, "task")}, where)
+        if key not in TABLES and key not in (f.name for f in dataclasses.fields(Recipe)):
+            _bad(where, key, "is not known", f"Known: {', '.join(TABLES)}, and what a retrofit's recipe has.")
+    tables = parse(r.PostnasTables, {k: v for k, v in values.items() if k in TABLES}, where, SEE)
+    training = recipe_of({k: v for k, v in values.items() if k not in TABLES}, where)
     if training.student.layers:
         _bad(where, "student.layers", "is set", "Placement chooses the layers: leave it out.")
     checked = check_recipe(dataclasses.replace(training, student=_with_layers(training, "j")), where)
@@ -57,13 +41,8 @@ def postnas_recipe_of(values: Mapping[str, Any], where: str, base: Path) -> Post
     training = dataclasses.replace(training, data=dataclasses.replace(training.data, source=source))
     if training.teacher != r.TOY:
         training = dataclasses.replace(training, teacher=_located(training.teacher, base))
-    listed = values.get("task", [])
-    if not isinstance(listed, list):
-        _bad(where, "task", "is not a list of tables", "Write [[task]].")
-    tasks = tuple(_table(r.TaskRecipe, task, "task", where) for task in listed)
-    tables: dict[str, Any] = {name: _table(cls, values.get(name, {}), name, where) for name, cls in TABLES.items()}
-    recipe = PostnasRecipe(training=training, task=_checked_tasks(tasks, where, base), **tables)
-    return _checked(recipe, where, base)
+    recipe = PostnasRecipe(training=training, **{name: getattr(tables, name) for name in TABLES})
+    return _checked(dataclasses.replace(recipe, task=_checked_tasks(tables.task, where, base)), where, base)
 
 
 def _with_layers(recipe: Recipe, layers: str) -> Any:
@@ -72,47 +51,19 @@ def _with_layers(recipe: Recipe, layers: str) -> Any:
 
 def _located(path: str, base: Path) -> str:
     """A relative path under `base` if there is something, else as it is (a hub's id, a path from here)."""
-    if not path or Path(path).expanduser().is_absolute():
+    if not path or path.startswith(("/", "~")):
         return path
     there = base / path
-    found = there.exists() or any(base.glob(path))
-    return str(there.resolve() if there.exists() else there) if found else path
+    if there.exists():
+        return str(there.resolve())
+    try:
+        return str(there) if any(base.glob(path)) else path
+    except (ValueError, IndexError, NotImplementedError):  # no pattern that glob takes; a hub's id, perhaps
+        return path
 
 
 def _bad(where: str, key: str, what: str, todo: str = SEE) -> NoReturn:
     raise JetExportError(f"{where}: {key} {what}.", todo)
-
-
-def _table(cls: type[T], values: Any, name: str, where: str) -> T:
-    if not isinstance(values, Mapping):
-        _bad(where, name, f"is {values!r}, not a table")
-    types = typing.get_type_hints(cls)
-    for key in values:
-        if key not in types:
-            _bad(where, f"{name}.{key}", "is not known", f"Known: {', '.join(types)}.")
-    return cls(**{key: _value(types[key], value, f"{name}.{key}", where) for key, value in values.items()})
-
-
-def _value(kind: Any, value: Any, key: str, where: str) -> Any:
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            _bad(where, key, f"is {value!r}", "It takes a list.")
-        return tuple(_value(typing.get_args(kind)[0], v, key, where) for v in value)
-    if kind is str:
-        if not isinstance(value, str):
-            _bad(where, key, f"is {value!r}", "It takes a string.")
-        if key in CHOICES and value not in CHOICES[key]:
-            _bad(where, key, f"is {value!r}", f"It takes {', '.join(CHOICES[key])}.")
-        return value
-    last = key.rpartition(".")[2]
-    least = 2 if last == "eta" else 1 if last in AT_LEAST_ONE else 0
-    number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
-    if isinstance(value, bool) or not number or value < least or (last in ABOVE_ZERO and value == 0):
-        takes = "a whole number" if kind is int else "a number"
-        _bad(
-            where, key, f"is {value!r}", f"It takes {takes} {'above' if last in ABOVE_ZERO else 'of at least'} {least}."
-        )
-    return kind(value)
 
 
 def _checked_tasks(tasks: tuple[r.TaskRecipe, ...], where: str, base: Path) -> tuple[r.TaskRecipe, ...]:
@@ -153,6 +104,9 @@ def _checked(recipe: PostnasRecipe, where: str, base: Path) -> PostnasRecipe:
     for size in shapes.sizes:
         if not SIZE.fullmatch(size):
             _bad(where, "shapes.sizes", f"has {size!r}", "A size is head_k_dim x head_v_dim x num_heads: 96x256x12.")
+    for variant in recipe.design.variants:
+        if variant not in VARIANTS:
+            _bad(where, "design.variants", f"is {variant!r}", f"It takes {', '.join(VARIANTS)}.")
     designs = recipe.design.variants or VARIANTS
     design = dataclasses.replace(recipe.design, variants=designs)
     shapes = dataclasses.replace(shapes, space=_located(shapes.space, base))

@@ -1,17 +1,17 @@
-"""Recipe: what a retrofit trains, on what, and how. `recipe_read` reads it from TOML."""
+"""Recipe: what a retrofit trains, on what, and how. The types say what `recipe_read` takes from TOML."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from jet_export.utils.schema import MOST, Count, NonNegative, OneOrMany, Positive, Share, Size, one_of
 
 PARTS = ("jet", "attention", "mlp", "norms", "embeddings")
-LOSSES = ("features", "logits")
-SCHEDULES = ("cosine", "wsd", "constant")
-WARM_STARTS = ("random", "repeat", "svd")
-DTYPES = ("auto", "bfloat16", "float32")
-FORMATS = ("auto", "text", "jsonl", "parquet", "hf")
+Part = Annotated[str, one_of(*PARTS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,12 @@ class StudentRecipe:
     """The student's mixers. Sizes that are 0 come from the teacher: as many heads, K = head_dim, V = 2 * head_dim."""
 
     layers: str = ""  # a letter a layer (j, a, s), a preset, or a config.json
-    num_heads: int = 0
-    head_k_dim: int = 0
-    head_v_dim: int = 0
-    conv_size: int = 4
-    window_size: int = 0
-    init: str = "random"  # of JetBlocks' q, k, v, o: one of WARM_STARTS
+    num_heads: Count = 0
+    head_k_dim: Count = 0
+    head_v_dim: Count = 0
+    conv_size: Annotated[int, Field(ge=2, le=MOST)] = 4
+    window_size: Count = 0
+    init: Annotated[str, one_of("random", "repeat", "svd")] = "random"  # of JetBlocks' q, k, v, o
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +36,19 @@ class SourceRecipe:
     hf: str = ""
     config: str = ""  # of the hub's dataset
     split: str = "train"
-    format: str = "auto"  # by the file's suffix
+    format: Annotated[str, one_of("auto", "text", "jsonl", "parquet", "hf")] = "auto"  # by the file's suffix
     field: str = "text"  # of a JSON line or a table's row
     separator: str = "<|endoftext|>"  # between the documents of a text file
-    weight: float = 1.0  # share of the documents, relative to the other sources'
+    weight: Positive = 1.0  # share of the documents, relative to the other sources'
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """Packed rows: a step takes `batch` rows of `sequence_length` tokens, drawn from `shards` independent streams."""
 
-    sequence_length: int = 4096
-    batch: int = 8
-    shards: int = 0  # 0: the largest divisor of `batch` up to 8. The number of processes must divide it
+    sequence_length: Annotated[int, Field(ge=2, le=MOST)] = 4096
+    batch: Size = 8
+    shards: Count = 0  # 0: the largest divisor of `batch` up to 8. The number of processes must divide it
     tokenizer: str = ""  # a directory; default: the teacher's
     source: tuple[SourceRecipe, ...] = ()
 
@@ -58,36 +58,36 @@ class StageRecipe:
     """A stage: which parts train, on which loss, for how long. Each stage begins with a new optimizer."""
 
     name: str = ""
-    loss: str = "logits"  # one of LOSSES
-    train: tuple[str, ...] = ("jet",)  # of PARTS
-    steps: int = 0
-    tokens: float = 0.0  # in place of steps
-    lr: float = 1e-4
-    lr_scale: dict[str, float] = field(default_factory=dict)  # by part
-    kl_weight: float = 1.0
-    ce_weight: float = 0.0
-    temperature: float = 1.0
-    schedule: str = "cosine"
-    warmup: float = 0.02  # share of the steps
-    decay: float = 0.2  # share of the steps at the end, of wsd
-    min_lr: float = 0.1  # share of lr at the end
-    mixture: dict[str, float] = field(default_factory=dict)  # weights of the sources, by name; default: theirs
+    loss: Annotated[str, one_of("features", "logits")] = "logits"
+    train: Annotated[tuple[Annotated[str, one_of(*PARTS, "all")], ...], OneOrMany] = ("jet",)
+    steps: Count = 0
+    tokens: NonNegative = 0.0  # in place of steps
+    lr: Positive = 1e-4
+    lr_scale: dict[Part, NonNegative] = field(default_factory=dict)  # by part
+    kl_weight: NonNegative = 1.0
+    ce_weight: NonNegative = 0.0
+    temperature: Positive = 1.0
+    schedule: Annotated[str, one_of("cosine", "wsd", "constant")] = "cosine"
+    warmup: Share = 0.02  # share of the steps
+    decay: Share = 0.2  # share of the steps at the end, of wsd
+    min_lr: Share = 0.1  # share of lr at the end
+    mixture: dict[str, NonNegative] = field(default_factory=dict)  # weights of the sources, by name; default: theirs
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
     """AdamW."""
 
-    betas: tuple[float, ...] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # of matrices
-    clip: float = 1.0  # of the gradient's norm; 0: none
+    betas: tuple[Share, ...] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0  # of matrices
+    clip: NonNegative = 1.0  # of the gradient's norm; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecipe:
-    every: int = 500  # steps
-    keep: int = 2
+    every: Size = 500  # steps
+    keep: Size = 2
     asynchronous: bool = True
 
 
@@ -95,18 +95,20 @@ class CheckpointRecipe:
 class RunRecipe:
     """How it runs. May change when a run is resumed; all else may not."""
 
-    dtype: str = "auto"  # of activations and frozen weights: bfloat16 on a GPU, else float32
-    micro_batch: int = 1  # rows that a process takes at once
+    dtype: Annotated[str, one_of("auto", "bfloat16", "float32")] = (
+        "auto"  # of activations and frozen weights: bfloat16 on a GPU, else float32
+    )
+    micro_batch: Size = 1  # rows that a process takes at once
     activation_checkpointing: bool = False
     compile: bool = False
-    log_every: int = 10  # steps between lines where there is no terminal
+    log_every: Size = 10  # steps between lines where there is no terminal
     tensorboard: bool = True  # where it is installed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     teacher: str = ""  # a directory, or a hub id
-    seed: int = 0
+    seed: Count = 0
     student: StudentRecipe = StudentRecipe()
     data: DataRecipe = DataRecipe()
     stage: tuple[StageRecipe, ...] = ()

@@ -240,7 +240,7 @@ def test_missing_and_added_files(bundle, monkeypatch, capsys) -> None:
         ({"schema_version": 99}, "schema version 99, this jet-export reads "),
         ({"target": {"device": "cpu", "arch": "riscv64"}}, "built for riscv64"),
         ({"backend": {"name": "inductor", "torch": "1.0.0"}}, "built with torch 1.0.0"),
-        ({"limits": {"max_batch": 3}}, "damaged"),
+        ({"limits": {"max_batch": 3}}, "limits.max_batch_size is missing"),
     ],
 )
 def test_bundle_of_another_kind(bundle, monkeypatch, capsys, changes: dict, message: str) -> None:
@@ -258,7 +258,7 @@ def test_bundle_for_instructions_that_this_cpu_lacks(bundle, monkeypatch, capsys
 def test_no_bundle(workdir, monkeypatch, capsys) -> None:
     assert "nowhere: not a bundle" in refused(monkeypatch, capsys, "inspect", "nowhere")
     (workdir / "manifest.json").write_text("{")
-    assert "damaged" in refused(monkeypatch, capsys, "inspect", ".")
+    assert "manifest.json: not valid JSON" in refused(monkeypatch, capsys, "inspect", ".")
 
 
 def test_prompts(bundle, workdir, monkeypatch, capsys) -> None:

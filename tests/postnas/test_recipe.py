@@ -71,7 +71,7 @@ def test_what_follows_from_it() -> None:
         ({"shapes__eta": 1}, "shapes.eta is 1.\nIt takes a whole number of at least 2"),
         ({"shapes__logits_steps": 0}, "shapes.logits_steps is 0"),
         ({"task": []}, "task is missing"),
-        ({"task": {}}, r"task is not a list of tables.\nWrite \[\[task\]\]"),
+        ({"task": {}}, r"task is {}, not a list of tables.\nWrite \[\[task\]\]"),
         ({"task__kind": "score"}, "task.kind is 'score'.\nIt takes loss, recall, completion"),
         ({"task__kind": "completion"}, "task has none of kind loss"),
         ({"task__name": "recall"}, "task recall is named as another"),
