@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 from jet_export.runtime.plan import Capacity, Request
@@ -101,7 +102,8 @@ class Memory:
             return True
         if self.prefixes is None:
             return False
-        if pages + spare > 1 and pages + spare > self.pages.free + self._evictable(but):
+        lacking = pages + spare - self.pages.free
+        if pages + spare > 1 and lacking > self._evictable(but, lacking):
             return False
         while pages > self.pages.free and self.evict(but):
             pass
@@ -197,12 +199,13 @@ class Memory:
             prefixes.add(replace(entry, row=-1, pages=(), at=at))
         return True
 
-    def _evictable(self, but: Entry | None = None) -> int:
-        """Pages that only prefixes have, without those of `but`."""
+    def _evictable(self, but: Entry | None = None, most: int | None = None) -> int:
+        """Pages that only prefixes have, without those of `but`; counted up to `most`, as there may be thousands."""
         if self.prefixes is None:
             return 0
-        kept = set(but.pages) if but else set()
-        return sum(n == self.pages.holders[p] and p not in kept for p, n in self.prefixes.held.items())
+        kept, holders = set(but.pages) if but else set(), self.pages.holders
+        found = (p for p, n in self.prefixes.held.items() if n == holders[p] and p not in kept)
+        return sum(1 for _ in islice(found, most))
 
     def _find(self, request: Request) -> Entry | None:
         if self.prefixes is None or request.text is None or request.kept is not None:
