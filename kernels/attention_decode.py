@@ -131,8 +131,9 @@ def only_token(cu_seqlens, i_n, T):
 def attention_decode_kernel(
     qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o_s, lse_s,
     T, splits, M, P, pages, s2, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
-    HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, RD: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MIXED: tl.constexpr,
+    GDC: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     i_s, i_h = tl.program_id(0), tl.program_id(1)
@@ -153,8 +154,8 @@ def attention_decode_kernel(
     o_g, o_d = tl.arange(0, BM), tl.arange(0, BD)
     m_g = o_g < G
     p_row = qkv + i_t * stride_t
-    p_cos_sin = cos_sin + tl.minimum(p, P - 1).to(tl.int64) * DH
-    b_q = load_rope(p_row + (i_h * G + o_g) * DH, p_cos_sin + o_g * 0, m_g, DH, BD)  # [BM, BD]
+    p_cos_sin = cos_sin + tl.minimum(p, P - 1).to(tl.int64) * RD
+    b_q = load_rope(p_row + (i_h * G + o_g) * DH, p_cos_sin + o_g * 0, m_g, DH, RD, BD)  # [BM, BD]
     b_q, b_s2 = dot_operand(b_q, s2, kv_cache.dtype.element_ty == tl.float8e4nv)
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_l = tl.zeros([BM], tl.float32)
@@ -164,7 +165,8 @@ def attention_decode_kernel(
         o_1 = tl.arange(0, 1)
         m_d = (o_d < DH)[None, :]
         dtype = kv_cache.dtype.element_ty
-        b_k = quantize(load_rope(p_row + (HQ + i_h) * DH + o_1, p_cos_sin + o_1, o_1 == 0, DH, BD), k_scale, dtype)
+        b_k = load_rope(p_row + (HQ + i_h) * DH + o_1, p_cos_sin + o_1, o_1 == 0, DH, RD, BD)
+        b_k = quantize(b_k, k_scale, dtype)
         b_v = tl.load(p_row + (HQ + HKV + i_h) * DH + o_1[:, None] + o_d[None, :], mask=m_d, other=0.0)
         b_v = quantize(b_v, v_scale, dtype)  # [1, BD]
         p_new = (
@@ -235,7 +237,7 @@ def attention_combine_kernel(
 
 def attention_decode_triton(
     qkv: Tensor,  # [T, (Hq + 2 Hkv) * Dh]
-    cos_sin: Tensor,  # [P, Dh]
+    cos_sin: Tensor,  # [P, R]
     kv_cache: Tensor,  # [pages, 2, Hkv, page, Dh]; updated in place
     block_table: Tensor,  # [N, M] int32
     cu_seqlens: Tensor,  # [N + 1] int32
@@ -269,7 +271,7 @@ def attention_decode_triton(
         qkv.shape[0], splits, M, cos_sin.shape[0], kv_cache.shape[0],
         head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0), k_scale, v_scale,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
-        HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=BD, PAGE=page, WINDOW=window,
+        HQ=num_heads, HKV=num_kv_heads, DH=head_dim, RD=cos_sin.shape[1], BD=BD, PAGE=page, WINDOW=window,
         BM=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BN=BN,
         PREC=dot_precision(qkv.dtype), MIXED=mixed, GDC=gdc(), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -24,8 +24,9 @@ BLOCK_ROWS = 32  # token x query head: of a program
 def attention_verify_kernel(
     qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o_s, lse_s,
     T, splits, M, P, pages, s2, stride_t, stride_table, stride_page, stride_kv, stride_h,
-    HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, RD: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, HKV * BLOCKS, N); TOKENS: the most tokens of a sequence."""
     G: tl.constexpr = HQ // HKV
@@ -52,7 +53,7 @@ def attention_verify_kernel(
 
     b_p = context + tl.minimum(o_t, length - 1)  # [BM]
     p_q = qkv + (start + o_t).to(tl.int64) * stride_t + (i_h * G + o_g) * DH
-    b_q = load_rope(p_q, cos_sin + tl.minimum(b_p, P - 1).to(tl.int64) * DH, m_r, DH, BD)  # [BM, BD]
+    b_q = load_rope(p_q, cos_sin + tl.minimum(b_p, P - 1).to(tl.int64) * RD, m_r, DH, RD, BD)  # [BM, BD]
     b_q, b_s2 = dot_operand(b_q, s2, kv_cache.dtype.element_ty == tl.float8e4nv)
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_l = tl.zeros([BM], tl.float32)
@@ -113,7 +114,7 @@ def combine_tokens_kernel(
 
 def attention_verify_triton(
     qkv: Tensor,  # [T, (Hq + 2 Hkv) * Dh]
-    cos_sin: Tensor,  # [P, Dh]
+    cos_sin: Tensor,  # [P, R]
     kv_cache: Tensor,  # [pages, 2, Hkv, page, Dh]; updated in place
     block_table: Tensor,  # [N, M] int32
     cu_seqlens: Tensor,  # [N + 1] int32
@@ -147,7 +148,8 @@ def attention_verify_triton(
         qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens, o_s, lse_s,
         T, splits, M, cos_sin.shape[0], kv_cache.shape[0], head_dim**-0.5 * LOG2E * (k_scale if fp8 else 1.0),
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
-        HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=triton.next_power_of_2(head_dim), PAGE=page, WINDOW=window,
+        HQ=num_heads, HKV=num_kv_heads, DH=head_dim, RD=cos_sin.shape[1], BD=triton.next_power_of_2(head_dim),
+        PAGE=page, WINDOW=window,
         TOKENS=MAX_VERIFY, BLOCKS=blocks, BM=BLOCK_ROWS, BN=BN, PREC=dot_precision(qkv.dtype),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

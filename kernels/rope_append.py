@@ -1,7 +1,7 @@
 """Rotary embedding, and appending the roped keys and the values of ragged sequences to a paged cache.
 
-    rope(x, p)[d] = x[d] * cos[p, d % half] + sign * x[(d + half) % Dh] * sin[p, d % half],
-    half = Dh / 2, sign = -1 if d < half else 1
+    rope(x, p)[d] = x[d] * cos[p, d % half] + sign * x[(d + half) % R] * sin[p, d % half]   (d < R; x[d] beyond)
+    half = R / 2, sign = -1 if d < half else 1; R: the columns of the rotary table, Dh or fewer
     cache[page, 0, :, p % page] = rope(k, p) / k_scale,  cache[page, 1, :, p % page] = v / v_scale,
     page = block_table[n, (p // page) % M]
 
@@ -46,16 +46,19 @@ def context_of(context_lens, i_n, M, PAGE: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def load_rope(p_x, p_cos_sin, m_row, DH: tl.constexpr, BD: tl.constexpr):
-    """rope(x) of the rows at p_x [R] with the table rows at p_cos_sin [R]; 0 where masked: [R, BD]."""
-    HALF: tl.constexpr = DH // 2
+def load_rope(p_x, p_cos_sin, m_row, DH: tl.constexpr, RD: tl.constexpr, BD: tl.constexpr):
+    """rope(x) of the first RD columns of the rows at p_x [BT] with the table rows at p_cos_sin [BT], and the others as
+    they are; 0 where masked: [BT, BD]."""
+    HALF: tl.constexpr = RD // 2
     o_d = tl.arange(0, BD)
     m = m_row[:, None] & (o_d < DH)[None, :]
     b_x = tl.load(p_x[:, None] + o_d[None, :], mask=m, other=0.0)
     dtype = b_x.dtype
     b_x = b_x.to(tl.float32)
-    b_partner = tl.load(p_x[:, None] + ((o_d + HALF) % DH)[None, :], mask=m, other=0.0).to(tl.float32)
-    b_cos = tl.load(p_cos_sin[:, None] + (o_d % HALF)[None, :], mask=m, other=0.0).to(tl.float32)
+    if RD < DH:  # beyond RD, x is multiplied by 1 and nothing is added
+        m = m & (o_d < RD)[None, :]
+    b_partner = tl.load(p_x[:, None] + ((o_d + HALF) % RD)[None, :], mask=m, other=0.0).to(tl.float32)
+    b_cos = tl.load(p_cos_sin[:, None] + (o_d % HALF)[None, :], mask=m, other=1.0).to(tl.float32)
     b_sin = tl.load(p_cos_sin[:, None] + (o_d % HALF + HALF)[None, :], mask=m, other=0.0).to(tl.float32)
     b_1 = (b_x * b_cos).to(dtype).to(tl.float32)
     b_2 = (b_partner * b_sin).to(dtype).to(tl.float32)
@@ -74,8 +77,8 @@ def quantize(b_x, scale, dtype: tl.constexpr):
 def rope_append_kernel(
     qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
     N, T, M, P, pages, k_scale, v_scale, stride_t, stride_table, stride_page, stride_kv, stride_h,
-    HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BT: tl.constexpr,
-    MIXED: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, RD: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    BT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     i_block, i_h = tl.program_id(0), tl.program_id(1)
     i_n = find_sequence(cu_seqlens, i_block, N, 1, BT)
@@ -89,8 +92,8 @@ def rope_append_kernel(
     m_t = o_t < length
     p = clamp(tl.load(context_lens + i_n), 0, LAST_POSITION) + o_t
     p_row = qkv + (start + o_t).to(tl.int64) * stride_t
-    p_cos_sin = cos_sin + tl.minimum(p, P - 1).to(tl.int64) * DH
-    b_k = load_rope(p_row + (HQ + i_h) * DH, p_cos_sin, m_t, DH, BD)  # [BT, BD]
+    p_cos_sin = cos_sin + tl.minimum(p, P - 1).to(tl.int64) * RD
+    b_k = load_rope(p_row + (HQ + i_h) * DH, p_cos_sin, m_t, DH, RD, BD)  # [BT, BD]
     o_d = tl.arange(0, BD)
     m = m_t[:, None] & (o_d < DH)[None, :]
     b_v = tl.load((p_row + (HQ + HKV + i_h) * DH)[:, None] + o_d[None, :], mask=m, other=0.0)
@@ -117,7 +120,7 @@ def check_layout(qkv: Tensor, kv_cache: Tensor, head_dim: int) -> Tensor:
 
 def rope_append_triton(
     qkv: Tensor,  # [T, (Hq + 2 Hkv) * Dh]
-    cos_sin: Tensor,  # [P, Dh]
+    cos_sin: Tensor,  # [P, R]
     kv_cache: Tensor,  # [pages, 2, Hkv, page, Dh]; updated in place
     block_table: Tensor,  # [N, M] int32
     cu_seqlens: Tensor,  # [N + 1] int32
@@ -137,6 +140,6 @@ def rope_append_triton(
         qkv, cos_sin, kv_cache, block_table, cu_seqlens, slots, context_lens,
         N, qkv.shape[0], M, cos_sin.shape[0], kv_cache.shape[0], k_scale, v_scale,
         qkv.stride(0), block_table.stride(0), *kv_cache.stride()[:3],
-        HQ=num_heads, HKV=num_kv_heads, DH=head_dim, BD=triton.next_power_of_2(head_dim), PAGE=kv_cache.shape[3],
-        MIXED=mixed, **use,
+        HQ=num_heads, HKV=num_kv_heads, DH=head_dim, RD=cos_sin.shape[1], BD=triton.next_power_of_2(head_dim),
+        PAGE=kv_cache.shape[3], MIXED=mixed, **use,
     )  # fmt: skip

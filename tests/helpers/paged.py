@@ -67,14 +67,26 @@ class Case:
 
 
 def make_case(
-    lens, context, heads=(4, 2), head_dim=32, page=16, dtype=torch.float32, cache_dtype=None, M=None, seed=0, **options
+    lens,
+    context,
+    heads=(4, 2),
+    head_dim=32,
+    page=16,
+    dtype=torch.float32,
+    cache_dtype=None,
+    M=None,
+    seed=0,
+    rotary=None,
+    **options,
 ) -> Case:
-    """Ragged sequences with scattered pages in a pool with three pages that no sequence owns."""
+    """Ragged sequences with scattered pages in a pool with three pages that no sequence owns. rotary: the columns of a
+    head that are rotated; all."""
     gen = torch.Generator().manual_seed(seed)
     (Hq, Hkv), N = heads, len(lens)
     total = max(n + c for n, c in zip(lens, context, strict=True))
     M = M or -(-total // page) + 1
-    angle = torch.arange(total + 1)[:, None] * 1e4 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    R = rotary or head_dim
+    angle = torch.arange(total + 1)[:, None] * 1e4 ** (-torch.arange(0, R, 2) / R)
     return Case(
         torch.randn(sum(lens), (Hq + 2 * Hkv) * head_dim, generator=gen).to(dtype),
         torch.cat((angle.cos(), angle.sin()), 1).to(dtype),

@@ -7,7 +7,7 @@ import torch
 from helpers.compare import relative_error, same_bits
 from helpers.paged import FP8, make_case, oracle
 
-from jet_export.kernels.attention import attention_ref
+from jet_export.kernels.attention import attention_ref, rope_ref
 
 RAGGED = [([5, 1, 40, 3], [0, 0, 21, 63]), ([1, 1, 1], [0, 16, 47]), ([33], [0]), ([1], [0])]
 
@@ -32,6 +32,18 @@ def test_fp8_saturates():
 def test_grouped_queries(heads):
     c = make_case([7, 2], [0, 30], heads=heads, window=9)
     assert relative_error(attention_ref(*c.args()), oracle(c)) < 1e-6
+
+
+def test_columns_beyond_the_rotary_table_are_not_rotated():
+    """The first 16 of 64 as a head of 16 is; a pair of columns turns by the angle of its row."""
+    x, angle = torch.randn(5, 3, 64, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    y = rope_ref(x, torch.cat([angle.cos(), angle.sin()], 1))
+    assert torch.equal(y[..., 16:], x[..., 16:])
+    turned = torch.polar(torch.ones_like(angle), angle)[:, None] * torch.complex(x[..., :8], x[..., 8:16])
+    assert relative_error(y[..., :16], torch.cat([turned.real, turned.imag], -1)) < 1e-12
+    for rotary in (2, 20):
+        c = make_case([7, 2], [0, 30], rotary=rotary)
+        assert relative_error(attention_ref(*c.args()), oracle(c)) < 1e-6
 
 
 def test_positions_beyond_the_rotary_table_use_its_last_row():

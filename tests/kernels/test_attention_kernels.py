@@ -35,7 +35,9 @@ def assert_kernel_is_reference(c: Case, form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"heads": (6, 1)}, {"window": 20}, {"cache_dtype": FP8, "k_scale": 0.02, "v_scale": 0.5}], ids=str
+    "options",
+    [{"heads": (6, 1), "rotary": 8}, {"window": 20}, {"cache_dtype": FP8, "k_scale": 0.02, "v_scale": 0.5}],
+    ids=str,
 )
 def test_verification_is_the_reference(options):
     """From no tokens held on, up to 16 a sequence, over several splits."""
@@ -66,7 +68,8 @@ def test_kernel_is_reference(form, lens, context, window):
         {"heads": (16, 2)},
         {"head_dim": 48},
         {"head_dim": 128, "page": 32},
-        {"head_dim": 256},
+        {"head_dim": 256, "rotary": 64},
+        {"head_dim": 48, "rotary": 2, "cache_dtype": FP8, "k_scale": 0.02},
         {"cache_dtype": FP8, "k_scale": 0.02, "v_scale": 0.5},
         {"cache_dtype": FP8, "k_scale": 1e-3, "v_scale": 1e-3, "window": 20},
     ],
