@@ -229,13 +229,13 @@ def dynamic_conv_triton(
 
     off_u: u's first column in the rows of its tensor; `mixed`: sequences of one token are left out."""
     T, N, (S, R, D) = u.shape[0], slots.shape[0], conv_state.shape
-    W = kappa.shape[1] // D
+    W, stride_kappa = kappa.shape[-1] // D, 0 if kappa.dim() == 1 else kappa.stride(0)
     use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W)
     BT, BD = use["BT"], use["BD"]
     v = u.new_empty(T, D)
     tail = (cu_seqlens, slots, context_lens)
     wrap(dynamic_conv_kernel)[(triton.cdiv(D, BD), num_chunks(T, N, BT))](
-        u, kappa, v, conv_state, *tail, N, T, S, u.stride(0), kappa.stride(0),
+        u, kappa, v, conv_state, *tail, N, T, S, u.stride(0), stride_kappa,
         OFF_U=off_u, D=D, W=W, ROWS=R, BT=BT, BD=BD, MIXED=mixed,
     )  # fmt: skip
     BD = 256 if R == W - 1 else 64  # a ring's rows are stored together

@@ -201,22 +201,22 @@ def gated_delta_rule_triton(
 ) -> Tensor:
     """Launches the kernels; arguments as `packed_gated_delta_rule_ref`."""
     q, k, v, beta, g = (rows(x) for x in (q, k, v, beta, g))
-    head_dims = (q.shape[1], q.shape[2], v.shape[2])
+    head_dims, key_heads = (v.shape[1], q.shape[2], v.shape[2]), q.shape[1]
     inputs = q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims
     form = Form(int(form))  # may be symbolic in a dynamic torch.compile
     buffer = held_buffer(step_buffer, state_position, interval, form)
     if form in (Form.DECODE, Form.VERIFY):
         if buffer is None:
-            return decode_delta_rule_triton(*inputs)
-        return deferred_delta_rule_triton(*inputs, buffer, form is Form.VERIFY)
+            return decode_delta_rule_triton(*inputs, key_heads=key_heads)
+        return deferred_delta_rule_triton(*inputs, buffer, form is Form.VERIFY, key_heads=key_heads)
     mixed = form is Form.MIXED
     if buffer is not None:
         flush_triton(recurrent_state, *buffer[:2], cu_seqlens, slots, context_lens, q.shape[0], mixed)
-    o = chunk_delta_rule_triton(*inputs, mixed=mixed)
+    o = chunk_delta_rule_triton(*inputs, mixed=mixed, key_heads=key_heads)
     if mixed:
         if buffer is None:
-            return decode_delta_rule_triton(*inputs, out=o)
-        return deferred_delta_rule_triton(*inputs, buffer, out=o)
+            return decode_delta_rule_triton(*inputs, out=o, key_heads=key_heads)
+        return deferred_delta_rule_triton(*inputs, buffer, out=o, key_heads=key_heads)
     return o
 
 

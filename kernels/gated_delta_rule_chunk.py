@@ -3,7 +3,7 @@
 `chunk_prepare_kernel`, parallel over (head, chunk), computes everything that needs neither the state nor v. It stores
 the scan's operands, indexed by token and in the model dtype: kn, q_in = exp(G) qn, solve = (I + A)^-1 diag(beta) and
 attn = tril((qn kn^T) exp(G_i - G_j)); and in fp32, contiguous for each chunk, -exp(G), exp(G_last - G) and exp(G_last).
-With RAW its inputs are a JetBlock's projections: it applies SiLU to q and k, and computes beta and g.
+With RAW it computes beta and g from their projections, and with SILU it applies SiLU to q and k.
 
 `chunk_scan_kernel`, parallel over (V tile, head, sequence), steps through the chunks with state^T [BV, K] in registers:
 
@@ -75,11 +75,12 @@ def gates(p_b, p_g, stride_b, stride_g, A_log, dt_bias, i_h, o_t, m_t, dtype: tl
 def chunk_prepare_kernel(
     q, k, beta, g, A_log, dt_bias, q_in, k_n, solve, attn, decays, keep, cu_seqlens, slots, N, T,
     stride_q, stride_k, stride_b, stride_g, OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_G: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    MIXED: tl.constexpr,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, chunks). OFF_*: the first column of q, k, g (a) in the rows of their tensors."""
+    """Grid (H, chunks). OFF_*: the first column of q, k, g (a) in the rows of their tensors. HK: heads of q and k."""
     i_h = tl.program_id(0)
+    i_hk = i_h // (H // HK)
     i_c = tl.program_id(1)
     i_n, bos, eos, i_t = find_chunk(cu_seqlens, i_c, N, T, BT)
     if (i_t < bos) | (i_t >= eos) | (tl.load(slots + i_n) < 0) | (MIXED and eos - bos == 1):
@@ -90,8 +91,8 @@ def chunk_prepare_kernel(
     m_t = i_t + o_t < eos
     o_k = tl.arange(0, BK)
     m_k = m_t[:, None] & (o_k < K)[None, :]
-    p_k = k + row * stride_k + OFF_K + i_h * K + o_t[:, None] * stride_k + o_k[None, :]
-    p_q = q + row * stride_q + OFF_Q + i_h * K + o_t[:, None] * stride_q + o_k[None, :]
+    p_k = k + row * stride_k + OFF_K + i_hk * K + o_t[:, None] * stride_k + o_k[None, :]
+    p_q = q + row * stride_q + OFF_Q + i_hk * K + o_t[:, None] * stride_q + o_k[None, :]
     b_kn = tl.load(p_k, mask=m_k, other=0.0)
     b_qn = tl.load(p_q, mask=m_k, other=0.0)
     b_beta, b_g = gates(
@@ -106,9 +107,9 @@ def chunk_prepare_kernel(
     tl.store(decays + i_chunk * (2 * BT) + BT + o_t, tl.exp(b_Glast - b_G))
 
     o_out = row * (H * K) + i_h * K + o_t[:, None] * (H * K) + o_k[None, :]
-    b_k = l2_normalise(b_kn, RAW).to(dtype)
+    b_k = l2_normalise(b_kn, SILU).to(dtype)
     tl.store(k_n + o_out, b_k, mask=m_k)
-    b_qn = l2_normalise(b_qn, RAW) * (K**-0.5)
+    b_qn = l2_normalise(b_qn, SILU) * (K**-0.5)
     tl.store(q_in + o_out, (b_qn * tl.exp(b_G)[:, None]).to(dtype), mask=m_k)
     b_q = b_qn.to(dtype)
 
@@ -175,9 +176,9 @@ def scan_chunk(
 @triton.jit(do_not_specialize=["T", "S"])
 def chunk_scan_kernel(
     q_in, k_n, solve, attn, decays, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens, T, S, stride_v,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, MIN_HEADS: tl.constexpr, MAX_HEADS: tl.constexpr,
-    MIXED: tl.constexpr,
+    OFF_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, MIN_HEADS: tl.constexpr,
+    MAX_HEADS: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (V tiles, H, N). The o of a padding row is zero. The kernel returns at once for a batch of fewer than
     MIN_HEADS or more than MAX_HEADS heads (of all its sequences together); 0: no bound."""
@@ -213,7 +214,7 @@ def chunk_scan_kernel(
     b_state = tl.load(p_state, mask=m_s & held, other=0.0).to(tl.float32)  # [BV, BK] = state^T
     i_chunk = (bos // BT + i_n).to(tl.int64) * H + i_h
     p_keep, p_decays = keep + i_chunk, decays + i_chunk * (2 * BT)
-    p_v = v + i_h * V + i_v
+    p_v = v + OFF_V + i_h * V + i_v
     full = (eos - bos) // BT
     for i_c in tl.range(0, full, num_stages=STAGES):
         i_t = (bos + i_c * BT).to(tl.int64)
@@ -262,21 +263,23 @@ def chunk_delta_rule_triton(
     slots: Tensor,
     context_lens: Tensor,
     head_dims: tuple[int, int, int],
-    offsets: tuple[int, int, int] = (0, 0, 0),
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0),
     raw_gates: tuple[Tensor, Tensor] | None = None,
     mixed: bool = False,
+    key_heads: int = 0,
+    silu: bool = False,
 ) -> Tensor:
     """o [T, H, V] in q's dtype; recurrent_state is updated in place.
 
-    `head_dims`: H, K, V; `offsets`: the first column of q, k, g in the rows of their tensors. A JetBlock passes
-    raw_gates = (A_log, dt_bias): q and k are then taken before SiLU, and beta and g are the projections b and a.
-    `mixed`: sequences of one token are left out; their rows of o hold anything."""
+    `head_dims`: H, K, V; `offsets`: the first column of q, k, v, g in the rows of their tensors; `key_heads`: those of
+    q and k, if not H. A block passes raw_gates = (A_log, dt_bias): beta and g are then the projections b and a. `silu`:
+    q and k are taken before SiLU. `mixed`: sequences of one token are left out; their rows of o hold anything."""
     T, N = q.shape[0], slots.shape[0]
     H, K, V = head_dims
     prepare, scans = chunk_config(q.dtype, K, V)
     BT, precision = prepare["BT"], dot_precision(q.dtype)
     A_log, dt_bias = raw_gates or (g, g)
-    off_q, off_k, off_g = offsets
+    off_q, off_k, off_v, off_g = offsets
     chunks = num_chunks(T, N, BT)
     q_in, k_n = (q.new_empty(T, H, K) for _ in range(2))
     solve, attn = (q.new_empty(T, H, BT) for _ in range(2))
@@ -286,11 +289,12 @@ def chunk_delta_rule_triton(
     wrap(chunk_prepare_kernel)[(H, chunks)](
         q, k, beta, g, A_log, dt_bias, q_in, k_n, solve, attn, decays, keep, cu_seqlens, slots, N, T,
         q.stride(0), k.stride(0), beta.stride(0), g.stride(0), OFF_Q=off_q, OFF_K=off_k, OFF_G=off_g,
-        H=H, K=K, RAW=raw_gates is not None, PRECISION=precision, MIXED=mixed, **prepare,
+        H=H, HK=key_heads or H, K=K, RAW=raw_gates is not None, SILU=silu, PRECISION=precision, MIXED=mixed, **prepare,
     )  # fmt: skip
     for scan in scans:
         wrap(chunk_scan_kernel)[(triton.cdiv(V, scan["BV"]), H, N)](
             q_in, k_n, solve, attn, decays, keep, v, o, recurrent_state, cu_seqlens, slots, context_lens,
-            T, recurrent_state.shape[0], v.stride(0), H=H, K=K, V=V, PRECISION=precision, MIXED=mixed, **scan,
+            T, recurrent_state.shape[0], v.stride(0), OFF_V=off_v, H=H, K=K, V=V, PRECISION=precision, MIXED=mixed,
+            **scan,
         )  # fmt: skip
     return o

@@ -106,34 +106,41 @@ def jet_block_triton(
     interval: int = 1,
 ) -> Tensor:
     """Launches the kernels: one for DECODE, two beside a step buffer and for VERIFY, those of the three ops for
-    PREFILL, all for MIXED.
+    PREFILL, all for MIXED. Where q and k are convolved, the convolution's own go before: heads share its channels.
 
     Arguments as `jet_block_ref`."""
     H, K, V = num_heads, head_k_dim, head_v_dim
+    HK, conv_qk = key_heads(conv_state, H, K, V)
     qkuz, ba, kappa = rows(qkuz), rows(ba), rows(kappa)
-    off_u = 2 * H * K
+    off_u = 2 * HK * K
     off_z = off_u + H * V
-    tail = recurrent_state, cu_seqlens, slots, context_lens, (H, K, V)
+    sequences = cu_seqlens, slots, context_lens
+    tail = recurrent_state, *sequences, (H, K, V)
     form = Form(int(form))  # may be symbolic in a dynamic torch.compile
     buffer = held_buffer(step_buffer, state_position, interval, form)
+    x = dynamic_conv_triton(qkuz, kappa, conv_state, *sequences) if conv_qk else qkuz  # q | k | v or u
     whole: dict[str, Any] = {
-        "offsets": (0, H * K, off_u, H, off_z),
-        "conv": (kappa, conv_state),
+        "offsets": (0, HK * K, off_u, H, off_z),
+        "conv": None if conv_qk else (kappa, conv_state),
         "raw_gates": (A_log, dt_bias),
         "norm": (w_o, qkuz, norm_eps),
+        "key_heads": HK,
     }
     out: Tensor | None = None
     if form in (Form.PREFILL, Form.MIXED):
         mixed = form is Form.MIXED
         if buffer is not None:
-            flush_triton(recurrent_state, *buffer[:2], cu_seqlens, slots, context_lens, qkuz.shape[0], mixed)
-        v = dynamic_conv_triton(qkuz, kappa, conv_state, cu_seqlens, slots, context_lens, off_u, mixed)
+            flush_triton(recurrent_state, *buffer[:2], *sequences, qkuz.shape[0], mixed)
+        v, off_v = x, off_u
+        if not conv_qk:
+            v, off_v = dynamic_conv_triton(qkuz, kappa, conv_state, *sequences, off_u, mixed), 0
         o = chunk_delta_rule_triton(
-            qkuz, qkuz, v, ba, ba, *tail, offsets=(0, H * K, H), raw_gates=(A_log, dt_bias), mixed=mixed
-        )
+            x, x, v, ba, ba, *tail, offsets=(0, HK * K, off_v, H), raw_gates=(A_log, dt_bias), mixed=mixed,
+            key_heads=HK, silu=not conv_qk,
+        )  # fmt: skip
         out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_gate=off_z)
     if form is not Form.PREFILL:  # after the norm, which knows no sequences and writes the rows of single tokens too
-        inputs = qkuz, qkuz, qkuz, ba, ba, *tail
+        inputs = x, x, x, ba, ba, *tail
         if buffer is None:
             out = decode_delta_rule_triton(*inputs, out=out, **whole)
         else:

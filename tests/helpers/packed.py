@@ -8,7 +8,10 @@ from torch import Tensor
 
 @dataclass
 class Packed:
-    """Ragged sequences over pools with more rows than sequences; every pool row starts random."""
+    """Ragged sequences over pools with more rows than sequences; every pool row starts random.
+
+    `key_heads`: the inputs of a Gated DeltaNet, whose q and k have so many heads and whose convolution is static and
+    over q, k and the values; 0: those of a JetBlock."""
 
     lens: list[int]
     H: int = 2
@@ -21,13 +24,15 @@ class Packed:
     context: list[int] | None = None
     rows: list[int] | None = None
     extra: int = 0
+    key_heads: int = 0
     seed: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         r = torch.Generator().manual_seed(self.seed)
         N, T, H, K, V, W = len(self.lens), sum(self.lens), self.H, self.K, self.V, self.W
-        D, S = H * V, N + 2
+        HK, D, S = self.key_heads or H, H * V, N + 2
+        C = 2 * HK * K + D if self.key_heads else D
 
         def rand(*shape, dtype=self.dtype):
             return torch.randn(*shape, generator=r).to(dtype).to(self.device)
@@ -36,13 +41,13 @@ class Packed:
             return torch.tensor(x, dtype=torch.int32, device=self.device)
 
         self.tensors = {
-            "qkuz": rand(T, 2 * H * K + 2 * D + self.extra),
+            "qkuz": rand(T, 2 * HK * K + 2 * D + self.extra),
             "ba": rand(T, 2 * H),
-            "kappa": rand(T, D * W) * 0.5,
+            "kappa": (rand(C * W) if self.key_heads else rand(T, D * W)) * 0.5,
             "A_log": torch.empty(H).uniform_(0.1, 8, generator=r).log().to(self.device),
             "dt_bias": rand(H, dtype=torch.float32) - 3,
             "w_o": rand(V) * 0.1 + 1,
-            "conv_state": rand(S, W - 1, D),
+            "conv_state": rand(S, W - 1, C),
             "recurrent_state": rand(S, H, K, V, dtype=self.state_dtype),
             "cu_seqlens": i32([0, *self.lens]).cumsum(0).int(),
             "slots": i32(self.rows if self.rows is not None else [S - 1 - n for n in range(N)]),
@@ -63,10 +68,11 @@ class Packed:
     def rule_args(self, form: int, dtype: torch.dtype | None = None, device: str | None = None) -> tuple:
         """Arguments of gated_delta_rule over the same data, state cloned."""
         T, H, K, V = self.qkuz.shape[0], self.H, self.K, self.V
-        q, k, v = self.qkuz[:, : 2 * H * K + H * V].split([H * K, H * K, H * V], -1)
+        HK = self.key_heads or H
+        q, k, v = self.qkuz[:, : 2 * HK * K + H * V].split([HK * K, HK * K, H * V], -1)
         b, a = self.ba.split(H, -1)
         g = -self.A_log.exp() * torch.nn.functional.softplus(a.float() + self.dt_bias)
-        views = (q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (H, V)), b.sigmoid(), g)
+        views = (q.unflatten(-1, (HK, K)), k.unflatten(-1, (HK, K)), v.unflatten(-1, (H, V)), b.sigmoid(), g)
         args = (*views, self.recurrent_state, self.cu_seqlens, self.slots, self.context_lens)
         assert views[2].shape == (T, H, V)
         return (*(self.cast(x, dtype, device) for x in args), form)
@@ -75,6 +81,8 @@ class Packed:
         """Arguments of dynamic_conv over the same data, state cloned."""
         H, K, V = self.H, self.K, self.V
         u = self.qkuz[:, 2 * H * K : 2 * H * K + H * V]
+        if self.key_heads:
+            u = self.qkuz[:, : self.conv_state.shape[2]]
         args = (u, self.kappa, self.conv_state, self.cu_seqlens, self.slots, self.context_lens)
         return tuple(self.cast(x, dtype, device) for x in args)
 
