@@ -13,13 +13,16 @@ from jet_export.backends.eager import load_weights
 from jet_export.backends.inductor.engine import InductorEngine
 from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.bundle.manifest import Manifest, check_files, rebuild_hint
+from jet_export.bundle.signature import check_signature
 from jet_export.bundle.target import host_target
 from jet_export.utils.errors import JetExportError
 
 
 def load_engine(directory: str | Path, check: bool = True) -> tuple[Engine, Manifest]:
-    """Load a bundle's engine. Raises JetExportError if the bundle is damaged or was built for another machine."""
+    """Load a bundle's engine. Raises JetExportError if the bundle is damaged, was built for another machine, or lacks
+    the signature of the trusted key where one is configured (whatever `check` says)."""
     directory = Path(directory)
+    check_signature(directory)
     manifest = Manifest.load(directory)
     backend = manifest.backend["name"]
     if check:
@@ -52,7 +55,9 @@ def checked_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def check_bundle(directory: str | Path, manifest: Manifest) -> None:
-    """Refuse a bundle for another machine or torch, and one with a changed, missing or added file."""
+    """Refuse a bundle for another machine or torch, one with a changed, missing or added file, and one that the trusted
+    key has not signed."""
+    check_signature(directory)
     check_host(directory, manifest)
     check_files(directory, manifest)
 

@@ -35,6 +35,7 @@ from jet_export.utils.schema import CheckedAs, parse, read_json
 
 SCHEMA_VERSION = 3  # 2: no state_interval and rollback
 MANIFEST = "manifest.json"
+SIGNATURE = "model.sig"  # signature.py
 WEIGHTS = "weights.safetensors"
 
 
@@ -93,6 +94,13 @@ class Manifest:
         return self.backend.get("dependent_launch") is True
 
     @property
+    def weight_bytes(self) -> int:
+        """Of weights.safetensors. Raises JetExportError where the bundle has none."""
+        if WEIGHTS not in self.files:
+            raise JetExportError(f"{MANIFEST}: files has no {WEIGHTS}.", rebuild_hint(self))
+        return int(self.files[WEIGHTS]["bytes"])
+
+    @property
     def rebuild_command(self) -> str:
         return " ".join(self.build.get("command", [])) or "jet-export build"
 
@@ -131,8 +139,9 @@ class Manifest:
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """sha256 and size of every file but the manifest."""
-    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """sha256 and size of every file but the manifest and its signature."""
+    left_out = directory / MANIFEST, directory / SIGNATURE
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p not in left_out)
     with ThreadPoolExecutor(8) as pool:
         sums = list(pool.map(sha256_file, paths))
     return {

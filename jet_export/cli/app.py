@@ -19,6 +19,7 @@ from jet_export.cli import (
     retrofit,
     search,
     serve,
+    sign,
     try_model,
     verify,
 )
@@ -67,6 +68,7 @@ app.command(
 )(evaluate.evaluate)
 app.command(epilog="Example: jet-export inspect --model jet-4b --batch 64 --context 65536")(inspect.inspect)
 app.command(epilog="Example: jet-export serve bundles/jet-tiny-fp8-inductor --openai --port 8000")(serve.serve)
+app.command(epilog="Example: jet-export sign bundles/jet-2b-fp8-inductor --key key.pem")(sign.sign)
 app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --fp8 --output jet-4b-fp8")(
     export_hf.export_hf
 )

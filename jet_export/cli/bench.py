@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jet_export.cli.options import Bundle, command_line
+from jet_export.cli.options import Bundle, TrustedKey, command_line
 from jet_export.utils.errors import JetExportError
 
 
@@ -31,6 +31,7 @@ def bench(
     mixed_prefill: Annotated[
         int | None, typer.Option(help="serving: prompt tokens of a step that also decodes.")
     ] = None,
+    trusted_key: TrustedKey = None,
 ) -> None:
     """Measure speed and memory, beside the roofline; verified first, and nothing is timed where that fails."""
     from jet_export.bench.command import BenchOptions, run_bench

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jet_export.cli.options import Bundle, Deterministic, command_line
+from jet_export.cli.options import Bundle, Deterministic, TrustedKey, command_line
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import check_file
 
@@ -27,6 +27,7 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Tokens of local tasks by length, e.g. 1024,4096.")] = "",
     text: Annotated[Path | None, typer.Option(help="UTF-8 text of bits_per_byte, code_completion and recall.")] = None,
     deterministic: Deterministic = False,
+    trusted_key: TrustedKey = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     samples: Annotated[Path | None, typer.Option(help="Write every document and answer to this file.")] = None,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from jet_export.cli.options import Bundle, Deterministic, Draft, Drafts, Speculate
+from jet_export.cli.options import Bundle, Deterministic, Draft, Drafts, Speculate, TrustedKey
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.progress import Progress
 
@@ -42,6 +42,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-sequence token.")] = False,
     deterministic: Deterministic = False,
+    trusted_key: TrustedKey = None,
     speculate: Speculate = "off",
     draft: Draft = None,
     drafts: Drafts = None,

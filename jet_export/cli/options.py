@@ -27,6 +27,25 @@ Drafts = Annotated[
 ]
 
 
+def configure_trust(key: Path | None) -> Path | None:
+    """Callback of --trusted-key."""
+    if key is not None:
+        from jet_export.bundle.signature import trust
+
+        trust(key)
+    return key
+
+
+TrustedKey = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="JET_TRUSTED_KEY",
+        callback=configure_trust,
+        help="Public key (PEM): load only bundles that it has signed (jet-export sign).",
+    ),
+]
+
+
 def command_line() -> list[str]:
     """This process's command, quoted for a shell, as bundles and results record it."""
     return ["jet-export", *(shlex.quote(a) for a in sys.argv[1:])]

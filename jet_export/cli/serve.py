@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jet_export.cli.options import Bundle, Deterministic, Draft, Drafts, Speculate, parse_bytes
+from jet_export.cli.options import Bundle, Deterministic, Draft, Drafts, Speculate, TrustedKey, parse_bytes
 from jet_export.utils.errors import JetExportError
 
 
@@ -74,6 +74,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429; Triton: 503).")] = 256,
     wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue before a request is refused (503).")] = 60.0,
     deterministic: Deterministic = False,
+    trusted_key: TrustedKey = None,
     speculate: Speculate = "off",
     draft: Draft = None,
     drafts: Drafts = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jet_export.cli.options import TrustedKey
 from jet_export.utils.errors import JetExportError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def verify(
     ] = False,
     tensorrt_headers: Annotated[Path | None, typer.Option(help="--ladder: folder of NvInferRuntime.h.")] = None,
     fetch_headers: Annotated[bool, typer.Option("--fetch-headers", help="--ladder: download TensorRT's.")] = False,
+    trusted_key: TrustedKey = None,
 ) -> None:
     """Compare a bundle's engine with the PyTorch model, state by state. Exit status 1 where it fails; with --ladder, 3
     where nothing failed but a rung could not run."""

@@ -38,7 +38,7 @@ def write_bundle(directory: Path) -> Path:
     Manifest(
         model={"name": "jet-tiny", "source": str(JET_TINY_DIR), "config": model().config.to_dict()},
         backend={"name": "inductor"},
-        target={"device": "cpu"},
+        target={"device": "cpu", "arch": "x86_64"},
         dtype="float32",
         kv_cache_dtype="float32",
         state_dtype="float32",

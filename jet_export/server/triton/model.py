@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jet_export.bundle.signature import trust
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
@@ -61,6 +62,8 @@ class TritonModel:
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         use_device(args, config)
+        if key := parameters.pop("trusted_key", None):
+            trust(Path(key))
         bundle = Path(args["model_repository"]) / parameters["bundle"]  # an absolute path overrides the first part
         self.batching: BatchingEngine = AsyncLLM(bundle, serving_options(parameters)).batching
         self.max_bytes = max_prompt_bytes(self.batching.scheduler.capacity.max_seq_len)

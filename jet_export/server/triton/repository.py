@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from jet_export.bundle.manifest import Manifest
+from jet_export.bundle.signature import trusted_key
 from jet_export.runtime.capacity import Serving
 from jet_export.server.triton.tensors import INPUTS, OUTPUTS, TensorSpec
 from jet_export.utils.errors import JetExportError
@@ -38,6 +39,8 @@ class Repository:
         name = str(manifest.model["name"])
         gpus = self.gpus if manifest.device.type == "cuda" else None
         parameters = {"bundle": str(self.bundle.resolve())}
+        if key := trusted_key():
+            parameters["trusted_key"] = str(key.resolve())
         parameters |= {k: json.dumps(v) for k, v in dataclasses.asdict(self.serving).items() if v is not None}
         adapter = Path(__file__).with_name("adapter.py").read_text(encoding="utf-8")
         return name, {"config.pbtxt": config_pbtxt(name, parameters, self.instances, gpus), "1/model.py": adapter}
