@@ -15,6 +15,7 @@ from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch, state_specs
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.tensors import reading_tensors
 
 if TYPE_CHECKING:  # imports torch's compiler: a second that loading a GPU's packages does not take
     from jet_export.model.jet_nemotron import JetNemotronForCausalLM
@@ -68,8 +69,12 @@ class EagerEngine(Engine):
 
 def load_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
     """weights.safetensors on the engine's device, tied parameters under both names."""
-    weights = load_file(directory / WEIGHTS, device=str(manifest.device))
+    again = "Build the bundle again."
+    with reading_tensors(directory / WEIGHTS, again):
+        weights = load_file(directory / WEIGHTS, device=str(manifest.device))
     if "lm_head.weight" not in weights:
+        if "embed_tokens.weight" not in weights:
+            raise JetExportError(f"{directory / WEIGHTS}: tensor embed_tokens.weight is missing.", again)
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     return weights
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jet_export.backends.tensorrt.flavors import FLAVORS
@@ -113,8 +114,8 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     batch, context = batch or m.limits.max_batch_size, context or m.limits.max_seq_len
     out = console()
     out.print(f"{m.model['name']}: {architecture(c)}", markup=False)
-    built = f"built {m.build['date']} in {m.build['seconds']} s by: {m.rebuild_command}"
-    backend = f"backend {m.backend['name']} (torch {m.backend['torch']}) for {m.target['arch']}"
+    built = f"built {m.build.get('date', '?')} in {m.build.get('seconds', '?')} s by: {m.rebuild_command}"
+    backend = f"backend {m.backend['name']} (torch {m.backend.get('torch', '?')}) for {m.target['arch']}"
     out.print(f"{backend}; {built}", markup=False)
     out.print(
         f"limits: {m.limits.max_batch_size} sequences x {m.limits.max_seq_len} tokens, chunk {m.limits.prefill_chunk}"
@@ -131,11 +132,11 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     files.add_column("file")
     files.add_column("bytes", justify="right")
     for name, entry in m.files.items():
-        files.add_row(name, human(entry["bytes"]))
+        files.add_row(escape(name), human(entry["bytes"]))
     out.print(files)
     limits = Limits(max_batch_size=batch, max_seq_len=context, prefill_chunk=min(m.limits.prefill_chunk, context))
     out.print(f"{batch} sequences x {context} tokens:")
-    out.print(memory_table(engine_memory(c, limits, m.dtypes, m.files[WEIGHTS]["bytes"])))
+    out.print(memory_table(engine_memory(c, limits, m.dtypes, m.weight_bytes)))
 
 
 def print_prediction(o: InspectOptions) -> None:
@@ -147,7 +148,7 @@ def print_prediction(o: InspectOptions) -> None:
     if o.bundle is not None:
         m = Manifest.load(o.bundle)
         name, precision, chunk = m.model["name"], precision_of(m), m.limits.prefill_chunk
-        config, dtypes, weights = m.config, m.dtypes, m.files[WEIGHTS]["bytes"]
+        config, dtypes, weights = m.config, m.dtypes, m.weight_bytes
     else:
         assert o.model is not None
         config, dtypes = load_config(o.model), model_dtypes(o)
@@ -170,9 +171,11 @@ def print_engine(bundle: Path, m: Manifest, out: Console) -> None:
     from jet_export.backends.tensorrt.profiles import NAMES
 
     flavor = FLAVORS[m.backend["name"]]
-    verified = m.build["verified"]
-    how = f"verified at the build on {verified['device']}" if verified["passed"] else f"NOT verified: {verified['why']}"
-    out.print(f"{flavor.title} {m.backend[flavor.backend]}; {how}", markup=False)
+    verified = m.build.get("verified", {})
+    how = f"NOT verified: {verified.get('why', 'nobody has said so')}"
+    if verified.get("passed"):
+        how = f"verified at the build on {verified.get('device', '?')}"
+    out.print(f"{flavor.title} {m.backend.get(flavor.backend, '?')}; {how}", markup=False)
     table = Table(box=None, header_style="bold")
     for column in ("layers of the engine", "node", "precision"):
         table.add_column(column)
@@ -187,21 +190,24 @@ def layer_precisions(bundle: Path) -> Table:
     """Every projection's precision and size, read from the weights file itself; equal layers share a row."""
     from safetensors import safe_open
 
+    from jet_export.utils.tensors import reading_tensors
+
     groups: dict[tuple[str, str, str], list[int]] = {}
-    with safe_open(bundle / WEIGHTS, "pt") as f:
+    path = bundle / WEIGHTS
+    with reading_tensors(path, "Build the bundle again."), safe_open(path, "pt") as f:
         for name in f.keys():  # noqa: SIM118  not a dict
             t = f.get_slice(name)
             if len(t.get_shape()) != 2 or name == "cos_sin":
                 continue
             parts = name.split(".")
-            layer = int(parts[1]) if parts[0] == "layers" else -1
+            layer = int(parts[1]) if parts[0] == "layers" and parts[1].isdecimal() else -1
             short = ".".join(parts[2:-1] if layer >= 0 else parts[:-1]) or name
             groups.setdefault((short, t.get_dtype(), "x".join(map(str, t.get_shape()))), []).append(layer)
     table = Table(box=None, header_style="bold")
     for column in ("projection", "precision", "shape", "layers"):
         table.add_column(column)
     for (short, dtype, shape), layers in sorted(groups.items(), key=lambda kv: kv[0]):
-        table.add_row(short, dtype, shape, ranges(layers) if layers != [-1] else "")
+        table.add_row(escape(short), dtype, shape, ranges(layers) if layers != [-1] else "")
     return table
 
 
