@@ -17,8 +17,12 @@ PRIOR, WEIGHT = 0.5, 2.0  # of the shared estimate: a guess, and how many observ
 
 def matched(draft: Sequence[int], tokens: Sequence[int]) -> int:
     """How many leading tokens of a draft are those that were sampled."""
-    n = min(len(draft), len(tokens))
-    return next((i for i in range(n) if draft[i] != tokens[i]), n)
+    n = 0
+    for drafted, token in zip(draft, tokens, strict=False):
+        if drafted != token:
+            break
+        n += 1
+    return n
 
 
 class Estimate:
@@ -49,7 +53,9 @@ class Acceptance:
         return SequenceAcceptance(self)
 
     def kind(self, kind: int) -> Estimate:
-        return self.shared.setdefault(kind, Estimate(SHARED_DECAY))
+        if kind not in self.shared:
+            self.shared[kind] = Estimate(SHARED_DECAY)
+        return self.shared[kind]
 
 
 class SequenceAcceptance:
@@ -67,8 +73,9 @@ class SequenceAcceptance:
         accepted, seen = matched(draft, tokens), min(len(draft), len(tokens))
         tested = min(seen, accepted + 1)
         shared = self.acceptance.kind(kind)
-        own = self.own.setdefault(kind, Estimate(DECAY, shared))
-        own.observe(accepted, tested)
+        if kind not in self.own:
+            self.own[kind] = Estimate(DECAY, shared)
+        self.own[kind].observe(accepted, tested)
         shared.observe(accepted, tested)
 
 
@@ -81,6 +88,7 @@ class DraftCounts:
 
     def add(self, drafted: int, accepted: int) -> None:
         for counts, n in ((self.drafted, drafted), (self.accepted, accepted)):
-            counts += [0] * (drafted - len(counts))
+            if len(counts) < drafted:
+                counts += [0] * (drafted - len(counts))
             for i in range(n):
                 counts[i] += 1

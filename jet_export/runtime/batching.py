@@ -74,7 +74,7 @@ class BatchingEngine(EngineThread):
         self.next_step: InFlightStep | None = None  # launched while the step before it still ran
         self.finished_at = -math.inf  # the step before, on the engine's clock
         self.rested = True  # nothing has run since then
-        self.delivering = False  # the outputs of a step are being delivered; `after_step` follows
+        self.delivering = False  # the outputs of a step are delivered; `after_step` follows
         self.after_step: Callable[[], None] = lambda: None
 
     @property
@@ -161,7 +161,8 @@ class BatchingEngine(EngineThread):
         the device does not wait for the host. A sequence found to have ended is then decoded once more, in vain;
         nothing that uses its slot or pages next can run before that step, as all work goes to one stream. Where
         grammars take part, only the draw of the next step waits for the tokens of this one, while its forward pass
-        runs. Where drafts are likely to pay, the next step waits for the tokens of this one.
+        runs. Where drafts are likely to pay, the next step waits for the tokens of this one, and is launched before
+        they go out (`after_step`).
         """
         step, self.next_step = self.next_step, None
         if step is None:
@@ -173,7 +174,14 @@ class BatchingEngine(EngineThread):
             captures = self.runner.graphs.captures
             self.next_step, _ = self._launch(draw=not step.masked, behind=step)
             step.timed &= self.runner.graphs.captures == captures  # its tokens are read behind the capture
-        self._finish(step)
+        try:
+            self._finish(step)
+            if self.overlap and self.next_step is None:
+                self.next_step, _ = self._launch(draw=True)
+        finally:
+            with self.lock:
+                self.delivering = False
+                self.after_step()
         return True
 
     def _launch(self, draw: bool, behind: InFlightStep | None = None) -> tuple[InFlightStep | None, bool]:
@@ -257,18 +265,14 @@ class BatchingEngine(EngineThread):
             self._draw_next()
             return
         with self.lock:
-            self._observe(step, tokens, now)
-            self.finished_at = now
-            self.delivering = True
-            try:
-                delivered = self.delivery.hand_out(step, tokens, logprobs, now)
-                self.metrics.step(now, prompt_tokens=step.plan.prefill_tokens, tokens=delivered)
-            finally:
-                self.delivering = False
-                self.after_step()
+            new = step.inputs.accepted(tokens)
+            self._observe(step, new, now)
+            self.finished_at, self.delivering = now, True
+            delivered = self.delivery.hand_out(step, new, logprobs, now)
+            self.metrics.step(now, prompt_tokens=step.plan.prefill_tokens, tokens=delivered)
 
-    def _observe(self, step: InFlightStep, tokens: list[int], now: float) -> None:
-        """What the step took; `tokens` were sampled in its rows."""
+    def _observe(self, step: InFlightStep, new: list[list[int]], now: float) -> None:
+        """What the step took, which gave its sequences `new` tokens."""
         if step.scores:
             return
         decoding, prompt_tokens = len(step.plan.decode), step.plan.prefill_tokens
@@ -277,7 +281,7 @@ class BatchingEngine(EngineThread):
         if self.speculation and decoding and step.timed:
             seconds = now - (step.launched_at if step.after_rest else self.finished_at)
             drafted = step.inputs.drafted
-            accepted = sum(len(new) - 1 for new in step.inputs.accepted(tokens)) if drafted else 0
+            accepted = sum(map(len, new)) - len(new)
             self.speculation.lengths.observe(decoding, drafted, seconds, prompt_tokens, accepted, step.looked)
 
     def _fail(self, inputs: StepInputs, e: Exception) -> None:

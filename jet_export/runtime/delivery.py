@@ -28,21 +28,23 @@ class Delivery:
         self.sequences: dict[Request, RunningSequence] = {}
         self.on_end: Callable[[RunningSequence], None] = lambda sequence: None
 
-    def hand_out(self, step: InFlightStep, tokens: list[int], logprobs: dict[int, Logprob], now: float) -> int:
-        """Deliver what a step has sampled, `tokens` of its rows; returns how many tokens went out."""
+    def hand_out(self, step: InFlightStep, new: list[list[int]], logprobs: dict[int, Logprob], now: float) -> int:
+        """Deliver what a step has sampled, the `new` tokens of each of its sequences; returns how many went out."""
         inputs, draw, delivered = step.inputs, step.draw, 0
         assert draw is not None
         drafted: dict[int, list[int]] = {}  # slot -> its new tokens
-        new = zip(inputs.first_rows, inputs.sampled_slots, inputs.sampled, inputs.sampled_drafts, strict=True)
-        for (first, slot, sequence, draft), accepted in zip(new, inputs.accepted(tokens), strict=True):
-            made = 0
-            for row, sampled in enumerate(accepted, first):
+        rows = zip(inputs.first_rows, inputs.sampled_slots, inputs.sampled, inputs.sampled_drafts, strict=True)
+        for (first, slot, sequence, draft), tokens in zip(rows, new, strict=True):
+            made, left = 0, tokens
+            if draft and sequence.finish_reason is None and sequence.goes_on(tokens, self.executor.eos):
+                made, left = self._extend(sequence, slot, tokens), []
+                delivered += made
+            for row, sampled in enumerate(left, first):
                 if sequence.finish_reason is not None:  # it ended after the launch, or with the token before
                     break
                 made += 1
                 if made > 1:
-                    self.executor.take(slot)
-                    self.scheduler.take(sequence.request)
+                    self._take(sequence, slot, 1)
                 token = sequence.drawn(sampled)
                 if token is None:
                     continue
@@ -51,11 +53,27 @@ class Delivery:
                 self.add_token(sequence, token, logprobs.get(row), draw.prompt_logits.get(row), now)
                 delivered += 1
             if draft and made and sequence.finish_reason is None:
-                drafted[slot] = accepted
+                drafted[slot] = tokens
             if draft and made and self.metrics.drafts:
-                self.metrics.drafts.add(len(draft), min(made, len(accepted) - 1))
+                self.metrics.drafts.add(len(draft), min(made, len(tokens) - 1))
         self.executor.advance(drafted)
         return delivered
+
+    def _extend(self, sequence: RunningSequence, slot: int, tokens: list[int]) -> int:
+        """Hand out tokens that end nothing. Returns how many went out."""
+        self._take(sequence, slot, len(tokens) - 1)
+        for n, token in enumerate(tokens):
+            if sequence.finish_reason is not None:  # its callback has failed, or cancelled it
+                return n
+            sequence.tokens.append(token)
+            sequence.position += 1
+            self._deliver(sequence, Output(token))
+        return len(tokens)
+
+    def _take(self, sequence: RunningSequence, slot: int, n: int) -> None:
+        """The states hold n drafted tokens that were right."""
+        self.executor.take(slot, n)
+        self.scheduler.take(sequence.request, n)
 
     def fail(self, sequences: Sequence[RunningSequence], e: Exception) -> None:
         """A step failed, and so do its requests."""

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from jet_export.runtime.draft_budget import DraftBudget
 
 THRESHOLDS = (0.7, 0.5, 0.3, 0.15, 0.05)
 GAIN = 1.03  # drafts must promise so many times the tokens a second of a plain step
 NEW = 0.2  # weight of a new time in a mean
+FINE = 256  # parts in which rates are told apart
 KEEP = 1024  # steps after which a time is forgotten
 LOOKED = 16  # plain steps with a look for drafts, behind which there is one without
 
@@ -116,12 +118,13 @@ class DraftLengths:
         if best is None or not self.budget.is_open or not any(c.most for c in candidates):
             return nothing
         chosen, best = nothing, best * GAIN
-        for threshold in THRESHOLDS:
-            lengths = [worthwhile(c, threshold) for c in candidates]
+        plans = [drafts_of(c.most, round(c.rate * FINE)) for c in candidates]
+        for i in range(len(THRESHOLDS)):
+            lengths = [plan[i][0] for plan in plans]
             seconds = self.times.seconds(rows, sum(lengths))
             if seconds is None or not any(lengths):
                 continue
-            tokens = rows + sum(expected(c.rate, n) for c, n in zip(candidates, lengths, strict=True))
+            tokens = rows + sum(plan[i][1] for plan in plans)
             if tokens / (seconds + beside) > best:
                 chosen, best = lengths, tokens / (seconds + beside)
         return chosen
@@ -178,12 +181,16 @@ class DraftLengths:
             self.times.observe(rows, 0, seconds)
 
 
-def worthwhile(c: Candidate, threshold: float) -> int:
-    """Tokens of a draft that are accepted with at least this probability."""
-    n, likely = 0, c.rate
-    while n < c.most and likely >= threshold:
-        n, likely = n + 1, likely * c.rate
-    return n
+@lru_cache(maxsize=1 << 14)
+def drafts_of(most: int, rate: int) -> tuple[tuple[int, float], ...]:
+    """Of a draft of at most so many tokens, each right with probability rate / FINE if those before are: for each of
+    THRESHOLDS, how many are accepted with at least this probability, and what they give on average."""
+    p = rate / FINE
+    found = []
+    for threshold in THRESHOLDS:
+        n = sum(p**k >= threshold for k in range(1, most + 1))
+        found.append((n, expected(p, n)))
+    return tuple(found)
 
 
 def expected(rate: float, n: int) -> float:

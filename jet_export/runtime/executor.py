@@ -135,9 +135,9 @@ class Executor:
         """Tokens [n] that the requests in these slots would draw from logits [n, vocab], at positions further on."""
         return self.sampler.look_ahead(logits, slots, ahead)[0]
 
-    def take(self, slot: int) -> None:
-        """One more drafted token of this slot's counts: its states hold the token before it."""
-        self.runner.context_lens[slot] += 1
+    def take(self, slot: int, n: int) -> None:
+        """n more tokens of this slot's row count: its states hold them, or those before drafted ones."""
+        self.runner.context_lens[slot] += n
 
     @torch.inference_mode()
     def advance(self, made: dict[int, list[int]]) -> None:
@@ -205,5 +205,5 @@ class Executor:
         assert self.verify is not None
         logits = self.verify.run(decode, inputs.drafts)
         for slot in decode:  # of each row its first token, whatever becomes of its draft
-            self.take(slot)
+            self.take(slot, 1)
         return prompts, [logits]

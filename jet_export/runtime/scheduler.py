@@ -149,10 +149,10 @@ class Scheduler:
             request.generated += 1
         return sampled
 
-    def take(self, request: Request) -> None:
-        """A running request has one more token of the step that is launched: its draft was right so far."""
-        request.held += 1
-        request.generated += 1
+    def take(self, request: Request, n: int) -> None:
+        """A running request has n more tokens of the step that is launched: its draft was right so far."""
+        request.held += n
+        request.generated += n
 
     def prefix_due(self, request: Request) -> bool:
         """Whether the states of a request should be cached as they are now, its prompt having advanced."""

@@ -120,6 +120,15 @@ class RunningSequence:
         """The text held back, as no more tokens come."""
         return self.text.flush()[0] if self.text else ""
 
+    def goes_on(self, new: list[int], eos: tuple[int, ...]) -> bool:
+        """Whether these tokens, behind its first one, are all that there is to hand out, and end nothing."""
+        p, made = self.params, len(self.tokens)
+        if self.text is not None or self.matcher is not None or p.logprobs is not None or self.keep_logits:
+            return False
+        if not 0 < made == self.position or made + len(new) >= p.max_new_tokens or min(new) < 0:
+            return False
+        return set(self._ends(eos)).isdisjoint(new)
+
     def append(self, token: int, eos: tuple[int, ...]) -> tuple[str, str | None]:
         """Add a sampled token; returns the text that is now final, and the finish reason if the request ends here."""
         self.tokens.append(token)

@@ -93,9 +93,8 @@ class Timed:
     proposer: Proposer
     gpu: SimulatedGpu
 
-    @property
-    def guesses(self) -> bool:
-        return self.proposer.guesses
+    def __post_init__(self) -> None:
+        self.guesses = self.proposer.guesses
 
     def forget(self, sequence: RunningSequence) -> None:
         self.proposer.forget(sequence)

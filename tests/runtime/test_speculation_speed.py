@@ -1,5 +1,7 @@
 """Speculation is never much slower than plain decoding: on a simulated GPU, whose steps take stated times."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.simulated_gpu import Times, ask, decode_speed, simulate
 
@@ -8,10 +10,15 @@ from jet_export.runtime.sequence import RunningSequence
 
 # A small model on a large GPU: a step of few tokens is weights and launches. What verification takes varies with where
 # it is as dear as the tokens that it computes.
-PLAIN = {"plain": lambda rows: 1.3e-3 + 2.7e-5 * rows, "output": 8e-6, "capture": 0.05}
-CHEAP = Times(verify=lambda tokens: 1.9e-3 + 1.2e-5 * tokens, look=1e-5, **PLAIN)
-DEAR = Times(verify=lambda tokens: 1.9e-3 + 2.7e-5 * tokens, look=1e-5, **PLAIN)
-SLOW_LOOKS = Times(verify=lambda tokens: 1.9e-3 + 2.7e-5 * tokens, look=1e-4, **PLAIN)
+CHEAP = Times(
+    plain=lambda rows: 1.3e-3 + 2.7e-5 * rows,
+    verify=lambda tokens: 1.9e-3 + 1.2e-5 * tokens,
+    look=1e-5,
+    output=8e-6,
+    capture=0.05,
+)
+DEAR = replace(CHEAP, verify=lambda tokens: 1.9e-3 + 2.7e-5 * tokens)
+SLOW_LOOKS = replace(DEAR, look=1e-4)
 NEW = 180
 
 
