@@ -11,10 +11,9 @@ so (kn, delta, g) of the last tokens stand for a state that has not been written
 
 The token at position p lies in row p - state_position, and c = context_lens - state_position tokens are held. Taking
 tokens back is a smaller context_lens in the next call; the pools need nothing. With `interval` L and at most R tokens
-in a call of the form VERIFY there are L - 1 + R rows:
+in a call of the form VERIFY there are L - 1 + R rows, and L if there are no such calls:
 
-    DECODE         c + 1 < L: the token is appended; otherwise the state is written with it
-    VERIFY         c >= L: first the state is written, with the held tokens and none of this call's, which may be taken
+    DECODE, VERIFY c >= L: first the state is written, with the held tokens and none of this call's, which may be taken
                    back; then all tokens of the call are appended
     PREFILL, MIXED sequences of more than one token: their held tokens are applied first, and the call leaves the
                    state written; in MIXED the others are as in DECODE
@@ -100,12 +99,10 @@ def append_ref(
     state_position: Tensor,
     slots: Tensor,  # [N]
     context_lens: Tensor,  # [N]
-    chosen: Tensor | None = None,  # [N, H] bool: to which buffers; all
 ) -> None:
     """Appends T tokens to those that are held, padding rows excepted."""
     count = held_tokens(step_buffer, state_position, slots, context_lens)
-    live = (slots >= 0)[:, None].expand(count.shape)
-    n, h = (live if chosen is None else live & chosen).nonzero(as_tuple=True)
+    n, h = (slots >= 0)[:, None].expand(count.shape).nonzero(as_tuple=True)
     row, first = slots.long()[n], count[n, h]
     state_position[row, h] = (context_lens.long()[n] - first).to(state_position.dtype)
     for t in range(tokens.shape[1]):
@@ -113,27 +110,9 @@ def append_ref(
         step_buffer[row, h, at, : tokens.shape[-1]] = tokens[n, t, h].to(step_buffer.dtype)
 
 
-def keep_step_ref(
-    state: Tensor,  # [N, H, K, V] after the token
-    token: Tensor,  # [N, H, K + V + 1]
-    recurrent_state: Tensor,
-    step_buffer: Tensor | None,
-    state_position: Tensor | None,
-    slots: Tensor,
-    context_lens: Tensor,
-    interval: int,
-) -> None:
-    """What a step of one token leaves behind: the token in the buffer, or the state written."""
-    if step_buffer is None or state_position is None:
-        write_state_ref(state, recurrent_state, None, slots, context_lens)
-        return
-    full = held_tokens(step_buffer, state_position, slots, context_lens) + 1 >= interval
-    append_ref(token[:, None], step_buffer, state_position, slots, context_lens, ~full)
-    write_state_ref(state, recurrent_state, state_position, slots, context_lens + 1, full)
-
-
-def write_held_ref(
-    state: Tensor,  # [N, H, K, V], `current_state`
+def keep_tokens_ref(
+    tokens: Tensor,  # [N, T, H, K + V + 1]
+    state: Tensor,  # [N, H, K, V] before them, `current_state`
     recurrent_state: Tensor,
     step_buffer: Tensor,
     state_position: Tensor,
@@ -141,9 +120,11 @@ def write_held_ref(
     context_lens: Tensor,
     interval: int,
 ) -> None:
-    """Writes the states whose buffers hold `interval` tokens or more."""
+    """What a DECODE or VERIFY call leaves behind: states whose buffers held `interval` tokens or more are written, and
+    the call's tokens appended."""
     full = held_tokens(step_buffer, state_position, slots, context_lens) >= interval
     write_state_ref(state, recurrent_state, state_position, slots, context_lens, full)
+    append_ref(tokens, step_buffer, state_position, slots, context_lens)
 
 
 @triton.jit
@@ -162,30 +143,59 @@ def decays(b_g, m_c):
 
 
 @triton.jit
-def held_decays(p_g, o_c, m_c, WIDTH: tl.constexpr):
-    """`decays` of the tokens in a step buffer, of whose rows p_g is the first g."""
-    return decays(tl.load(p_g + o_c * WIDTH, mask=m_c, other=0.0), m_c)
+def weighted_deltas(
+    p_held, count, o_v, m_v, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """exp(G) of a head's `count` held tokens, and exp(G - G_j) delta_j [BV] of each, the last one first; zero for rows
+    that hold nothing."""
+    since = tl.zeros([], tl.float32)
+    deltas = ()
+    for i in tl.static_range(ROWS):
+        p_row = p_held + (ROWS - 1 - i) * WIDTH + K
+        b_delta = tl.load(p_row + o_v, mask=m_v & (ROWS - 1 - i < count), other=0.0)
+        deltas = deltas + (b_delta * tl.exp(since),)  # noqa: RUF005 - Triton unpacks nothing
+        since += tl.load(p_row + V, mask=ROWS - 1 - i < count, other=0.0)
+    return tl.exp(since), deltas
 
 
 @triton.jit
-def add_held(
-    b_state, p_held, b_w, o_c, count, o_k, i_v, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr
-):
-    """b_state [BK, BV] + sum_j w_j kn_j delta_j^T over `count` held tokens, columns i_v + [0, BV)."""
-    o_v = i_v + tl.arange(0, BV)[None, :]
-    for j in range(0, count):
-        w = tl.sum(tl.where(o_c == j, b_w, 0.0), 0)
-        b_k = tl.load(p_held + j * WIDTH + o_k, mask=o_k < K, other=0.0)  # [BK, 1]
-        b_delta = tl.load(p_held + j * WIDTH + K + o_v, mask=o_v < V, other=0.0)
-        b_state += (w * b_k) * b_delta
-    return b_state
+def stream_state(
+    p_state, p_x, p_held, count, decay, deltas, o_v, m_v, begun,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """state^T x [BV] for each of the N vectors x [K] from p_x on, in one pass over the state, BR whole rows at once.
+
+    With ROWS > 0 the state is written on the way as decay * state + sum_j kn_j delta_j^T, of `weighted_deltas`. begun:
+    whether the state is read; otherwise it is zero."""
+    o_r = tl.arange(0, BR)
+    sums = ()
+    for _ in tl.static_range(N):
+        sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # noqa: RUF005
+    for i_k in range(0, K, BR):
+        m_r = i_k + o_r < K
+        m = m_r[:, None] & m_v[None, :]
+        p_rows = p_state + (i_k + o_r)[:, None] * V + o_v[None, :]
+        b_rows = tl.load(p_rows, mask=m & begun, other=0.0).to(tl.float32)
+        more = ()
+        for i in tl.static_range(N):
+            b_x = tl.load(p_x + i * K + i_k + o_r, mask=m_r, other=0.0)
+            more = more + (sums[i] + tl.sum(b_rows * b_x[:, None], 0),)  # noqa: RUF005
+        sums = more
+        if ROWS > 0:
+            b_rows *= decay
+            for i in tl.static_range(ROWS):
+                p_k = p_held + (ROWS - 1 - i) * WIDTH + i_k + o_r
+                b_k = tl.load(p_k, mask=m_r & (ROWS - 1 - i < count), other=0.0)
+                b_rows += b_k[:, None] * deltas[i][None, :]
+            tl.store(p_rows, b_rows.to(p_state.dtype.element_ty), mask=m)
+    return sums
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def flush_kernel(
     recurrent_state, step_buffer, state_position, cu_seqlens, slots, context_lens, T, S,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, MIXED: tl.constexpr,
+    BV: tl.constexpr, BR: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, N). Applies the held tokens of sequences that the chunk kernels take next, and sets state_position to
     where those leave the state. MIXED: sequences of one token are left out."""
@@ -199,17 +209,12 @@ def flush_kernel(
     i_head = slot * H + i_h
     position, count = load_position(state_position + i_head, context, ROWS)
     if count > 0:
-        p_held = step_buffer + i_head * (ROWS * WIDTH)
-        o_c = tl.arange(0, BC)
-        b_total, b_w = held_decays(p_held + K + V, o_c, o_c < count, WIDTH)
-        o_k = tl.arange(0, BK)[:, None]
-        for i_v in range(0, V, BV):
-            o_v = i_v + tl.arange(0, BV)[None, :]
-            m = (o_k < K) & (o_v < V)
-            p_state = recurrent_state + i_head * (K * V) + o_k * V + o_v
-            b_state = tl.load(p_state, mask=m & (position > 0), other=0.0).to(tl.float32) * tl.exp(b_total)
-            b_state = add_held(b_state, p_held, b_w, o_c, count, o_k, i_v, K, V, WIDTH, BV)
-            tl.store(p_state, b_state.to(recurrent_state.dtype.element_ty), mask=m)
+        p_state, p_held = recurrent_state + i_head * (K * V), step_buffer + i_head * (ROWS * WIDTH)
+        o_v = tl.arange(0, BV)
+        decay, deltas = weighted_deltas(p_held, count, o_v, o_v < V, K, V, ROWS, WIDTH)
+        stream_state(
+            p_state, p_held, p_held, count, decay, deltas, o_v, o_v < V, position > 0, 0, K, V, ROWS, WIDTH, BR
+        )
     tl.debug_barrier()  # every thread has read the old position
     tl.store(state_position + i_head, tl.maximum(context, 0) + eos - bos)
 
@@ -225,10 +230,9 @@ def flush_triton(
     mixed: bool,
 ) -> None:
     """Launches `flush_kernel`; `mixed`: sequences of one token are left out."""
-    (S, H, K, V), R = recurrent_state.shape, step_buffer.shape[2]
-    use = lookup("delta_rule_decode", state_dtype=recurrent_state.dtype, head_k_dim=K, head_v_dim=V, held=True)
+    (S, H, K, V), held = recurrent_state.shape, step_buffer.shape[2]
+    use = lookup("delta_rule_deferred", state_dtype=recurrent_state.dtype, head_k_dim=K, head_v_dim=V, tokens=1)
     wrap(flush_kernel)[(H, slots.shape[0])](
         recurrent_state, step_buffer, state_position, cu_seqlens, slots, context_lens, num_tokens, S,
-        H=H, K=K, V=V, ROWS=R, WIDTH=K + V + EXTRA,
-        BK=triton.next_power_of_2(K), BC=triton.next_power_of_2(R), MIXED=mixed, **use,
+        H=H, K=K, V=V, ROWS=held, WIDTH=K + V + EXTRA, BV=triton.next_power_of_2(V), MIXED=mixed, **use,
     )  # fmt: skip

@@ -94,7 +94,7 @@ def measure(model: str, batch: int, interval: int, tiles: list[dict[str, int]], 
     variants: dict[str, Callable[[], Any]] = {}
     for use in tiles or [{}]:
         if use:
-            with configs.override("delta_rule_decode", use):
+            with configs.override("delta_rule_deferred", use):
                 variants[" ".join(f"{k}={v}" for k, v in use.items())] = timer.capture(run)
         else:
             variants["table"] = timer.capture(run)
@@ -136,7 +136,7 @@ def main() -> int:
     if lacks_gpu("state_intervals.py"):
         return 2
     output, copy = output_of(options), timer.copy_speed()
-    tiles = CANDIDATES["delta_rule_decode"] if options.tiles == "all" else []
+    tiles = CANDIDATES["delta_rule_deferred"] if options.tiles == "all" else []
     numbers = ([int(n) for n in text.split(",")] for text in (options.batch, options.intervals))
     results: list[dict[str, Any]] = []
     for model, batch, interval in itertools.product(options.models.split(","), *numbers):

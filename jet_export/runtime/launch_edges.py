@@ -20,6 +20,9 @@ WAITING = (
     "skinny_kernel",
     "add_norm_kernel",
     "decode_kernel",
+    "decode_inputs_kernel",
+    "verify_inputs_kernel",
+    "deferred_step_kernel",
     "attention_decode_kernel",
     "attention_combine_kernel",
 )

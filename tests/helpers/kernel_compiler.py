@@ -16,7 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests, for helpers
 from helpers.paths import with_helpers
 
-MODELS = {"2b": (12, 96, 256), "4b": (16, 128, 256)}  # H, K, V
+MODELS = {"2b": (12, 96, 256), "4b": (16, 128, 256), "qwen3.5_4b": (32, 128, 128)}  # H, K, V
+KEY_HEADS = {"qwen3.5_4b": 16}  # of a Gated DeltaNet
 
 
 def compile_report(cases: list[str]) -> list[dict[str, Any]]:
@@ -120,6 +121,7 @@ def compile_jet_block(model: str, dtype: str, state_dtype: str, mode: str) -> li
         dynamic_conv,
         gated_delta_rule_chunk,
         gated_delta_rule_decode,
+        gated_delta_rule_deferred,
         gated_delta_rule_verify,
         gated_rms_norm,
         jet_block,
@@ -130,13 +132,14 @@ def compile_jet_block(model: str, dtype: str, state_dtype: str, mode: str) -> li
 
     H, K, V = MODELS[model] if model in MODELS else map(int, model.split("x"))
     lens = [1, 1] if "decode" in mode else [64, 32] if "verify" not in mode else [3, 2]
-    p = Packed(lens, H=H, K=K, V=V, dtype=getattr(torch, dtype), state_dtype=getattr(torch, state_dtype))
-    modules = gated_delta_rule_chunk, gated_delta_rule_decode, gated_delta_rule_verify, gated_rms_norm, dynamic_conv
-    compiling = compiling_in(*modules, step_buffer)
+    dtypes = {"dtype": getattr(torch, dtype), "state_dtype": getattr(torch, state_dtype)}
+    p = Packed(lens, H=H, K=K, V=V, key_heads=KEY_HEADS.get(model, 0), **dtypes)
+    rules = gated_delta_rule_chunk, gated_delta_rule_decode, gated_delta_rule_deferred, gated_delta_rule_verify
+    compiling = compiling_in(*rules, gated_rms_norm, dynamic_conv, step_buffer)
     buffer: tuple[Any, ...] = ()
     if mode not in ("prefill", "decode"):
         S, rollback = len(p.recurrent_state), 5
-        p.tensors["conv_state"] = torch.zeros(S, 3 + rollback, H * V, dtype=p.conv_state.dtype)
+        p.tensors["conv_state"] = torch.zeros(S, 3 + rollback, p.conv_state.shape[2], dtype=p.conv_state.dtype)
         rows = state_layout.buffer_rows(8, rollback)
         buffer = torch.zeros(S, H, rows, K + V + state_layout.EXTRA), torch.zeros(S, H, dtype=torch.int32), 8
     forms = {"prefill": Form.PREFILL, "held_mixed": Form.MIXED, "verify": Form.VERIFY}

@@ -86,11 +86,14 @@ def test_hostile_integers_stay_inside(value):
 WRITTEN = """
 import torch
 from helpers.written_tensors import written_tensors
-from jet_export.kernels.gated_delta_rule_verify import delta_rule_verify_kernel, verify_append_kernel
-sizes = dict(OFF_Q=0, OFF_K=0, OFF_V=0, OFF_G=0, OFF_Z=0, H=2, K=32, V=64, W=4, CONV_ROWS=8, ROWS=8, WIDTH=100,
-             INTERVAL=4, PRECISION="tf32x3", BT=8, NK=1, BK=32, BV=32, BC=16, GDC=True, ASK=True, JET=True, T=4, S=4,
-             eps=1e-6)
-for kernel in (delta_rule_verify_kernel, verify_append_kernel):
+from jet_export.kernels.gated_delta_rule_decode import decode_inputs_kernel
+from jet_export.kernels.gated_delta_rule_deferred import deferred_step_kernel
+from jet_export.kernels.gated_delta_rule_verify import verify_inputs_kernel
+sizes = dict(OFF_Q=0, OFF_K=0, OFF_V=0, OFF_G=0, OFF_Z=0, H=2, HK=1, RAW=True, K=32, V=64, W=4, CONV_ROWS=8, ROWS=8,
+             WIDTH=100, INTERVAL=4, PRECISION="tf32x3", BT=8, NK=1, BK=32, BC=16, BR=8, R=5, WORK=1200, GDC=True,
+             MIXED=False, STEP=False, NORM=True, T=4, S=4, eps=1e-6)
+for kernel, tile in ((decode_inputs_kernel, 64), (verify_inputs_kernel, 32), (deferred_step_kernel, 64)):
+    sizes["BV"] = tile
     names = kernel.arg_names
     integers = {n: torch.zeros(4, dtype=torch.int32) for n in ("cu_seqlens", "slots", "context_lens", "state_position")}
     values = {n: sizes.get(n, 64 if "stride" in n else integers.get(n, torch.zeros(64, 64))) for n in names}
@@ -106,7 +109,7 @@ def test_torch_sees_that_no_input_is_written():
         [sys.executable, "-c", WRITTEN], env=with_helpers(TRITON_INTERPRET="0"), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    verify, append = (set(ast.literal_eval(line)) for line in done.stdout.splitlines())
-    integers = {"cu_seqlens", "slots", "state_position"}
-    assert verify - integers == {"conv_state", "o", "recurrent_state", "step_buffer"}
-    assert append - integers == {"out", "step_buffer"} and "state_position" in append
+    one, several, step = (set(ast.literal_eval(line)) for line in done.stdout.splitlines())
+    integers = {"cu_seqlens", "slots", "context_lens", "state_position"}
+    assert one - integers == several - integers == {"conv_state", "work"}
+    assert step - integers == {"out", "recurrent_state", "step_buffer"} and "state_position" in step
