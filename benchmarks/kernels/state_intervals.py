@@ -1,11 +1,13 @@
 """A decode step of jet_block whose state is written every L tokens, beside a write at every token, on this GPU.
 
-    python benchmarks/kernels/state_intervals.py [--models 2b] [--batch 8,64,128] [--intervals 1,2,4,8,16] [--tiles all]
+    python benchmarks/kernels/state_intervals.py [--models 2b] [--batch 8,64,128] [--intervals 1,2,4,8,16]
+                                                 [--tokens 1,5] [--tiles all]
 
 Microseconds of a layer's step, the mean over an interval: a CUDA graph takes several layers with states of their own
-through L steps. `bytes` are those of the state, read at every step and written once in L, and of the step buffer:
-(L - 1) / 2 held tokens read on average, and L - 1 of L steps append one. First the states and outputs after two
-intervals are compared with those of a write at every token. --tiles all: every candidate of the kernel's table.
+through L steps. `bytes` are those of the state, read at every step and written once in L tokens, and of the step
+buffer: (L + 1) / 2 held tokens read on average, those of the step appended. First the states and outputs after two
+intervals are compared with those of a write at every token. --tokens R: more than one are a verifying step (the form
+VERIFY), all of whose tokens are kept. --tiles all: every candidate of the kernel's table.
 """
 
 from __future__ import annotations
@@ -35,20 +37,28 @@ BOUND = 2e-3  # of bf16 outputs and fp32 states, beside a write at every token
 
 
 class Layer:
-    """The inputs of a layer of B sequences, and its pools."""
+    """The inputs of a layer of B sequences, `tokens` of each, and its pools."""
 
-    def __init__(self, model: str, batch: int, interval: int, seed: int) -> None:
+    def __init__(self, model: str, batch: int, interval: int, seed: int, tokens: int = 1) -> None:
         torch.manual_seed(seed)
-        *inputs, self.context, H, K, V, eps = block_inputs([1] * batch, model, context=FIRST)
-        self.inputs, self.sizes, self.interval = inputs, (H, K, V, eps), interval
+        *inputs, self.context, H, K, V, eps = block_inputs([tokens] * batch, model, context=FIRST)
+        self.inputs, self.sizes, self.form = inputs, (H, K, V, eps), Form.VERIFY if tokens > 1 else Form.DECODE
         self.buffer: tuple[Any, ...] = NO_BUFFER
-        if interval > 1:
-            rows = buffer_rows(interval, 0)
+        if tokens > 1:  # the convolution's state is a ring
+            ring = batch, 3 + tokens, H * V
+            self.inputs[6] = torch.randn(ring, device="cuda", dtype=torch.bfloat16)
+        if interval > 1 or tokens > 1:
+            rows = buffer_rows(interval, tokens if tokens > 1 else 0)
             pool = torch.zeros(batch, H, rows, K + V + EXTRA, device="cuda")
             self.buffer = pool, torch.full((batch, H), FIRST, device="cuda", dtype=torch.int32), interval
 
+    def fill(self) -> None:
+        """Makes the next step one that writes the state."""
+        if self.buffer != NO_BUFFER:
+            self.buffer[1].fill_(FIRST - self.buffer[2])
+
     def step(self, context: Tensor) -> Tensor:
-        out: Tensor = torch.ops.jet.jet_block(*self.inputs, context, *self.sizes, int(Form.DECODE), *self.buffer)
+        out: Tensor = torch.ops.jet.jet_block(*self.inputs, context, *self.sizes, int(self.form), *self.buffer)
         return out
 
     def state(self, steps: int) -> Tensor:
@@ -57,12 +67,12 @@ class Layer:
         return current_state(self.inputs[7], pool, position, slots, self.context + steps, torch.float32)
 
 
-def work(model: str, batch: int, interval: int) -> int:
+def work(model: str, batch: int, interval: int, tokens: int = 1) -> int:
     """Bytes of a layer's step that the state and its buffer cost, the mean of an interval."""
     H, K, V = MODELS[model]
     state, token = 4 * K * V, 4 * (K + V + EXTRA)
-    buffer = token * ((interval - 1) / 2 + (interval - 1) / interval)
-    return int(batch * H * (state + state / interval + buffer))
+    buffer = token * ((interval + 1) / 2 + tokens) if interval > 1 or tokens > 1 else 0
+    return int(batch * H * (state + state / -(-interval // tokens) + buffer))
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -81,13 +91,17 @@ def check(model: str, interval: int) -> float:
     return max(errors)
 
 
-def measure(model: str, batch: int, interval: int, tiles: list[dict[str, int]], copy: float) -> dict[str, Any]:
+def measure(
+    model: str, batch: int, interval: int, tokens: int, tiles: list[dict[str, int]], copy: float
+) -> dict[str, Any]:
     nbytes = work(model, batch, 1)
-    layers = [Layer(model, batch, interval, seed) for seed in range(max(2, min(24, int(6e8 / nbytes))))]
+    layers = [Layer(model, batch, interval, seed, tokens) for seed in range(max(2, min(24, int(6e8 / nbytes))))]
     steps = max(interval, 4)
-    contexts = [layers[0].context + s for s in range(steps)]
+    contexts = [layers[0].context + s * tokens for s in range(steps)]
 
     def run() -> None:
+        for layer in layers:
+            layer.fill()
         for context, layer in itertools.product(contexts, layers):
             layer.step(context)
 
@@ -99,12 +113,13 @@ def measure(model: str, batch: int, interval: int, tiles: list[dict[str, int]], 
         else:
             variants["table"] = timer.capture(run)
     times = timer.compare(variants, repeats=7, calls=steps * len(layers))
-    moved = work(model, batch, interval)
+    moved = work(model, batch, interval, tokens)
     return {
         "model": model,
         "batch": batch,
         "interval": interval,
-        "error": check(model, interval),
+        "tokens": tokens,
+        "error": check(model, interval) if tokens == 1 else None,
         "bytes": moved,
         "roofline_us": round(1e6 * moved / copy, 2),
         "us": {k: round(1e3 * t.median, 2) for k, t in times.items()},
@@ -113,16 +128,19 @@ def measure(model: str, batch: int, interval: int, tiles: list[dict[str, int]], 
 
 def show(results: list[dict[str, Any]]) -> None:
     table = Table(box=None, header_style="bold")
-    for column in ("model", "batch", "interval", "us", "of roofline", "of a write a token", "tiles"):
+    for column in ("model", "batch", "interval", "tokens", "us", "of roofline", "of a write a token", "tiles"):
         table.add_column(column, justify="left" if column in ("model", "tiles") else "right", no_wrap=True)
-    best = {(r["model"], r["batch"], r["interval"]): min(r["us"].values()) for r in results}
+    best = {(r["model"], r["batch"], r["interval"], r["tokens"]): min(r["us"].values()) for r in results}
     for r in results:
-        key = (r["model"], r["batch"], r["interval"])
-        share = best[key] / best[(*key[:2], 1)] if (*key[:2], 1) in best else None
+        key = (r["model"], r["batch"], r["interval"], r["tokens"])
+        plain = (*key[:2], 1, 1)
+        share = best[key] / best[plain] if plain in best else None
         tiles = min(r["us"], key=lambda k: r["us"][k])
         ratio = "" if share is None else f"{share:.2f}"
-        cells = (str(r["batch"]), str(r["interval"]), f"{best[key]:.1f}", f"{r['roofline_us'] / best[key]:.0%}", ratio)
-        table.add_row(r["model"], *cells, tiles)
+        sizes = (str(r[n]) for n in ("batch", "interval", "tokens"))
+        table.add_row(
+            r["model"], *sizes, f"{best[key]:.1f}", f"{r['roofline_us'] / best[key]:.0%}", ratio, tiles
+        )  # fmt: skip
     Console(width=140, highlight=False).print(table)
 
 
@@ -131,16 +149,17 @@ def main() -> int:
     parser.add_argument("--models", default="2b", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batch", default="8,64,128", help="sequences")
     parser.add_argument("--intervals", default="1,2,4,8,16", help="tokens from write to write")
+    parser.add_argument("--tokens", default="1", help="of a sequence in a step")
     parser.add_argument("--tiles", choices=("table", "all"), default="table")
     options = parser.parse_args()
     if lacks_gpu("state_intervals.py"):
         return 2
     output, copy = output_of(options), timer.copy_speed()
     tiles = CANDIDATES["delta_rule_deferred"] if options.tiles == "all" else []
-    numbers = ([int(n) for n in text.split(",")] for text in (options.batch, options.intervals))
+    numbers = ([int(n) for n in text.split(",")] for text in (options.batch, options.intervals, options.tokens))
     results: list[dict[str, Any]] = []
-    for model, batch, interval in itertools.product(options.models.split(","), *numbers):
-        results.append(measure(model, batch, interval, tiles, copy))
+    for model, batch, interval, tokens in itertools.product(options.models.split(","), *numbers):
+        results.append(measure(model, batch, interval, tokens, tiles, copy))
         torch.cuda.empty_cache()
         write_result(output, {"copy_bytes_per_s": copy, "layers": results})
     show(results)
