@@ -21,6 +21,7 @@ from jet_export.model.jet_dims import JetDims as JetDims
 from jet_export.model.jet_dims import expand_v_of as expand_v_of
 from jet_export.model.qwen3_5 import TEXT, published, text_part
 from jet_export.utils.errors import JetExportError, JetExportWarning
+from jet_export.utils.schema import read_json
 
 LAYER_TYPES = ("jet", "attn", "swa")
 CONVOLUTIONS = ("dynamic", "static")
@@ -144,14 +145,7 @@ class JetNemotronConfig:
     @classmethod
     def from_json_file(cls, path: str | Path) -> JetNemotronConfig:
         path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise JetExportError(f"{path}: no such file.") from None
-        except OSError as e:
-            raise JetExportError(f"{path}: cannot be read ({e.strerror}).") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise JetExportError(f"{path}: not valid JSON: {e}.") from None
+        values = read_json(path)
         if not isinstance(values, dict):
             raise JetExportError(f"{path}: not a JSON object.")
         config = cls.from_dict(values, where=str(path))

@@ -46,7 +46,13 @@ FIXED_IN_ALL: Mapping[str, Collection[Any]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
 }
-FIXED_IN: Mapping[str, Mapping[str, Collection[Any]]] = {TEXT: {"attn_output_gate": (True,), "mlp_only_layers": ([],)}}
+FIXED_IN: Mapping[str, Mapping[str, Collection[Any]]] = {
+    TEXT: {
+        "attn_output_gate": (True,),
+        "output_gate_type": ("silu", "swish"),  # of the Gated DeltaNets' norm
+        "mlp_only_layers": ([],),  # of a mixture of experts
+    }
+}
 ATTENTION_BIAS = {"jet_nemotron": True, "qwen2": True, "qwen3": False, TEXT: False}  # of q, k, v; o_proj never has one
 NO_EFFECT = _names(
     # which software, which files, which dtype they were saved in (--dtype decides here)

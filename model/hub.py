@@ -8,16 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.presets import jet_2b, jet_4b, qwen3_1_7b
+from jet_export.model.presets import (
+    jet_2b,
+    jet_4b,
+    qwen3_1_7b,
+    qwen3_5_0_8b,
+    qwen3_5_2b,
+    qwen3_5_4b,
+    qwen3_5_9b,
+    qwen3_5_27b,
+)
 from jet_export.utils.errors import JetExportError
 
 JET_TINY_DIR = Path(str(files("jet_export"))) / "data" / "jet-tiny"
-HUB_ID = {"jet-2b": "jet-ai/Jet-Nemotron-2B", "jet-4b": "jet-ai/Jet-Nemotron-4B", "qwen3-1.7b": "Qwen/Qwen3-1.7B-Base"}
+HUB_ID = {
+    "jet-2b": "jet-ai/Jet-Nemotron-2B",
+    "jet-4b": "jet-ai/Jet-Nemotron-4B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B-Base",
+    **{f"qwen3.5-{size.lower()}": f"Qwen/Qwen3.5-{size}" for size in ("0.8B", "2B", "4B", "9B", "27B")},
+}
 PRESETS: dict[str, Callable[[], JetNemotronConfig]] = {
     "jet-tiny": lambda: JetNemotronConfig.from_json_file(JET_TINY_DIR / "config.json"),
     "jet-2b": jet_2b,
     "jet-4b": jet_4b,
     "qwen3-1.7b": qwen3_1_7b,  # the baseline
+    "qwen3.5-0.8b": qwen3_5_0_8b,
+    "qwen3.5-2b": qwen3_5_2b,
+    "qwen3.5-4b": qwen3_5_4b,
+    "qwen3.5-9b": qwen3_5_9b,
+    "qwen3.5-27b": qwen3_5_27b,
 }
 CARD = "README.md"
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]

@@ -33,9 +33,11 @@ from jet_export.model.layout import Slice as Slice
 from jet_export.model.layout import checkpoint_layout as checkpoint_layout
 from jet_export.model.qwen3_5 import TEXT, text_name
 from jet_export.model.unread import check_unread
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
+from jet_export.utils.schema import read_json
 
 SHARD_BYTES = 4 * 2**30
+AGAIN = "Download the file again."
 
 
 class WeightedModel(nn.Module):
@@ -62,11 +64,7 @@ class CheckpointFiles:
         config = JetNemotronConfig.from_json_file(directory / "config.json")
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                file_of = {name: directory / file for name, file in weight_map.items()}
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise JetExportError(f"{index}: not a safetensors index.", "Download the file again.") from None
+            file_of = _indexed(index)
         else:
             files = sorted(directory.glob("*.safetensors"))
             if not files:
@@ -80,6 +78,18 @@ class CheckpointFiles:
     @property
     def nbytes(self) -> int:
         return sum(f.stat().st_size for f in set(self.file_of.values()))
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """Tensor -> file, by an index. Raises JetExportError where it is none, or names a file elsewhere."""
+    values = read_json(index, AGAIN)
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise JetExportError(f"{index}: not a safetensors index.", AGAIN)
+    for file in weight_map.values():
+        if Path(file).name != file or not file.isprintable():
+            raise JetExportError(f"{index}: {shown(file)} is no name of a file beside it.", AGAIN)
+    return {name: index.parent / file for name, file in weight_map.items()}
 
 
 def _tensor_names(file: Path) -> list[str]:

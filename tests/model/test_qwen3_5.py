@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 from jet_export.backends.eager import EagerEngine
 from jet_export.build.export_hf import save_unified
 from jet_export.bundle.limits import Limits
+from jet_export.bundle.memory import parameter_count
 from jet_export.model.cache import states_per_layer
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.config_keys import unknown_keys
+from jet_export.model.hub import load_config
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.runtime.llm import LLM
 from jet_export.runtime.tokenizer import ByteTokenizer
@@ -145,6 +148,7 @@ def test_the_text_part_of_the_multimodal_model(golden: Golden, model, tmp_path) 
         ({"linear_num_value_heads": 5}, "2 key heads beside 5 value heads"),
         ({"linear_key_head_dim": 24}, "head_k_dim of the jet layers is 24"),
         ({"attn_output_gate": False}, "attn_output_gate is False; qwen3_5_text models are run here with True only"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type is 'sigmoid'"),
         ({"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters .*is not supported"),
@@ -174,3 +178,53 @@ def test_norms_and_decays_stay_fp32_in_bf16(golden: Golden) -> None:
     kept = {n for n, p in random_model(c, torch.bfloat16).named_parameters() if p.dtype == torch.float32}
     assert {"norm.weight", "layers.3.self_attn.q_norm.weight", "layers.0.self_attn.A_log"} <= kept
     assert not any("proj" in name or "o_norm" in name or "conv1d" in name for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.8b", 0.752), ("2b", 1.882), ("4b", 4.206), ("9b", 8.954), ("27b", 26.896)],
+)
+def test_presets_have_the_published_sizes(name: str, billions: float) -> None:
+    """Of the text model: what the names round, less the vision tower and the multi-token-prediction layer."""
+    assert parameter_count(load_config(f"qwen3.5-{name}")) / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+def test_a_preset_is_what_its_config_json_says() -> None:
+    """The 27B's, as published; its text_config leaves nothing to defaults."""
+    text = {
+        "model_type": "qwen3_5_text",
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "bos_token_id": None,
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 4,
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "vocab_size": 248320,
+    }
+    config = {"model_type": "qwen3_5", "tie_word_embeddings": False, "text_config": text, "vision_config": {}}
+    assert JetNemotronConfig.from_dict(config) == load_config("qwen3.5-27b")
+    assert unknown_keys(text) == []
