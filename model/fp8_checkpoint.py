@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import Fp8Linear
+from jet_export.model.fp8_blocks import block_size
 from jet_export.utils.errors import JetExportError
 
 SCALES = ("weight_scale", "input_scale")
@@ -91,10 +92,10 @@ def scale_value(tensor: Tensor, name: str, file: Path) -> float:
 
 
 def check_quant_algo(directory: Path, config: JetNemotronConfig) -> None:
-    """Raise JetExportError for a checkpoint with any quantisation other than FP8 per tensor."""
+    """Raise JetExportError for a checkpoint with any quantisation other than FP8 per tensor, or per block."""
     described: list[tuple[str, dict[str, Any]]] = []
     in_config = config.raw.get("quantization_config")
-    if isinstance(in_config, dict):
+    if isinstance(in_config, dict) and not block_size(config, str(directory / "config.json")):
         described.append(("config.json: quantization_config", in_config))
     path = directory / HF_QUANT_CONFIG
     if path.exists():
@@ -106,7 +107,8 @@ def check_quant_algo(directory: Path, config: JetNemotronConfig) -> None:
         algo = values.get("quant_algo", values.get("quant_method"))
         if algo not in ("FP8", "modelopt", None):
             raise JetExportError(
-                f"{directory / where}: quant_algo is {algo}.", "Read here: FP8 (per tensor, static) and none."
+                f"{directory / where}: quant_algo is {algo}.",
+                "Read here: FP8 (per tensor, static; or of blocks, quant_method fp8) and none.",
             )
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterable
 
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.fp8_blocks import SUFFIX, block_size
 from jet_export.model.fp8_checkpoint import kv_scale_names, scale_names
 from jet_export.model.qwen3_5 import LEFT_OUT, TEXT, left_out
 from jet_export.utils.errors import JetExportError, JetExportWarning
@@ -19,6 +20,8 @@ def check_unread(c: JetNemotronConfig, layout: Collection[str], names: Iterable[
     """Raise JetExportError for a tensor of a layer that config.json does not have, or a bias that it has not; warn of
     others, by name. `layout`: the published names that are read; `names`: the checkpoint's."""
     read = {*layout, *(s for name in layout for s in scale_names(name)), *kv_scale_names(c)}
+    if block_size(c, where):
+        read |= {name + SUFFIX for name in layout}
     if c.tie_word_embeddings:
         read |= {"lm_head.weight", *scale_names("lm_head.weight")}  # a copy of the embeddings
     unread = sorted(name for name in set(names) - read if not NO_EFFECT.search(name))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8
+from jet_export.model.fp8_blocks import SUFFIX, block_size, is_blockwise, widen_blocks
 from jet_export.model.fp8_checkpoint import (
     check_quant_algo,
     holds_kv_scales,
@@ -146,8 +147,12 @@ def load_checkpoint(model: WeightedModel, files: CheckpointFiles, fp8: list[str]
     layout = checkpoint_layout(files.config)
     place_fp8_linears(model, fp8)
     params: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    block = block_size(files.config, str(files.directory / "config.json"))
+    scales = dict(_tensors(files, [n + SUFFIX for n in layout if block and n + SUFFIX in files.file_of]))
     for name, tensor in _tensors(files, list(layout)):
         into = layout[name]
+        if block and is_blockwise(tensor, name, scales):
+            tensor = widen_blocks(tensor, scales[name + SUFFIX], block, name, str(files.file_of[name]))
         param = params[into.param]
         _check_tensor(files.file_of[name], name, tensor, into.shape, param.dtype)
         if not all(map(is_finite, into.write(param, tensor))):

@@ -197,9 +197,9 @@ def test_modelopts_reader_of_fp8_weights(fp8_model, written) -> None:
     read = 0
     for name, tensor in stored.items():
         if tensor.dtype == FP8:
-            param, start, (rows, *_) = layout[name]
-            ours: Any = _parent(fp8_model, param)
-            expected = ours.weight[start : start + rows].float() * ours.weight_scale
+            s = layout[name]
+            ours: Any = _parent(fp8_model, s.param)
+            expected = ours.weight[s.start : s.start + s.shape[0]].float() * ours.weight_scale
             assert torch.equal(from_quantized_weight(tensor, stored[f"{name}_scale"], "fp8", torch.float32), expected)
             read += 1
     assert read == sum(n.endswith(".weight_scale") for n in stored)

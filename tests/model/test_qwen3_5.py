@@ -228,3 +228,37 @@ def test_a_preset_is_what_its_config_json_says() -> None:
     config = {"model_type": "qwen3_5", "tie_word_embeddings": False, "text_config": text, "vision_config": {}}
     assert JetNemotronConfig.from_dict(config) == load_config("qwen3.5-27b")
     assert unknown_keys(text) == []
+
+
+def in_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes, scales, the weight that they stand for) of a matrix, a scale for every block."""
+    scales = torch.stack(
+        [torch.stack([part.abs().max() / 448 for part in rows.split(block[1], 1)]) for rows in weight.split(block[0])]
+    )
+    N, K = weight.shape
+    every = scales.repeat_interleave(block[0], 0)[:N].repeat_interleave(block[1], 1)[:, :K]
+    codes = (weight / every).to(torch.float8_e4m3fn)
+    return codes, scales, codes.float() * every
+
+
+def test_fp8_blocks_are_read(golden: Golden, tmp_path) -> None:
+    """As Qwen publishes them: every projection in FP8 with a scale for each block, the last ones narrower."""
+    block, stored, wide = (48, 40), {}, {}
+    for name, weight in golden.weights.items():
+        stored[name] = wide[name] = weight
+        if weight.dim() == 2 and "embed" not in name and "in_proj_a" not in name and "in_proj_b" not in name:
+            stored[name], stored[f"{name}_scale_inv"], wide[name] = in_blocks(weight, block)
+    quant = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+    config = {**golden.config, "quantization_config": quant}
+    want = Golden(golden.config, [], wide, golden.outputs).model(tmp_path / "wide")
+    got = Golden(config, [], stored, golden.outputs).model(tmp_path / "blocks")
+    assert len(stored) > len(wide)
+    for (name, a), (_, b) in zip(got.named_parameters(), want.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    stored["model.layers.0.linear_attn.out_proj.weight_scale_inv"] = torch.ones(1, 1)
+    with pytest.raises(JetExportError, match=r"out_proj.weight_scale_inv has shape \[1, 1\], blocks of \[48, 40\]"):
+        Golden(config, [], stored, golden.outputs).model(tmp_path / "wrong")
+    for change, message in (({"weight_block_size": None}, "weight_block_size None"), ({"fmt": "e5m2"}, "fmt 'e5m2'")):
+        with pytest.raises(JetExportError, match=message):
+            other = {**config, "quantization_config": {**quant, **change}}
+            Golden(other, [], stored, golden.outputs).model(tmp_path / "other")
