@@ -139,9 +139,9 @@ def committed_tables() -> list[Path]:
     return sorted((DATA / "measured").rglob("*.json"))
 
 
-def find_table(model: str, precision: str, measured: Path | None) -> StepTable:
+def find_table(model: str, precision: str, measured: Path | None, asking: str = "--tpot-ms") -> StepTable:
     """The table of this model and precision in `measured`, or, of the committed ones with enough batches, that with the
-    most steps. Raises JetExportError, saying how to make one, where there is none."""
+    most steps. Raises JetExportError, saying how to make one and what is `asking`, where there is none."""
     found: dict[tuple[str, str], StepTable] = {}
     for file in [measured] if measured else committed_tables():
         for table in read_tables(file):
@@ -153,7 +153,7 @@ def find_table(model: str, precision: str, measured: Path | None) -> StepTable:
         return best
     where = str(measured) if measured else "this package"
     raise JetExportError(
-        f"--tpot-ms: {where} has no measured table of {model} {precision} (at least {MIN_ROWS} decode steps, "
+        f"{asking}: {where} has no measured table of {model} {precision} (at least {MIN_ROWS} decode steps, "
         f"of at least {MIN_BATCHES} batches).",
         "Make one where it will run: jet-export bench BUNDLE --contexts 4096,65536 --batch 1,8,64 --output DIR, "
         "then add --measured DIR/bench.json",

@@ -20,6 +20,7 @@ from jet_export.cli import (
     search,
     serve,
     sign,
+    simulate,
     try_model,
     verify,
 )
@@ -74,6 +75,9 @@ app.command("export-hf", epilog="Example: jet-export export-hf --model jet-4b --
 )
 app.command("try", epilog="Example: jet-export try jet-2b --trust-remote-code")(try_model.try_model)
 app.command(epilog="Example: jet-export search --model jet-2b --output searches/jet-2b")(search.search)
+app.command(
+    epilog="Example: jet-export simulate --model jet-2b --fp8 --rate 40 --replicas auto --slo ttft=500ms,tpot=30ms"
+)(simulate.simulate)
 app.command(epilog="Example: jet-export retrofit --recipe recipe.toml --teacher Qwen2.5-1.5B --output runs/jet-2b")(
     retrofit.retrofit
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from jet_export.backends.base import Engine
+from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import available_memory, workspace_per_token
-from jet_export.model.cache import PAGE, cdiv, pages_per_sequence
+from jet_export.model.cache import PAGE, StateSpec, cdiv, pages_per_sequence
+from jet_export.model.config import JetNemotronConfig
 from jet_export.runtime.copies import WORD, row_words
 from jet_export.runtime.pacing import Pacing
 from jet_export.runtime.plan import Capacity
@@ -40,8 +42,28 @@ class Serving:
     drafts: int | None = None  # tokens of a draft, at most; None: as many as the bundle verifies
 
 
-def capacity(engine: Engine, serving: Serving) -> Capacity:
-    """The capacity for `serving`. Raises JetExportError where it exceeds the engine's limits."""
+class EngineShape(Protocol):
+    """What the capacity depends on of an engine, or of one that is only planned."""
+
+    @property
+    def config(self) -> JetNemotronConfig: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def specs(self) -> list[StateSpec]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def capacity(engine: EngineShape, serving: Serving, available: int | None = None) -> Capacity:
+    """The capacity for `serving`. `available`: bytes of the device that states and activations may take; None: what is
+    free on it now. Raises JetExportError where it exceeds the engine's limits."""
     limits = engine.limits
     if serving.slots is not None and not 1 <= serving.slots <= limits.max_batch_size:
         raise JetExportError(
@@ -51,8 +73,9 @@ def capacity(engine: Engine, serving: Serving) -> Capacity:
         raise JetExportError(f"kv_tokens is {serving.kv_tokens}.", "It must be at least 1.")
     pages = None if serving.kv_tokens is None else cdiv(serving.kv_tokens, PAGE)
     row_bytes = WORD * row_words(engine.specs, engine.config)
-    rows = _prefix_rows(engine, serving, row_bytes)
-    slots, total = fit_to_memory(engine, slots=serving.slots, pages=pages, reserved=rows * row_bytes)
+    room = _room(engine, available)
+    rows = _prefix_rows(engine, serving, row_bytes, room)
+    slots, total = fit_to_memory(engine, slots=serving.slots, pages=pages, room=room - rows * row_bytes)
     chunk, budget = _chunk_and_budget(engine, serving, slots)
     full, ring = pages_per_sequence(engine.config, limits.max_seq_len, chunk)
     interval = chunk * cdiv(INTERVAL, max(1, chunk))
@@ -103,12 +126,12 @@ def pool_size(c: Capacity) -> PoolSize:
 
 
 def fit_to_memory(
-    engine: Engine, *, slots: int | None = None, pages: int | None = None, reserved: int = 0
+    engine: EngineShape, *, slots: int | None = None, pages: int | None = None, room: int | None = None
 ) -> tuple[int, int]:
     """(sequences at once, KV pages of full attention for all of them), of which the given ones stay as they are.
 
-    The limits decide, if memory allows, without `reserved` bytes; otherwise as many sequences as leave room for one of
-    full length, and pages in the rest of the memory. At least one sequence and its pages.
+    The limits decide, if memory allows; otherwise as many sequences as leave room for one of full length, and pages in
+    the rest of the memory. At least one sequence and its pages. `room`: bytes for states; None: all that is left.
     """
     limits, config = engine.limits, engine.config
     full, ring = pages_per_sequence(config, limits.max_seq_len, limits.prefill_chunk)  # of one sequence
@@ -116,7 +139,7 @@ def fit_to_memory(
     for spec in engine.specs:
         size[spec.rows] += spec.row_bytes
     slot_bytes = size["slots"] + ring * size["window_pages"]
-    room = _room(engine) - reserved
+    room = _room(engine) if room is None else room
     if slots is None:
         slots = limits.max_batch_size
         if slots * slot_bytes + (pages or full) * size["pages"] > room:
@@ -128,13 +151,13 @@ def fit_to_memory(
     return slots, pages
 
 
-def _room(engine: Engine) -> int:
+def _room(engine: EngineShape, available: int | None = None) -> int:
     """Bytes of the device that are left for states, beside the activations of a step."""
-    step_tokens = engine.limits.max_prefill_tokens
-    return available_memory(engine.device) - step_tokens * workspace_per_token(engine.config, engine.dtype)
+    available = available_memory(engine.device) if available is None else available
+    return available - engine.limits.max_prefill_tokens * workspace_per_token(engine.config, engine.dtype)
 
 
-def _prefix_rows(engine: Engine, serving: Serving, row_bytes: int) -> int:
+def _prefix_rows(engine: EngineShape, serving: Serving, row_bytes: int, room: int) -> int:
     """Entries that the prefix cache has room for on the device."""
     asked, most = serving.prefix_cache_bytes, ENTRIES * (serving.slots or engine.limits.max_batch_size)
     if asked is not None and asked < 0:
@@ -142,7 +165,7 @@ def _prefix_rows(engine: Engine, serving: Serving, row_bytes: int) -> int:
     if not row_bytes:  # full attention alone: only KV pages, which are there anyway
         return 0 if asked == 0 else most
     if asked is None:
-        return max(0, min(most, _room(engine) // SHARE // row_bytes))
+        return max(0, min(most, room // SHARE // row_bytes))
     if 0 < asked < row_bytes:
         raise JetExportError(
             f"prefix_cache_bytes is {asked}; the states of one prefix take {row_bytes} bytes.",
@@ -151,7 +174,7 @@ def _prefix_rows(engine: Engine, serving: Serving, row_bytes: int) -> int:
     return asked // row_bytes
 
 
-def _host_bytes(engine: Engine, serving: Serving, *, preempted: int, prefixes: bool) -> int:
+def _host_bytes(engine: EngineShape, serving: Serving, *, preempted: int, prefixes: bool) -> int:
     """Host memory, at most what `preempted` requests need where prefixes would only move within the same memory."""
     if serving.host_cache_bytes is not None:
         if serving.host_cache_bytes < 0:
@@ -161,7 +184,7 @@ def _host_bytes(engine: Engine, serving: Serving, *, preempted: int, prefixes: b
     return min(useful, HOST_BYTES, available_memory(torch.device("cpu")) // SHARE) // WORD * WORD
 
 
-def pacing(engine: Engine, serving: Serving) -> Pacing | None:
+def pacing(engine: EngineShape, serving: Serving) -> Pacing | None:
     """What chooses the prompt tokens of a step that also decodes; None: `mixed_prefill`, or all that the budget leaves.
 
     Raises JetExportError for options that contradict each other."""
@@ -182,7 +205,7 @@ def pacing(engine: Engine, serving: Serving) -> Pacing | None:
     return Pacing(serving.tpot_ms) if automatic or serving.tpot_ms is not None else None
 
 
-def _chunk_and_budget(engine: Engine, serving: Serving, slots: int) -> tuple[int, int]:
+def _chunk_and_budget(engine: EngineShape, serving: Serving, slots: int) -> tuple[int, int]:
     """(prefill chunk, token budget): the most tokens per step of one prompt, and of everything."""
     limits = engine.limits
     max_budget = max(slots, limits.max_prefill_tokens)

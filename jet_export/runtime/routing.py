@@ -51,9 +51,10 @@ class Router(Generic[R]):
 
     def forget(self, replica: R) -> None:
         """The replica is gone, and what it held."""
-        for known in (self.sessions, self.prefixes):
-            for key in [k for k, r in known.items() if r == replica]:
-                del known[key]
+        for session in [s for s, r in self.sessions.items() if r == replica]:
+            del self.sessions[session]
+        for prefix in [p for p, r in self.prefixes.items() if r == replica]:
+            del self.prefixes[prefix]
 
     def _holder(self, loads: Mapping[R, int], session: str, prefixes: Sequence[Hashable]) -> R | None:
         found = self.sessions.get(session) if session else None

@@ -79,6 +79,10 @@ class Outcome:
     scale: list[tuple[float, int]]  # (time, replicas from then on)
 
 
+class GaveUp(Exception):
+    """A run was ended before its time."""
+
+
 class Cluster:
     """One run of a load."""
 
@@ -101,13 +105,21 @@ class Cluster:
         self.now = self.replica_seconds = self.busy = 0.0
         self.steps = self.most = self.failed = self.preemptions = self.most_at_once = 0
         self.left = 0  # requests that have not ended
+        self.give_up: Callable[[Job], bool] = lambda job: False
         self.starting = 0  # replicas
         self.draining: set[int] = set()  # they take no more requests, and go when they have none
         self.too_many_since: float | None = None
         self.scale: list[tuple[float, int]] = []
 
-    def serve(self, load: Sequence[Arrival], emit: Callable[[int], None] = lambda done: None) -> Outcome:
-        """Run the load. `emit` gets the number of requests that have arrived, now and then."""
+    def serve(
+        self,
+        load: Sequence[Arrival],
+        emit: Callable[[int], None] = lambda done: None,
+        give_up: Callable[[Job], bool] = lambda job: False,
+    ) -> Outcome:
+        """Run the load. `emit` gets the number of requests that have arrived, now and then. `give_up` is asked at the
+        end of each request; raises GaveUp once it says so."""
+        self.give_up = give_up
         prompts = Prompts(self.engine.capacity.page_size) if self.engine.capacity.prefix_interval else None
         for _ in range(self.plan.replicas):
             self._start(0.0)
@@ -196,7 +208,7 @@ class Cluster:
 
     def _done(self, name: int) -> Callable[[Job], None]:
         def done(job: Job) -> None:
-            self.left -= 1
+            self._ended(job)
             heapq.heappush(self.ends, (job.end, name))
             if name in self.draining and not self.replicas[name].jobs:
                 self._at(job.end, lambda now: self._drained(name, now))
@@ -204,8 +216,13 @@ class Cluster:
         return done
 
     def _fails(self, job: Job, why: str, now: float) -> None:
-        self.left -= 1
         job.failed, job.end = why, now
+        self._ended(job)
+
+    def _ended(self, job: Job) -> None:
+        self.left -= 1
+        if self.give_up(job):
+            raise GaveUp
 
     # -- replicas
 

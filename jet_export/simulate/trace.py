@@ -47,6 +47,7 @@ def read_trace(file: Path, most: int | None = None) -> list[Arrival]:
 
 
 def _arrivals(file: Path, f: TextIO) -> Iterator[Arrival]:
+    read: Callable[[Mapping[str, Any]], Arrival]
     first = f.readline()
     f.seek(0)
     if first.lstrip().startswith("{"):

@@ -3,6 +3,8 @@ against single ones."""
 
 import random
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,11 @@ from jet_export.model.cache import PackedBatch
 from jet_export.model.jet_nemotron import random_model
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
-from jet_export.runtime.params import Params
+from jet_export.runtime.params import Output, Params
 from jet_export.runtime.plan import Capacity, Plan
 from jet_export.runtime.step import InFlightStep, StepInputs
 from jet_export.runtime.tokenizer import ByteTokenizer
-from jet_export.simulate.cluster import Cluster, ClusterPlan
+from jet_export.simulate.cluster import Cluster, ClusterPlan, Outcome
 from jet_export.simulate.load import Arrival, Lengths, Poisson
 from jet_export.simulate.replica import EngineModel
 from jet_export.simulate.step_times import DecodeTimes, StepTimes, Window
@@ -49,7 +51,8 @@ class Served:
         engine = IdleEngine(random_model(mini_config(), torch.float32, "cpu", max_positions=LIMITS.max_seq_len), LIMITS)
         self.clock, self.device, self.left = Clock(), 0.0, list(load)
         self.batching = BatchingEngine(engine, ByteTokenizer(), -1, serving, overlap=overlap, clock=self.clock)
-        self.launch, self.batching.executor.launch = self.batching.executor.launch, self.timed
+        executor: Any = self.batching.executor
+        self.launch, executor.launch = executor.launch, self.timed
         self.rng, self.told = torch.Generator().manual_seed(1), list[list[float]]()
         self.sessions: dict[str, list[int]] = {}  # the tokens of a session's turns so far
         self.capacity = self.batching.scheduler.capacity
@@ -64,6 +67,9 @@ class Served:
     def times(self) -> list[tuple[float, float]]:
         """Of each request's first and last token."""
         return [(times[0], times[-1]) for times in self.told]
+
+    def _told(self, times: list[float], output: Output) -> None:
+        times.append(self.clock.now)
 
     def timed(self, plan: Plan, inputs: StepInputs) -> InFlightStep:
         chunks, held = [(first, n) for _, first, n in plan.prefill], sum(r.held for r in plan.decode)
@@ -91,22 +97,14 @@ class Served:
             self.told.append(times)
             self.clock.now = a.at
             params = Params(max_new_tokens=a.output, ignore_eos=True)
-            self.batching.submit(prompt, params, lambda o, times=times: times.append(self.clock.now))
+            self.batching.submit(prompt, params, partial(self._told, times))
             self.clock.now = now
         self.clock.now = max(time, self.clock.now)
 
 
-def simulated(
-    load: list[Arrival],
-    capacity: Capacity,
-    overlap: bool,
-    pacing=lambda: None,
-    bulk: bool = True,
-    times: StepTimes = TIMES,
-):
-    engine = EngineModel(
-        capacity=replace(capacity, row_bytes=0), times=times, overlap=overlap, pacing=pacing, bulk=bulk
-    )
+def simulated(load: list[Arrival], capacity: Capacity, overlap: bool, bulk: bool = True) -> Outcome:
+    capacity = replace(capacity, row_bytes=0)
+    engine = EngineModel(capacity=capacity, times=TIMES, overlap=overlap, pacing=lambda: None, bulk=bulk)
     return Cluster(engine, ClusterPlan(replicas=1)).serve(load)
 
 
