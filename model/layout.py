@@ -12,7 +12,7 @@ from jet_export.model.config import JetNemotronConfig
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows [start, start + shape[0]) of parameter `param`, whose rows have shape[1:], or as many elements.
+    """Rows [start, start + shape[0]) of parameter `param`, seen as rows of shape[1:].
 
     With `head` the tensor has two parts that alternate every `head` rows, as Qwen3.5's queries and gates do: the first
     fills rows from `start` on, the second from `second` on, shape[0] / 2 each. `offset` is added to what is read."""
@@ -28,7 +28,8 @@ class Slice:
         """Views of the parameter's rows, in the published shape but for their number."""
         count = self.shape[0] // (2 if self.head else 1)
         starts = (self.start, self.second) if self.head else (self.start,)
-        return [param[start : start + count].view(count, *self.shape[1:]) for start in starts]
+        whole = param.view(-1, *self.shape[1:])
+        return [whole[start : start + count] for start in starts]
 
     def write(self, param: Tensor, tensor: Tensor) -> list[Tensor]:
         """Fill the parameter's rows from a published tensor. Returns them."""

@@ -31,7 +31,7 @@ class JetBlock(nn.Module):
         if c.jet_conv == "dynamic":
             self.w2 = nn.Linear(R, D * c.conv_size, bias=True)
         else:
-            self.conv1d = nn.Parameter(torch.zeros(c.conv_dim(dims), c.conv_size))  # of [q | k | v]
+            self.conv1d = nn.Parameter(torch.zeros(c.conv_dim(dims) * c.conv_size))  # of [q | k | v]: [C * W]
         self.A_log = nn.Parameter(torch.zeros(H))  # fp32 in every model dtype, as dt_bias
         self.dt_bias = nn.Parameter(torch.zeros(H))
         self.o_norm = nn.Parameter(torch.ones(V))
@@ -54,7 +54,7 @@ class JetBlock(nn.Module):
             kappa = project(self.w2, qkuz[:, -self.generator_dim :], silu=True, ahead=ahead)  # [T, D * W]
         else:
             qkuz = project(self.in_proj, x, later, ahead=(self.o_proj, *ahead))
-            kappa = self.conv1d.flatten()  # [C * W]
+            kappa = self.conv1d
         conv_state, recurrent_state, *buffer = state
         args = (
             qkuz, project(self.ba_proj, x, later), kappa,

@@ -69,6 +69,12 @@ def relative(model_type: Any) -> str | None:
     return RELATIVES.get(model_type) if isinstance(model_type, str) else None
 
 
+def not_yet(config: Any, what: str, todo: str = "") -> None:
+    """Raise JetExportError where a tool does not run this family's layers. `config`: a JetNemotronConfig."""
+    if config.model_type == TEXT:
+        raise JetExportError(f"{what}: not for {TEXT} models, whose convolutions are static and heads shared.", todo)
+
+
 def qwen3_5_fields(f: Fields) -> dict[str, Any]:
     """Fields of JetNemotronConfig that are this family's own."""
     kinds = _kinds(f)

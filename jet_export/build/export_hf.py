@@ -31,6 +31,7 @@ from jet_export.model.fp8_checkpoint import (
 )
 from jet_export.model.hf_files import write_config
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
+from jet_export.model.qwen3_5 import not_yet
 from jet_export.model.weights import checkpoint_layout, published_tensors, save_shards
 from jet_export.quantization.quantize import linear_paths
 from jet_export.trtllm.engine_flow import LEGACY, save_engine_flow
@@ -52,6 +53,8 @@ def run_export(options: BuildOptions, target: str = "hf", emit: Callable[[str], 
         raise JetExportError(f"--target {target}: not known.", f"Known: {', '.join(TARGETS)}.")
     assert options.output is not None
     plan = make_plan(options)
+    if target != "hf":
+        not_yet(plan.config, f"--target {target}", "There is --target hf.")
     check_output(options.output, options.force)
     check_requirements(plan)
     progress = Progress(emit)

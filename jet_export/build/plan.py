@@ -19,6 +19,7 @@ from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
+from jet_export.model.qwen3_5 import not_yet
 from jet_export.model.weights import CheckpointFiles, check_tensors
 from jet_export.plugins.targets import check_fp8, parse_sms, sm_name, sm_of_arch
 from jet_export.runtime.tokenizer import Tokenizer
@@ -116,6 +117,8 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if options.checkpoint is not None and not (options.checkpoint / "config.json").is_file():
         raise JetExportError(f"--checkpoint {options.checkpoint}: no config.json there.")
     config = _config(options, directory)
+    if backend.name in FLAVORS:
+        not_yet(config, f"--backend {backend.name}", "There are --backend inductor, and --backend onnx for the graph.")
     if directory is not None and not options.random_weights:
         check_tensors(CheckpointFiles.open(directory))
     _check_tokenizer(options, config)

@@ -8,12 +8,14 @@ from rich.table import Table
 
 from jet_export.bundle.memory import Memory, parameter_count
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.qwen3_5 import PUBLISHED_KINDS, TEXT
 from jet_export.utils.console import human
 
 
 def architecture(c: JetNemotronConfig) -> str:
-    """Parameters and layers in a line."""
-    kinds = Counter(c.layer_types)
+    """Parameters and layers in a line, by the names that config.json has for them."""
+    names = PUBLISHED_KINDS if c.model_type == TEXT else {}
+    kinds = Counter(names.get(kind, kind) for kind in c.layer_types)
     layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     return f"{parameter_count(c) / 1e6:,.1f} M parameters; layers: {layers}"
 

@@ -18,6 +18,7 @@ from jet_export.bundle.dtypes import torch_dtype
 from jet_export.bundle.memory import USABLE, available_memory
 from jet_export.bundle.target import host_target, target_device
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.qwen3_5 import not_yet
 from jet_export.search.choose import Selector
 from jet_export.search.constraints import Constraints
 from jet_export.search.database import MeasurementSetup
@@ -92,6 +93,7 @@ class SearchSpec:
         """Check everything that can be checked before any work. Raises JetExportError; writes nothing."""
         options.check_ranges()
         config = make_plan(build_options(options)).config
+        not_yet(config, f"--model {options.model}")
         preset = replace(config, raw={k: v for k, v in config.raw.items() if k != RECORD_KEY})
         device = target_device(options.device)
         backend = choose_measured_backend(options.backend, device)

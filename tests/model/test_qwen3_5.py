@@ -12,7 +12,8 @@ from helpers.qwen import load_qwen, outputs, states
 from safetensors.torch import save_file
 
 from jet_export.backends.eager import EagerEngine
-from jet_export.build.export_hf import save_unified
+from jet_export.build.export_hf import run_export, save_unified
+from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import parameter_count
 from jet_export.model.cache import states_per_layer
@@ -22,6 +23,7 @@ from jet_export.model.hub import load_config
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.runtime.llm import LLM
 from jet_export.runtime.tokenizer import ByteTokenizer
+from jet_export.search.spec import SearchOptions, SearchSpec
 from jet_export.utils.errors import JetExportError, JetExportWarning
 
 TOLERANCE = 1e-5  # fp32, 64 tokens
@@ -262,3 +264,29 @@ def test_fp8_blocks_are_read(golden: Golden, tmp_path) -> None:
         with pytest.raises(JetExportError, match=message):
             other = {**config, "quantization_config": {**quant, **change}}
             Golden(other, [], stored, golden.outputs).model(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorrt-rtx", "sm": "8.9"}, "--backend tensorrt-rtx: not for qwen3_5_text models.*\n.*inductor"),
+        ({"fp8": True, "dtype": "float32"}, "--fp8"),
+    ],
+    ids=["tensorrt", "fp8"],
+)
+def test_what_a_build_does_not_take(golden: Golden, tmp_path, options: dict[str, Any], message: str) -> None:
+    if options.get("backend") == "tensorrt-rtx":
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    directory = golden.save_checkpoint(tmp_path)
+    with pytest.raises(JetExportError, match=message):
+        make_plan(BuildOptions(model=str(directory), device="cpu", **options))
+
+
+def test_what_other_tools_do_not_take(golden: Golden, tmp_path) -> None:
+    model = str(golden.save_checkpoint(tmp_path))
+    options = BuildOptions(model=model, device="cpu", dtype="float32", output=tmp_path / "out")
+    with pytest.raises(JetExportError, match=r"--target trtllm-1\.2: not for qwen3_5_text models"):
+        run_export(options, "trtllm-1.2")
+    with pytest.raises(JetExportError, match=r"--model .*: not for qwen3_5_text models"):
+        SearchSpec.from_options(SearchOptions(model=model, device="cpu", dtype="float32"))
+    assert not (tmp_path / "out").exists()
