@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 DEMO   := bundles/jet-tiny-fp8-inductor
 LOAD   := build/load
 
-.PHONY: demo load test lint types docs constraints clean verify-tensorrt
+.PHONY: demo fuzz load test lint types docs constraints clean verify-tensorrt
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ verify-tensorrt: $(READY)
 # All tests, or TESTS=tests/kernels.
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope --no-loadscope-reorder $(TESTS)
+
+# The fuzz tests with FACTOR times as many examples as CI looks at, at other values each time.
+FACTOR ?= 100
+fuzz: $(READY)
+	JET_FUZZ=$(FACTOR) $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --timeout=0 tests/fuzz $(TESTS)
 
 # mypy wants modules where they are imported from, so everything is linked there: kernels/, model/ and plugins/ under
 # jet_export/, the tests' helpers and the scripts, whose names must differ, at the top.

@@ -263,6 +263,7 @@ def check_config(c: JetNemotronConfig) -> None:
         raise JetExportError(f"config: conv_size {c.conv_size} is not between 2 and 8.")
     check_range("window_size of the swa layers", c.window_size, 1 if "swa" in c.layer_types else 0, MAX_POSITIONS)
     check_range("rope_theta", c.rope_theta, 1.0, 1e12)
+    check_range("expand_v of the jet layers", c.expand_v, 0.0, MAX_HEAD_V_DIM)
     for name, eps in (("rms_norm_eps", c.rms_norm_eps), ("norm_eps of the jet layers", c.jet_norm_eps)):
         check_range(name, eps, 1e-12, 1e-1)
     for name in ("bos_token_id", "eos_token_id"):

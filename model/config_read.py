@@ -105,11 +105,12 @@ def _jet_layers(layers: Fields) -> tuple[tuple[int, JetDims], ...]:
     """`efficient_attention_config.jet.layers`: layer number -> head_dim, expand_v, num_heads."""
     out = []
     for i in layers.values:
-        if not i.removeprefix("-").isdecimal():
+        if not i.removeprefix("-").isdecimal() or len(i) > 9:
             raise JetExportError(f"{layers.where}: {layers.path}{i}: {i!r} is no layer number.")
         layer = layers.object(i)
         head_dim = layer.integer("head_dim")
-        out.append((int(i), JetDims(layer.integer("num_heads"), head_dim, int(head_dim * layer.number("expand_v")))))
+        head_v_dim = min(head_dim * layer.number("expand_v"), 2.0**31)  # JetNemotronConfig names its limit
+        out.append((int(i), JetDims(layer.integer("num_heads"), head_dim, int(max(head_v_dim, 0)))))
     return tuple(sorted(out))
 
 

@@ -90,14 +90,21 @@ def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Ten
         from jet_export.quantization.quantize import QuantizationReport, apply_report
 
         apply_report(model, QuantizationReport.from_dict(manifest.quantization))
-    wanted = set(model.state_dict()) | {"cos_sin"}
-    missing = sorted(wanted - weights.keys())
+    again, wanted = "Build the bundle again.", model.state_dict()
+    missing = sorted((wanted.keys() | {"cos_sin"}) - weights.keys())
     if missing:
-        raise JetExportError(f"{directory}: weight {missing[0]} is missing.", "Build the bundle again.")
-    model.load_state_dict({k: v for k, v in weights.items() if k != "cos_sin" and k in wanted}, assign=True)
+        raise JetExportError(f"{directory}: weight {missing[0]} is missing.", again)
+    for name, t in wanted.items():
+        if (found := weights[name]).shape != t.shape or found.dtype != t.dtype:
+            is_, wants = (f"{x.dtype} {list(x.shape)}" for x in (found, t))
+            raise JetExportError(f"{directory}: weight {name} is {is_}, not {wants} as the manifest says.", again)
+    table = weights["cos_sin"]
+    if table.ndim != 2 or len(table) < limits.max_seq_len or table.shape[1] != model.cos_sin.shape[1]:
+        raise JetExportError(f"{directory}: weight cos_sin is not for max_seq_len {limits.max_seq_len}.", again)
+    model.load_state_dict({k: weights[k] for k in wanted if k != "cos_sin"}, assign=True)
     if weights["lm_head.weight"] is weights["embed_tokens.weight"]:
         model.lm_head.weight = model.embed_tokens.weight  # one parameter, as in the model that was saved
-    model.cos_sin = weights["cos_sin"]
+    model.cos_sin = table
     model.requires_grad_(False)
     return EagerEngine(
         model,

@@ -6,7 +6,6 @@ numbers, bit for bit where both are deterministic.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from jet_export.runtime.params import Params
 from jet_export.runtime.sampling import Sampling
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.schema import read_json_object
 
 Scored = tuple[float, bool]  # (log probability of a continuation, whether greedy decoding would give it)
 Pair = tuple[Any, list[int], list[int]]  # (the harness's key, tokens of the context, tokens of the continuation)
@@ -36,11 +36,11 @@ def prefix_token(directory: Path, tokenizer: Tokenizer | ByteTokenizer, eos: tup
     """What stands before a text that is scored from its first token on: tokenizer_config.json's bos_token, else its
     eos_token, else the model's end of sequence."""
     path = tokenizer_directory(directory) / TOKENIZER_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json_object(path)
     for name in ("bos_token", "eos_token"):
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
-        if text and isinstance(tokenizer, Tokenizer):
+        if text and isinstance(text, str) and isinstance(tokenizer, Tokenizer):
             return tokenizer.encode(text, special_tokens=False)[0]
     return eos[0] if eos else 0
 

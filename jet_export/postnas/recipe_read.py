@@ -13,7 +13,7 @@ from jet_export.postnas.design import VARIANTS
 from jet_export.postnas.recipe import PostnasRecipe
 from jet_export.training.recipe import Recipe
 from jet_export.training.recipe_read import check_recipe, recipe_of
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 from jet_export.utils.schema import parse, read_toml
 
 SEE = "docs/guides/postnas.md lists the keys."
@@ -30,7 +30,7 @@ def postnas_recipe_of(values: Mapping[str, Any], where: str, base: Path) -> Post
     """The recipe of these values, as tomllib gives them."""
     for key in values:
         if key not in TABLES and key not in (f.name for f in dataclasses.fields(Recipe)):
-            _bad(where, key, "is not known", f"Known: {', '.join(TABLES)}, and what a retrofit's recipe has.")
+            _bad(where, key[:80], "is not known", f"Known: {', '.join(TABLES)}, and what a retrofit's recipe has.")
     tables = parse(r.PostnasTables, {k: v for k, v in values.items() if k in TABLES}, where, SEE)
     training = recipe_of({k: v for k, v in values.items() if k not in TABLES}, where)
     if training.student.layers:
@@ -54,11 +54,11 @@ def _located(path: str, base: Path) -> str:
     if not path or path.startswith(("/", "~")):
         return path
     there = base / path
-    if there.exists():
-        return str(there.resolve())
     try:
+        if there.exists():
+            return str(there.resolve())
         return str(there) if any(base.glob(path)) else path
-    except (ValueError, IndexError, NotImplementedError):  # no pattern that glob takes; a hub's id, perhaps
+    except (OSError, ValueError, IndexError, NotImplementedError):  # no file name, and no pattern that glob takes
         return path
 
 
@@ -87,10 +87,12 @@ def _checked(recipe: PostnasRecipe, where: str, base: Path) -> PostnasRecipe:
     if bool(p.steps) == bool(p.tokens):
         _bad(where, "placement", "has both steps and tokens, or neither", "Give it one of them.")
     if not p.keep or p.choose not in p.keep:
-        _bad(where, f"placement.choose {p.choose}", f"is not in placement.keep {list(p.keep)}", "Add it there.")
+        _bad(where, f"placement.choose {p.choose}", f"is not in placement.keep {shown(list(p.keep))}", "Add it there.")
     names = [t.name for t in recipe.task]
     if p.objective not in ("combined", *names):
-        _bad(where, f"placement.objective {p.objective!r}", "is no task", f"It takes combined, {', '.join(names)}.")
+        _bad(
+            where, f"placement.objective {shown(p.objective)}", "is no task", f"It takes combined, {', '.join(names)}."
+        )
     for name in ("block", "design", "shapes"):
         budget = getattr(recipe, name)
         if not budget.feature_steps + budget.logits_steps:
@@ -103,10 +105,12 @@ def _checked(recipe: PostnasRecipe, where: str, base: Path) -> PostnasRecipe:
         )
     for size in shapes.sizes:
         if not SIZE.fullmatch(size):
-            _bad(where, "shapes.sizes", f"has {size!r}", "A size is head_k_dim x head_v_dim x num_heads: 96x256x12.")
+            _bad(
+                where, "shapes.sizes", f"has {shown(size)}", "A size is head_k_dim x head_v_dim x num_heads: 96x256x12."
+            )
     for variant in recipe.design.variants:
         if variant not in VARIANTS:
-            _bad(where, "design.variants", f"is {variant!r}", f"It takes {', '.join(VARIANTS)}.")
+            _bad(where, "design.variants", f"is {shown(variant)}", f"It takes {', '.join(VARIANTS)}.")
     designs = recipe.design.variants or VARIANTS
     design = dataclasses.replace(recipe.design, variants=designs)
     shapes = dataclasses.replace(shapes, space=_located(shapes.space, base))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
+from jet_export.utils.schema import read_json_object
 
 MAX_HELD_BACK = 16  # tokens that TextStream holds back for the end of a character, which has at most 4 bytes
 
@@ -87,13 +87,14 @@ def load_eos(directory: str | Path, default: int, vocab: int) -> tuple[int, ...]
 
     Raises JetExportError for anything else there."""
     path = Path(directory) / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    found = read_json_object(path).get("eos_token_id")
     if found is None:
         return (default,)
     ids = found if isinstance(found, list) else [found]
     if any(type(i) is not int or not 0 <= i < vocab for i in ids):
         raise JetExportError(
-            f"{path}: eos_token_id {found} is not in the vocabulary of {vocab}.", "Give a token id, or a list of them."
+            f"{path}: eos_token_id {shown(found)} is not in the vocabulary of {vocab}.",
+            "Give a token id, or a list of them.",
         )
     return tuple(ids)
 

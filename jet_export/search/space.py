@@ -5,26 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jet_export.model.config import LAYER_TYPES, JetDims, JetNemotronConfig
-from jet_export.utils.errors import JetExportError
+from jet_export.search.space_file import SpaceFile
+from jet_export.utils.errors import JetExportError, shown
 from jet_export.utils.files import DATA
+from jet_export.utils.schema import parse, read_toml
+
+T = TypeVar("T")
 
 LETTERS = {"j": "jet", "a": "attn", "s": "swa"}
-MAX_INT = 2**31 - 1
 SPACES = DATA / "search"
-KEYS: dict[str, set[str]] = {
-    "jet": {"sizes", "head_k_dim", "head_v_dim", "num_heads", "share"},
-    "precision": {"fp8", "state_dtype", "kv_cache_dtype"},
-    "attention": {"window_size", "layout"},
-    "constraints": {"cache_bytes", "gpu_memory", "parameters", "decode_ms", "tokens_per_s", "prefill_tokens_per_s"},
-    "measure": {"batch", "context", "prefill_chunk", "new_tokens", "layers", "repeats", "fill"},
-    "target": {"batch", "context", "slack_percent"},
-}
+SEE = "docs/guides/search.md describes the format."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,163 +88,107 @@ def default_space(model: str) -> Path:
 
 def read_space(path: Path, preset: JetNemotronConfig) -> Space:
     """Raises JetExportError naming the file, the key and what it takes."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JetExportError(f"--space {path}: no such file.", "docs/guides/search.md describes the format.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
-        raise JetExportError(
-            f"--space {path}: not valid TOML: {e}.", "docs/guides/search.md describes the format."
-        ) from None
-    try:
-        return _Reader(path, values).space(preset)
-    except OverflowError:
-        raise JetExportError(
-            f"--space {path}: a number is too large.", "docs/guides/search.md describes the format."
-        ) from None
+    return space_of(read_toml(path, f"--space {path}", SEE), path, preset)
+
+
+def space_of(values: dict[str, Any], path: Path, preset: JetNemotronConfig) -> Space:
+    """The space of these values, as tomllib gives them."""
+    return _Reader(path, parse(SpaceFile, values, f"--space {path}", SEE)).space(preset)
+
+
+def unique(items: Iterable[T]) -> tuple[T, ...]:
+    """Without duplicates, in their order."""
+    return tuple(dict.fromkeys(items))
 
 
 class _Reader:
-    """One file's values, each checked where it is read."""
+    """One file's tables, and what they mean for a preset."""
 
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path, self.values = path, values
-        for section, keys in values.items():
-            if section not in KEYS:
-                raise self.bad(f"[{section}] is not known", f"Known: {', '.join(KEYS)}.")
-            if not isinstance(keys, dict):
-                raise self.bad(f"{section} is not a table")
-            for key in keys:
-                if key not in KEYS[section]:
-                    raise self.bad(f"{section}.{key} is not known", f"Known: {', '.join(sorted(KEYS[section]))}.")
+    def __init__(self, path: Path, file: SpaceFile) -> None:
+        self.path, self.file = path, file
 
-    def bad(self, what: str, todo: str = "docs/guides/search.md describes the format.") -> JetExportError:
+    def bad(self, what: str, todo: str = SEE) -> JetExportError:
         return JetExportError(f"--space {self.path}: {what}.", todo)
 
-    def get(self, section: str, key: str, default: Any = None) -> Any:
-        return self.values.get(section, {}).get(key, default)
-
-    def many(
-        self, section: str, key: str, default: list[Any], kind: type, known: tuple[Any, ...] = ()
-    ) -> tuple[Any, ...]:
-        """A value or a list of values, without duplicates."""
-        value = self.get(section, key, default)
-        listed: list[Any] = value if isinstance(value, list) else [value]
-        for v in listed:
-            out_of_range = isinstance(v, int) and kind is int and not 1 <= v <= MAX_INT
-            if type(v) is not kind or (known and v not in known) or out_of_range:
-                of = f" of at least 1, at most {MAX_INT}" if kind is int else ""
-                takes = ", ".join(map(str, known)) or f"{kind.__name__}s{of}"
-                raise self.bad(f"{section}.{key} holds {v!r}", f"It takes {takes}.")
-        if not listed:
-            raise self.bad(f"{section}.{key} is empty")
-        return tuple(dict.fromkeys(listed))
-
-    def number(self, section: str, key: str, default: float | None) -> float | None:
-        value = self.get(section, key, default)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise self.bad(f"{section}.{key} is {value!r}, not a number of at least 0")
-        return value
-
-    def one(self, section: str, key: str, default: Any, kind: type, known: tuple[Any, ...] = ()) -> Any:
-        value = self.get(section, key)
-        if isinstance(value, list):
-            raise self.bad(f"{section}.{key} is {value!r}", "It takes one value, not a list.")
-        return self.many(section, key, [default], kind, known)[0]
-
-    def count(self, section: str, key: str, default: int, least: int = 1) -> int:
-        value: int = self.one(section, key, default, int)
-        if value < least:
-            raise self.bad(f"{section}.{key} is {value}", f"It takes at least {least}.")
-        return value
-
     def space(self, preset: JetNemotronConfig) -> Space:
-        batch = self.many("measure", "batch", [1], int)
-        context = self.many("measure", "context", [min(4096, preset.max_position_embeddings)], int)
-        target_batch = self.count("target", "batch", max(batch))
-        target_context = self.count("target", "context", max(context))
+        precision, constraints = self.file.precision, self.file.constraints
+        measure, target = self.file.measure, self.file.target
+        batch = unique(measure.batch)
+        context = unique(measure.context or (min(4096, preset.max_position_embeddings),))
+        target_batch, target_context = target.batch or max(batch), target.context or max(context)
         for key, value, grid in (("batch", target_batch, batch), ("context", target_context, context)):
             if value not in grid:
                 raise self.bad(f"target.{key} {value} is not measured", f"Add it to measure.{key}.")
         return Space(
             sizes=self.sizes(preset),
             share=self.share(preset),
-            fp8=self.many("precision", "fp8", [False], bool),
-            state_dtype=self.many("precision", "state_dtype", ["float32"], str, ("float32", "bfloat16")),
-            kv_cache_dtype=self.many("precision", "kv_cache_dtype", ["auto"], str, ("auto", "fp8")),
-            window_size=self.windows(preset),
+            fp8=unique(precision.fp8),
+            state_dtype=unique(precision.state_dtype),
+            kv_cache_dtype=unique(precision.kv_cache_dtype),
+            window_size=unique(self.file.attention.window_size or (preset.window_size,)),
             layouts=self.layouts(preset),
             cache_bytes=self.bound("cache_bytes", "preset"),
             gpu_memory=self.bound("gpu_memory", "device"),
             parameters=self.range(),
-            decode_ms=self.number("constraints", "decode_ms", None),
-            tokens_per_s=self.number("constraints", "tokens_per_s", None),
-            prefill_tokens_per_s=self.number("constraints", "prefill_tokens_per_s", None),
+            decode_ms=constraints.decode_ms,
+            tokens_per_s=constraints.tokens_per_s,
+            prefill_tokens_per_s=constraints.prefill_tokens_per_s,
             batch=tuple(sorted(batch)),
             context=tuple(sorted(context)),
-            prefill_chunk=self.count("measure", "prefill_chunk", 2048),
-            new_tokens=self.count("measure", "new_tokens", 64, least=2),  # one step is dropped
-            layers=self.count("measure", "layers", 2),
-            repeats=self.count("measure", "repeats", 3),
-            fill=self.one("measure", "fill", "auto", str, ("auto", "prefill", "synthetic")),
+            prefill_chunk=measure.prefill_chunk,
+            new_tokens=measure.new_tokens,
+            layers=measure.layers,
+            repeats=measure.repeats,
+            fill=measure.fill,
             target_batch=target_batch,
             target_context=target_context,
-            slack_percent=float(self.number("target", "slack_percent", 3.0) or 0.0),
+            slack_percent=target.slack_percent,
         )
 
     def sizes(self, preset: JetNemotronConfig) -> tuple[JetDims, ...]:
-        axes = [key for key in ("head_k_dim", "head_v_dim", "num_heads") if self.get("jet", key) is not None]
-        if axes and self.get("jet", "sizes") is not None:
+        jet = self.file.jet
+        axes = [key for key in ("head_k_dim", "head_v_dim", "num_heads") if getattr(jet, key)]
+        if axes and jet.sizes:
             raise self.bad(f"jet.sizes and jet.{axes[0]} exclude each other")
         own = preset.jet_num_heads, preset.head_k_dim, preset.head_v_dim
         if axes:
-            K = self.many("jet", "head_k_dim", [own[1]], int)
-            V = self.many("jet", "head_v_dim", [own[2]], int)
-            H = self.many("jet", "num_heads", [own[0]], int)
-            if max(*K, *V, *H) > 999_999:
-                raise self.bad("a jet size is over 999,999")
-            return tuple(JetDims(h, k, v) for h, k, v in itertools.product(H, K, V))
-        return tuple(dict.fromkeys(self.size(s, own) for s in self.many("jet", "sizes", ["preset"], str)))
+            H, K, V = jet.num_heads or own[:1], jet.head_k_dim or own[1:2], jet.head_v_dim or own[2:]
+            return unique(JetDims(h, k, v) for h, k, v in itertools.product(H, K, V))
+        return unique(self.size(s, own) for s in jet.sizes or ("preset",))
 
     def size(self, text: str, own: tuple[int, int, int]) -> JetDims:
         if text == "preset":
             return JetDims(*own)
         found = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text)
         if not found or not all(int(n) for n in found.groups()):
-            raise self.bad(f"jet.sizes holds {text!r}", "It takes head_k_dim x head_v_dim x num_heads: 96x256x12.")
+            raise self.bad(f"jet.sizes holds {shown(text)}", "It takes head_k_dim x head_v_dim x num_heads: 96x256x12.")
         K, V, H = map(int, found.groups())
         return JetDims(H, K, V)
 
     def share(self, preset: JetNemotronConfig) -> str | tuple[tuple[int, ...], ...]:
-        value, n = self.get("jet", "share", "all"), preset.num_hidden_layers
+        value, n = self.file.jet.share, preset.num_hidden_layers
         if value == "all":
             return "all"
         if value == "each":
             return tuple((i,) for i in range(n))
         if not isinstance(value, list) or not all(isinstance(g, list) and g for g in value):
-            raise self.bad(f"jet.share is {value!r}", 'It takes "all", "each", or groups of layers: [[0, 1], [2, 3]].')
+            raise self.bad(
+                f"jet.share is {shown(value)}", 'It takes "all", "each", or groups of layers: [[0, 1], [2, 3]].'
+            )
         layers = [i for group in value for i in group]
         if not all(type(i) is int and 0 <= i < n for i in layers) or len(set(layers)) != len(layers):
             raise self.bad("jet.share names a layer twice, or one that is not there", f"Layers are 0 to {n - 1}.")
         return tuple(tuple(group) for group in value)
 
-    def windows(self, preset: JetNemotronConfig) -> tuple[int, ...]:
-        value = self.get("attention", "window_size", "preset")
-        if value == "preset":
-            return (preset.window_size,)
-        return self.many("attention", "window_size", [], int)
-
     def layouts(self, preset: JetNemotronConfig) -> tuple[str, ...] | LayerCounts:
-        value, n = self.get("attention", "layout", "preset"), preset.num_hidden_layers
+        value, n = self.file.attention.layout, preset.num_hidden_layers
         if isinstance(value, dict):
             if set(value) - {"attn", "swa"}:
                 raise self.bad("attention.layout counts attn and swa only")
             counts = {k: v if isinstance(v, list) else [v] for k, v in value.items()}
             for k, listed in counts.items():
                 if not listed or not all(type(v) is int and 0 <= v <= n for v in listed):
-                    raise self.bad(f"attention.layout.{k} is {value[k]!r}", f"It takes counts from 0 to {n}.")
+                    raise self.bad(f"attention.layout.{k} is {shown(value[k])}", f"It takes counts from 0 to {n}.")
             own = layout_of(preset)
             attn = tuple(dict.fromkeys(counts.get("attn", [own.count("a")])))
             swa = tuple(dict.fromkeys(counts.get("swa", [own.count("s")])))
@@ -257,27 +197,33 @@ class _Reader:
                 raise self.bad(f"attention.layout: {least} do not fit the model's {n}", "Ask for fewer.")
             return LayerCounts(attn=attn, swa=swa)
         out = []
-        for text in self.many("attention", "layout", ["preset"], str):
+        listed = value if isinstance(value, list) else [value]
+        if not listed:
+            raise self.bad("attention.layout is empty")
+        for text in listed:
+            if not isinstance(text, str):
+                raise self.bad(f"attention.layout holds {shown(text)}", "It takes letters, a layer each, or counts.")
             letters = layout_of(preset) if text == "preset" else text
             if len(letters) != n or set(letters) - set(LETTERS):
                 takes = ", ".join(f"{c} ({kind})" for c, kind in LETTERS.items())
-                raise self.bad(f"attention.layout holds {text!r}", f"It takes {n} letters: {takes}.")
+                raise self.bad(f"attention.layout holds {shown(text)}", f"It takes {n} letters: {takes}.")
             out.append(letters)
         return tuple(dict.fromkeys(out))
 
     def bound(self, key: str, word: str) -> int | str | None:
-        value = self.get("constraints", key, word)
+        given = getattr(self.file.constraints, key)
+        value = word if given is None else given
         if value in (word, "none"):
             return None if value == "none" else word
         if type(value) is not int or value <= 0:
-            raise self.bad(f"constraints.{key} is {value!r}", f'It takes bytes, "{word}" or "none".')
+            raise self.bad(f"constraints.{key} is {shown(value)}", f'It takes bytes, "{word}" or "none".')
         return value
 
     def range(self) -> tuple[float, float]:
-        value = self.get("constraints", "parameters", [0, math.inf])
-        ok = isinstance(value, list) and len(value) == 2
-        if not ok or not all(isinstance(v, int | float) for v in value) or not value[0] <= value[1]:
-            raise self.bad(f"constraints.parameters is {value!r}", "It takes [least, most].")
+        value = self.file.constraints.parameters
+        ok = isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) for v in value)
+        if not ok or not 0 <= value[0] <= value[1] or 1e300 < value[1] < math.inf:
+            raise self.bad(f"constraints.parameters is {shown(value)}", "It takes [least, most].")
         return float(value[0]), float(value[1])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jet_export.training import recipe as r
 from jet_export.training.recipe import Recipe
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 from jet_export.utils.schema import parse, read_toml
 
 SEE = "docs/guides/retrofit.md lists the keys."
@@ -47,12 +47,12 @@ def check_recipe(recipe: Recipe, where: str = "recipe") -> Recipe:
         if bool(s.path) == bool(s.hf):
             raise bad("a data.source has both path and hf, or neither", "Give it one of them.")
         if names.count(s.name) > 1:
-            raise bad(f"two data.source are named {s.name!r}", "Give them a name each.")
+            raise bad(f"two data.source are named {shown(s.name)}", "Give them a name each.")
     stages = tuple(_stage(i, s, names, bad) for i, s in enumerate(recipe.stage or r.default_stages()))
     if len({s.name for s in stages}) < len(stages):
         raise bad("two stages have the same name", "Give them a name each.")
     if len(recipe.optimizer.betas) != 2 or max(recipe.optimizer.betas) >= 1:
-        raise bad(f"optimizer.betas is {list(recipe.optimizer.betas)}", "It takes two numbers below 1.")
+        raise bad(f"optimizer.betas is {shown(list(recipe.optimizer.betas))}", "It takes two numbers below 1.")
     return dataclasses.replace(recipe, data=dataclasses.replace(data, shards=shards, source=sources), stage=stages)
 
 
@@ -69,7 +69,7 @@ def _stage(i: int, stage: r.StageRecipe, sources: list[str], bad: Any) -> r.Stag
         raise bad(f"stage {name}: kl_weight and ce_weight are both 0", "Set one of them above 0.")
     for source in stage.mixture:
         if source not in sources:
-            raise bad(f"stage {name}: mixture names {source!r}", f"Sources: {', '.join(sources)}.")
+            raise bad(f"stage {name}: mixture names {shown(source)}", f"Sources: {', '.join(sources)}.")
     if stage.mixture and not sum(stage.mixture.values()):
         raise bad(f"stage {name}: mixture gives every source a weight of 0", "Set one above 0.")
     return dataclasses.replace(stage, name=name, train=tuple(train))

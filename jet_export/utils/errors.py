@@ -8,6 +8,12 @@ class JetExportError(Exception):
         super().__init__(f"{what}\n{todo}" if todo else what)
 
 
+def shown(value: object, most: int = 80) -> str:
+    """A value in a message: its repr, cut to so many characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class JetExportWarning(UserWarning):
     """Something that the user should know of and that does not stop the work; the CLI prints it in one line."""
 

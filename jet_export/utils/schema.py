@@ -23,11 +23,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails
 from typing_extensions import is_typeddict
 
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 
 T = TypeVar("T")
 MOST = 10**18  # of counts: what an int64, and a float, still hold nearly exactly
-SHOWN = 80  # characters of a wrong value
 
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -86,6 +85,14 @@ def read_json(path: Path, see: str = "") -> Any:
         raise JetExportError(f"{path}: not valid JSON: nested too deeply.", see) from None
 
 
+def read_json_object(path: Path, see: str = "") -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no such file. Raises JetExportError for anything else."""
+    values = read_json(path, see) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise JetExportError(f"{path}: not a JSON object.", see)
+    return values
+
+
 def parse(cls: type[T], values: Any, where: str, see: str = "", *, table: str = "table", closed: bool = True) -> T:
     """`cls` of these values, as a JSON or TOML reader gives them.
 
@@ -93,8 +100,11 @@ def parse(cls: type[T], values: Any, where: str, see: str = "", *, table: str = 
     object. Raises JetExportError naming the first key that is wrong.
     """
     try:
-        checked: T = adapter(cls).validate_json(_text(values), strict=True, extra="forbid" if closed else None)
+        text = json.dumps(values, default=_refuse)
+        checked: T = adapter(cls).validate_json(text, strict=True, extra="forbid" if closed else None)
         return checked
+    except TypeError as e:
+        raise JetExportError(f"{where}: {e}.", see) from None
     except RecursionError:
         raise JetExportError(f"{where}: nested too deeply.", see) from None
     except ValidationError as e:
@@ -109,9 +119,9 @@ def adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def _text(values: Any) -> str:
-    """JSON; what JSON has no type for (TOML's dates) becomes null, which no field takes."""
-    return json.dumps(values, default=lambda value: None)
+def _refuse(value: Any) -> None:
+    """Of what JSON has no type for: TOML's dates."""
+    raise TypeError(f"{value} is a {type(value).__name__}, which no key takes")
 
 
 class _Place(NamedTuple):
@@ -129,35 +139,36 @@ def _place(cls: Any, values: Any, location: Sequence[str | int]) -> _Place:
     wrong_key = len(location) > 1 and location[-1] == "[key]"
     for step in location[:-2] if wrong_key else location:
         types_.append(_member(types_[-1], step))
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):  # a key that is missing; a single item in place of a list
-            value = value if isinstance(step, int) else None
+        if isinstance(step, str):
+            value = value.get(step) if isinstance(value, dict) else None  # None: missing
+        elif isinstance(value, list):  # else a single item in place of a list
+            value = value[step] if step < len(value) else None
     if wrong_key:
         value = location[-2]
         types_.append(typing.get_args(_bare(types_[-1])[0])[0])
-    names = [step for step in (location[:-2] if wrong_key else location) if isinstance(step, str)]
+    names = [step[:80] for step in (location[:-2] if wrong_key else location) if isinstance(step, str)]
     return _Place(".".join(names), value, types_[-1], types_[-2] if len(types_) > 1 else cls)
 
 
 def _message(place: _Place, error: ErrorDetails, where: str, see: str, table: str) -> JetExportError:
     """One of pydantic's errors in our words."""
     key, value, expected, parent = place
-    kind, shown = error["type"], repr(value)
-    shown = f"{where}: {key or 'it'} is {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'}"
+    kind, what = error["type"], f"{where}: {key or 'it'} is {shown(value)}"
+    if kind == "too_short":
+        return JetExportError(f"{where}: {key} is empty.", see)
     if kind == "missing":
         too_short = isinstance(error["loc"][-1], int)  # a list of so many items
         return JetExportError(f"{where}: {key} is {'too short' if too_short else 'missing'}.", see)
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return JetExportError(f"{where}: {key} is not known.", f"Known: {', '.join(_members(parent))}.")
     if kind == "value_error":  # of a validator of ours, whose words end the sentence
-        return JetExportError(f"{shown}, {error['ctx']['error']}.", see)
+        return JetExportError(f"{what}, {error['ctx']['error']}.", see)
     if _members(expected):
-        return JetExportError(f"{shown}, not {_article(table)}.", see)
+        return JetExportError(f"{what}, not {_article(table)}.", see)
     if _holds_tables(expected) and table == "table":
-        return JetExportError(f"{shown}, not a list of tables.", f"Write [[{key}]].")
+        return JetExportError(f"{what}, not a list of tables.", f"Write [[{key}]].")
     takes = f"It takes {describe(expected, table, kind == 'less_than_equal')}."
-    return JetExportError(f"{shown}.", f"{takes} {see}".rstrip())
+    return JetExportError(f"{what}.", f"{takes} {see}".rstrip())
 
 
 def _article(noun: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,6 +74,7 @@ def test_what_fits_becomes_the_dataclass() -> None:
         ({"author": []}, "f: author is [], not a table.\nsee"),
         ({"colour": 1}, "f: colour is not known.\nKnown: item, items,"),
         ({"note": 3}, "f: note is 3.\nIt takes a string."),
+        ({"note": date(2026, 1, 2)}, "f: 2026-01-02 is a date, which no key takes.\nsee"),
         ([], "f: it is [], not a table.\nsee"),
         ({"note": "\ud800"}, "f: not valid"),
         ({"note": ["x" * 99]}, f"f: note is ['{'x' * 78}....\nIt takes a string."),

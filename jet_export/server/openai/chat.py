@@ -10,6 +10,7 @@ from typing import Any
 from jet_export.model.hf_files import tokenizer_directory
 from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.schema import read_json_object
 
 
 class ChatTemplate:
@@ -82,9 +83,7 @@ def _raise(message: str) -> None:
 
 def load_tokenizer_config(directory: str | Path) -> dict[str, Any]:
     """tokenizer_config.json; empty without one."""
-    path = tokenizer_directory(directory) / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config
+    return read_json_object(tokenizer_directory(directory) / "tokenizer_config.json")
 
 
 def load_chat_template(directory: str | Path, file: str | None = None) -> ChatTemplate | None:
@@ -94,14 +93,15 @@ def load_chat_template(directory: str | Path, file: str | None = None) -> ChatTe
     config = load_tokenizer_config(directory)
     source = config.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = next((t["template"] for t in source if t["name"] == "default"), None)
+        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[0].get("template") if named else None
     path = Path(file) if file else tokenizer_directory(directory) / "chat_template.jinja"
     if file or path.is_file():
         try:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise JetExportError(f"--chat-template {path}: {e}.", "Give a file with a Jinja template.") from None
-    if not source:
+    if not source or not isinstance(source, str):
         return None
     special = {
         k: _text(v) for k, v in config.items() if k in ("bos_token", "eos_token", "pad_token", "unk_token") and v
@@ -109,5 +109,5 @@ def load_chat_template(directory: str | Path, file: str | None = None) -> ChatTe
     return ChatTemplate(source, special)
 
 
-def _text(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token["content"])
+def _text(token: Any) -> str:
+    return token if isinstance(token, str) else str(token.get("content", "")) if isinstance(token, dict) else ""

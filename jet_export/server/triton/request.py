@@ -23,7 +23,8 @@ RESERVED = "triton_"  # prefix of Triton's own parameters, which gRPC clients se
 
 def _strings(value: Any) -> Any:
     """One string or several; TensorRT-LLM's clients send an empty string for none."""
-    return [s for s in ([value] if isinstance(value, str) else value) if s != ""]
+    listed = [value] if isinstance(value, str) else value
+    return [s for s in listed if s != ""] if isinstance(listed, list) else value  # else: refused by its type
 
 
 class RequestFields(BaseModel):
@@ -149,7 +150,7 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise JetExportError(f"{where} is not JSON ({str(e)[:200]}).") from None
     if not isinstance(values, dict):
         raise JetExportError(f"{where} is not a JSON object.")

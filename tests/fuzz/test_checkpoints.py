@@ -1,0 +1,132 @@
+"""config.json, safetensors headers and shard indexes with anything in them are read, or refused with one message."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.eager_bundle import mini_config
+from helpers.fuzzing import damaged, fuzz, mutated
+from hypothesis import example, given
+
+from jet_export.model.config import JetNemotronConfig
+from jet_export.model.hub import JET_TINY_DIR
+from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.utils.errors import JetExportError
+
+MINI = mini_config().to_dict()
+INDEX = "model.safetensors.index.json"
+
+
+def refuses(call: Any, *args: Any) -> None:
+    """Runs, or raises JetExportError."""
+    try:
+        call(*args)
+    except JetExportError as e:
+        assert 10 < len(str(e)) < 1500, str(e)[:300]
+
+
+def _with_jet(values: dict[str, Any], **jet: Any) -> dict[str, Any]:
+    mixers = values["efficient_attention_config"]
+    return {**values, "efficient_attention_config": {**mixers, "jet": {**mixers["jet"], **jet}}}
+
+
+@pytest.mark.filterwarnings("ignore:.*not known here, and ignored")
+@pytest.mark.parametrize("values", [MINI, json.loads((JET_TINY_DIR / "config.json").read_text())], ids=["mini", "tiny"])
+def test_configs(tmp_path: Path, values: dict[str, Any]) -> None:
+    """What is accepted is written as what is read again."""
+    path = tmp_path / "config.json"
+
+    @given(mutated(values))
+    @example(_with_jet(values, expand_v=1e308))  # OverflowError
+    @example(_with_jet(values, layers={"0": {"head_dim": 16, "expand_v": 1e308, "num_heads": 1}}))
+    @example(_with_jet(values, layers={"9" * 5000: {}}))  # ValueError: too many digits
+    @fuzz(120)
+    def look(values: Any) -> None:
+        path.write_text(json.dumps(values))
+        refuses(_read, path)
+
+    look()
+
+
+def _read(path: Path) -> None:
+    config = JetNemotronConfig.from_json_file(path)
+    assert JetNemotronConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.filterwarnings("ignore:.*not known here, and ignored")
+def test_config_files(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+
+    @given(damaged(json.dumps(MINI).encode()))
+    @example(b"[" * 100_000)
+    @example(b'{"hidden_size": ' + b"9" * 5000 + b"}")
+    @fuzz(100)
+    def look(data: bytes) -> None:
+        path.write_bytes(data)
+        refuses(_read, path)
+
+    look()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards and their index."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    model = random_model(mini_config(), torch.float32, "cpu", 0, max_positions=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jet_export.model.weights.SHARD_BYTES", 2**17)
+        model.save_pretrained(directory)
+    assert (directory / INDEX).exists()
+    return directory
+
+
+def _load(directory: Path) -> None:
+    JetNemotronForCausalLM.from_pretrained(directory, torch.float32, "cpu", 64)
+
+
+def test_shard_indexes(checkpoint: Path) -> None:
+    path = checkpoint / INDEX
+    original = path.read_text()
+
+    @given(mutated(json.loads(original)))
+    @example({"weight_map": {"model.norm.weight": "../other.safetensors"}})
+    @example({"weight_map": {"model.norm.weight": "\ud800"}})  # UnicodeEncodeError
+    @fuzz(30)
+    def look(values: Any) -> None:
+        path.write_text(json.dumps(values))
+        refuses(_load, checkpoint)
+
+    try:
+        look()
+    finally:
+        path.write_text(original)
+
+
+def test_safetensors_headers(checkpoint: Path) -> None:
+    path = min(checkpoint.glob("*.safetensors"))
+    original = path.read_bytes()
+    size = struct.unpack("<Q", original[:8])[0]
+    header, body = json.loads(original[8 : 8 + size]), original[8 + size :]
+
+    @given(mutated(header))
+    @fuzz(30)
+    def look(values: Any) -> None:
+        text = json.dumps(values).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+        refuses(_load, checkpoint)
+
+    @given(damaged(original[:400]))
+    @example(struct.pack("<Q", 2**63))
+    @fuzz(30)
+    def cut(start: bytes) -> None:
+        path.write_bytes(start + original[400:])
+        refuses(_load, checkpoint)
+
+    try:
+        look()
+        cut()
+    finally:
+        path.write_bytes(original)
