@@ -77,15 +77,18 @@ def gumbel_of(seed, position, choice, b_token):
 
 @triton.jit
 def processed_tile(
-    p_logits, p_counts, p_seen, p_bias, p_allowed, p_blocked,
-    o_v, m_v, repetition, presence, frequency, flags, block_some,
+    p_logits, p_counts, p_seen, p_bias, p_allowed, p_blocked, p_fed,
+    o_v, m_v, repetition, presence, frequency, flags, block_some, i_n, between,
     MAX_BLOCKED: tl.constexpr,
 ):  # fmt: skip
-    """The raw logits of some tokens and x' of them, fp32; -inf past the vocabulary."""
+    """The raw logits of some tokens and x' of them, fp32; -inf past the vocabulary. The output has `between` more
+    tokens, those of p_fed up to row i_n."""
     b_raw = tl.load(p_logits + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
     b_x = b_raw
     if (flags & 1) != 0:
         b_n = tl.load(p_counts + o_v, mask=m_v, other=0)
+        for i in range(between):
+            b_n += (o_v == tl.load(p_fed + tl.maximum(i_n - i, 0))).to(tl.int32)
         b_seen = (b_n > 0) | (tl.load(p_seen + o_v, mask=m_v, other=0) != 0)
         b_x = tl.where(b_seen, tl.where(b_x > 0, b_x / repetition, b_x * repetition), b_x)
         b_x = b_x - tl.where(b_n > 0, presence, 0.0) - frequency * b_n.to(tl.float32)
@@ -102,7 +105,7 @@ def processed_tile(
 
 @triton.jit(do_not_specialize=["stride_mask"])
 def sample_tiles_kernel(
-    logits, slots, ahead, floats, ints, counts, seen, bias, allowed, blocked,
+    logits, slots, ahead, fed, floats, ints, counts, seen, bias, allowed, blocked,
     values, tokens, y_of_best, y_max, raw_max, raw_sum, bad, y_out, part_max,
     stride_logits, stride_mask,
     V: tl.constexpr, NUM_TILES: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, MAX_BLOCKED: tl.constexpr,
@@ -116,16 +119,20 @@ def sample_tiles_kernel(
     p_i = ints + slot * 6
     temperature = tl.load(p_f)
     seed, position, choice = tl.load(p_i), tl.load(p_i + 1), tl.load(p_i + 2)
+    between = 0
     if AHEAD:
-        position += tl.load(ahead + i_n)
+        between = tl.load(ahead + i_n)
+        position += between
     flags = tl.load(p_i + 5).to(tl.int32)
+    if stride_mask == 0:
+        flags = flags & 3
     o_v = i_tile * 4 * BG + tl.arange(0, 4 * BG)
     m_v = o_v < V
     b_raw, b_x = processed_tile(
         logits + i_n.to(tl.int64) * stride_logits, counts + slot * V, seen + slot * V, bias + slot * V,
-        allowed + i_n.to(tl.int64) * stride_mask, blocked + slot * MAX_BLOCKED,
+        allowed + i_n.to(tl.int64) * stride_mask, blocked + slot * MAX_BLOCKED, fed,
         o_v, m_v, tl.load(p_f + 3), tl.load(p_f + 4), tl.load(p_f + 5), flags,
-        position < tl.load(p_i + 4), MAX_BLOCKED,
+        position < tl.load(p_i + 4), i_n, between, MAX_BLOCKED,
     )  # fmt: skip
     greedy = temperature < 1e-5
     b_y = b_x / tl.where(greedy, 1.0, temperature)
@@ -339,10 +346,12 @@ def sample_triton(
     slots: Tensor,  # [N] int32, each at most once without `ahead`
     allowed: Tensor | None = None,  # [N, cdiv(V, 32)] int32: bit v of a row is set where token v may come
     ahead: Tensor | None = None,  # [N] int32: draw for the position so many tokens behind the slot's next one
+    fed: Tensor | None = None,  # [N] int32, with `ahead`: the token that a row's logits follow, -1: it is not known
 ) -> tuple[Tensor, Tensor]:
     """(tokens [N] int64, ln of the sum of exp of the raw logits [N] fp32); each slot moves on by one token.
 
-    With `ahead` no slot moves; the tokens in between are in no slot's counts, so its settings may have no penalties.
+    With `ahead` no slot moves. The tokens in between, which count for penalties, are those of `fed` in this row and the
+    ones above it: a slot's rows follow each other, from its next position on.
     Launches the two kernels. Nothing synchronises.
     """
     N, V = logits.shape
@@ -355,11 +364,12 @@ def sample_triton(
     listed, listed_token = (logits.new_empty(N, LISTED, dtype=d) for d in (torch.float32, torch.int32))
     out, lse = logits.new_empty(N, dtype=torch.int64), logits.new_empty(N, dtype=torch.float32)
     mask = slots if allowed is None else allowed
-    behind = slots if ahead is None else ahead
+    assert (ahead is None) == (fed is None)
+    behind, between = slots if ahead is None else ahead, slots if fed is None else fed
     values, y_of_best, y_max, raw_max, raw_sum = partial
     sample_tiles_kernel[(tiles, N)](
-        logits, slots, behind, state.floats, state.ints, state.counts, state.seen, state.bias, mask, state.blocked,
-        values, index[0], y_of_best, y_max, raw_max, raw_sum, index[1], y_out, part_max,
+        logits, slots, behind, between, state.floats, state.ints, state.counts, state.seen, state.bias, mask,
+        state.blocked, values, index[0], y_of_best, y_max, raw_max, raw_sum, index[1], y_out, part_max,
         logits.stride(0), 0 if allowed is None else allowed.stride(0),
         V=V, NUM_TILES=tiles, PARTS=parts, BG=BG, MAX_BLOCKED=MAX_BLOCKED,
         AHEAD=ahead is not None, num_warps=4,

@@ -74,7 +74,7 @@ class BatchingEngine(EngineThread):
         self.next_step: InFlightStep | None = None  # launched while the step before it still ran
         self.finished_at = -math.inf  # the step before, on the engine's clock
         self.rested = True  # nothing has run since then
-        self.delivering = False  # the outputs of a step are delivered; `after_step` follows
+        self.delivering = False  # the outputs of a step are out; `after_step` follows
         self.after_step: Callable[[], None] = lambda: None
 
     @property
@@ -257,7 +257,8 @@ class BatchingEngine(EngineThread):
         """Wait for the tokens of a step and hand them out."""
         try:
             tokens, now = step.tokens(), self.clock()
-            accept(step.inputs.sampled, [tokens[row] for row in step.inputs.first_rows])
+            new = step.inputs.accepted(tokens)
+            accept(step.inputs.sampled, new)
             self._draw_next()
             logprobs = step.logprobs()
         except Exception as e:
@@ -265,7 +266,6 @@ class BatchingEngine(EngineThread):
             self._draw_next()
             return
         with self.lock:
-            new = step.inputs.accepted(tokens)
             self._observe(step, new, now)
             self.finished_at, self.delivering = now, True
             delivered = self.delivery.hand_out(step, new, logprobs, now)

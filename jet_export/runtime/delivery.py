@@ -32,7 +32,7 @@ class Delivery:
         """Deliver what a step has sampled, the `new` tokens of each of its sequences; returns how many went out."""
         inputs, draw, delivered = step.inputs, step.draw, 0
         assert draw is not None
-        drafted: dict[int, list[int]] = {}  # slot -> its new tokens
+        moved: dict[int, list[int]] = {}  # slot -> its new tokens, in a step with drafts
         rows = zip(inputs.first_rows, inputs.sampled_slots, inputs.sampled, inputs.sampled_drafts, strict=True)
         for (first, slot, sequence, draft), tokens in zip(rows, new, strict=True):
             made, left = 0, tokens
@@ -52,11 +52,11 @@ class Delivery:
                     sequence.logits.append(draw.kept_logits[row])
                 self.add_token(sequence, token, logprobs.get(row), draw.prompt_logits.get(row), now)
                 delivered += 1
-            if draft and made and sequence.finish_reason is None:
-                drafted[slot] = tokens
+            if inputs.drafted and made and sequence.finish_reason is None:
+                moved[slot] = tokens
             if draft and made and self.metrics.drafts:
                 self.metrics.drafts.add(len(draft), min(made, len(tokens) - 1))
-        self.executor.advance(drafted)
+        self.executor.advance(moved)
         return delivered
 
     def _extend(self, sequence: RunningSequence, slot: int, tokens: list[int]) -> int:

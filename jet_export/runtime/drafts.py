@@ -7,7 +7,8 @@ states is cut off by the next call's smaller context length. For a draft that is
 rejection sampling: the token is accepted with its probability.
 
 A proposer makes the drafts (prompt lookup here, a draft bundle in draft_model.py), draft_length.py says how long they
-may be. Sequences with penalties or a grammar, whose choice of tokens depends on the token before, have none.
+may be. Penalties and grammars, by which the choice of a token depends on those before it, are those of each position:
+as if the draft before it were right, since otherwise its draw does not count.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Speculation:
         if found:
             made = self.proposer.draft([sequences[i] for i in found], offers, draw)
             for i, offer, draft in zip(found, offers, made, strict=True):
-                drafts[i] = draft
+                drafts[i] = draft = draft[: valid(sequences[i], draft)]
                 if draft and not self.proposer.guesses:
                     position = sequences[i].position
                     self.histories[sequences[i]].expected = Expected(position, Match(draft, offer.size))
@@ -166,6 +167,8 @@ class Speculation:
                 continue
             history = self._history(sequence)
             offer = self.proposer.offer(sequence, most + unknown)
+            if self.proposer.guesses and sequence.matcher is not None:
+                offer = Match(offer.tokens[: valid(sequence, offer.tokens)], offer.size)
             self._learn(sequence, history, offer)
             offer = Match(offer.tokens[unknown:], offer.size)
             if offer.tokens:
@@ -206,11 +209,15 @@ class Speculation:
 
     def room(self, sequence: RunningSequence) -> int:
         """Tokens that can be drafted for it: none that it may not have, and none that needs a page of its own."""
-        p, request = sequence.params, sequence.request
-        penalised = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
-        if penalised or p.grammar is not None or sequence.finish_reason is not None:
+        request = sequence.request
+        if sequence.finish_reason is not None:
             return 0
         return min(self.most, request.max_held - request.held - 1, page_room(request, self.fixed))
+
+
+def valid(sequence: RunningSequence, draft: list[int]) -> int:
+    """How many tokens of a draft its grammar allows, one after the other."""
+    return len(draft) if sequence.matcher is None else sequence.matcher.valid(draft)
 
 
 def page_room(request: Request, fixed: bool) -> int:

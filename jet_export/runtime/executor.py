@@ -32,8 +32,8 @@ class Executor:
         self.engine, self.runner, self.eos = engine, runner, eos
         slots, vocab = len(runner.context_lens), engine.config.vocab_size
         self.sampler = SlotSampler(slots, vocab, engine.device, last_tokens=runner.last_tokens)
-        self.sampler.warm_up(engine.dtype)
-        self.masks = TokenMasks(slots, vocab, engine.device)
+        self.sampler.warm_up(engine.dtype, verify_rows > 0)
+        self.masks = TokenMasks(slots * max(1, verify_rows), vocab, engine.device)
         self.verify = VerifyCalls(runner, verify_rows) if verify_rows else None
         self.failure: Exception | None = None  # the last one
         self.on_begin: Callable[[RunningSequence], None] = lambda sequence: None  # it takes a slot
@@ -106,29 +106,17 @@ class Executor:
         return self.sampler.sample(step.logits, self.runner.to_device(slots), allowed)
 
     def _draw_drafted(self, step: InFlightStep) -> tuple[Tensor, Tensor]:
-        """Of a step with drafts. `advance` moves the slots of those that have one."""
-        inputs, logits = step.inputs, step.logits
-        plain: list[int] = []  # of inputs.sampled
-        plain_rows, rows, slots, ahead = [], [], [], []
-        for i, (first, draft) in enumerate(zip(inputs.first_rows, inputs.sampled_drafts, strict=True)):
-            if not draft:
-                plain.append(i)
-                plain_rows.append(first)
-            for n in range(1 + len(draft) if draft else 0):
-                rows.append(first + n)
-                slots.append(inputs.sampled_slots[i])
-                ahead.append(n)
-        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        at = self.runner.to_device(torch.tensor(rows, dtype=torch.int64))
-        tokens[at], lse[at] = self.sampler.look_ahead(logits if not plain else logits[at], slots, ahead)
-        if plain:
-            at = self.runner.to_device(torch.tensor(plain_rows, dtype=torch.int64))
-            masked = any(inputs.sampled[i].compiled is not None for i in plain)
-            allowed = self.masks.fill([inputs.sampled[i].matcher for i in plain]) if masked else None
-            own = torch.tensor([inputs.sampled_slots[i] for i in plain], dtype=torch.int32)
-            tokens[at], lse[at] = self.sampler.sample(logits[at], self.runner.to_device(own), allowed)
-        return tokens, lse
+        """Of a step with drafts, every position as if those before it were right. `advance` moves the slots on."""
+        inputs = step.inputs
+        slots: list[int] = []  # of each row of logits, as these:
+        ahead: list[int] = []
+        fed: list[int] = []
+        for slot, draft in zip(inputs.sampled_slots, inputs.sampled_drafts, strict=True):
+            slots += [slot] * (1 + len(draft))
+            ahead += range(1 + len(draft))
+            fed += [0, *draft]  # the first is in the slot's counts already
+        allowed = self.masks.fill([s.matcher for s in inputs.sampled], inputs.sampled_drafts) if step.masked else None
+        return self.sampler.look_ahead(step.logits, slots, ahead, fed, allowed)
 
     @torch.inference_mode()
     def look_ahead(self, logits: Tensor, slots: list[int], ahead: list[int]) -> Tensor:
@@ -141,7 +129,7 @@ class Executor:
 
     @torch.inference_mode()
     def advance(self, made: dict[int, list[int]]) -> None:
-        """The new tokens of slots that had a draft."""
+        """The new tokens of slots, in a step with drafts."""
         self.sampler.advance(made)
 
     def snapshot(self, sequence: RunningSequence, logits: Tensor | None = None) -> Snapshot:
@@ -175,18 +163,18 @@ class Executor:
         """Logits [rows, vocab], which may be a buffer that the next step overwrites, and the scores."""
         ended, scores = score_chunks(inputs.scored, self.runner)
         together = bool(inputs.prefill_slots) and not self.runner.deterministic and inputs.drafts is None
-        prompts, decoded = self._together(inputs) if together else self._apart(inputs)
+        prompts, decoded = self._together(inputs, inputs.decode_slots) if together else self._apart(inputs)
         saved = [torch.stack(inputs.saved_logits)] if inputs.saved_logits else []
         rows = [x for x in (*prompts, *ended, *saved, *decoded) if len(x)]
         if not rows:
             return torch.empty(0, self.engine.config.vocab_size, device=self.engine.device), scores
         return rows[0] if len(rows) == 1 else torch.cat(rows), scores
 
-    def _together(self, inputs: StepInputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Logits of the prompts that end and of the sequences that decode, in one call: all rows share its products."""
+    def _together(self, inputs: StepInputs, decode: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits of the prompts that end and of the slots that decode, in one call: all rows share its products."""
         slots, tokens, ends = inputs.prefill_slots, inputs.prefill_tokens, inputs.prompt_ends
         rest = sorted(set(range(len(slots))) - set(ends))  # their logits are of no use: they come last
-        n, decode = len(ends), inputs.decode_slots
+        n = len(ends)
         fed: list[list[int] | None] = [*(tokens[i] for i in ends), *[None] * len(decode), *(tokens[i] for i in rest)]
         logits = self.runner.mixed([*(slots[i] for i in ends), *decode, *(slots[i] for i in rest)], fed)
         return [logits[:n]], [logits[n : n + len(decode)]]
@@ -194,10 +182,13 @@ class Executor:
     def _apart(self, inputs: StepInputs) -> tuple[list[Tensor], list[Tensor]]:
         """The same in two calls: those of batch-invariant steps do not depend on each other, and drafts are verified
         in calls of their own."""
-        prompts, decode = [], inputs.decode_slots
-        if inputs.prefill_slots:
+        prompts: list[Tensor] = []
+        decode = inputs.decode_slots
+        if inputs.prefill_slots and self.runner.deterministic:
             logits = self.runner.prefill(inputs.prefill_slots, inputs.prefill_tokens)
             prompts.append(logits[self.runner.to_device(torch.tensor(inputs.prompt_ends, dtype=torch.int64))])
+        elif inputs.prefill_slots:
+            prompts, _ = self._together(inputs, [])
         if not decode:
             return prompts, []
         if inputs.drafts is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -45,13 +47,17 @@ class SlotSampler:
             bias=torch.zeros(1, 1, device=device),
             last_tokens=self.last_tokens,
         )
+        self.penalised: set[int] = set()  # slots whose counts the kernels read
         self.on_host: dict[int, tuple[RowSettings, list[int], list[int]]] = {}  # on a CPU: settings, prompt, output
 
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile the kernels for logits of this dtype, so that no request waits for it. Leaves slot 0 to be begun."""
+    def warm_up(self, dtype: torch.dtype, ahead: bool = False) -> None:
+        """Compile the kernels for logits of this dtype, so that no request waits for it; `ahead`: `look_ahead` too.
+        Leaves slot 0 to be begun."""
         if self.kernels:
             logits = torch.zeros(1, self.vocab, dtype=dtype, device=self.device)
             self.sample(logits, torch.zeros(1, dtype=torch.int32, device=self.device))
+            if ahead:
+                self.look_ahead(logits, [0], [0])
 
     def begin(self, slot: int, row: RowSettings, prompt: list[int], made: list[int], masked: bool = False) -> None:
         """A request takes the slot, having made some tokens already. `masked`: its steps bring a token mask."""
@@ -68,7 +74,9 @@ class SlotSampler:
         if row.blocked:
             padded = [*row.blocked, *[-1] * (MAX_BLOCKED - len(row.blocked))]
             self.state.blocked[slot] = self._upload(padded, torch.int32)
+        self.penalised.discard(slot)
         if row.penalised:
+            self.penalised.add(slot)
             self._begin_counts(slot, prompt, made)
         if row.logit_bias:
             self._begin_bias(slot, row.logit_bias)
@@ -118,19 +126,27 @@ class SlotSampler:
     def look_ahead(
         self,
         logits: Tensor,  # [M, V], rows contiguous
-        slots: list[int],  # [M], of requests without penalties
+        slots: list[int],  # [M]
         ahead: list[int],  # [M]: how many tokens behind the next one
+        fed: list[int] | None = None,  # [M]: the token that a row follows
+        allowed: Tensor | None = None,  # [M, cdiv(V, 32)] int32, as in `sample`
     ) -> tuple[Tensor, Tensor]:
-        """As `sample`, for positions further on. No slot moves: `advance` does that."""
+        """As `sample`, for positions further on. No slot moves: `advance` does that. With `fed` the rows of a slot
+        follow each other, from its next position on, and the tokens in between count for penalties."""
         if self.kernels:
             from jet_export.kernels.sampling import sample_triton
 
-            rows, behind = to_device(torch.tensor([slots, ahead], dtype=torch.int32), self.device)
-            return sample_triton(self.state, logits, rows, None, behind)
+            integers = [slots, ahead, fed or [-1] * len(slots)]
+            rows, behind, between = to_device(torch.tensor(integers, dtype=torch.int32), self.device)
+            return sample_triton(self.state, logits, rows, allowed, behind, between)
         tokens = []
         for i, (slot, n) in enumerate(zip(slots, ahead, strict=True)):
             row, prompt, made = self.on_host[slot]
-            tokens.append(sample_ref(logits[i].double().numpy(), row, prompt, [*made, *[0] * n]))
+            if fed is None and row.penalised:  # tokens that are not known have no counts
+                row = replace(row, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+            mask = None if allowed is None else unpacked(allowed[i], self.vocab)
+            between_tokens = fed[i - n + 1 : i + 1] if fed else [0] * n
+            tokens.append(sample_ref(logits[i].double().numpy(), row, prompt, [*made, *between_tokens], mask))
         return torch.tensor(tokens, dtype=torch.int64), logits.float().logsumexp(-1)
 
     def advance(self, made: dict[int, list[int]]) -> None:
@@ -142,6 +158,10 @@ class SlotSampler:
         self.last_tokens[slots] = tokens
         if self.kernels:
             self.state.ints[slots, 1] += counts
+            counted = [(slot, t) for slot in self.penalised.intersection(made) for t in made[slot]]
+            if counted:
+                at, new = self._upload_rows([list(x) for x in zip(*counted, strict=True)])
+                self.state.counts.index_put_((at, new), torch.ones_like(at, dtype=torch.int32), accumulate=True)
         else:
             for slot, more in made.items():
                 self.on_host[slot][2].extend(more)

@@ -116,7 +116,7 @@ class Ones:
     def sample(self, logits: Tensor, slots: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return torch.ones(len(logits), dtype=torch.int64), torch.zeros(len(logits))
 
-    def look_ahead(self, logits: Tensor, slots: list[int], ahead: list[int]) -> tuple[Tensor, Tensor]:
+    def look_ahead(self, logits: Tensor, *rows: object) -> tuple[Tensor, Tensor]:
         return self.sample(logits, torch.empty(0))
 
     def advance(self, made: dict[int, list[int]]) -> None:

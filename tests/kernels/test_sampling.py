@@ -1,5 +1,6 @@
 """Sampling: the kernels against the float64 specification, exact supports, distributions, independence of the batch."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -234,24 +235,50 @@ def test_nothing_synchronises_and_a_nan_leaves_the_gpu_usable() -> None:
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_looking_ahead_draws_what_the_later_steps_draw(device, kernels: bool) -> None:
-    """Rows of three positions of each slot in one call, against three calls; then the slots go on from the second."""
-    rows = [row for row in MIX if not row.penalised]
-    logits = torch.randn(3, len(rows), V, generator=torch.Generator().manual_seed(5)).to(device) * 3
+    """Rows of three positions of each slot in one call, against three calls; then the slots go on from the second. Of
+    slots with penalties each position counts the drafted tokens before it, and all have a mask of their own."""
+    rows = [*MIX, RowSettings(repetition_penalty=3.0, presence_penalty=1.0, frequency_penalty=2.0)]
+    assert sum(row.penalised for row in rows) > 1
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(3, len(rows), V, generator=generator) * 3
+    logits[1:] += logits[0]  # the same tokens are likely again, but for penalties
+    logits = logits.to(device)
+    allowed = (
+        torch.randint(-(2**31), 2**31, (3, len(rows), -(-V // 32)), generator=generator).to(torch.int32).to(device)
+    )
 
     def begun() -> SlotSampler:
         out = SlotSampler(len(rows), V, torch.device(device), kernels=kernels)
         for i, row in enumerate(rows):
-            out.begin(i, row, [], [])
+            out.begin(i, row, [1, 2, 3], [4], masked=True)
         return out
 
     slots = torch.arange(len(rows), dtype=torch.int32, device=device)
     three = [i for i in range(len(rows)) for _ in range(3)]
     one_by_one, ahead = begun(), begun()
-    expected = [one_by_one.sample(x, slots) for x in logits]
+    expected = [one_by_one.sample(x, slots, mask) for x, mask in zip(logits, allowed, strict=True)]
+    drawn = torch.stack([t for t, _ in expected]).T.tolist()
+    fed = [token for first, second, _ in drawn for token in (0, first, second)]
+    packed, masks = logits.transpose(0, 1).reshape(-1, V), allowed.transpose(0, 1).reshape(len(three), -1)
     for _ in range(2):  # nothing moves
-        tokens, lse = ahead.look_ahead(logits.transpose(0, 1).reshape(-1, V), three, [0, 1, 2] * len(rows))
+        tokens, lse = ahead.look_ahead(packed, three, [0, 1, 2] * len(rows), fed, masks)
         assert tokens.view(-1, 3).T.tolist() == [t.tolist() for t, _ in expected]
         assert torch.allclose(lse.view(-1, 3).T, torch.stack([x for _, x in expected]))
     ahead.advance({i: tokens.view(-1, 3)[i, :2].tolist() for i in range(len(rows))})
     assert ahead.last_tokens.tolist() == expected[1][0].tolist()
-    assert ahead.sample(logits[2], slots)[0].tolist() == expected[2][0].tolist()
+    assert ahead.sample(logits[2], slots, allowed[2])[0].tolist() == expected[2][0].tolist()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_looking_ahead_of_tokens_that_are_not_known_counts_none_and_needs_no_mask(device, kernels: bool) -> None:
+    """As a draft model draws: rows in any order, of slots whose own steps are masked too."""
+    rows = [RowSettings(), RowSettings(temperature=0.8, seed=3), RowSettings(presence_penalty=50.0)]
+    made = SlotSampler(3, V, torch.device(device), kernels=kernels)
+    for i, row in enumerate(rows):
+        made.begin(i, row, [], [], masked=True)
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(6)).to(device)
+    tokens, _ = made.look_ahead(logits[[2, 0, 1]], [2, 0, 1], [3, 3, 3])
+    cpu = logits.double().cpu().numpy()
+    assert tokens.tolist() == [
+        sample_ref(cpu[i], replace(rows[i], presence_penalty=0.0), [], [0] * 3) for i in (2, 0, 1)
+    ]

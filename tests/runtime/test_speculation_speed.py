@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from helpers.simulated_gpu import Times, ask, decode_speed, simulate
 
+from jet_export.runtime.params import Params
 from jet_export.runtime.replay import ReplayProposer
 from jet_export.runtime.sequence import RunningSequence
 
@@ -61,3 +62,24 @@ def test_a_prepared_engine_decodes_and_verifies_by_graphs_alone(monkeypatch) -> 
     assert not [kind for kind, mode in gpu.calls if mode == "capture" or (mode == "direct" and kind != "prefill")]
     drafted = made.metrics.drafts
     assert drafted is not None and 0 < sum(drafted.accepted) < sum(drafted.drafted)
+
+
+def test_a_step_with_prompts_and_drafts_is_two_graphs(monkeypatch) -> None:
+    """Prompts join while others have drafts, which go on meanwhile."""
+    answers, _ = recorded(monkeypatch, CHEAP, 4)
+    made, gpu = simulate(monkeypatch, CHEAP, 4, ReplayProposer(answers, 0.9, 128), fixed=True)
+    made.prepare()
+    running = ask(made, gpu, NEW)[:2]
+    for sequence in list(made.sequences.values())[2:]:
+        made.cancel(sequence)
+    for _ in range(6):
+        made.step()
+    before = [len(s.tokens) for s in running]
+    gpu.calls.clear()
+    made.submit([5] * 200, Params(2, ignore_eos=True), lambda _: None, text=False)
+    while len(made.sequences) > 2:
+        made.step()
+    prefills, drafted = gpu.calls["prefill", "replay"], gpu.calls["verify", "replay"]
+    assert prefills >= 4 and drafted >= prefills and set(gpu.calls) == {("prefill", "replay"), ("verify", "replay")}
+    assert all(len(s.tokens) - n > 2 * drafted for s, n in zip(running, before, strict=True))
+    made.close()
