@@ -4,6 +4,7 @@ A rule names an op, the SM it was measured on (null: any), conditions on sizes a
 {"min", "max"}, inclusive), and the configuration (`use`). Of the rules whose conditions hold, those of the SM in use
 come before those of any SM, and the first one applies. Nothing is timed or chosen at run time: the same sizes on the
 same kind of GPU always give the same kernels. Batch size is not a condition, since a graph serves every batch size.
+`state_interval` is no op, but what `build --state-interval auto` asks for.
 """
 
 import functools
@@ -41,6 +42,10 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
         {"BN", "BK", "STAGES", "SPLITS", "num_warps"},
     ),
 }
+# What is decided when a bundle is built; largest batches are known then.
+BUILDS: dict[str, tuple[set[str], set[str]]] = {
+    "state_interval": ({"state_dtype", "head_k_dim", "head_v_dim", "max_batch_size"}, {"tokens"}),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def parse(rows: list[dict[str, Any]]) -> tuple[Rule, ...]:
     for i, row in enumerate(rows):
         try:
             rule = Rule(row["op"], row["sm"], row["where"], row["use"], row["source"])
-            facts, options = OPS[rule.op]
+            facts, options = (OPS | BUILDS)[rule.op]
         except (KeyError, TypeError) as e:
             raise JetExportError(f"{TABLE.name}: rule {i} is not one: {e!r}.") from None
         if not rule.where.keys() <= facts or rule.use.keys() != options:
@@ -133,9 +138,12 @@ def find(rules: tuple[Rule, ...], op: str, sm: int | None, facts: Mapping[str, A
     raise JetExportError(f"{TABLE.name}: no rule of {op} holds for {dict(facts)}.")
 
 
+def rule_for(op: str, sm: int | None, **facts: Any) -> Rule:
+    """The committed rule that applies to these sizes and dtypes on this SM."""
+    named = {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in facts.items()}
+    return find(table(), op, sm, named)
+
+
 def lookup(op: str, **facts: Any) -> dict[str, int]:
     """The configuration of `op` for these sizes and dtypes."""
-    if op in _override:
-        return dict(_override[op])
-    named = {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in facts.items()}
-    return dict(find(table(), op, current_sm(), named).use)
+    return dict(_override[op]) if op in _override else dict(rule_for(op, current_sm(), **facts).use)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.backend_choice import BackendChoice, choose_backend
+from jet_export.build.state_interval import MOST, Interval, table_interval
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import Memory, engine_memory, weight_bytes
@@ -27,7 +28,6 @@ from jet_export.utils.errors import JetExportError
 
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_PREFILL_CHUNK = 2048
-MAX_INTERVAL = 64  # tokens between two writes of a state
 PLUGIN_BACKENDS = tuple(FLAVORS)
 
 
@@ -46,7 +46,7 @@ class BuildOptions:
     calibration: Path | None = None
     kv_cache_dtype: str = "auto"  # the model dtype
     state_dtype: str = "float32"
-    state_interval: int = 1  # recurrent states are written every so many tokens
+    state_interval: int | None = 1  # recurrent states are written every so many tokens; None: as the table says
     speculate: int = 0  # the most drafts that a step verifies; 0: no package for it
     max_batch_size: int = 8
     max_seq_len: int | None = None
@@ -73,6 +73,7 @@ class BuildPlan:
     backend: BackendChoice
     target: dict[str, Any]
     dtypes: Dtypes
+    interval: Interval  # of dtypes
     limits: Limits
     source: str  # where the weights come from, in words
     directory: Path | None  # the checkpoint's, where it is local
@@ -123,6 +124,10 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         check_tensors(CheckpointFiles.open(directory))
     _check_tokenizer(options, config)
     limits, warnings = _limits(options, config)
+    interval = Interval(dtypes.state_interval, "")
+    if options.state_interval is None and backend.name == "inductor":
+        interval = table_interval(config, dtypes.state, sm_of_arch(target["arch"]), limits.max_batch_size)
+        dtypes = replace(dtypes, state_interval=interval.tokens)
     if dtypes.rollback > limits.prefill_chunk:
         raise JetExportError(
             f"--speculate {options.speculate}: a step of {dtypes.rollback} tokens a sequence, and --prefill-chunk is "
@@ -146,6 +151,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         backend=backend,
         target=target,
         dtypes=dtypes,
+        interval=interval,
         limits=limits,
         source=source,
         directory=directory,
@@ -272,7 +278,7 @@ def _dtypes(options: BuildOptions) -> Dtypes:
         model=options.dtype,
         kv_cache=kv,
         state=options.state_dtype,
-        state_interval=options.state_interval,
+        state_interval=options.state_interval or 1,
         rollback=options.speculate + 1 if options.speculate else 0,
     )
 
@@ -280,7 +286,7 @@ def _dtypes(options: BuildOptions) -> Dtypes:
 def check_states(options: BuildOptions, backend: str) -> None:
     """Raises JetExportError for a --state-interval or --speculate that is out of range or that the backend lacks."""
     for flag, value, low, high in (
-        ("--state-interval", options.state_interval, 1, MAX_INTERVAL),
+        ("--state-interval", options.state_interval or 1, 1, MOST),
         ("--speculate", options.speculate, 0, MAX_VERIFY - 1),
     ):
         if not low <= value <= high:

@@ -25,7 +25,10 @@ def build(
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate FP8 on.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (the model dtype) or fp8.")] = "auto",
     state_dtype: Annotated[str, typer.Option(help="Recurrent state: float32 or bfloat16.")] = "float32",
-    state_interval: Annotated[int, typer.Option(help="Write the recurrent states every so many tokens.")] = 1,
+    state_interval: Annotated[
+        str,
+        typer.Option(help="Write the recurrent states every so many tokens; auto: as measured on this kind of GPU."),
+    ] = "1",
     speculate: Annotated[int, typer.Option(help="The most drafts that a step verifies, up to 15; 0: none.")] = 0,
     max_batch_size: Annotated[int, typer.Option(help="Sequences the engine holds.")] = 8,
     max_seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; default 4096 or the model's.")] = None,
@@ -57,6 +60,7 @@ def build(
     """Build an engine bundle from a checkpoint."""
     from jet_export.build.build import run_build
     from jet_export.build.plan import BuildOptions, make_plan
+    from jet_export.build.state_interval import parse_interval
 
     options = BuildOptions(
         model=model,
@@ -70,7 +74,7 @@ def build(
         calibration=calibration,
         kv_cache_dtype=kv_cache_dtype,
         state_dtype=state_dtype,
-        state_interval=state_interval,
+        state_interval=parse_interval(state_interval),
         speculate=speculate,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
@@ -106,8 +110,10 @@ def print_plan(plan: BuildPlan) -> None:
     known = checkpoint_licence(plan.directory) if plan.directory is not None and not o.random_weights else None
     licence = "none (random weights)" if o.random_weights else known or "unknown: see the checkpoint's page"
     kv_cache, state = dtype_name(plan.dtypes.kv_cache), dtype_name(plan.dtypes.state)
-    if o.state_interval > 1:
-        state += f", written every {o.state_interval} tokens"
+    every, source = plan.interval.tokens, plan.interval.source
+    if every > 1 or source:
+        state += f", written every {f'{every} tokens' if every > 1 else 'token'}"
+        state += f" (kernels/configs.json: {source})" if source else ""
     sequences = f"{plan.limits.max_batch_size} sequences x {plan.limits.max_seq_len} tokens"
     limits = f"{sequences}, prefill in chunks of {plan.limits.prefill_chunk}"
     limits += f", up to {o.speculate} drafts a step" if o.speculate else ""

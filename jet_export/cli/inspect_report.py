@@ -12,12 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from jet_export.backends.tensorrt.flavors import FLAVORS
+from jet_export.build.state_interval import table_interval
 from jet_export.bundle.dtypes import Dtypes, dtype_name
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.bundle.memory import MemoryBudget, engine_memory, weight_bytes
 from jet_export.cli.tables import architecture, memory_table
 from jet_export.model.hub import load_config
+from jet_export.plugins.targets import sm_name, sm_of_arch
 from jet_export.utils.console import console, human
 from jet_export.utils.errors import JetExportError
 
@@ -107,6 +109,15 @@ def model_dtypes(o: InspectOptions) -> Dtypes:
     return Dtypes.named(model="bfloat16", kv_cache=kv_cache, state=o.state_dtype)
 
 
+def interval_words(m: Manifest) -> str:
+    """How often, and what `build --state-interval auto` would choose here."""
+    sm = sm_of_arch(m.target["arch"])
+    table = table_interval(m.config, m.dtypes.state, sm, m.limits.max_batch_size)
+    every = "every token" if m.state_interval == 1 else f"every {m.state_interval} tokens"
+    where = f"SM {sm_name(sm)}" if sm is not None else "no GPU"
+    return f"{every} (auto, {where}: {table.tokens}, {table.source})"
+
+
 def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None:
     """A built bundle: its limits, layers and precisions, files, and memory."""
     m = Manifest.load(bundle)
@@ -120,9 +131,9 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     out.print(
         f"limits: {m.limits.max_batch_size} sequences x {m.limits.max_seq_len} tokens, chunk {m.limits.prefill_chunk}"
     )
-    if m.state_interval > 1 or m.rollback:
+    if m.backend["name"] == "inductor":
         verified = f"up to {m.rollback - 1} drafts a step verified" if m.rollback else "no drafts verified"
-        out.print(f"recurrent states written every {m.state_interval} tokens; {verified}")
+        out.print(f"recurrent states written {interval_words(m)}; {verified}", markup=False)
     for warning in m.warnings:
         out.print(f"warning: {warning}", markup=False)
     out.print(layer_precisions(bundle))
