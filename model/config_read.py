@@ -9,7 +9,7 @@ from jet_export.model.config_fields import Fields
 from jet_export.model.config_keys import MODEL_TYPES, check_keys
 from jet_export.model.jet_dims import JetDims
 from jet_export.model.qwen3_5 import TEXT, qwen3_5_fields, relative, text_part
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 
 QWEN3_HEAD_DIM = 128  # of transformers' Qwen3Config, where config.json has none
 MIXERS = "efficient_attention_config"
@@ -106,7 +106,7 @@ def _jet_layers(layers: Fields) -> tuple[tuple[int, JetDims], ...]:
     out = []
     for i in layers.values:
         if not i.removeprefix("-").isdecimal() or len(i) > 9:
-            raise JetExportError(f"{layers.where}: {layers.path}{i}: {i!r} is no layer number.")
+            raise JetExportError(f"{layers.where}: {layers.path}{i[:9]}: {shown(i)} is no layer number.")
         layer = layers.object(i)
         head_dim = layer.integer("head_dim")
         head_v_dim = min(head_dim * layer.number("expand_v"), 2.0**31)  # JetNemotronConfig names its limit

@@ -99,7 +99,7 @@ def main() -> None:
         app()
     except JetExportError as e:
         typer.echo(f"error: {e}", err=True)
-        sys.exit(2)
+        sys.exit(e.status)
     except RuntimeError as e:
         said = out_of_gpu_memory(f"{type(e).__name__}: {e}")
         if said is None:

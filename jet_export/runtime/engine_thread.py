@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 
 from jet_export.runtime.plan import Request
 from jet_export.runtime.sequence import RunningSequence
+from jet_export.utils.errors import device_lost
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,13 @@ class EngineThread(ABC):
         self.work = threading.Condition(self.lock)
         self.thread: threading.Thread | None = None
         self.stopping = False
+        self.step_began: float | None = None  # of the step that runs now, by time.monotonic
+        self.lost: Exception | None = None  # the error after which the device does no more work
+
+    @property
+    @abstractmethod
+    def failure(self) -> Exception | None:
+        """Why the last request that ended with an error did so."""
 
     @abstractmethod
     def step(self) -> bool: ...
@@ -68,9 +77,22 @@ class EngineThread(ABC):
                     self.work.wait()
                 if self.stopping:
                     return
+            self.step_began = time.monotonic()
             try:
                 self.step()
-            except Exception:
+            except Exception as e:
                 log.exception("the engine failed; every request ends with an error")
-                with self.lock:
-                    self._cancel_all("error")
+                self._give_up(e)
+            finally:
+                self.step_began = None
+            if device_lost(self.failure):
+                self._give_up(self.failure)
+            if self.lost is not None:
+                return
+
+    def _give_up(self, e: Exception | None) -> None:
+        """End every request with an error; refuse new ones where the device is lost."""
+        with self.lock:
+            if device_lost(e):
+                self.stopping, self.lost = True, e
+            self._cancel_all("error")

@@ -1,11 +1,22 @@
 """The exception for bad input: what is wrong, where, and what to do. The CLI prints it and exits with status 2."""
 
+BAD_INPUT = 2  # exit status: again would fail again
+ENGINE_LOST = 70  # exit status of a server that a supervisor should start again (EX_SOFTWARE of sysexits.h)
+
 
 class JetExportError(Exception):
     """Bad input or a missing requirement. `str(e)` is the whole message, ready to print."""
 
+    status = BAD_INPUT
+
     def __init__(self, what: str, todo: str = "") -> None:
         super().__init__(f"{what}\n{todo}" if todo else what)
+
+
+class EngineLost(JetExportError):
+    """A server's engine has ended or hangs; another process may well run."""
+
+    status = ENGINE_LOST
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -22,6 +33,12 @@ GPU_MEMORY = (
     "Other processes hold it (nvidia-smi lists them), or the bundle's limits, the batch or the context need more than "
     "there is: jet-export inspect says how much."
 )
+
+
+def device_lost(e: BaseException | None) -> bool:
+    """Whether this is CUDA's word that the device, or its context, is of no more use: all later calls fail too."""
+    text = f"{type(e).__name__}: {e}"
+    return ("CUDA error" in text or "AcceleratorError" in text) and out_of_gpu_memory(text) is None
 
 
 def out_of_gpu_memory(text: str) -> str | None:

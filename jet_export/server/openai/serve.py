@@ -37,6 +37,7 @@ class HttpOptions:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: a free one
     keep_alive: float = KEEP_ALIVE  # seconds that an idle connection stays open
+    step_timeout: float = 0.0  # seconds that a step may take before the process ends; 0: no limit
     frontends: int | None = None  # processes for HTTP and text; 0: the engine's own; None: see `default_frontends`
     api: ApiOptions = field(default_factory=lambda: ApiOptions(names=()))  # no names: the bundle's
     tls: Tls | None = None
@@ -73,6 +74,7 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
         raise JetExportError(f"serve needs {e.name}.", "Install it: pip install 'jet-export[serve]'") from None
     from jet_export.bundle.manifest import Manifest
     from jet_export.runtime.async_llm import AsyncLLM
+    from jet_export.runtime.watchdog import Watchdog
     from jet_export.server.openai.chat import load_chat_template, load_tokenizer_config
     from jet_export.server.openai.defaults import load_sampling_defaults
     from jet_export.server.openai.frontend import FrontEndConfig
@@ -86,6 +88,7 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
     listener = listen(http.host, http.port)
     with Progress(log).stage(f"load {bundle}", lines=False):
         llm = AsyncLLM(bundle, serving)
+    Watchdog(llm.batching, http.step_timeout).start()
     raise_file_limit(log)
     sys.setswitchinterval(SWITCH_INTERVAL)
     name = str(Manifest.load(bundle).model["name"])

@@ -19,7 +19,7 @@ from jet_export.runtime.batching import BatchingEngine
 from jet_export.server.ipc.engine_server import EngineServer, Link
 from jet_export.server.openai.frontend import FrontEndConfig
 from jet_export.server.openai.options import API_KEY
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import EngineLost, JetExportError
 
 log = logging.getLogger(__name__)
 MODULE = "jet_export.server.openai.frontend"
@@ -92,7 +92,7 @@ class FrontEnds:
         while True:
             await asyncio.sleep(WATCH)
             if not self.batching.alive and not self._draining:
-                raise JetExportError("The engine's thread has ended; see the log.", "Start the server again.")
+                raise EngineLost("The engine's thread has ended; see the log.", "Start the server again.")
 
     async def _keep_running(self, listener: socket.socket, on_ready: Callable[[], None]) -> None:
         """Run a front end on this listener, and another one when it dies."""

@@ -28,6 +28,7 @@ from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Logprob, Output
 from jet_export.runtime.scheduler import QueueFull
 from jet_export.runtime.sequence import RunningSequence
+from jet_export.runtime.watchdog import Watchdog
 from jet_export.server.fields import FAILURES, max_prompt_bytes
 from jet_export.server.triton.metrics import TritonMetrics
 from jet_export.server.triton.request import RequestFields, parse_request
@@ -66,6 +67,7 @@ class TritonModel:
             trust(Path(key))
         bundle = Path(args["model_repository"]) / parameters["bundle"]  # an absolute path overrides the first part
         self.batching: BatchingEngine = AsyncLLM(bundle, serving_options(parameters)).batching
+        Watchdog(self.batching, float(parameters.get("step_timeout", 0))).start()
         self.max_bytes = max_prompt_bytes(self.batching.scheduler.capacity.max_seq_len)
         self.lock = threading.Lock()
         self.open: set[Reply] = set()

@@ -28,6 +28,7 @@ class Repository:
     serving: Serving = field(default_factory=Serving)
     instances: int = 1
     gpus: tuple[int, ...] = (0,)
+    step_timeout: float = 0.0  # seconds that a step may take before an instance's process ends; 0: no limit
 
     def files(self) -> tuple[str, dict[str, str]]:
         """(model name, path -> text). Raises JetExportError for bad options, or if `bundle` is not a bundle."""
@@ -41,6 +42,8 @@ class Repository:
         parameters = {"bundle": str(self.bundle.resolve())}
         if key := trusted_key():
             parameters["trusted_key"] = str(key.resolve())
+        if self.step_timeout:
+            parameters["step_timeout"] = json.dumps(self.step_timeout)
         parameters |= {k: json.dumps(v) for k, v in dataclasses.asdict(self.serving).items() if v is not None}
         adapter = Path(__file__).with_name("adapter.py").read_text(encoding="utf-8")
         return name, {"config.pbtxt": config_pbtxt(name, parameters, self.instances, gpus), "1/model.py": adapter}
