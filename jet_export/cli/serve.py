@@ -75,6 +75,12 @@ def serve(
     wait_timeout: Annotated[float, typer.Option(help="Seconds in the queue before a request is refused (503).")] = 60.0,
     deterministic: Deterministic = False,
     trusted_key: TrustedKey = None,
+    step_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds a step may take; then the engine hangs, and the process ends, status 70. 0: no limit."
+        ),
+    ] = 300.0,
     speculate: Speculate = "off",
     draft: Draft = None,
     drafts: Drafts = None,
@@ -128,6 +134,7 @@ def serve(
             host=host,
             port=port,
             keep_alive=keep_alive_timeout,
+            step_timeout=step_timeout,
             frontends=frontends,
             api=api,
             tls=tls,
@@ -138,7 +145,9 @@ def serve(
     from jet_export.server.triton.repository import Repository, gpu_indices, write_repository
     from jet_export.server.triton.tritonserver import Ports, run_triton
 
-    repository = Repository(bundle, serving=serving, instances=instances, gpus=gpu_indices(gpus))
+    repository = Repository(
+        bundle, serving=serving, instances=instances, gpus=gpu_indices(gpus), step_timeout=step_timeout
+    )
     if triton_repo:
         write_repository(triton_repo, repository, force, typer.echo)
     else:
