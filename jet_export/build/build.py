@@ -31,7 +31,7 @@ from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.weights import save_tensors
 from jet_export.plugins.targets import sm_name, sm_of_arch
 from jet_export.utils.errors import JetExportError
-from jet_export.utils.files import replace_directory
+from jet_export.utils.files import remove_leftovers, replace_directory
 from jet_export.utils.progress import Progress
 
 LOADED = 1e9  # bytes of weights a second, to say how long is left
@@ -52,6 +52,7 @@ def run_build(plan: BuildPlan, command: list[str], emit: Callable[[str], None] =
     check_requirements(plan)
     start = time.monotonic()
     plan.output.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(plan.output)
     tmp = plan.output.parent / f".{plan.output.name}.{os.getpid()}.tmp"
     tmp.mkdir()
     try:

@@ -24,7 +24,16 @@ from jet_export.cli import (
     try_model,
     verify,
 )
-from jet_export.utils.errors import GPU_MEMORY, JetExportError, JetExportWarning, out_of_gpu_memory
+from jet_export.utils.errors import (
+    BAD_INPUT,
+    DISK,
+    GPU_MEMORY,
+    IO_FAILED,
+    JetExportError,
+    JetExportWarning,
+    io_failure,
+    out_of_gpu_memory,
+)
 
 PYTHONS_SHOWWARNING = warnings.showwarning
 
@@ -100,12 +109,14 @@ def main() -> None:
     except JetExportError as e:
         typer.echo(f"error: {e}", err=True)
         sys.exit(e.status)
-    except RuntimeError as e:
-        said = out_of_gpu_memory(f"{type(e).__name__}: {e}")
-        if said is None:
-            raise
-        typer.echo(f"error: {said}\n{GPU_MEMORY}", err=True)
-        sys.exit(2)
+    except Exception as e:
+        if said := out_of_gpu_memory(f"{type(e).__name__}: {e}"):
+            typer.echo(f"error: {said}\n{GPU_MEMORY}", err=True)
+            sys.exit(BAD_INPUT)
+        if said := io_failure(e):
+            typer.echo(f"error: {said}\n{DISK}", err=True)
+            sys.exit(IO_FAILED)
+        raise
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

@@ -1,7 +1,11 @@
 """The exception for bad input: what is wrong, where, and what to do. The CLI prints it and exits with status 2."""
 
+import errno
+import os
+
 BAD_INPUT = 2  # exit status: again would fail again
 ENGINE_LOST = 70  # exit status of a server that a supervisor should start again (EX_SOFTWARE of sysexits.h)
+IO_FAILED = 74  # exit status: a file could not be written or read (EX_IOERR); what was there before is whole
 
 
 class JetExportError(Exception):
@@ -29,10 +33,21 @@ class JetExportWarning(UserWarning):
     """Something that the user should know of and that does not stop the work; the CLI prints it in one line."""
 
 
+IO_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.ENAMETOOLONG)
+DISK = "Free space there, or name another place; nothing half-written is left under the name that you gave."
 GPU_MEMORY = (
     "Other processes hold it (nvidia-smi lists them), or the bundle's limits, the batch or the context need more than "
     "there is: jet-export inspect says how much."
 )
+
+
+def io_failure(e: BaseException) -> str | None:
+    """The sentence of an error that the disk, or its permissions, caused; None of others. Libraries that write files
+    raise their own kinds, with the system's text in them."""
+    if isinstance(e, OSError) and e.errno in IO_ERRORS:
+        return f"{e.filename or 'a file'}: {e.strerror}."
+    text = str(e)
+    return next((f"{text.splitlines()[0][:300]}." for n in IO_ERRORS if os.strerror(n) in text), None)
 
 
 def device_lost(e: BaseException | None) -> bool:
