@@ -19,7 +19,7 @@ from jet_export.kernels.configs import lookup
 from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state, store_ring
 from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise
 from jet_export.kernels.gated_rms_norm import gated_norm_tile
-from jet_export.kernels.step_buffer import decays, load_position
+from jet_export.kernels.step_buffer import FEW_BYTES, ask_for_state, asked_bytes, decays, load_position
 
 
 @triton.jit
@@ -129,18 +129,20 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def decode_inputs_kernel(
-    q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, step_buffer, state_position, work, cu_seqlens, slots,
-    context_lens, T, S, stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa,
+    q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, recurrent_state, step_buffer, state_position, work, cu_seqlens,
+    slots, context_lens, T, S, stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa,
     OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, W: tl.constexpr,
     CONV_ROWS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WORK: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, BC: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
+    BV: tl.constexpr, BC: tl.constexpr, MIXED: tl.constexpr, ASK: tl.constexpr, FEW: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, N). Of one token: what `deferred_step_kernel` needs, into `work`. BC: ROWS, those of step_buffer,
-    rounded up."""
+    rounded up. ASK, FEW: BYTES and LIMIT of `ask_for_state`."""
     i_h = tl.program_id(0)
     i_hk = i_h // (H // HK)
-    i_n = tl.program_id(1) + await_inputs(GDC)
+    i_n = tl.program_id(1)
+    asked = ask_for_state(recurrent_state, slot_of(slots, i_n, S) * H + i_h, 0, 1, tl.num_programs(1), H, ASK, FEW)
+    i_n += await_inputs(GDC)
     slot = slot_of(slots, i_n, S)
     context = tl.load(context_lens + i_n)
     row = i_n.to(tl.int64)
@@ -162,7 +164,7 @@ def decode_inputs_kernel(
     p_deltas = p_held + o_c[:, None] * WIDTH + K + o_v[None, :]
     b_deltas = tl.load(p_deltas, mask=(o_c < ROWS)[:, None] & m_v[None, :], other=0.0)
     b_q, b_k, b_v, b_beta, b_g = token_inputs(
-        q + row * stride_q + OFF_Q + i_hk * K, k + row * stride_k + OFF_K + i_hk * K,
+        q + row * stride_q + OFF_Q + i_hk * K + asked, k + row * stride_k + OFF_K + i_hk * K,
         v + row * stride_v + OFF_V + i_h * V, beta + row * stride_b + i_h, g + row * stride_g + OFF_G + i_h,
         kappa + row * stride_kappa + i_h * V * W, A_log, dt_bias,
         conv_state + slot * (CONV_ROWS * H * V) + i_h * V, stride_v, i_h, context, q.dtype.element_ty, H, K, V, RAW,
@@ -250,6 +252,7 @@ def decode_inputs_triton(
     v: Tensor,
     beta: Tensor,
     g: Tensor,
+    recurrent_state: Tensor,
     cu_seqlens: Tensor,
     slots: Tensor,
     context_lens: Tensor,
@@ -271,11 +274,13 @@ def decode_inputs_triton(
     off_q, off_k, off_v, off_g, _ = offsets
     held = step_buffer.shape[2]
     wrap(decode_inputs_kernel)[(H, slots.shape[0])](
-        q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, step_buffer, state_position, work, cu_seqlens, slots,
-        context_lens, q.shape[0], step_buffer.shape[0],
+        q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, recurrent_state, step_buffer, state_position, work,
+        cu_seqlens, slots, context_lens, q.shape[0], step_buffer.shape[0],
         q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0),
         OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, H=H, HK=key_heads or H, K=K, V=V,
         RAW=raw_gates is not None, W=W, CONV_ROWS=conv_rows, ROWS=held,
         WIDTH=step_buffer.shape[3], WORK=work.shape[2], BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V),
-        BC=triton.next_power_of_2(held), MIXED=mixed, GDC=gdc(),
+        BC=triton.next_power_of_2(held), MIXED=mixed,
+        ASK=asked_bytes(recurrent_state), FEW=FEW_BYTES, GDC=gdc(),
+        **lookup("delta_rule_inputs", head_k_dim=K, head_v_dim=V),
     )  # fmt: skip

@@ -14,8 +14,9 @@ state0 enters by its products P = state0^T [kn | qn] alone, so that all y = [del
 Two launches. The first, `decode_inputs_kernel` of one token or `verify_inputs_kernel` of several, knows everything but
 the state and leaves x, fixed, mix and g in `work`. In the second, `deferred_step_kernel`, a program owns a (head,
 sequence) and streams the state once, by whole rows, for P: a thread sums columns of its own, and nothing crosses
-threads. Where the buffer holds `interval` tokens or more the state is written with them on the way, and without this
-call's tokens, which may be taken back. Then come y, the tokens for the buffer, and the gated norm.
+threads. Where the buffer holds `interval` tokens or more the state is written with them on the way, and
+without this call's tokens, which may be taken back. Then come y, the tokens for the buffer, and the gated norm. Of few
+sequences the first kernel asks L2 for the states.
 
 `work` [N, H, WORK] fp32, a row of it: x [2 R, K] | fixed [2 R, V] | mix [2 R, 2 R] | g [R], the rows of tokens that a
 sequence does not have being zero.
@@ -140,7 +141,7 @@ def deferred_delta_rule_triton(
     columns = work_columns(R, K, V)
     work = q.new_empty(N, H, columns, dtype=torch.float32)
     inputs: dict[str, Any] = {"offsets": offsets, "conv": conv, "raw_gates": raw_gates, "key_heads": key_heads}
-    args = q, k, v, beta, g, cu_seqlens, slots, context_lens, head_dims, buffer, work
+    args = q, k, v, beta, g, recurrent_state, cu_seqlens, slots, context_lens, head_dims, buffer, work
     if verify:
         verify_inputs_triton(*args, **inputs)
     else:

@@ -20,24 +20,28 @@ from jet_export.kernels.configs import lookup
 from jet_export.kernels.dynamic_conv import conv_tile, store_ring
 from jet_export.kernels.form import MAX_VERIFY
 from jet_export.kernels.gated_delta_rule_chunk import gates, unit_lower_inverse
-from jet_export.kernels.step_buffer import decays, load_position
+from jet_export.kernels.step_buffer import FEW_BYTES, ask_for_state, asked_bytes, decays, load_position
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def verify_inputs_kernel(
-    q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, step_buffer, state_position, work, cu_seqlens, slots,
-    context_lens, T, S, stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa,
+    q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, recurrent_state, step_buffer, state_position, work, cu_seqlens,
+    slots, context_lens, T, S, stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa,
     OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, W: tl.constexpr,
     CONV_ROWS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WORK: tl.constexpr, R: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, NK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BC: tl.constexpr, GDC: tl.constexpr,
+    BC: tl.constexpr, ASK: tl.constexpr, FEW: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs of a head, H, N). R: the most tokens, BT: rounded up to 8 or 16; BC: ROWS rounded up, 16 or more.
-    K is cut into NK blocks of BK, whose products different warps sum: so they fit the registers."""
+    K is cut into NK blocks of BK, whose products different warps sum: so they fit the registers. ASK, FEW: BYTES and
+    LIMIT of `ask_for_state`."""
     i_h = tl.program_id(1)
     i_hk = i_h // (H // HK)
-    i_n = tl.program_id(2) + await_inputs(GDC)
+    i_n = tl.program_id(2)
+    head = slot_of(slots, i_n, S) * H + i_h
+    asked = ask_for_state(recurrent_state, head, tl.program_id(0), tl.num_programs(0), tl.num_programs(2), H, ASK, FEW)
+    i_n += await_inputs(GDC)
     slot = slot_of(slots, i_n, S)
     if slot < 0:
         return
@@ -53,7 +57,7 @@ def verify_inputs_kernel(
     m_t = o_t < tl.minimum(eos - bos, R)
     m_new = is_k & m_t
     m_k = (o_k < K)[:, None, :]
-    p_q = q + row * stride_q + OFF_Q + i_hk * K + o_t[None, :, None] * stride_q + o_k[:, None, :]
+    p_q = q + asked + row * stride_q + OFF_Q + i_hk * K + o_t[None, :, None] * stride_q + o_k[:, None, :]
     p_k = k + row * stride_k + OFF_K + i_hk * K + o_t[None, :, None] * stride_k + o_k[:, None, :]
     b_q = tl.load(p_q, mask=m_k & (m_t & ~is_k)[None, :, None], other=0.0)
     b_k = tl.load(p_k, mask=m_k & m_new[None, :, None], other=0.0)
@@ -128,6 +132,7 @@ def verify_inputs_triton(
     v: Tensor,
     beta: Tensor,
     g: Tensor,
+    recurrent_state: Tensor,
     cu_seqlens: Tensor,
     slots: Tensor,
     context_lens: Tensor,
@@ -151,12 +156,13 @@ def verify_inputs_triton(
     BK = triton.next_power_of_2(K)
     off_q, off_k, off_v, off_g, _ = offsets
     wrap(verify_inputs_kernel)[(programs_of_a_head(N, H, triton.cdiv(V, use["BV"]), num_sms(q.device)), H, N)](
-        q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, step_buffer, state_position, work, cu_seqlens, slots,
-        context_lens, T, step_buffer.shape[0],
+        q, k, v, beta, g, kappa, A_log, dt_bias, conv_state, recurrent_state, step_buffer, state_position, work,
+        cu_seqlens, slots, context_lens, T, step_buffer.shape[0],
         q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0),
         OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, H=H, HK=key_heads or H, K=K, V=V,
         RAW=raw_gates is not None, W=W, CONV_ROWS=conv_rows, ROWS=held,
         WIDTH=step_buffer.shape[3], WORK=work.shape[2], R=tokens, PRECISION="tf32x3",
         BT=8 if tokens <= 8 else MAX_VERIFY, NK=max(1, BK // 32), BK=min(32, max(16, BK)),
-        BC=max(16, triton.next_power_of_2(held)), GDC=gdc(), **use,
+        BC=max(16, triton.next_power_of_2(held)), ASK=asked_bytes(recurrent_state), FEW=FEW_BYTES,
+        GDC=gdc(), **use,
     )  # fmt: skip

@@ -27,8 +27,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jet_export.kernels.common import acc_dtype, by_rows, gather_state, sequence_bounds, slot_of, wrap
-from jet_export.kernels.configs import lookup
+from jet_export.kernels.common import (
+    INTERPRET,
+    acc_dtype,
+    ask_for,
+    by_rows,
+    gather_state,
+    sequence_bounds,
+    slot_of,
+    wrap,
+)
+from jet_export.kernels.configs import current_sm, lookup
 from jet_export.kernels.form import Form
 from jet_export.kernels.state_layout import EXTRA
 
@@ -127,6 +136,28 @@ def keep_tokens_ref(
     append_ref(tokens, step_buffer, state_position, slots, context_lens)
 
 
+FEW_BYTES = 2**24  # of states, which L2 is asked for before they are read
+
+
+def asked_bytes(recurrent_state: Tensor) -> int:
+    """Of a head's state, that `ask_for_state` asks for; 0 before SM 9.0, and for states that are no whole lines."""
+    size = recurrent_state[0, 0].numel() * recurrent_state.element_size()
+    return size if not INTERPRET and (current_sm() or 0) >= 90 and size % 2048 == 0 else 0
+
+
+@triton.jit
+def ask_for_state(recurrent_state, i_head, i, n, N, H: tl.constexpr, BYTES: tl.constexpr, LIMIT: tl.constexpr):
+    """0, to be added to an address that is read. Program i of n asks L2 for its share of a head's state of BYTES, which
+    only earlier steps have written, unless those of N sequences are more than LIMIT."""
+    zero = 0
+    if BYTES > 0:
+        share = (BYTES // 128 + n - 1) // n * 128
+        few = N <= LIMIT // (H * BYTES)
+        p_state = recurrent_state.to(tl.int64) + tl.maximum(i_head, 0) * BYTES + i * share
+        zero = ask_for(p_state, tl.where(few, tl.minimum(share, BYTES - i * share), 0))
+    return zero
+
+
 @triton.jit
 def load_position(p_position, context, ROWS: tl.constexpr):
     """state_position of a head, and how many tokens its buffer of ROWS rows holds, whatever the numbers are."""
@@ -163,14 +194,15 @@ def stream_state(
     p_state, p_x, p_held, count, decay, deltas, o_v, m_v, begun,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """state^T x [BV] for each of the N vectors x [K] from p_x on, in one pass over the state, BR whole rows at once.
+    """state^T x [BV] for each of the N vectors x [K] from p_x on, in one pass over the state, BR whole rows at once. Of
+    two warps a thread sums columns of its own, in registers.
 
     With ROWS > 0 the state is written on the way as decay * state + sum_j kn_j delta_j^T, of `weighted_deltas`. begun:
     whether the state is read; otherwise it is zero."""
     o_r = tl.arange(0, BR)
     sums = ()
     for _ in tl.static_range(N):
-        sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # noqa: RUF005 - Triton unpacks nothing
     for i_k in range(0, K, BR):
         m_r = i_k + o_r < K
         m = m_r[:, None] & m_v[None, :]

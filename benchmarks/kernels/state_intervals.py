@@ -1,13 +1,14 @@
 """A decode step of jet_block whose state is written every L tokens, beside a write at every token, on this GPU.
 
     python benchmarks/kernels/state_intervals.py [--models 2b] [--batch 8,64,128] [--intervals 1,2,4,8,16]
-                                                 [--tokens 1,5] [--tiles all]
+                                                 [--tokens 1,5] [--tiles delta_rule_deferred]
 
 Microseconds of a layer's step, the mean over an interval: a CUDA graph takes several layers with states of their own
 through L steps. `bytes` are those of the state, read at every step and written once in L tokens, and of the step
 buffer: (L + 1) / 2 held tokens read on average, those of the step appended. First the states and outputs after two
 intervals are compared with those of a write at every token. --tokens R: more than one are a verifying step (the form
-VERIFY), all of whose tokens are kept. --tiles all: every candidate of the kernel's table.
+VERIFY), all of whose tokens are kept. --tiles OP: every candidate of that
+op of the table of configurations.
 """
 
 from __future__ import annotations
@@ -91,9 +92,7 @@ def check(model: str, interval: int) -> float:
     return max(errors)
 
 
-def measure(
-    model: str, batch: int, interval: int, tokens: int, tiles: list[dict[str, int]], copy: float
-) -> dict[str, Any]:
+def measure(model: str, batch: int, interval: int, tokens: int, op: str | None, copy: float) -> dict[str, Any]:
     nbytes = work(model, batch, 1)
     layers = [Layer(model, batch, interval, seed, tokens) for seed in range(max(2, min(24, int(6e8 / nbytes))))]
     steps = max(interval, 4)
@@ -106,9 +105,9 @@ def measure(
             layer.step(context)
 
     variants: dict[str, Callable[[], Any]] = {}
-    for use in tiles or [{}]:
-        if use:
-            with configs.override("delta_rule_deferred", use):
+    for use in CANDIDATES[op] if op else [{}]:
+        if op:
+            with configs.override(op, use):
                 variants[" ".join(f"{k}={v}" for k, v in use.items())] = timer.capture(run)
         else:
             variants["table"] = timer.capture(run)
@@ -150,16 +149,16 @@ def main() -> int:
     parser.add_argument("--batch", default="8,64,128", help="sequences")
     parser.add_argument("--intervals", default="1,2,4,8,16", help="tokens from write to write")
     parser.add_argument("--tokens", default="1", help="of a sequence in a step")
-    parser.add_argument("--tiles", choices=("table", "all"), default="table")
+    ops = "delta_rule_decode", "delta_rule_deferred", "delta_rule_inputs", "delta_rule_verify"
+    parser.add_argument("--tiles", choices=ops, help="every candidate of this op")
     options = parser.parse_args()
     if lacks_gpu("state_intervals.py"):
         return 2
     output, copy = output_of(options), timer.copy_speed()
-    tiles = CANDIDATES["delta_rule_deferred"] if options.tiles == "all" else []
     numbers = ([int(n) for n in text.split(",")] for text in (options.batch, options.intervals, options.tokens))
     results: list[dict[str, Any]] = []
     for model, batch, interval, tokens in itertools.product(options.models.split(","), *numbers):
-        results.append(measure(model, batch, interval, tokens, tiles, copy))
+        results.append(measure(model, batch, interval, tokens, options.tiles, copy))
         torch.cuda.empty_cache()
         write_result(output, {"copy_bytes_per_s": copy, "layers": results})
     show(results)
