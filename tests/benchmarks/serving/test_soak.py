@@ -1,0 +1,79 @@
+"""The soak script: a short run over eager engines holds; what must hold is noticed where it does not."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from helpers.eager_bundle import eager_engine
+from helpers.faults import SlotsSwapped
+from helpers.scripts import load_script
+
+from jet_export.backends.eager import EagerEngine
+from jet_export.bundle.limits import Limits
+from jet_export.runtime.async_llm import AsyncLLM
+from jet_export.runtime.batching import BatchingEngine
+from jet_export.runtime.capacity import Serving
+from jet_export.runtime.pools import Pool
+from jet_export.runtime.tokenizer import ByteTokenizer
+
+soak = load_script("serving/soak.py")
+LIMITS = Limits(max_batch_size=4, max_seq_len=160, prefill_chunk=32)
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "PROMPTS", 2)
+
+
+def soaked(engine: EagerEngine, requests: int) -> Any:
+    """One round over an engine whose pages are too few for its sequences."""
+    serving = Serving(slots=4, kv_tokens=256, deterministic=True, wait_timeout=1e9)
+    it = soak.Soak(AsyncLLM.over(BatchingEngine(engine, ByteTokenizer(), -1, serving)), seed=1)
+    it.new = 4
+    asyncio.run(soak.run(it, soak.Length(seconds=0, rounds=1, requests=requests, workers=6), lambda line: None))
+    return it
+
+
+def test_a_round_holds() -> None:
+    it = soaked(eager_engine(LIMITS), 16)
+    assert it.record.requests == dict.fromkeys([*it.kinds, "cancelled", "bad"], 2)
+    assert it.record.rss and it.record.probe
+
+
+def test_states_of_two_sequences_that_change_places_are_noticed() -> None:
+    with pytest.raises(soak.Broken, match=r"request \d gives .*, and alone"):
+        soaked(SlotsSwapped(eager_engine(LIMITS)), 8)
+
+
+def test_what_is_lost_or_free_twice_is_noticed() -> None:
+    pool = Pool(4)
+    soak.check_pool("pages", pool)
+    pool.take(1)
+    soak.check_pool("pages", pool)
+    pool.holders[0] = 0
+    with pytest.raises(soak.Broken, match="pages: 0 held and 3 free, of 4"):
+        soak.check_pool("pages", pool)
+    pool = Pool(4)
+    pool._free[0] = pool._free[1]
+    with pytest.raises(soak.Broken, match="pages: 0 held and 4 free, of 4"):
+        soak.check_pool("pages", pool)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rss": [10**9 + i * 10**7 for i in range(20)]}, "memory has grown from 1,050 to 1,190 MB"),
+        ({"gpu": [10**9] * 12 + [2 * 10**9]}, "GPU memory has grown"),
+        ({"probe": [0.1] * 12 + [0.2] * 6}, "a request alone takes 200 ms, and 100 ms at the beginning"),
+        ({"rss": [10**9] * 20, "probe": [0.1] * 20}, None),
+        ({"rss": [10**9, 2 * 10**9], "probe": [0.1, 1.0]}, None),  # too few
+    ],
+)
+def test_drift_is_noticed(values: dict[str, Any], message: str | None) -> None:
+    it = soak.Soak.__new__(soak.Soak)
+    it.record = soak.Record(**values)
+    if message is None:
+        it.check_drift()
+        return
+    with pytest.raises(soak.Broken, match=message):
+        it.check_drift()
