@@ -229,7 +229,7 @@ def dynamic_conv_triton(
 
     off_u: u's first column in the rows of its tensor; `mixed`: sequences of one token are left out."""
     T, N, (S, R, D) = u.shape[0], slots.shape[0], conv_state.shape
-    W, stride_kappa = kappa.shape[-1] // D, 0 if kappa.dim() == 1 else kappa.stride(0)
+    W, stride_kappa = kappa.shape[-1] // D, 0 if len(kappa.shape) == 1 else kappa.stride(0)
     use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W)
     BT, BD = use["BT"], use["BD"]
     v = u.new_empty(T, D)
