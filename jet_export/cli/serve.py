@@ -57,6 +57,16 @@ def serve(
         typer.Option(help="With --openai: auto takes sampling defaults from the bundle's generation_config.json."),
     ] = "none",
     access_log: Annotated[bool, typer.Option("--access-log", help="With --openai: log each request.")] = False,
+    replicas: Annotated[
+        str | None, typer.Option(help="With --openai: engines behind one address, each on a GPU, by Ray; or auto.")
+    ] = None,
+    max_replicas: Annotated[int, typer.Option(help="With --replicas auto: at most.")] = 8,
+    ray: Annotated[
+        str | None, typer.Option(help="With --replicas: a Ray cluster's address; default: one on this machine alone.")
+    ] = None,
+    router: Annotated[
+        str, typer.Option(help="With --replicas: prefix (and session), least (loaded) or round-robin.")
+    ] = "prefix",
     slots: Annotated[int | None, typer.Option(help="Sequences at once; default: the bundle's max_batch_size.")] = None,
     kv_tokens: Annotated[
         int | None,
@@ -112,6 +122,10 @@ def serve(
         prefix_cache_bytes=None if prefix is None else parse_bytes(prefix, "--prefix-cache-bytes"),
         host_cache_bytes=None if host_cache is None else parse_bytes(host_cache, "--host-cache-bytes"),
     )
+    if replicas is None and ray is not None:
+        raise JetExportError("serve --ray: belongs to --replicas.", "Add --openai --replicas 2, or auto.")
+    if replicas is not None and not openai:
+        raise JetExportError("serve --replicas: belongs to --openai.", "Triton has --instances.")
     if openai:
         if triton_repo:
             raise JetExportError("serve: --openai and --triton-repo exclude each other.")
@@ -140,6 +154,22 @@ def serve(
             tls=tls,
             generation_config=generation_config,
         )
+        if replicas is not None:
+            from jet_export.server.ray.config import FleetConfig, parse_replicas
+            from jet_export.server.ray.serve import serve_fleet
+
+            fleet = FleetConfig(
+                bundle=str(bundle),
+                serving=serving,
+                api=api,
+                generation_config=generation_config,
+                replicas=parse_replicas(replicas),
+                most=max_replicas,
+                router=router,
+                ingresses=frontends or 1,
+            )
+            serve_fleet(fleet, http, ray, typer.echo)
+            return
         run_openai(bundle, http, serving, typer.echo)
         return
     from jet_export.server.triton.repository import Repository, gpu_indices, write_repository

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 APP, INGRESS, ENGINE = "jet-export", "Api", "Engine"
 NAMESPACE = "jet-export"
 SPARE = 1.25  # calls that Serve lets a replica have, of those that its engine takes: it refuses the others itself
+ROUTING = 64  # calls of an ingress that are on their way to a replica, at least: many may arrive at once
 AUTOSCALE_AT = 0.75  # of the sequences at once: requests a replica, on average
 
 
@@ -129,7 +130,6 @@ def application(config: FleetConfig) -> Application:
     """The application of a fleet. Raises JetExportError for a bundle that cannot be read."""
     manifest = Manifest.load(config.bundle)
     takes = limits(config, manifest)
-    gpus = config.gpus if config.gpus is not None else float(manifest.device.type == "cuda")
     scaling: dict[str, Any] = {"num_replicas": config.replicas}
     if config.replicas is None:
         target = max(1.0, AUTOSCALE_AT * takes.slots)
@@ -140,9 +140,9 @@ def application(config: FleetConfig) -> Application:
     )
     engine = serve.deployment(Engine).options(
         name=ENGINE,
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus_each()},
         max_ongoing_requests=int(SPARE * (takes.slots + takes.max_waiting)) + 1,
-        max_queued_requests=takes.max_waiting or 1,
+        max_queued_requests=max(ROUTING, takes.slots + takes.max_waiting),
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=1,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jet_export.bundle.manifest import Manifest
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.capacity import Serving
-from jet_export.runtime.routing import SLACK
+from jet_export.runtime.routing import POLICIES, SLACK
 from jet_export.server.openai.options import ApiOptions
 from jet_export.utils.errors import JetExportError
 
@@ -40,8 +41,14 @@ class FleetConfig:
             raise JetExportError(f"--replicas {self.replicas}: not between 1 and {MOST}.")
         if not 1 <= self.least <= self.most <= MOST:
             raise JetExportError(f"--replicas auto: {self.least} to {self.most} is no range of replicas.")
+        if self.router not in POLICIES:
+            raise JetExportError(f"router {self.router!r} is not known.", f"Known: {', '.join(POLICIES)}.")
         if self.ingresses < 1:
             raise JetExportError(f"--frontends {self.ingresses}: --replicas needs at least 1.")
+
+    def gpus_each(self) -> float:
+        """GPUs of a replica. Raises JetExportError for a bundle that cannot be read."""
+        return float(Manifest.load(self.bundle).device.type == "cuda") if self.gpus is None else self.gpus
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> FleetConfig:
@@ -54,8 +61,17 @@ class FleetConfig:
             return cls(
                 serving=serving,
                 api=ApiOptions(names=names),
-                replicas=None if replicas == "auto" else int(replicas),
+                replicas=parse_replicas(str(replicas)),
                 **{**values, "bundle": str(Path(values["bundle"]))},
             )
         except (TypeError, KeyError, ValueError) as e:
             raise JetExportError(f"args of the application: {e}.", "See examples/ray/serve.yaml.") from None
+
+
+def parse_replicas(text: str) -> int | None:
+    """A number, or "auto": None. Raises JetExportError."""
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise JetExportError(f"--replicas {text}: neither a number nor auto.")
+    return int(text)

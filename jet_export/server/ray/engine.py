@@ -20,11 +20,15 @@ STUCK = 60.0  # seconds without a step while requests run: the replica is replac
 class EngineReplica:
     """`make`: loads the engine. `report`: gets the metrics every REPORT seconds, from a thread."""
 
-    def __init__(self, make: Callable[[], AsyncLLM], report: Callable[[str], None] | None = None) -> None:
-        self.llm = make()
+    def __init__(
+        self,
+        make: Callable[[], AsyncLLM],
+        report: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.llm, self.clock = make(), clock
         self.llm.start()
-        self._progress = (-1, time.monotonic())  # steps, and when they were seen
-        self._report = report
+        self._progress = (-1, clock())  # steps, and when they were seen
         if report is not None:
             threading.Thread(target=self._reports, args=(report,), daemon=True).start()
 
@@ -50,7 +54,7 @@ class EngineReplica:
 
     def check_health(self) -> None:
         """Raises RuntimeError if the engine has stopped or takes no steps; Ray Serve then replaces the replica."""
-        batching, now = self.llm.batching, time.monotonic()
+        batching, now = self.llm.batching, self.clock()
         if not batching.alive:
             raise RuntimeError("The engine has stopped.")
         steps, since = batching.metrics.steps, self._progress[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -10,13 +10,18 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from jet_export.runtime.routing import POLICIES, SLACK, Router
 from jet_export.server.ray.call import Call
 
+MOST_ON_THE_WAY = 64  # calls at one moment; more are forgotten, the oldest first
+
 
 class PrefixRouter(RequestRouter):
-    """A replica that has as many calls as it takes is passed over for the others, the least loaded first."""
+    """A replica that has as many calls as it takes is passed over for the others, the least loaded first.
+
+    Calls that have been given a replica and are on their way count as its own: many may be routed at one moment."""
 
     def initialize_state(self, policy: str = POLICIES[0], slack: int = SLACK, **_: Any) -> None:
         self.router: Router[str] = Router(policy, slack=slack)
         self.loads: Counter[str] = Counter()  # replica -> calls
+        self.on_the_way: OrderedDict[str, str] = OrderedDict()  # call -> replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -24,14 +29,21 @@ class PrefixRouter(RequestRouter):
         by_name = {r.replica_id.unique_id: r for r in candidate_replicas}
         if not by_name:
             return []
-        loads = {name: self.loads[name] for name in by_name}
+        call = pending_request.metadata.internal_request_id if pending_request is not None else ""
+        self.on_the_way.pop(call, None)
+        waiting = Counter(self.on_the_way.values())
+        loads = {name: self.loads[name] + waiting[name] for name in by_name}
         args = pending_request.args if pending_request is not None else ()
         prefixes = args[0].prefixes if args and isinstance(args[0], Call) else ()
         chosen = self.router.choose(loads, prefixes=prefixes)
+        self.on_the_way[call] = chosen
+        if len(self.on_the_way) > MOST_ON_THE_WAY:  # of a call that was cancelled before it arrived
+            self.on_the_way.popitem(last=False)
         others = sorted((name for name in by_name if name != chosen), key=loads.__getitem__)
         return [[by_name[name]] for name in (chosen, *others)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        self.on_the_way.pop(pending_request.metadata.internal_request_id, None)
         self.loads[replica_id.unique_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
@@ -39,5 +51,4 @@ class PrefixRouter(RequestRouter):
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)
-        self.loads.pop(replica_id.unique_id, None)
         self.router.forget(replica_id.unique_id)

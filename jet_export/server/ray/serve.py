@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from jet_export.server.openai.serve import log_addresses
+from jet_export.server.openai.serve import HttpOptions, log_addresses
 from jet_export.server.ray.config import FleetConfig
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.progress import Progress
 
 
-def serve_fleet(config: FleetConfig, *, host: str, port: int, address: str | None, log: Callable[[str], None]) -> None:
+def serve_fleet(config: FleetConfig, http: HttpOptions, address: str | None, log: Callable[[str], None]) -> None:
     """Serve on the cluster at `address`, or on one that is started on this machine and ends with this process.
 
     Raises JetExportError if Ray is not installed or the cluster cannot be reached."""
@@ -25,20 +26,34 @@ def serve_fleet(config: FleetConfig, *, host: str, port: int, address: str | Non
         from jet_export.server.ray.app import APP, application
     except ImportError as e:
         raise JetExportError(f"--replicas needs {e.name}.", "Install it: pip install 'jet-export[ray]'") from None
+    if http.tls is not None:
+        raise JetExportError(
+            "serve --ssl-certfile: Ray Serve's proxy has no TLS.",
+            "Put a load balancer with TLS in front of --replicas.",
+        )
+    if http.port == 0:
+        raise JetExportError("serve --port 0: --replicas needs a port.", "For example: --port 8000")
     config = replace(config, bundle=str(Path(config.bundle).resolve()))
     app = application(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    local = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise JetExportError(f"--ray {address}: no cluster there ({e}).", "Start one: ray start --head") from None
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray's own
+        signal.signal(number, lambda *_: stop.set())
     try:
-        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+        if address is None:
+            check_room(config, ray.cluster_resources())
+        serve.start(
+            http_options={"host": http.host, "port": http.port, "keep_alive_timeout_s": int(http.keep_alive)},
+            logging_config={"log_level": "WARNING"},
+        )
         with Progress(log).stage(f"start {config.replicas or 'at least ' + str(config.least)} replicas", lines=False):
             serve.run(app, name=APP, route_prefix="/", blocking=False)
-        log_addresses(f"http://{host}:{port}", ("completions", "chat/completions"), log)
+        log_addresses(f"http://{http.host}:{http.port}", ("completions", "chat/completions"), log)
         stop.wait()
         log("stopping: requests that run have their whole answer")
         serve.delete(APP)
@@ -46,3 +61,15 @@ def serve_fleet(config: FleetConfig, *, host: str, port: int, address: str | Non
         if address is None:
             serve.shutdown()
         ray.shutdown()
+
+
+def check_room(config: FleetConfig, resources: Mapping[str, float]) -> None:
+    """Raises JetExportError if this machine is too small for the replicas, for which Ray would wait."""
+    replicas = config.least if config.replicas is None else config.replicas
+    for name, each in (("GPU", config.gpus_each()), ("CPU", config.cpus)):
+        have = resources.get(name, 0.0)
+        if replicas * each > have:
+            raise JetExportError(
+                f"--replicas {replicas}: this machine has {have:g} {name}s, each replica takes {each:g}.",
+                "Ask for fewer, or name a larger cluster: --ray ADDRESS.",
+            )
