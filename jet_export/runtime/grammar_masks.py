@@ -106,6 +106,7 @@ class TokenMasks:
             words[:n] = -1
         self._compute(host, [(m.matcher, i) for i, m in ours])
         for i, m in ours:
+            m.ahead = (-1, -1)  # another draft's
             self._finish(words[i], m)
         if drafts is not None:
             own = dict(zip(firsts, drafts, strict=True))
@@ -116,7 +117,6 @@ class TokenMasks:
         """The masks behind drafted tokens, in the rows behind a matcher's own; copies of the matchers go on."""
         words, going = host.numpy(), []
         for i, m, draft in rows:
-            m.ahead = (-1, -1)
             if m.closed < 0 and not m.error:
                 going.append((i, m, draft, m.matcher.deep_copy()))
         for n in range(max((len(draft) for *_, draft, _ in going), default=0)):

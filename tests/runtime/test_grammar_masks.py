@@ -16,7 +16,7 @@ from jet_export.runtime.grammar import Grammar
 from jet_export.runtime.grammar_compile import GrammarCompiler
 from jet_export.runtime.grammar_masks import AnswerMatcher, TokenMasks
 from jet_export.runtime.sampler import unpacked
-from jet_export.runtime.tokenizer import Tokenizer, load_tokenizer
+from jet_export.runtime.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from jet_export.utils.errors import JetExportError
 
 JET_TINY = ROOT / "jet_export" / "data" / "jet-tiny"
@@ -36,6 +36,37 @@ def allowed(*matchers: AnswerMatcher | None) -> np.ndarray:
 
 def matcher(compiler: GrammarCompiler, grammar: Grammar) -> AnswerMatcher:
     return AnswerMatcher(compiler.compile(grammar), (END,))
+
+
+def test_masks_behind_a_draft_are_those_of_the_tokens_one_by_one(compiler) -> None:
+    """Where the draft stops matching every token is allowed; the matcher itself stays where it is."""
+    grammar, tokenizer = Grammar.json_object(), compiler.tokenizer
+    text = tokenizer.encode('{"a": [1, true, {"b": "cd"}]}')
+    masks = TokenMasks(40, VOCAB, torch.device("cpu"))
+    ours, plain = matcher(compiler, grammar), matcher(compiler, grammar)
+    draft = [*text[:6], tokenizer.encode("}")[-1], *text[6:8]]
+    rows = masks.fill([None, ours], [[5], draft]).clone()
+    assert (rows[:2] == -1).all() and (rows[2 + 7 :] == -1).all() and ours.accepted == 0
+    for i, token in enumerate([*text[:6], None]):
+        assert torch.equal(rows[2 + i], masks.fill([plain])[0])
+        if token is not None:
+            plain.accept(token)
+    assert ours.valid(draft) == 6 and ours.valid([END]) == 0 and ours.valid([VOCAB - 1]) == 0
+
+
+def test_an_end_that_a_draft_would_have_reached_is_forgotten_with_it() -> None:
+    """The answer took another way of as many tokens, the last of them the same. The grammar ends where only a byte
+    could follow that is not in the vocabulary."""
+    grammar = GrammarCompiler(ByteTokenizer(), 128, (END,)).compile(Grammar.regex("aacé?|abcc+"))
+    m, masks = AnswerMatcher(grammar, (END,)), TokenMasks(9, 128, torch.device("cpu"))
+    masks.fill([m], [[*b"aac"]])
+    assert m.ahead == (3, ord("c"))
+    for token in b"ab":
+        m.accept(token)
+    masks.fill([m])
+    for token in b"cc":
+        m.accept(token)
+        assert m.closed < 0 and not m.error
 
 
 texts = st.text(st.characters(exclude_characters="\x7f", exclude_categories=["Cs"]), max_size=6)
