@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from jet_export.cli.app import app
 from jet_export.runtime.capacity import Serving
+from jet_export.server.openai.http import Tls
+from jet_export.server.openai.serve import HttpOptions
 from jet_export.server.ray.config import FleetConfig, parse_replicas
-from jet_export.server.ray.serve import check_room
+from jet_export.server.ray.serve import check_room, serve_fleet
 from jet_export.utils.errors import JetExportError
 
 EXAMPLES = ROOT / "examples" / "ray"
@@ -62,10 +64,11 @@ def test_a_machine_that_is_too_small_is_refused(tmp_path: Path) -> None:
         (["--openai", "--ray", "auto"], "belongs to --replicas"),
         (["--openai", "--replicas", "two"], "neither a number nor auto"),
         (["--openai", "--replicas", "2", "--port", "0"], "needs a port"),
-        (["--openai", "--replicas", "2", "--ssl-certfile", "c", "--ssl-keyfile", "k"], "has no TLS"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path: Path, options: list[str], said: str) -> None:
     with pytest.raises(JetExportError, match=said):
         CliRunner().invoke(app, ["serve", str(tmp_path), *options], catch_exceptions=False)
     assert parse_replicas("auto") is None and parse_replicas("3") == 3
+    with pytest.raises(JetExportError, match="has no TLS"):
+        serve_fleet(FleetConfig(bundle=str(tmp_path)), HttpOptions(tls=object.__new__(Tls)), None, print)
