@@ -63,7 +63,7 @@ class JetBlock(nn.Module):
             self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form),
         )  # fmt: skip
         if onnx_mode():
-            o = jet_block_node(*args)  # whose states are written at every token: a build refuses others
+            o = jet_block_node(*args, *(buffer or (None, None)), interval)
         else:
             o = torch.ops.jet.jet_block(*args, *(buffer or (None, None)), interval)
         return project(self.o_proj, o, residual=h)

@@ -1,6 +1,7 @@
 """JetBlock, Attention and Fp8Linear as nodes of an ONNX graph. Symbolic: traced by torch.onnx, never computed.
 
-    jet::JetBlock     jet_block, states in and states out; attributes as the op's, the form of the call among them
+    jet::JetBlock     jet_block, states in and states out; attributes as the op's, the form of the call among them; a
+                      state with a step buffer has that and its position too
     jet::JetAttention the same for attention (TensorRT takes any node named Attention for ONNX's own)
     Fp8Linear         y = cast(DQ(Q(x))) @ cast(DQ(weight))^T + bias with FP8 weights as initializers; Q and DQ are
                       ONNX's QuantizeLinear and DequantizeLinear, per tensor, in fp32; the casts are to x.dtype
@@ -41,20 +42,27 @@ def jet_block_node(
     head_v_dim: int,
     norm_eps: float,
     form: int,
+    step_buffer: Tensor | None = None,
+    state_position: Tensor | None = None,
+    interval: int = 1,
 ) -> Tensor:
-    """[T, D]; arguments as for jet_block. The states after the step become outputs of the graph."""
+    """[T, D]; arguments as for jet_block. The states after the step become outputs of the graph; with a step buffer the
+    node has two inputs, two outputs and an attribute more."""
     inputs = [qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens]
+    beside = [] if step_buffer is None or state_position is None else [step_buffer, state_position]
     attrs: dict[str, Any] = {
         "num_heads": num_heads,
         "head_k_dim": head_k_dim,
         "head_v_dim": head_v_dim,
         "norm_eps": norm_eps,
         "form": form,
+        **({"interval": interval} if beside else {}),
     }
+    before = [conv_state, recurrent_state, *beside]
     o, *states = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::JetBlock", inputs, attrs,
-        dtypes=[qkuz.dtype, conv_state.dtype, recurrent_state.dtype],
-        shapes=[(qkuz.shape[0], num_heads * head_v_dim), conv_state.shape, recurrent_state.shape],
+        f"{DOMAIN}::JetBlock", [*inputs, *beside], attrs,
+        dtypes=[qkuz.dtype, *(s.dtype for s in before)],
+        shapes=[(qkuz.shape[0], num_heads * head_v_dim), *(s.shape for s in before)],
         version=VERSION,
     )  # fmt: skip
     keep_states(*states)

@@ -291,10 +291,10 @@ def check_states(options: BuildOptions, backend: str) -> None:
     ):
         if not low <= value <= high:
             raise JetExportError(f"{flag} {value}: it must be from {low} to {high}.")
-        if value != low and backend != "inductor":
+        if value != low and backend not in ("inductor", "onnx"):
             raise JetExportError(
                 f"{flag}: {backend} engines write states at every token and verify no drafts.",
-                "Leave it out, or choose --backend inductor.",
+                "Leave it out, or choose --backend inductor (or onnx, for the graphs).",
             )
 
 

@@ -16,7 +16,7 @@ from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.verify.parity import StageResult, unit_roundoff
-from jet_export.verify.trial import SPARE, Layout, decode_step, prefill_step, random_prompts
+from jet_export.verify.trial import SPARE, Layout, decode_step, prefill_step, random_prompts, verify_calls
 
 FORCED = "every node, forced"
 
@@ -37,6 +37,7 @@ class ForcedStep(NamedTuple):
     logit_indices: Tensor
     states: list[Tensor]
     decode: bool
+    form: Form = Form.MIXED
 
 
 HELD = [7, 0, 9]  # tokens that the sequences of a forced step hold
@@ -51,6 +52,12 @@ def forced_steps(eager: EagerEngine, seed: int) -> Iterator[ForcedStep]:
         rows = torch.arange(len(ids), dtype=torch.int32, device=eager.device)
         states = [layout.noise(spec) for spec in eager.specs]
         yield ForcedStep(ids.to(eager.device), layout.batch(call, HELD), rows, states, call.decode)
+    if eager.rollback:
+        call = verify_calls(eager.rollback)[0]
+        ids = torch.tensor([t for row, n in zip(call.rows, call.lens, strict=True) for t in prompts[row][:n]])
+        rows = torch.arange(len(ids), dtype=torch.int32, device=eager.device)
+        states = [layout.noise(spec) for spec in eager.specs]
+        yield ForcedStep(ids.to(eager.device), layout.batch(call, HELD), rows, states, False, Form.VERIFY)
 
 
 def forced_bound(eager: EagerEngine, name: str) -> float:
@@ -67,8 +74,10 @@ def forced_stage(engine: OnnxEngine, eager: EagerEngine, seed: int) -> StageResu
     tokens, failures = 0, []
     for step in forced_steps(eager, seed):
         tokens += len(step.input_ids)
-        mode = "decode" if step.decode else "prefill"
-        for m in teacher_forced(engine.graph, eager, step):
+        mode = "verify" if step.form is Form.VERIFY else "decode" if step.decode else "prefill"
+        graph = engine.verify_graph if step.form is Form.VERIFY else engine.graph
+        assert graph is not None
+        for m in teacher_forced(graph, eager, step):
             bound = forced_bound(eager, m.name)
             if not m.relative <= bound:
                 failures.append(f"{FORCED}: {mode}: {m.name}: relative error {m.relative:.3g}, bound {bound:.3g}")
@@ -111,7 +120,10 @@ def model_values(graph: OnnxModel, eager: EagerEngine, step: ForcedStep) -> dict
             hooks.append(module.register_forward_pre_hook(lambda m, x, p=path: values.update({f"{p}.input": x[0]})))
     after = [s.clone() for s in step.states]
     try:
-        out = eager.model.forward_packed(step.input_ids, step.batch, after, step.logit_indices, Form.MIXED)
+        interval = eager.state_interval
+        out = eager.model.forward_packed(
+            step.input_ids, step.batch, after, step.logit_indices, step.form, interval=interval
+        )
     finally:
         for hook in hooks:
             hook.remove()

@@ -99,12 +99,13 @@ def _check_per_tensor(scale: Tensor) -> None:
 
 
 def jet_block(a: Attributes, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """o, conv_state_out, recurrent_state_out."""
-    *projections, conv_state, recurrent_state, cu_seqlens, slots, context_lens = inputs
-    states = conv_state.clone(), recurrent_state.clone()
+    """o, conv_state_out, recurrent_state_out; beside a step buffer also step_buffer_out, state_position_out."""
+    projections, states, batch = inputs[:6], [x.clone() for x in inputs[6:8]], inputs[8:11]
+    beside = [x.clone() for x in inputs[11:]]  # step_buffer, state_position
     sizes = a["num_heads"], a["head_k_dim"], a["head_v_dim"], a["norm_eps"], a["form"]
-    o = torch.ops.jet.jet_block(*projections, *states, cu_seqlens, slots, context_lens, *sizes, *NO_BUFFER)
-    return o, *states
+    buffer = (*beside, a["interval"]) if beside else NO_BUFFER
+    o = torch.ops.jet.jet_block(*projections, *states, *batch, *sizes, *buffer)
+    return o, *states, *beside
 
 
 def attention(a: Attributes, qkv: Tensor, cos_sin: Tensor, kv_cache: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The model as one ONNX graph: model.onnx, whose weights stay in the bundle's weights.safetensors as external data.
+"""The model as an ONNX graph: model.onnx, whose weights stay in the bundle's weights.safetensors as external data.
 
 inputs    input_ids [tokens] int64, cu_seqlens [sequences + 1], slots, context_lens [sequences], block_table
           [sequences, table_pages], window_block_table [sequences, ring_pages], logit_indices [outputs], all int32, and
@@ -6,7 +6,8 @@ inputs    input_ids [tokens] int64, cu_seqlens [sequences + 1], slots, context_l
 outputs   logits [outputs, vocab], and each state after the step: layers.3.conv_state_out, ...
 
 Opset 21. The mixers' cores are nodes of the domain `jet` (model/onnx_nodes.py). Tokens and sequences are independent
-dimensions, so one graph serves prefill and decode: its nodes have the form MIXED. A value is named after the module
+dimensions, so one graph serves prefill and decode: its nodes have the form MIXED. verify.onnx, in a bundle that
+verifies drafts, is the same graph with nodes of the form VERIFY. A value is named after the module
 that computes it (`layers.0.mlp.gate_up_proj`), a projection's input `....input`, an initializer as in the state dict.
 Products are named after their modules, jet nodes `layers.0.self_attn.JetBlock`; TensorRT's layer reports repeat that.
 An FP8 projection is QuantizeLinear / DequantizeLinear in fp32 before a product in the model dtype.
@@ -43,7 +44,7 @@ from jet_export.utils.errors import JetExportError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPH = "model.onnx"
+GRAPH, VERIFY_GRAPH = "model.onnx", "verify.onnx"
 OPSET = 21
 DIMENSIONS = {
     "input_ids": ("tokens",),
@@ -58,8 +59,8 @@ PROJECTION = (nn.Linear, Fp8Linear)
 class OnnxGraph(EngineGraph):
     """The engine graph with the states after the step among its results."""
 
-    def __init__(self, model: JetNemotronForCausalLM) -> None:
-        super().__init__(model, Form.MIXED)
+    def __init__(self, model: JetNemotronForCausalLM, form: Form, interval: int) -> None:
+        super().__init__(model, form, interval)
 
     def forward(  # type: ignore[override]
         self,
@@ -89,19 +90,30 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: JetNemotronForCausalLM, directory: Path, dtypes: Dtypes, limits: Limits) -> Path:
-    """Write model.onnx into `directory`, which holds this model's WEIGHTS, and check it. No weight is read or copied;
-    the model may be on any device."""
+    """Write model.onnx into `directory`, which holds this model's WEIGHTS, and verify.onnx where dtypes.rollback asks
+    for it, and check them. No weight is read or copied; the model may be on any device."""
     require_onnx()
+    fake = FakeTensorMode()
+    model = structure_of(model, fake)
+    if dtypes.rollback:
+        write_graph(model, fake, directory / VERIFY_GRAPH, dtypes, limits)
+    return write_graph(model, fake, directory / GRAPH, dtypes, limits)
+
+
+def write_graph(
+    model: JetNemotronForCausalLM, fake: FakeTensorMode, path: Path, dtypes: Dtypes, limits: Limits
+) -> Path:
+    """One of them, by its name. `model`: of fake tensors, see structure_of."""
     import onnx
     import onnx_ir as ir
 
-    fake = FakeTensorMode()
-    model = structure_of(model, fake)
+    form = Form.VERIFY if path.name == VERIFY_GRAPH else Form.MIXED
     with fake:
         args = example_inputs(model, dtypes, "prefill")
     shapes = dynamic_shapes(model, dtypes, limits, "prefill")
+    graph_module = OnnxGraph(model, form, dtypes.state_interval).eval()
     with torch.no_grad(), quiet_exporter():
-        program = torch.export.export(OnnxGraph(model).eval(), args, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(graph_module, args, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -119,11 +131,11 @@ def write_onnx(model: JetNemotronForCausalLM, directory: Path, dtypes: Dtypes, l
     name_values(graph, model)
     set_zero_points(graph)
     simplify(graph_model)
-    point_to_weights(graph, directory / WEIGHTS)
+    point_to_weights(graph, path.parent / WEIGHTS)
     drop_metadata(graph_model)
-    ir.save(graph_model, directory / GRAPH)
-    onnx.checker.check_model(str(directory / GRAPH), full_check=True)
-    return directory / GRAPH
+    ir.save(graph_model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
 
 
 def structure_of(model: JetNemotronForCausalLM, fake: FakeTensorMode) -> JetNemotronForCausalLM:
