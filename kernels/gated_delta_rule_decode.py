@@ -191,6 +191,7 @@ def decode_inputs_kernel(
     tl.store(p_mix + 2, -b_qk * b_beta * b_decay)
     tl.store(p_mix + 3, b_decay)
     tl.store(p_mix + 4, b_g)
+    tl.store(p_mix + 5, tl.zeros([1], tl.float32))
 
 
 def decode_config(state: Tensor, head_k_dim: int, head_v_dim: int) -> dict:

@@ -13,13 +13,13 @@ state0 enters by its products P = state0^T [kn | qn] alone, so that all y = [del
 
 Two launches. The first, `decode_inputs_kernel` of one token or `verify_inputs_kernel` of several, knows everything but
 the state and leaves x, fixed, mix and g in `work`. In the second, `deferred_step_kernel`, a program owns a (head,
-sequence) and streams the state once, by whole rows, for P: a thread sums columns of its own, and nothing crosses
-threads. Where the buffer holds `interval` tokens or more the state is written with them on the way, and
-without this call's tokens, which may be taken back. Then come y, the tokens for the buffer, and the gated norm. Of few
-sequences the first kernel asks L2 for the states.
+sequence), or of few sequences a share of its rows, and streams the state once, by whole rows, for P: a thread sums
+columns of its own, and nothing crosses threads. Where the buffer holds `interval` tokens or more the state is written
+with them on the way, and without this call's tokens, which may be taken back. Then come y, the tokens for the buffer,
+and the gated norm, by the last of a head's programs. Of few sequences the first kernel asks L2 for the states.
 
-`work` [N, H, WORK] fp32, a row of it: x [2 R, K] | fixed [2 R, V] | mix [2 R, 2 R] | g [R], the rows of tokens that a
-sequence does not have being zero.
+`work` [N, H, WORK] fp32, a row of it: x [2 R, K] | fixed [2 R, V] | mix [2 R, 2 R] | g [R] | 0, the rows of tokens that
+a sequence does not have being zero; the last is a counter of programs.
 """
 
 from typing import Any
@@ -29,27 +29,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jet_export.kernels.attention_decode import num_sms
 from jet_export.kernels.common import await_inputs, gdc, sequence_bounds, slot_of, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.gated_delta_rule_decode import decode_inputs_triton
-from jet_export.kernels.gated_delta_rule_verify import verify_inputs_triton
+from jet_export.kernels.gated_delta_rule_verify import programs_of_a_head, verify_inputs_triton
 from jet_export.kernels.gated_rms_norm import gated_norm_tile
 from jet_export.kernels.state_layout import EXTRA, work_columns
-from jet_export.kernels.step_buffer import load_position, stream_state, weighted_deltas
+from jet_export.kernels.step_buffer import load_position, stream_state, sum_parts, weighted_deltas
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def deferred_step_kernel(
-    work, w_o, gate, recurrent_state, step_buffer, state_position, out, cu_seqlens, slots, context_lens, T, S,
+    work, parts, w_o, gate, recurrent_state, step_buffer, state_position, out, cu_seqlens, slots, context_lens, T, S,
     stride_gate, eps,
     OFF_Z: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, WORK: tl.constexpr, INTERVAL: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, BR: tl.constexpr, STEP: tl.constexpr, MIXED: tl.constexpr, GDC: tl.constexpr,
+    BV: tl.constexpr, GROUPS: tl.constexpr, BR: tl.constexpr, STEP: tl.constexpr, MIXED: tl.constexpr,
+    GDC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, N). R: the most tokens of a sequence. BK, BV: K and V rounded up; BR: rows of the state at once. STEP:
-    sequences have one token. MIXED: those of more are left out. NORM: out is the gated norm of o."""
-    i_h = tl.program_id(0)
-    i_n = tl.program_id(1) + await_inputs(GDC)
+    """Grid (programs of a head, H, N). R: the most tokens of a sequence. BK, BV: K and V rounded up. GROUPS of the
+    state's rows, BR at once. STEP: sequences have one token. MIXED: those of more are left out. NORM: out is the gated
+    norm of o."""
+    i_p, n_p = tl.program_id(0), tl.num_programs(0)
+    i_h = tl.program_id(1)
+    i_n = tl.program_id(2) + await_inputs(GDC)
     slot = slot_of(slots, i_n, S)
     bos, tokens = i_n, 1
     if not STEP:
@@ -63,7 +67,7 @@ def deferred_step_kernel(
     m_v = o_v < V
     p_out = out + row * (H * V) + i_h * V + o_v
     if slot < 0:
-        for i_t in range(0, tokens):
+        for i_t in range(i_p, tokens, n_p):
             tl.store(p_out + i_t * (H * V), tl.zeros([BV], dtype), mask=m_v)
         return
     context = tl.load(context_lens + i_n)
@@ -72,16 +76,30 @@ def deferred_step_kernel(
     begun = position > 0
     p_x = work + (i_n.to(tl.int64) * H + i_h) * WORK
     p_fixed, p_mix, p_g = p_x + 2 * R * K, p_x + 2 * R * (K + V), p_x + 2 * R * (K + V + 2 * R)
+    p_parts = parts + (i_n.to(tl.int64) * H + i_h) * (GROUPS * 2 * R * V)
     p_state = recurrent_state + i_head * (K * V)
     p_held = step_buffer + i_head * (ROWS * WIDTH)
     full = count >= INTERVAL
     if full:
         decay, deltas = weighted_deltas(p_held, count, o_v, m_v, K, V, ROWS, WIDTH)
-        P = stream_state(p_state, p_x, p_held, count, decay, deltas, o_v, m_v, begun, 2 * R, K, V, ROWS, WIDTH, BR)
+        P = stream_state(
+            p_state, p_x, p_parts, p_held, count, decay, deltas, o_v, m_v, begun, i_p, n_p,
+            2 * R, K, V, ROWS, WIDTH, GROUPS, BR,
+        )  # fmt: skip
     else:
-        P = stream_state(p_state, p_x, p_held, 0, 0.0, (), o_v, m_v, begun, 2 * R, K, V, 0, WIDTH, BR)
+        P = stream_state(
+            p_state, p_x, p_parts, p_held, 0, 0.0, (), o_v, m_v, begun, i_p, n_p,
+            2 * R, K, V, 0, WIDTH, GROUPS, BR,
+        )  # fmt: skip
     first = tl.where(full, 0, count)  # row of the first new token
-    tl.debug_barrier()  # every thread has read the held tokens and the position
+    tl.debug_barrier()  # every thread has read the held tokens and the position, and left its parts
+    arrived = n_p * 1.0
+    if n_p > 1:
+        arrived = tl.atomic_add(p_g + R, 1.0, sem="acq_rel") + 1.0
+    if arrived < n_p:
+        return
+    if n_p > 1:
+        P = sum_parts(p_parts, o_v, m_v, 2 * R, V, GROUPS)
     for i in tl.static_range(2 * R):
         b_y = tl.load(p_fixed + i * V + o_v, mask=m_v, other=0.0)
         for m in tl.static_range(i % R + 1):
@@ -147,8 +165,11 @@ def deferred_delta_rule_triton(
     else:
         decode_inputs_triton(*args, **inputs, mixed=mixed)
     use = lookup("delta_rule_deferred", state_dtype=recurrent_state.dtype, head_k_dim=K, head_v_dim=V, tokens=R)
-    wrap(deferred_step_kernel)[(H, N)](
-        work, w_o, gate, recurrent_state, step_buffer, state_position, out, cu_seqlens, slots, context_lens, T,
+    sms = num_sms(q.device)
+    few = torch.sym_min(N, max(1, sms // H))  # sequences whose heads have several programs
+    parts = q.new_empty(few, H, use["GROUPS"], 2 * R, V, dtype=torch.float32)
+    wrap(deferred_step_kernel)[(programs_of_a_head(N, H, use["GROUPS"], sms), H, N)](
+        work, parts, w_o, gate, recurrent_state, step_buffer, state_position, out, cu_seqlens, slots, context_lens, T,
         recurrent_state.shape[0], gate.stride(0), eps,
         OFF_Z=offsets[4], H=H, K=K, V=V, NORM=norm is not None, ROWS=held, WIDTH=K + V + EXTRA, WORK=columns,
         INTERVAL=interval, R=R, BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V),

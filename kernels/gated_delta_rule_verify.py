@@ -93,7 +93,9 @@ def verify_inputs_kernel(
         b_mix = b_solve * (tl.where(is_k, -b_beta, 1.0) * tl.exp(b_total) * b_eF)[None, :]
         p_mix = p_x + 2 * R * (K + V) + o_y[:, None] * (2 * R) + o_y[None, :]
         tl.store(p_mix, tl.where((m_t[:, None] & m_t[None, :]), b_mix, 0.0), mask=m_y[:, None] & m_y[None, :])
-        tl.store(p_x + 2 * R * (K + V + 2 * R) + o_t, b_g, mask=is_k & m_y)
+        p_g = p_x + 2 * R * (K + V + 2 * R)
+        tl.store(p_g + o_t, b_g, mask=is_k & m_y)
+        tl.store(p_g + R, 0.0)
     for i_v in range(tl.program_id(0) * BV, V, tl.num_programs(0) * BV):
         o_v = i_v + tl.arange(0, BV)
         m_v = o_v < V
@@ -122,7 +124,7 @@ def verify_inputs_kernel(
 
 
 def programs_of_a_head(N, num_heads: int, tiles: int, sms: int):
-    """Programs that share a head's tiles of V; N may be symbolic. Two a multiprocessor, if there are tiles enough."""
+    """Programs that share a head's tiles or groups; N may be symbolic. Two a multiprocessor, if there are enough."""
     return torch.sym_max(1, torch.sym_min(tiles, 2 * sms // (N * num_heads)))
 
 

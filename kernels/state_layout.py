@@ -14,4 +14,4 @@ def work_columns(tokens: int, head_k_dim: int, head_v_dim: int) -> int:
     """fp32 numbers that a step of so many tokens on a state with a buffer passes from kernel to kernel, a head and
     sequence (gated_delta_rule_deferred.py); a multiple of 4, so that rows start at multiples of 16 bytes."""
     vectors = 2 * tokens
-    return (vectors * (head_k_dim + head_v_dim + vectors) + tokens + 3) // 4 * 4
+    return (vectors * (head_k_dim + head_v_dim + vectors) + tokens + 1 + 3) // 4 * 4

@@ -190,36 +190,75 @@ def weighted_deltas(
 
 
 @triton.jit
-def stream_state(
-    p_state, p_x, p_held, count, decay, deltas, o_v, m_v, begun,
-    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
+def stream_rows(
+    p_state, p_x, p_held, first, count, decay, deltas, o_v, m_v, begun,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """state^T x [BV] for each of the N vectors x [K] from p_x on, in one pass over the state, BR whole rows at once. Of
-    two warps a thread sums columns of its own, in registers.
+    """What GROUP rows of the state from `first` on add to state^T x [BV], for each of the N vectors x [K] from p_x on,
+    in one pass, BR whole rows at once. Of two warps a thread sums columns of its own, in registers.
 
-    With ROWS > 0 the state is written on the way as decay * state + sum_j kn_j delta_j^T, of `weighted_deltas`. begun:
+    With ROWS > 0 the rows are written on the way as decay * state + sum_j kn_j delta_j^T, of `weighted_deltas`. begun:
     whether the state is read; otherwise it is zero."""
     o_r = tl.arange(0, BR)
     sums = ()
     for _ in tl.static_range(N):
         sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # noqa: RUF005 - Triton unpacks nothing
-    for i_k in range(0, K, BR):
-        m_r = i_k + o_r < K
-        m = m_r[:, None] & m_v[None, :]
-        p_rows = p_state + (i_k + o_r)[:, None] * V + o_v[None, :]
+    for i_k in range(0, GROUP, BR):
+        o_k = first + i_k + o_r
+        m_k = (i_k + o_r < GROUP) & (o_k < K)
+        m = m_k[:, None] & m_v[None, :]
+        p_rows = p_state + o_k[:, None] * V + o_v[None, :]
         b_rows = tl.load(p_rows, mask=m & begun, other=0.0).to(tl.float32)
         more = ()
         for i in tl.static_range(N):
-            b_x = tl.load(p_x + i * K + i_k + o_r, mask=m_r, other=0.0)
+            b_x = tl.load(p_x + i * K + o_k, mask=m_k, other=0.0)
             more = more + (sums[i] + tl.sum(b_rows * b_x[:, None], 0),)  # noqa: RUF005
         sums = more
         if ROWS > 0:
             b_rows *= decay
             for i in tl.static_range(ROWS):
-                p_k = p_held + (ROWS - 1 - i) * WIDTH + i_k + o_r
-                b_k = tl.load(p_k, mask=m_r & (ROWS - 1 - i < count), other=0.0)
+                b_k = tl.load(p_held + (ROWS - 1 - i) * WIDTH + o_k, mask=m_k & (ROWS - 1 - i < count), other=0.0)
                 b_rows += b_k[:, None] * deltas[i][None, :]
             tl.store(p_rows, b_rows.to(p_state.dtype.element_ty), mask=m)
+    return sums
+
+
+@triton.jit
+def stream_state(
+    p_state, p_x, p_parts, p_held, count, decay, deltas, o_v, m_v, begun, i, n,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """`stream_rows` of program i's share of the state, as one of n. The rows are cut into GROUPS, whose sums are added
+    in their order, so that n does not change a bit: in registers where n is 1, and otherwise left in p_parts
+    [GROUPS, N, V] for `sum_parts`."""
+    GROUP: tl.constexpr = (K + GROUPS - 1) // GROUPS
+    sums = ()
+    for _ in tl.static_range(N):
+        sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # noqa: RUF005
+    for group in range(i, GROUPS, n):
+        parts = stream_rows(
+            p_state, p_x, p_held, group * GROUP, count, decay, deltas, o_v, m_v, begun, N, K, V, ROWS, WIDTH, GROUP, BR
+        )
+        more = ()
+        for j in tl.static_range(N):
+            if n > 1:
+                tl.store(p_parts + (group * N + j) * V + o_v, parts[j], mask=m_v)
+            more = more + (sums[j] + parts[j],)  # noqa: RUF005
+        sums = more
+    return sums
+
+
+@triton.jit
+def sum_parts(p_parts, o_v, m_v, N: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr):
+    """The sums of `stream_state`, from all programs' parts."""
+    sums = ()
+    for j in tl.static_range(N):
+        b_sum = tl.zeros([o_v.shape[0]], tl.float32)
+        for group in tl.static_range(GROUPS):
+            b_sum += tl.load(p_parts + (group * N + j) * V + o_v, mask=m_v, other=0.0, cache_modifier=".cg")
+        sums = sums + (b_sum,)  # noqa: RUF005
     return sums
 
 
@@ -244,8 +283,8 @@ def flush_kernel(
         p_state, p_held = recurrent_state + i_head * (K * V), step_buffer + i_head * (ROWS * WIDTH)
         o_v = tl.arange(0, BV)
         decay, deltas = weighted_deltas(p_held, count, o_v, o_v < V, K, V, ROWS, WIDTH)
-        stream_state(
-            p_state, p_held, p_held, count, decay, deltas, o_v, o_v < V, position > 0, 0, K, V, ROWS, WIDTH, BR
+        stream_rows(
+            p_state, p_held, p_held, 0, count, decay, deltas, o_v, o_v < V, position > 0, 0, K, V, ROWS, WIDTH, K, BR
         )
     tl.debug_barrier()  # every thread has read the old position
     tl.store(state_position + i_head, tl.maximum(context, 0) + eos - bos)
@@ -266,5 +305,6 @@ def flush_triton(
     use = lookup("delta_rule_deferred", state_dtype=recurrent_state.dtype, head_k_dim=K, head_v_dim=V, tokens=1)
     wrap(flush_kernel)[(H, slots.shape[0])](
         recurrent_state, step_buffer, state_position, cu_seqlens, slots, context_lens, num_tokens, S,
-        H=H, K=K, V=V, ROWS=held, WIDTH=K + V + EXTRA, BV=triton.next_power_of_2(V), MIXED=mixed, **use,
+        H=H, K=K, V=V, ROWS=held, WIDTH=K + V + EXTRA, BV=triton.next_power_of_2(V), MIXED=mixed,
+        BR=use["BR"], num_warps=use["num_warps"],
     )  # fmt: skip

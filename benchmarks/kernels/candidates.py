@@ -22,7 +22,9 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         for bv, w in itertools.product((16, 32, 64, 128, 256), (2, 4, 8, 16))
         if 8 <= bv * 4 // w <= 64
     ],
-    "delta_rule_deferred": [dict(BR=br, num_warps=2) for br in (4, 8, 16, 32)],
+    "delta_rule_deferred": [
+        dict(GROUPS=g, BR=br, num_warps=2) for g, br in itertools.product((1, 4, 8), (4, 8, 16, 32)) if g * br <= 96
+    ],
     "delta_rule_inputs": [dict(num_warps=w) for w in (1, 2, 4)],
     "delta_rule_verify": [dict(BV=bv, num_warps=w) for bv, w in itertools.product((16, 32, 64, 128), (1, 2, 4, 8))],
     "dynamic_conv": [dict(BT=bt, BD=bd) for bt, bd in itertools.product((4, 8, 16, 32), (32, 64, 128, 256))],

@@ -13,7 +13,7 @@ from helpers.packed import Packed
 from helpers.paths import with_helpers
 from helpers.poison import poisoned
 
-from jet_export.kernels import configs, gated_delta_rule_verify
+from jet_export.kernels import configs, gated_delta_rule_deferred, gated_delta_rule_verify
 from jet_export.kernels.common import INTERPRET
 from jet_export.kernels.form import Form
 from jet_export.kernels.jet_block import jet_block_ref, jet_block_triton
@@ -56,11 +56,12 @@ def test_either_width_is_the_reference(device, lens, rollback):
 
 @pytest.mark.parametrize("sms", [1, 4])
 def test_the_programs_of_a_head_do_not_change_a_bit(device, monkeypatch, sms):
-    """One, two or three programs for three tiles, the last one of them narrower."""
+    """One, two or more programs for three tiles, the last one of them narrower, and for four groups of rows."""
     many, few = arguments([5, 1, 2], 5, device), arguments([5, 1, 2], 5, device)
     with configs.override("delta_rule_verify", {"BV": 16, "num_warps": 4}):
         want = jet_block_triton(*many)
-        monkeypatch.setattr(gated_delta_rule_verify, "num_sms", lambda device: sms)
+        for module in (gated_delta_rule_verify, gated_delta_rule_deferred):
+            monkeypatch.setattr(module, "num_sms", lambda device: sms)
         got = jet_block_triton(*few)
     assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(states(few), states(many), strict=True))
 
@@ -91,7 +92,7 @@ from jet_export.kernels.gated_delta_rule_deferred import deferred_step_kernel
 from jet_export.kernels.gated_delta_rule_verify import verify_inputs_kernel
 sizes = dict(OFF_Q=0, OFF_K=0, OFF_V=0, OFF_G=0, OFF_Z=0, H=2, HK=1, RAW=True, K=32, V=64, W=4, CONV_ROWS=8, ROWS=8,
              WIDTH=100, INTERVAL=4, PRECISION="tf32x3", BT=8, NK=1, BK=32, BC=16, BR=8, R=5, WORK=1200, GDC=True,
-             MIXED=False, STEP=False, NORM=True, ASK=8192, FEW=2**20, T=4, S=4, eps=1e-6)
+             MIXED=False, STEP=False, NORM=True, ASK=8192, GROUPS=4, FEW=2**20, T=4, S=4, eps=1e-6)
 for kernel, tile in ((decode_inputs_kernel, 64), (verify_inputs_kernel, 32), (deferred_step_kernel, 64)):
     sizes["BV"] = tile
     names = kernel.arg_names
@@ -112,4 +113,5 @@ def test_torch_sees_that_no_input_is_written():
     one, several, step = (set(ast.literal_eval(line)) for line in done.stdout.splitlines())
     integers = {"cu_seqlens", "slots", "context_lens", "state_position"}
     assert one - integers == several - integers == {"conv_state", "work"}
-    assert step - integers == {"out", "recurrent_state", "step_buffer"} and "state_position" in step
+    written = {"out", "recurrent_state", "step_buffer", "work", "parts"}
+    assert step - integers == written and "state_position" in step
