@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+from jet_export.model.cache import PAGE
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.grammar import Grammar
@@ -45,6 +46,7 @@ ROUNDS = 12
 GROWTH = 64e6  # bytes
 DRIFT = 1.5
 PROMPTS = 6  # of each kind of request
+CACHE = 64 * 2**20  # bytes, on the device and on the host
 PATTERN = "[0-9]{3}-[a-f]{2}"
 Answer = tuple[tuple[int | None, ...], ...]  # the tokens of each choice
 
@@ -69,13 +71,13 @@ class Soak:
     def __init__(self, llm: AsyncLLM, seed: int) -> None:
         self.llm, self.rng, self.record = llm, random.Random(seed), Record()
         c = llm.batching.scheduler.capacity
-        self.chunk, self.new = c.prefill_chunk, max(4, min(48, c.max_seq_len // 6))
+        self.chunk, self.new = c.prefill_chunk, min(200, c.max_seq_len // 5)  # longer than a page: others are preempted
         vocab = llm.engine.config.vocab_size
-        shared = [self.rng.randrange(vocab) for _ in range(c.max_seq_len // 3)]  # so that prefixes are found again
-        self.prompts = [
-            shared[: len(shared) * (i % 3) // 2] + [self.rng.randrange(vocab) for _ in range(7 + 11 * i)]
-            for i in range(PROMPTS)
-        ]
+        shared = [self.rng.randrange(vocab) for _ in range(c.max_seq_len)]  # so that prefixes are found again
+        self.prompts = []
+        for i in range(PROMPTS):  # each ends just before a page does, so that its answer needs another one
+            length = page_of(i, c.max_seq_len, c.page_size) * c.page_size - 3 - i
+            self.prompts.append(shared[: length - 9 - i] + [self.rng.randrange(vocab) for _ in range(9 + i)])
         self.kinds: dict[str, Callable[[int], Awaitable[Answer]]] = {
             "greedy": lambda i: self.answer(i, self.params()),
             "sampled": lambda i: self.answer(i, self.params(Sampling(temperature=0.9, top_p=0.9, seed=i))),
@@ -111,7 +113,7 @@ class Soak:
         return tuple(map(tuple, tokens))
 
     async def matched(self, i: int) -> Answer:
-        params, text = Params(64, Sampling(temperature=1.0, seed=i), grammar=Grammar.regex(PATTERN)), ""
+        params, text = Params(16, Sampling(temperature=1.0, seed=i), grammar=Grammar.regex(PATTERN)), ""
         tokens: list[int | None] = []
         async for _, output in self.llm.stream([self.prompts[i]], params):
             text += output.text
@@ -216,6 +218,11 @@ class Soak:
                 raise Broken(f"a request alone takes {last * 1e3:.0f} ms, and {first * 1e3:.0f} ms at the beginning")
 
 
+def page_of(i: int, max_seq_len: int, page: int) -> int:
+    """The page in which prompt i ends, from 1."""
+    return 1 + i % max(1, max_seq_len // page // 2)
+
+
 def check_pool(name: str, pool: Pool) -> None:
     """Raises Broken unless each number is either free or held, and none is free twice."""
     held = sum(n > 0 for n in pool.holders)
@@ -232,16 +239,23 @@ def resident() -> int:
 
 
 def pressed(bundle: Path | str) -> AsyncLLM:
-    """With pages for about one and a half sequences of the longest kind, and a prefix cache."""
+    """With pages for about one and a half sequences of the longest kind, and caches of a few entries: prefixes only
+    where the bundle's chunks are short, as --prefill-chunk 128 makes them."""
     from jet_export.bundle.manifest import Manifest
 
     m = Manifest.load(bundle)
-    slots = min(m.limits.max_batch_size, 16)
-    speculate = "lookup" if m.rollback else "off"
-    tokens = max(m.limits.max_seq_len * 3 // 2, slots * 128)
-    return AsyncLLM(
-        bundle, Serving(slots=slots, kv_tokens=tokens, deterministic=True, speculate=speculate, wait_timeout=1e9)
+    pages = max(page_of(i, m.limits.max_seq_len, PAGE) for i in range(PROMPTS)) * 3 // 2 + 1
+    entries = max(256, m.limits.prefill_chunk) <= m.limits.max_seq_len // 2  # batch-invariant: ends of whole chunks
+    serving = Serving(
+        slots=min(m.limits.max_batch_size, 16),
+        kv_tokens=pages * PAGE,
+        deterministic=True,
+        speculate="lookup" if m.rollback else "off",
+        wait_timeout=1e9,
+        prefix_cache_bytes=CACHE if entries else None,
+        host_cache_bytes=CACHE,
     )
+    return AsyncLLM(bundle, serving)
 
 
 @dataclass(frozen=True, kw_only=True)

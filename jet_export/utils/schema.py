@@ -101,7 +101,8 @@ def parse(cls: type[T], values: Any, where: str, see: str = "", *, table: str = 
     """
     try:
         text = json.dumps(values, default=_refuse)
-        checked: T = adapter(cls).validate_json(text, strict=True, extra="forbid" if closed else None)
+        known: Any = cls  # mypy: type[T] is Hashable, too
+        checked: T = adapter(known).validate_json(text, strict=True, extra="forbid" if closed else None)
         return checked
     except TypeError as e:
         raise JetExportError(f"{where}: {e}.", see) from None

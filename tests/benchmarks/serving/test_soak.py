@@ -27,7 +27,7 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def soaked(engine: EagerEngine, requests: int) -> Any:
     """One round over an engine whose pages are too few for its sequences."""
-    serving = Serving(slots=4, kv_tokens=256, deterministic=True, wait_timeout=1e9)
+    serving = Serving(slots=4, kv_tokens=256, deterministic=True, wait_timeout=1e9, host_cache_bytes=2**20)
     it = soak.Soak(AsyncLLM.over(BatchingEngine(engine, ByteTokenizer(), -1, serving)), seed=1)
     it.new = 4
     asyncio.run(soak.run(it, soak.Length(seconds=0, rounds=1, requests=requests, workers=6), lambda line: None))
