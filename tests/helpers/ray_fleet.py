@@ -2,10 +2,12 @@
 
 A step takes STEP seconds at least, so that a test can act while requests run."""
 
+import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.eager_tiny import tiny_engine, write_bundle
@@ -29,14 +31,18 @@ class SlowEngine(BatchingEngine):
         return super().step()
 
 
-def load() -> AsyncLLM:
-    return AsyncLLM.over(SlowEngine(tiny_engine(), load_tokenizer(JET_TINY_DIR), -1, SERVING))
+@dataclass(frozen=True)
+class Load:
+    """Loads the engine of a replica, and notes its process in a directory."""
 
+    directory: Path
 
-def config(bundle: Path, name: str = "jet-tiny") -> FleetConfig:
-    """Two replicas."""
-    api = ApiOptions(names=(name,))
-    return FleetConfig(bundle=str(bundle), serving=SERVING, api=api, replicas=2, cpus=0.1, load_llm=load)
+    def __call__(self) -> AsyncLLM:
+        (self.directory / str(os.getpid())).touch()
+        return AsyncLLM.over(SlowEngine(tiny_engine(), load_tokenizer(JET_TINY_DIR), -1, SERVING))
+
+    def pids(self) -> list[int]:
+        return sorted(int(f.name) for f in self.directory.iterdir())
 
 
 @contextmanager
@@ -47,10 +53,18 @@ def fleet(directory: Path, port: int) -> Iterator[FleetConfig]:
 
     from jet_export.server.ray.app import APP, application
 
-    made = config(write_bundle(directory / "jet-tiny"))
+    (directory / "pids").mkdir()
+    made = FleetConfig(
+        bundle=str(write_bundle(directory / "jet-tiny")),
+        serving=SERVING,
+        api=ApiOptions(names=("jet-tiny",)),
+        replicas=2,
+        cpus=0.1,
+        load_llm=Load(directory / "pids"),
+    )
     environ = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}  # of the workers, which import this module
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
         serve.run(application(made), name=APP, route_prefix="/")

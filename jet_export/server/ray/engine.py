@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.scheduler import QueueFull
@@ -32,7 +32,7 @@ class EngineReplica:
         if report is not None:
             threading.Thread(target=self._reports, args=(report,), daemon=True).start()
 
-    async def generate(self, call: Call) -> AsyncIterator[Outputs | Refusal]:
+    async def generate(self, call: Call) -> AsyncGenerator[Outputs | Refusal, None]:
         """The outputs of the call's prompts; closing the iterator cancels those that have not ended."""
         prompts = [p for p in call.prompts for _ in range(call.params.n)]
         outputs = None

@@ -39,7 +39,7 @@ def serve_fleet(config: FleetConfig, http: HttpOptions, address: str | None, log
     stop = threading.Event()
     local = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise JetExportError(f"--ray {address}: no cluster there ({e}).", "Start one: ray start --head") from None
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray's own
