@@ -29,6 +29,12 @@ def search(
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Default: searches/<model>-<backend>.")] = None,
     database: Annotated[Path | None, typer.Option(help="Measurements; default: measurements.db beside it.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Optuna's study in a database that several searches share: postgresql://...; default: a file."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --output.")] = False,
     keep_engines: Annotated[bool, typer.Option("--keep-engines", help="Leave the bundles on disk.")] = False,
     build_only: Annotated[bool, typer.Option("--build-only", help="Build, for a later call to measure.")] = False,
@@ -57,6 +63,7 @@ def search(
         keep_engines=keep_engines,
         build_only=build_only,
         remeasure=remeasure,
+        storage=storage,
     )
     run_search_command(options, dry_run, typer.echo)
 

@@ -6,6 +6,7 @@ points and points without a score are failed trials, with the reason.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,14 @@ def import_optuna() -> Any:
     return optuna
 
 
+def without_password(url: str) -> str:
+    """A database's URL as it may be shown."""
+    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """An Optuna study of a space, in a SQLite file."""
+    """An Optuna study of a space, in a SQLite file, or in the database `storage`, where several searches share it."""
 
     sampler: str
     space: Space
@@ -62,6 +68,11 @@ class Study:
     file: Path
     name: str  # in the file
     seed: int
+    storage: str | None = None  # SQLAlchemy's URL, e.g. postgresql://user:password@host/database
+
+    @property
+    def where(self) -> str:
+        return without_password(self.storage) if self.storage else str(self.file)
 
     def open(self) -> Any:
         """Create or load it. A resumed study gets another seed: with the same one it would propose the same points."""
@@ -73,7 +84,7 @@ class Study:
         }
         try:
             study = optuna.create_study(
-                storage=f"sqlite:///{self.file}",
+                storage=self.storage or f"sqlite:///{self.file}",
                 study_name=self.name,
                 directions=["maximize", "maximize"],
                 load_if_exists=True,
@@ -81,9 +92,10 @@ class Study:
             study.sampler = samplers[self.sampler](self.seed + len(study.get_trials(deepcopy=False)))
         except Exception as e:  # SQLAlchemy's and Optuna's own kinds
             first = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-            raise JetExportError(
-                f"{self.file}: not a usable Optuna study ({first}).", f"Move it away: mv {self.file} {self.file}.bad"
-            ) from None
+            remedy = f"Move it away: mv {self.file} {self.file}.bad"
+            if self.storage:
+                first, remedy = first.replace(self.storage, self.where), "Is the server up, and its driver installed?"
+            raise JetExportError(f"{self.where}: not a usable Optuna study ({first}).", remedy) from None
         return study
 
     def sample(self, evaluate: Evaluate, *, trials: int, batch: int, stop: Callable[[], bool]) -> None:
@@ -105,6 +117,8 @@ class Study:
         points = [self.suggest(FixedTrial(t.params)) for t in completed(study)]
         if points:
             evaluate(list(dict.fromkeys(points)))
+        if self.storage:  # those that run are other searches'
+            return
         for t in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(t.number, state=TrialState.FAIL)
             study.enqueue_trial(t.params)

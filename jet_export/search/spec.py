@@ -23,7 +23,7 @@ from jet_export.search.choose import Selector
 from jet_export.search.constraints import Constraints
 from jet_export.search.database import MeasurementSetup
 from jet_export.search.machine import describe_machine
-from jet_export.search.sampling import Study, choose_sampler
+from jet_export.search.sampling import Study, choose_sampler, without_password
 from jet_export.search.scores import Score, load_score
 from jet_export.search.space import Space, default_space, read_space
 from jet_export.utils.errors import JetExportError
@@ -53,6 +53,7 @@ class SearchOptions:
     keep_engines: bool = False
     build_only: bool = False
     remeasure: bool = False
+    storage: str | None = None
 
     def check_ranges(self) -> None:
         """Raises JetExportError for a number that is out of range."""
@@ -66,8 +67,9 @@ class SearchOptions:
                 raise JetExportError(f"{flag} {value}: must be at least {least}.")
 
     def record(self) -> dict[str, Any]:
-        """JSON types only."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        """JSON types only, and no password."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        return {**values, "storage": self.storage and without_password(self.storage)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,7 @@ class SearchSpec:
             space=self.space,
             preset=self.preset,
             file=self.output / "study.db",
+            storage=self.options.storage,
             name=digest,
             seed=self.options.seed,
         )

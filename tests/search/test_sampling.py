@@ -98,3 +98,26 @@ def test_a_damaged_study_is_one_message(tmp_path) -> None:
     (search.spec.output / "study.db").write_text("not a study " * 99)
     with pytest.raises(JetExportError, match=r"study.db: not a usable Optuna study .*\n.*mv "):
         searched(prepared(tmp_path, PLACED, sampler="tpe", trials=4, resume=True))
+
+
+def test_searches_share_a_study_in_a_database(tmp_path) -> None:
+    """The second goes on where the first is, sees its points, and leaves what the first still runs alone."""
+    options: dict[str, Any] = {"sampler": "tpe", "whole": 0, "storage": f"sqlite:///{tmp_path}/shared.db"}
+    first = prepared(tmp_path, PLACED, trials=4, output=tmp_path / "a", **options)
+    searched(first)
+    running = first.spec.study.open().ask()
+    second = prepared(tmp_path, PLACED, trials=7, output=tmp_path / "b", database=tmp_path / "b.db", **options)
+    searched(second)
+    states = {t.number: t.state.name for t in trials(second)}
+    assert states.pop(running.number) == "RUNNING" and list(states.values()) == ["COMPLETE"] * 7
+    assert set(first.state.evaluations) <= set(second.state.evaluations)
+    assert not (tmp_path / "a" / "study.db").exists()
+
+
+def test_a_password_is_shown_nowhere(tmp_path) -> None:
+    url = "postgresql://me:secret@nowhere.invalid:5432/optuna"
+    search = prepared(tmp_path, PLACED, sampler="tpe", trials=1, storage=url)
+    assert "secret" not in json.dumps(search.spec.options.record())
+    with pytest.raises(JetExportError, match="not a usable Optuna study") as e:
+        search.spec.study.open()
+    assert "postgresql://me:***@nowhere.invalid:5432/optuna" in str(e.value) and "secret" not in str(e.value)
