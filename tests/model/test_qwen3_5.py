@@ -19,6 +19,7 @@ from jet_export.bundle.memory import parameter_count
 from jet_export.model.cache import states_per_layer
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.config_keys import unknown_keys
+from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.hub import load_config
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.runtime.llm import LLM
@@ -290,3 +291,17 @@ def test_what_other_tools_do_not_take(golden: Golden, tmp_path) -> None:
     with pytest.raises(JetExportError, match=r"--model .*: not for qwen3_5_text models"):
         SearchSpec.from_options(SearchOptions(model=model, device="cpu", dtype="float32"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_fp8_model_is_written_and_read_back(golden: Golden, tmp_path) -> None:
+    """q_proj alternates queries and gates in FP8 too: codes, scales and logits are those that were written."""
+    model = golden.model(tmp_path / "in")
+    for path in ("layers.0.self_attn.in_proj", "layers.3.self_attn.qkv_proj", "layers.3.self_attn.o_proj"):
+        linear = model.get_submodule(path)
+        model.set_submodule(path, Fp8Linear.from_linear(linear, float(linear.weight.abs().max()) / 448, 0.01))
+    (tmp_path / "out").mkdir()
+    save_unified(model, tmp_path / "out", kv_fp8=False)
+    written = tensors_of(tmp_path / "out")
+    assert written["model.layers.3.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    again = JetNemotronForCausalLM.from_pretrained(tmp_path / "out", torch.float32)
+    assert torch.equal(again(golden.input_ids), model(golden.input_ids))
