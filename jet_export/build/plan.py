@@ -10,12 +10,11 @@ import torch
 
 from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.backend_choice import BackendChoice, choose_backend
-from jet_export.build.state_interval import MOST, Interval, table_interval
+from jet_export.build.state_interval import Interval, check_states, table_interval
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import Memory, engine_memory, weight_bytes
 from jet_export.bundle.target import has_dependent_launch, host_target, target_device
-from jet_export.kernels.form import MAX_VERIFY
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
@@ -102,7 +101,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
             f"--fuse-decode: not for {backend.name} on {target['arch']}.",
             "It needs --backend inductor and SM 9.0 or newer.",
         )
-    check_states(options, backend.name)
+    check_states(options.state_interval or 1, options.speculate, backend.name)
     dtypes = _dtypes(options)
     if backend.name in FLAVORS and FLAVORS[backend.name].needs_gpu and device.type != "cuda":
         raise JetExportError(
@@ -281,21 +280,6 @@ def _dtypes(options: BuildOptions) -> Dtypes:
         state_interval=options.state_interval or 1,
         rollback=options.speculate + 1 if options.speculate else 0,
     )
-
-
-def check_states(options: BuildOptions, backend: str) -> None:
-    """Raises JetExportError for a --state-interval or --speculate that is out of range or that the backend lacks."""
-    for flag, value, low, high in (
-        ("--state-interval", options.state_interval or 1, 1, MOST),
-        ("--speculate", options.speculate, 0, MAX_VERIFY - 1),
-    ):
-        if not low <= value <= high:
-            raise JetExportError(f"{flag} {value}: it must be from {low} to {high}.")
-        if value != low and backend not in ("inductor", "onnx"):
-            raise JetExportError(
-                f"{flag}: {backend} engines write states at every token and verify no drafts.",
-                "Leave it out, or choose --backend inductor (or onnx, for the graphs).",
-            )
 
 
 def _config(options: BuildOptions, directory: Path | None) -> JetNemotronConfig:

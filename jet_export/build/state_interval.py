@@ -1,4 +1,5 @@
-"""`build --state-interval`: the tokens between two writes of a recurrent state, a number or what the table says."""
+"""`build --state-interval`: the tokens between two writes of a recurrent state, a number or what the table says; and
+which backends have it and `--speculate`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from jet_export.kernels import configs
+from jet_export.kernels.form import MAX_VERIFY
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
@@ -48,3 +50,18 @@ def table_interval(
         max_batch_size=max_batch_size,
     )
     return Interval(rule.use["tokens"], rule.source)
+
+
+def check_states(interval: int, speculate: int, backend: str) -> None:
+    """Raises JetExportError for a --state-interval or --speculate that is out of range or that the backend lacks."""
+    for flag, value, low, high in (
+        ("--state-interval", interval, 1, MOST),
+        ("--speculate", speculate, 0, MAX_VERIFY - 1),
+    ):
+        if not low <= value <= high:
+            raise JetExportError(f"{flag} {value}: it must be from {low} to {high}.")
+        if value != low and backend not in ("inductor", "onnx"):
+            raise JetExportError(
+                f"{flag}: {backend} engines write states at every token and verify no drafts.",
+                "Leave it out, or choose --backend inductor (or onnx, for the graphs).",
+            )

@@ -72,8 +72,7 @@ class BatchingEngine(EngineThread):
         self.sequences = self.delivery.sequences
         self.grammars = GrammarCompiler(tokenizer, engine.config.vocab_size, self.eos)
         self.next_step: InFlightStep | None = None  # launched while the step before it still ran
-        self.finished_at = -math.inf  # the step before, on the engine's clock
-        self.rested = True  # nothing has run since then
+        self.finished_at, self.rested = -math.inf, True  # the step before, on the engine's clock; nothing has run since
         self.delivering = False  # the outputs of a step are out; `after_step` follows
         self.after_step: Callable[[], None] = lambda: None
 
@@ -161,8 +160,7 @@ class BatchingEngine(EngineThread):
         the device does not wait for the host. A sequence found to have ended is then decoded once more, in vain;
         nothing that uses its slot or pages next can run before that step, as all work goes to one stream. Where
         grammars take part, only the draw of the next step waits for the tokens of this one, while its forward pass
-        runs. Where drafts are likely to pay, the next step waits for the tokens of this one, and is launched before
-        they go out (`after_step`).
+        runs. Where drafts are likely to pay, the next step waits for this one's tokens, not for their delivery.
         """
         step, self.next_step = self.next_step, None
         if step is None:
@@ -186,8 +184,8 @@ class BatchingEngine(EngineThread):
 
     def _launch(self, draw: bool, behind: InFlightStep | None = None) -> tuple[InFlightStep | None, bool]:
         """Plan and launch a step, `behind` one whose tokens are still to come, if any; with its draw unless grammars
-        take part and `draw` is False. (None, True) if there is
-        nothing to run, (None, False) if the launch fails: its requests have then ended with an error."""
+        take part and `draw` is False. (None, True) if there is nothing to run, (None, False) if the launch fails: its
+        requests have then ended with an error."""
         with self.lock:
             plan = self.scheduler.plan()
             for request in self.scheduler.expire(self.clock()):
@@ -206,8 +204,8 @@ class BatchingEngine(EngineThread):
             step = self.executor.launch(plan, inputs)
             step.launched_at, step.after_rest, self.rested = began, self.rested, False
             step.timed = self.runner.graphs.captures == captures
-            if self.speculation:
-                step.looked = self.speculation.looked if behind is None else 0.0
+            if self.speculation and behind is None:
+                step.looked = self.speculation.looked
                 step.timed &= bool(inputs.drafted) or not self.speculation.proposed
             if draw or not step.masked:
                 self.executor.draw(step)

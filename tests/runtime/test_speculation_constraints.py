@@ -111,11 +111,16 @@ def test_requests_have_the_outputs_of_plain_decoding(engine, plain, which: int) 
     """Endings included: of the grammar inside a draft, of stop strings and tokens, and at the limit."""
     answers = [s for s, _ in plain]
     draft = EagerEngine(engine.model, LIMITS)
-    proposer = [
-        LookupProposer(), Garbage(), ReplayProposer(answers, 1.0, 128), ReplayProposer(answers, 0.7, 128),
+    proposers: list[Proposer] = [
+        LookupProposer(),
+        Garbage(),
+        ReplayProposer(answers, 1.0, 128),
+        ReplayProposer(answers, 0.7, 128),
         DraftModel(draft, 4),
-    ][which]  # fmt: skip
-    for (_, heard), (_, expected) in zip(run(engine, proposer, CASES, overlap=which in (0, 1, 4)), plain, strict=True):
+    ]
+    for (_, heard), (_, expected) in zip(
+        run(engine, proposers[which], CASES, overlap=which in (0, 1, 4)), plain, strict=True
+    ):
         assert told(heard) == told(expected)
     assert {s.finish_reason for s in answers} == {"stop", "length"}
 
@@ -130,7 +135,8 @@ def test_preempted_ones_too(engine) -> None:
 
 def test_drafts_that_a_grammar_forbids_are_cut(engine) -> None:
     """So that no step is spent on them."""
-    cases = [(tokens(5, 1), hot(1, 20, Grammar.regex("(ab){9}a")))]
+    grammar = Grammar.regex("(ab){9}a")
+    cases = [(tokens(5, 1), hot(1, 20, grammar))]
     ((sequence, _),) = run(engine, None, cases)
     right = ReplayProposer([sequence], 1.0, 128)
     made = BatchingEngine(engine, ByteTokenizer(), -1, Serving(prefix_cache_bytes=0), overlap=False, proposer=right)
@@ -142,5 +148,5 @@ def test_drafts_that_a_grammar_forbids_are_cut(engine) -> None:
     drafts = made.metrics.drafts
     assert drafts is not None and drafts.accepted == drafts.drafted and sum(drafts.drafted) >= 14
     wrong = [*sequence.tokens[:2], 120, 97]
-    matcher = made.grammars.compile(cases[0][1].grammar)
+    matcher = made.grammars.compile(grammar)
     assert AnswerMatcher(matcher, ()).valid(wrong) == 2
