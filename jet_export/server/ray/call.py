@@ -11,6 +11,7 @@ from jet_export.runtime.params import Output, Params
 class Call:
     """One call of ServingEngine.submit."""
 
+    number: int  # of its sender; when it is sent again, it goes to another replica
     prompts: list[list[int]]  # each once, of params.n answers
     params: Params
     prefixes: tuple[bytes, ...]  # chained hashes of the first prompt's whole pages: the router looks for them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -53,6 +54,7 @@ class FleetEngine:
     ) -> None:
         self.send, self.tokenizer, self.limits, self.vocab_size = send, tokenizer, limits, vocab_size
         self.read_status = read_status
+        self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -67,7 +69,7 @@ class FleetEngine:
         for row in (*prompts, params.token_ids):
             check_tokens(row, self.vocab_size)
         once = [list(p) for p in prompts[:: params.n]]
-        call = Call(prompts=once, params=params, prefixes=page_hashes(once[0], PAGE))
+        call = Call(number=next(self._numbers), prompts=once, params=params, prefixes=page_hashes(once[0], PAGE))
         left = set(range(len(prompts)))
 
         def cancel(i: int, reason: str) -> None:

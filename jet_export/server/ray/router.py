@@ -11,17 +11,21 @@ from jet_export.runtime.routing import POLICIES, SLACK, Router
 from jet_export.server.ray.call import Call
 
 MOST_ON_THE_WAY = 64  # calls at one moment; more are forgotten, the oldest first
+REMEMBERED = 4096  # calls, of which the replicas that had them are known
 
 
 class PrefixRouter(RequestRouter):
     """A replica that has as many calls as it takes is passed over for the others, the least loaded first.
 
-    Calls that have been given a replica and are on their way count as its own: many may be routed at one moment."""
+    Calls that have been given a replica and are on their way count as its own: many may be routed at one moment. A call
+    that is sent again goes to a replica that has not had it, if there is one.
+    """
 
     def initialize_state(self, policy: str = POLICIES[0], slack: int = SLACK, **_: Any) -> None:
         self.router: Router[str] = Router(policy, slack=slack)
         self.loads: Counter[str] = Counter()  # replica -> calls
-        self.on_the_way: OrderedDict[str, str] = OrderedDict()  # call -> replica
+        self.on_the_way: OrderedDict[str, str] = OrderedDict()  # Ray's id of a call -> replica
+        self.had: OrderedDict[int, set[str]] = OrderedDict()  # number of a call -> replicas
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -29,22 +33,27 @@ class PrefixRouter(RequestRouter):
         by_name = {r.replica_id.unique_id: r for r in candidate_replicas}
         if not by_name:
             return []
-        call = pending_request.metadata.internal_request_id if pending_request is not None else ""
-        self.on_the_way.pop(call, None)
+        name = pending_request.metadata.internal_request_id if pending_request is not None else ""
+        self.on_the_way.pop(name, None)
         waiting = Counter(self.on_the_way.values())
-        loads = {name: self.loads[name] + waiting[name] for name in by_name}
-        args = pending_request.args if pending_request is not None else ()
-        prefixes = args[0].prefixes if args and isinstance(args[0], Call) else ()
-        chosen = self.router.choose(loads, prefixes=prefixes)
-        self.on_the_way[call] = chosen
+        loads = {r: self.loads[r] + waiting[r] for r in by_name}
+        call = _call(pending_request)
+        had = self.had.get(call.number, set()) if call else set()
+        fresh = {r: n for r, n in loads.items() if r not in had} or loads
+        chosen = self.router.choose(fresh, prefixes=call.prefixes if call else ())
+        self.on_the_way[name] = chosen
         if len(self.on_the_way) > MOST_ON_THE_WAY:  # of a call that was cancelled before it arrived
             self.on_the_way.popitem(last=False)
-        others = sorted((name for name in by_name if name != chosen), key=loads.__getitem__)
-        return [[by_name[name]] for name in (chosen, *others)]
+        others = sorted((r for r in by_name if r != chosen), key=lambda r: (r in had, loads[r]))
+        return [[by_name[r]] for r in (chosen, *others)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self.on_the_way.pop(pending_request.metadata.internal_request_id, None)
         self.loads[replica_id.unique_id] += 1
+        if call := _call(pending_request):
+            self.had.setdefault(call.number, set()).add(replica_id.unique_id)
+            if len(self.had) > REMEMBERED:
+                self.had.popitem(last=False)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self.loads[replica_id.unique_id] -= 1
@@ -52,3 +61,8 @@ class PrefixRouter(RequestRouter):
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)
         self.router.forget(replica_id.unique_id)
+
+
+def _call(pending_request: PendingRequest | None) -> Call | None:
+    args = pending_request.args if pending_request is not None else ()
+    return args[0] if args and isinstance(args[0], Call) else None

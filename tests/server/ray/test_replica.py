@@ -15,7 +15,7 @@ from jet_export.server.ray.metrics import STALE, Board, merged
 
 
 def call(*prompts: list[int], **params) -> Call:
-    return Call(prompts=list(prompts), params=Params(**params), prefixes=())
+    return Call(number=1, prompts=list(prompts), params=Params(**params), prefixes=())
 
 
 def test_the_outputs_of_a_call_are_those_of_the_engine() -> None:
