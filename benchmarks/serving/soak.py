@@ -213,9 +213,9 @@ class Soak:
                 raise Broken(f"{name} has grown from {first / 1e6:,.0f} to {values[-1] / 1e6:,.0f} MB")
         probe, quarter = self.record.probe, len(self.record.probe) // 4
         if len(probe) >= ROUNDS:
-            first, last = statistics.median(probe[:quarter]), statistics.median(probe[-quarter:])
-            if last > DRIFT * first:
-                raise Broken(f"a request alone takes {last * 1e3:.0f} ms, and {first * 1e3:.0f} ms at the beginning")
+            before, now = statistics.median(probe[:quarter]), statistics.median(probe[-quarter:])
+            if now > DRIFT * before:
+                raise Broken(f"a request alone takes {now * 1e3:.0f} ms, and {before * 1e3:.0f} ms at the beginning")
 
 
 def page_of(i: int, max_seq_len: int, page: int) -> int:

@@ -99,7 +99,8 @@ def test_a_lost_device_ends_every_request_and_the_process(faulty: Faulty, llm: A
 def test_an_engine_that_hangs_ends_the_process_and_the_log_says_where(
     faulty: Faulty, llm: AsyncLLM, capfd, caplog
 ) -> None:
-    released, ended = threading.Event(), []
+    released = threading.Event()
+    ended: list[int] = []
     clock = [0.0]
 
     def stuck_in_a_kernel() -> object:

@@ -2,6 +2,7 @@
 was there before or what is new, whole; and where the process lives on, nothing else is left."""
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -42,8 +43,8 @@ def whole_or_before(
         before = {path: kind(data) for path, data in old.items()}
 
         def begin(old: dict[str, bytes] = old) -> None:
-            for path in sorted(directory.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            for there in sorted(directory.rglob("*"), reverse=True):
+                there.rmdir() if there.is_dir() else there.unlink()
             for path, data in old.items():
                 (directory / path).parent.mkdir(parents=True, exist_ok=True)
                 (directory / path).write_bytes(data)
@@ -71,7 +72,7 @@ def make_directory(directory: Path) -> None:
         (tmp / "b").write_text("new b")
         replace_directory(tmp, directory / "out")
     finally:
-        utils.shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def test_a_file(tmp_path: Path) -> None:
