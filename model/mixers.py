@@ -56,6 +56,7 @@ class JetBlock(nn.Module):
             qkuz = project(self.in_proj, x, later, ahead=(self.o_proj, *ahead))
             kappa = self.conv1d
         conv_state, recurrent_state, *buffer = state
+        step_buffer, state_position = buffer or (None, None)
         args = (
             qkuz, project(self.ba_proj, x, later), kappa,
             self.A_log, self.dt_bias, self.o_norm, conv_state, recurrent_state,
@@ -63,9 +64,9 @@ class JetBlock(nn.Module):
             self.num_heads, self.head_k_dim, self.head_v_dim, self.norm_eps, int(form),
         )  # fmt: skip
         if onnx_mode():
-            o = jet_block_node(*args, *(buffer or (None, None)), interval)
+            o = jet_block_node(*args, step_buffer, state_position, interval)
         else:
-            o = torch.ops.jet.jet_block(*args, *(buffer or (None, None)), interval)
+            o = torch.ops.jet.jet_block(*args, step_buffer, state_position, interval)
         return project(self.o_proj, o, residual=h)
 
 
