@@ -184,7 +184,7 @@ def weighted_deltas(
     for i in tl.static_range(ROWS):
         p_row = p_held + (ROWS - 1 - i) * WIDTH + K
         b_delta = tl.load(p_row + o_v, mask=m_v & (ROWS - 1 - i < count), other=0.0)
-        deltas = deltas + (b_delta * tl.exp(since),)  # noqa: RUF005 - Triton unpacks nothing
+        deltas = deltas + (b_delta * tl.exp(since),)  # type: ignore[assignment]  # noqa: RUF005
         since += tl.load(p_row + V, mask=ROWS - 1 - i < count, other=0.0)
     return tl.exp(since), deltas
 
@@ -203,7 +203,7 @@ def stream_rows(
     o_r = tl.arange(0, BR)
     sums = ()
     for _ in tl.static_range(N):
-        sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # noqa: RUF005 - Triton unpacks nothing
+        sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for i_k in range(0, GROUP, BR):
         o_k = first + i_k + o_r
         m_k = (i_k + o_r < GROUP) & (o_k < K)
@@ -213,7 +213,7 @@ def stream_rows(
         more = ()
         for i in tl.static_range(N):
             b_x = tl.load(p_x + i * K + o_k, mask=m_k, other=0.0)
-            more = more + (sums[i] + tl.sum(b_rows * b_x[:, None], 0),)  # noqa: RUF005
+            more = more + (sums[i] + tl.sum(b_rows * b_x[:, None], 0),)  # type: ignore[assignment]  # noqa: RUF005
         sums = more
         if ROWS > 0:
             b_rows *= decay
@@ -236,7 +236,7 @@ def stream_state(
     GROUP: tl.constexpr = (K + GROUPS - 1) // GROUPS
     sums = ()
     for _ in tl.static_range(N):
-        sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([o_v.shape[0]], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for group in range(i, GROUPS, n):
         parts = stream_rows(
             p_state, p_x, p_held, group * GROUP, count, decay, deltas, o_v, m_v, begun, N, K, V, ROWS, WIDTH, GROUP, BR
@@ -245,7 +245,7 @@ def stream_state(
         for j in tl.static_range(N):
             if n > 1:
                 tl.store(p_parts + (group * N + j) * V + o_v, parts[j], mask=m_v)
-            more = more + (sums[j] + parts[j],)  # noqa: RUF005
+            more = more + (sums[j] + parts[j],)  # type: ignore[assignment]  # noqa: RUF005
         sums = more
     return sums
 
@@ -258,7 +258,7 @@ def sum_parts(p_parts, o_v, m_v, N: tl.constexpr, V: tl.constexpr, GROUPS: tl.co
         b_sum = tl.zeros([o_v.shape[0]], tl.float32)
         for group in tl.static_range(GROUPS):
             b_sum += tl.load(p_parts + (group * N + j) * V + o_v, mask=m_v, other=0.0, cache_modifier=".cg")
-        sums = sums + (b_sum,)  # noqa: RUF005
+        sums = sums + (b_sum,)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 

@@ -36,7 +36,7 @@ class Slice:
         rows = self.rows(param)
         parts = [tensor]
         if self.head:
-            parts = [part.flatten(0, 1) for part in tensor.unflatten(0, (-1, 2, self.head)).unbind(1)]
+            parts = [part.flatten(0, 1) for part in torch.unflatten(tensor, 0, (-1, 2, self.head)).unbind(1)]
         for row, part in zip(rows, parts, strict=True):
             row.copy_(part)
             if self.offset:
@@ -48,7 +48,8 @@ class Slice:
         rows = self.rows(param)
         if self.head:
             rows = [row.view(torch.uint8) if row.dtype.itemsize == 1 else row for row in rows]  # torch stacks no FP8
-            return torch.stack([row.unflatten(0, (-1, self.head)) for row in rows], 1).flatten(0, 2).view(param.dtype)
+            heads = [torch.unflatten(row, 0, (-1, self.head)) for row in rows]
+            return torch.stack(heads, 1).flatten(0, 2).view(param.dtype)
         return (rows[0] - self.offset).to(dtype) if self.offset else rows[0]
 
 

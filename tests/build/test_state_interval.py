@@ -1,5 +1,7 @@
 """`--state-interval`: a number, or what the table of configurations says of the GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.eager_bundle import mini_config
@@ -33,7 +35,7 @@ def test_the_table_names_what_it_was_measured_with() -> None:
 
 
 def test_the_largest_batch_may_decide(monkeypatch) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"where": {"max_batch_size": {"min": 64}}, "sm": 90, "use": {"tokens": 8}},
         {"where": {}, "sm": None, "use": {"tokens": 1}},
     ]

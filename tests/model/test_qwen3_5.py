@@ -298,6 +298,7 @@ def test_an_fp8_model_is_written_and_read_back(golden: Golden, tmp_path) -> None
     model = golden.model(tmp_path / "in")
     for path in ("layers.0.self_attn.in_proj", "layers.3.self_attn.qkv_proj", "layers.3.self_attn.o_proj"):
         linear = model.get_submodule(path)
+        assert isinstance(linear, torch.nn.Linear)
         model.set_submodule(path, Fp8Linear.from_linear(linear, float(linear.weight.abs().max()) / 448, 0.01))
     (tmp_path / "out").mkdir()
     save_unified(model, tmp_path / "out", kv_fp8=False)
