@@ -48,7 +48,10 @@ def test_the_largest_batch_may_decide(monkeypatch) -> None:
 @pytest.mark.parametrize(("asked", "tokens"), [(None, 8), (4, 4), (1, 1)])
 def test_a_plan_has_the_interval_of_its_gpu(monkeypatch, asked: int | None, tokens: int) -> None:
     monkeypatch.setattr(plans, "host_target", lambda device: {"device": "cuda", "arch": "sm_90"})
-    plan = make_plan(BuildOptions(model="jet-2b", random_weights=True, backend="inductor", state_interval=asked))
+    options = BuildOptions(
+        model="jet-2b", random_weights=True, backend="inductor", state_interval=asked, max_batch_size=64
+    )
+    plan = make_plan(options)
     assert plan.dtypes.state_interval == plan.interval.tokens == tokens
     assert bool(plan.interval.source) == (asked is None)
 
