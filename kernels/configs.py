@@ -33,7 +33,7 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "delta_rule_scan": ({"dtype", "head_k_dim", "many_heads"}, {"BV", "STAGES", "num_warps", "one_wave"}),
     "delta_rule_decode": ({"state_dtype", "head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
     "delta_rule_deferred": ({"state_dtype", "head_k_dim", "head_v_dim", "tokens"}, {"GROUPS", "BR", "num_warps"}),
-    "delta_rule_inputs": ({"head_k_dim", "head_v_dim"}, {"num_warps"}),
+    "delta_rule_inputs": ({"head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
     "delta_rule_verify": ({"head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
     "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),

@@ -30,21 +30,33 @@ def load_state(p_state, o_k, i_v, m_k, held, V: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
-def token_inputs(
-    p_q, p_k, p_v, p_beta, p_g, p_kappa, A_log, dt_bias, p_conv, stride_v, i_h, context, dtype: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, W: tl.constexpr, CONV_ROWS: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+def token_key(
+    p_q, p_k, p_beta, p_g, A_log, dt_bias, i_h, dtype: tl.constexpr,
+    K: tl.constexpr, RAW: tl.constexpr, JET: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """qn, kn [1, BK], v [BV], beta and g [1] of one token of a head, fp32. RAW: beta and g come from b and a. W > 0: q,
-    k and v do from a JetBlock's projections, and conv_state takes the token's u."""
+    """qn, kn [1, BK], beta and g [1] of one token of a head, fp32. RAW: beta and g come from b and a. JET: q and k do
+    from a JetBlock's projections."""
     o_row = tl.arange(0, BK)[None, :]
-    o_one, o_v = tl.arange(0, 1), tl.arange(0, BV)
-    m_one, m_v = o_one < 1, o_v < V
+    o_one = tl.arange(0, 1)
     b_q = tl.load(p_q + o_row, mask=o_row < K, other=0.0)
     b_k = tl.load(p_k + o_row, mask=o_row < K, other=0.0)
-    b_beta, b_g = gates(p_beta, p_g, 0, 0, A_log, dt_bias, i_h, o_one, m_one, dtype, RAW)
+    b_beta, b_g = gates(p_beta, p_g, 0, 0, A_log, dt_bias, i_h, o_one, o_one < 1, dtype, RAW)
+    return l2_normalise(b_q, JET) * (K**-0.5), l2_normalise(b_k, JET), b_beta, b_g
+
+
+@triton.jit
+def token_value(
+    p_v, p_kappa, p_conv, stride_v, i_v, context,
+    H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, CONV_ROWS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """v [BV] of one token of a head, fp32, columns i_v + [0, BV). W > 0: it comes from a JetBlock's projection u, which
+    conv_state takes."""
+    o_v = i_v + tl.arange(0, BV)
+    m_v = o_v < V
     if W > 0:
-        b_v = conv_tile(p_v, 0, p_kappa, 0, p_conv, o_one, m_one, 0, V, 0, context, H * V, W, CONV_ROWS, BV, True)
+        o_one = tl.arange(0, 1)
+        m_one = o_one < 1
+        b_v = conv_tile(p_v, 0, p_kappa, 0, p_conv, o_one, m_one, i_v, V, 0, context, H * V, W, CONV_ROWS, BV, True)
         tl.debug_barrier()  # every thread has read the old conv_state
         if CONV_ROWS > W - 1:
             b_u = tl.load(p_v + o_v, mask=m_v, other=0.0)
@@ -54,7 +66,7 @@ def token_inputs(
         b_v = tl.reshape(b_v, [BV])
     else:
         b_v = tl.load(p_v + o_v, mask=m_v, other=0.0).to(tl.float32)
-    return l2_normalise(b_q, W > 0) * (K**-0.5), l2_normalise(b_k, W > 0), b_v, b_beta, b_g
+    return b_v
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -96,12 +108,13 @@ def decode_kernel(
     if NORM:
         b_gate = tl.load(gate + row * stride_gate + OFF_Z + i_h * V + o_v, mask=m_v, other=0.0)
         b_w = tl.load(w_o + o_v, mask=m_v, other=0.0)
-    b_q, b_k, b_v, b_beta, b_g = token_inputs(
-        q + row * stride_q + OFF_Q + i_hk * K, k + row * stride_k + OFF_K + i_hk * K,
-        v + row * stride_v + OFF_V + i_h * V, beta + row * stride_b + i_h, g + row * stride_g + OFF_G + i_h,
-        kappa + row * stride_kappa + i_h * V * W, A_log, dt_bias,
-        conv_state + slot * (CONV_ROWS * H * V) + i_h * V, stride_v, i_h, context, dtype, H, K, V, RAW, W, CONV_ROWS,
-        BK, NV * BV,
+    b_q, b_k, b_beta, b_g = token_key(
+        q + row * stride_q + OFF_Q + i_hk * K, k + row * stride_k + OFF_K + i_hk * K, beta + row * stride_b + i_h,
+        g + row * stride_g + OFF_G + i_h, A_log, dt_bias, i_h, dtype, K, RAW, W > 0, BK,
+    )  # fmt: skip
+    b_v = token_value(
+        v + row * stride_v + OFF_V + i_h * V, kappa + row * stride_kappa + i_h * V * W,
+        conv_state + slot * (CONV_ROWS * H * V) + i_h * V, stride_v, 0, context, H, V, W, CONV_ROWS, NV * BV,
     )  # fmt: skip
     b_qk = tl.sum(b_q * b_k, 1)[:, None]
     b_decay, b_beta = tl.exp(b_g)[:, None], b_beta[:, None]
@@ -136,8 +149,8 @@ def decode_inputs_kernel(
     CONV_ROWS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WORK: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, BC: tl.constexpr, MIXED: tl.constexpr, ASK: tl.constexpr, FEW: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, N). Of one token: what `deferred_step_kernel` needs, into `work`. BC: ROWS, those of step_buffer,
-    rounded up. ASK, FEW: BYTES and LIMIT of `ask_for_state`."""
+    """Grid (H, N). Of one token: what `deferred_step_kernel` needs, into `work`, BV columns of V at a time. BC: ROWS,
+    those of step_buffer, rounded up. ASK, FEW: BYTES and LIMIT of `ask_for_state`."""
     i_h = tl.program_id(0)
     i_hk = i_h // (H // HK)
     i_n = tl.program_id(1)
@@ -153,45 +166,44 @@ def decode_inputs_kernel(
         row = bos.to(tl.int64)
     if slot < 0:
         return
-    # all rows are read, whatever they hold: to know takes as long as to read
     i_head = slot * H + i_h
     p_held = step_buffer + i_head * (ROWS * WIDTH)
     _, count = load_position(state_position + i_head, context, ROWS)
-    o_c, o_k, o_v = tl.arange(0, BC), tl.arange(0, BK)[None, :], tl.arange(0, BV)
-    m_v = o_v < V
-    b_gs = tl.load(p_held + K + V + o_c * WIDTH, mask=o_c < ROWS, other=0.0)
-    b_held = tl.load(p_held + o_c[:, None] * WIDTH + o_k, mask=(o_c < ROWS)[:, None] & (o_k < K), other=0.0)
-    p_deltas = p_held + o_c[:, None] * WIDTH + K + o_v[None, :]
-    b_deltas = tl.load(p_deltas, mask=(o_c < ROWS)[:, None] & m_v[None, :], other=0.0)
-    b_q, b_k, b_v, b_beta, b_g = token_inputs(
-        q + row * stride_q + OFF_Q + i_hk * K + asked, k + row * stride_k + OFF_K + i_hk * K,
-        v + row * stride_v + OFF_V + i_h * V, beta + row * stride_b + i_h, g + row * stride_g + OFF_G + i_h,
-        kappa + row * stride_kappa + i_h * V * W, A_log, dt_bias,
-        conv_state + slot * (CONV_ROWS * H * V) + i_h * V, stride_v, i_h, context, q.dtype.element_ty, H, K, V, RAW,
-        W, CONV_ROWS, BK, BV,
-    )  # fmt: skip
+    o_c, o_k = tl.arange(0, BC), tl.arange(0, BK)[None, :]
     m_c = o_c < count
+    b_gs = tl.load(p_held + K + V + o_c * WIDTH, mask=m_c, other=0.0)
+    b_held = tl.load(p_held + o_c[:, None] * WIDTH + o_k, mask=m_c[:, None] & (o_k < K), other=0.0)
+    b_q, b_k, b_beta, b_g = token_key(
+        q + row * stride_q + OFF_Q + i_hk * K + asked, k + row * stride_k + OFF_K + i_hk * K,
+        beta + row * stride_b + i_h, g + row * stride_g + OFF_G + i_h, A_log, dt_bias, i_h, q.dtype.element_ty, K, RAW,
+        W > 0, BK,
+    )  # fmt: skip
     b_total, b_since = decays(b_gs, m_c)
     b_weight = b_since * tl.exp(tl.sum(b_g, 0))  # of each held token in this one
-    b_held = tl.where(m_c[:, None], b_held, 0.0)
-    b_deltas = tl.where(m_c[:, None], b_deltas, 0.0)
     b_kc, b_qc = tl.sum(b_held * b_k, 1) * b_weight, tl.sum(b_held * b_q, 1) * b_weight
-    b_delta = b_beta * (b_v - tl.sum(b_kc[:, None] * b_deltas, 0))
     b_qk = tl.sum(b_q * b_k, 1)  # [1]
-    b_o = tl.sum(b_qc[:, None] * b_deltas, 0) + b_qk * b_delta
     b_decay = tl.exp(b_g + b_total)
     p_x = work + (i_n.to(tl.int64) * H + i_h) * WORK
-    p_fixed = p_x + 2 * K + o_v
     p_mix = p_x + 2 * (K + V) + tl.arange(0, 1)
     tl.store(p_x + o_k, b_k, mask=o_k < K)
     tl.store(p_x + K + o_k, b_q, mask=o_k < K)
-    tl.store(p_fixed, b_delta, mask=m_v)
-    tl.store(p_fixed + V, b_o, mask=m_v)
     tl.store(p_mix, -b_beta * b_decay)
     tl.store(p_mix + 2, -b_qk * b_beta * b_decay)
     tl.store(p_mix + 3, b_decay)
     tl.store(p_mix + 4, b_g)
     tl.store(p_mix + 5, tl.zeros([1], tl.float32))
+    for i_v in range(0, V, BV):  # in tiles, so that registers are few and programs many
+        o_v = i_v + tl.arange(0, BV)
+        m_v = o_v < V
+        p_deltas = p_held + o_c[:, None] * WIDTH + K + o_v[None, :]
+        b_deltas = tl.load(p_deltas, mask=m_c[:, None] & m_v[None, :], other=0.0)
+        b_v = token_value(
+            v + row * stride_v + OFF_V + i_h * V, kappa + row * stride_kappa + i_h * V * W,
+            conv_state + slot * (CONV_ROWS * H * V) + i_h * V, stride_v, i_v, context, H, V, W, CONV_ROWS, BV,
+        )  # fmt: skip
+        b_delta = b_beta * (b_v - tl.sum(b_kc[:, None] * b_deltas, 0))
+        tl.store(p_x + 2 * K + o_v, b_delta, mask=m_v)
+        tl.store(p_x + 2 * K + V + o_v, tl.sum(b_qc[:, None] * b_deltas, 0) + b_qk * b_delta, mask=m_v)
 
 
 def decode_config(state: Tensor, head_k_dim: int, head_v_dim: int) -> dict:
@@ -280,7 +292,7 @@ def decode_inputs_triton(
         q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0),
         OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, H=H, HK=key_heads or H, K=K, V=V,
         RAW=raw_gates is not None, W=W, CONV_ROWS=conv_rows, ROWS=held,
-        WIDTH=step_buffer.shape[3], WORK=work.shape[2], BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V),
+        WIDTH=step_buffer.shape[3], WORK=work.shape[2], BK=triton.next_power_of_2(K),
         BC=triton.next_power_of_2(held), MIXED=mixed,
         ASK=asked_bytes(recurrent_state), FEW=FEW_BYTES, GDC=gdc(),
         **lookup("delta_rule_inputs", head_k_dim=K, head_v_dim=V),

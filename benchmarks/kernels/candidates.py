@@ -25,7 +25,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "delta_rule_deferred": [
         dict(GROUPS=g, BR=br, num_warps=2) for g, br in itertools.product((1, 4, 8), (4, 8, 16, 32)) if g * br <= 96
     ],
-    "delta_rule_inputs": [dict(num_warps=w) for w in (1, 2, 4)],
+    "delta_rule_inputs": [dict(BV=bv, num_warps=w) for bv, w in itertools.product((32, 64, 128, 256), (1, 2, 4))],
     "delta_rule_verify": [dict(BV=bv, num_warps=w) for bv, w in itertools.product((16, 32, 64, 128), (1, 2, 4, 8))],
     "dynamic_conv": [dict(BT=bt, BD=bd) for bt, bd in itertools.product((4, 8, 16, 32), (32, 64, 128, 256))],
     "gated_rms_norm": [dict(BR=br) for br in (1, 2, 4, 8, 16, 32)],
