@@ -241,12 +241,15 @@ def stream_state(
         parts = stream_rows(
             p_state, p_x, p_held, group * GROUP, count, decay, deltas, o_v, m_v, begun, N, K, V, ROWS, WIDTH, GROUP, BR
         )
-        more = ()
-        for j in tl.static_range(N):
-            if n > 1:
-                tl.store(p_parts + (group * N + j) * V + o_v, parts[j], mask=m_v)
-            more = more + (sums[j] + parts[j],)  # type: ignore[assignment]  # noqa: RUF005
-        sums = more
+        if GROUPS == 1:
+            sums = parts
+        else:
+            more = ()
+            for j in tl.static_range(N):
+                if n > 1:
+                    tl.store(p_parts + (group * N + j) * V + o_v, parts[j], mask=m_v)
+                more = more + (sums[j] + parts[j],)  # type: ignore[assignment]  # noqa: RUF005
+            sums = more
     return sums
 
 
