@@ -88,7 +88,8 @@ class Part:
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """All but the command line's reference, whose numbers are defaults."""
+    return [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.name != "cli.md")]
 
 
 def parts(text: str) -> Iterator[Part]:

@@ -97,11 +97,11 @@ def measure_engine(
         reason = check_case(case, engine.limits)
         if reason or min(case.batch, case.context, case.chunk, case.repeats) < 1 or case.new_tokens < 2:
             raise JetExportError(f"benchmark: {reason or f'{case}: sizes must be positive'}.")
-        if case.new_tokens < engine.state_interval:
+        if case.new_tokens <= engine.state_interval > 1:
             raise JetExportError(
                 f"benchmark: {case.new_tokens} new tokens; states are written every {engine.state_interval} tokens, "
                 "and decode is timed over whole intervals.",
-                f"Decode at least {engine.state_interval}.",
+                f"Decode at least {engine.state_interval + 1}: the first step after a prompt never writes.",
             )
         if case.fill not in FILLS:
             raise JetExportError(f"benchmark: fill {case.fill!r} is not known.", f"Known: {', '.join(FILLS)}.")
@@ -240,7 +240,8 @@ class Run:
 
     def decode(self) -> list[float]:
         """Milliseconds of decode steps (the engine and the argmax): the first ones are dropped, as many as leave whole
-        intervals between two writes of the states, of whose steps all but one are cheap."""
+        intervals between two writes of the states, of whose steps all but one are cheap. The first step finds a state
+        that the prompt has just left written, which no later one does."""
         tokens: Tensor = self.next
 
         def step() -> None:
@@ -248,5 +249,5 @@ class Run:
             tokens = self.runner.decode(self.slots, tokens).argmax(-1)
 
         times = [stopwatch(step, self.device) for _ in range(self.case.new_tokens)]
-        most = len(times) - min(DROPPED, len(times) // 2)
+        most = min(len(times) - min(DROPPED, len(times) // 2), len(times) - (self.interval > 1))
         return times[-max(most - most % self.interval, self.interval) :]

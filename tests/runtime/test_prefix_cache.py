@@ -192,7 +192,7 @@ def test_it_is_on_by_default_and_a_share_of_memory(engine, monkeypatch) -> None:
     assert c.prefix_rows == 2 * module.ENTRIES and c.row_bytes == row_bytes(engine)
     room = module._room(engine)
     total = c.row_bytes * 30
-    monkeypatch.setattr(module, "_room", lambda engine: total)
+    monkeypatch.setattr(module, "_room", lambda engine, available: total)
     assert room > total and module.capacity(engine, Serving(slots=2)).prefix_rows == 3
     assert module.capacity(engine, Serving(slots=2, prefix_cache_bytes=0)).prefix_rows == 0
 
