@@ -98,7 +98,7 @@ def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str
     manifest = Manifest.load(options.bundle)
     wanted(options.asked, manifest.limits)
     interval = manifest.state_interval
-    if options.asked.new_tokens < interval and options.asked.protocol != "serving":
+    if options.asked.new_tokens <= interval > 1 and options.asked.protocol != "serving":
         raise JetExportError(
             f"--new-tokens {options.asked.new_tokens}: the bundle writes its states every {interval} tokens, and "
             "decode is timed over whole intervals.",
