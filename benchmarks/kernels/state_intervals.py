@@ -7,8 +7,7 @@ Microseconds of a layer's step, the mean over an interval: a CUDA graph takes se
 through L steps. `bytes` are those of the state, read at every step and written once in L tokens, and of the step
 buffer: (L + 1) / 2 held tokens read on average, those of the step appended. First the states and outputs after two
 intervals are compared with those of a write at every token. --tokens R: more than one are a verifying step (the form
-VERIFY), all of whose tokens are kept. --tiles OP: every candidate of that
-op of the table of configurations.
+VERIFY), all of whose tokens are kept. --tiles OP: every candidate of that op of the table of configurations.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import available_memory, free_cached
 from jet_export.runtime.params import Params
 from jet_export.runtime.tokenizer import load_tokenizer
-from jet_export.utils.environment import environment
+from jet_export.utils.environment import environment, shown_command
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.files import check_directory, sha256_file, write_atomically
 from jet_export.utils.progress import Progress
@@ -107,7 +107,7 @@ def run_bench(options: BenchOptions, command: list[str], emit: Emit) -> dict[str
     if options.output is not None:
         check_directory(options.output)
     baselines = [baseline_bundle(name, manifest, emit) for name in options.baselines]
-    result: dict[str, Any] = {"environment": environment(), "command": " ".join(command)}
+    result: dict[str, Any] = {"environment": environment(), "command": shown_command(command)}
     result["protocol"] = options.asked.protocol
 
     def save(**parts: Any) -> None:

@@ -102,8 +102,12 @@ def device_slug() -> str:
 
 def command_line() -> str:
     """How this process was started, as one types it in the checkout: paths of the machine are cut short."""
-    script, *options = (_shown(word) for word in sys.argv)
-    return shlex.join([*(["python"] if script.endswith(".py") else []), script, *options])
+    return shown_command([*(["python"] if sys.argv[0].endswith(".py") else []), *sys.argv])
+
+
+def shown_command(words: list[str]) -> str:
+    """A command as a result quotes it: paths of the machine are cut short."""
+    return shlex.join(_shown(word) for word in words)
 
 
 def _shown(word: str) -> str:
