@@ -10,6 +10,7 @@ import hashlib
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ create table if not exists measurements (
 ) strict
 """
 PHASES = ("decode", "prefill")
+BUSY_S = 60.0  # how long one waits for another process that writes
 TOLERANCE = 0.1  # relative distance of the two fastest repeats up to which they confirm each other
 
 Metric = tuple[int, int, str]  # batch, context, phase
@@ -91,7 +93,7 @@ class Database:
         with self.guarded():
             path.parent.mkdir(parents=True, exist_ok=True)
             with self.connection() as db:
-                db.execute("pragma journal_mode=wal")
+                write_ahead(db)
                 version = db.execute("pragma user_version").fetchone()[0]
                 if version not in (0, SCHEMA):
                     raise JetExportError(
@@ -109,7 +111,7 @@ class Database:
     def connection(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection, in a transaction, whose commit survives a kill of the process."""
         if not hasattr(self.local, "db"):
-            self.local.db = sqlite3.connect(self.path, timeout=60)
+            self.local.db = sqlite3.connect(self.path, timeout=BUSY_S)
             self.local.db.execute("pragma synchronous=normal")
         with self.local.db:
             yield self.local.db
@@ -161,6 +163,20 @@ class Database:
     def count(self) -> int:
         with self.guarded(), self.connection() as db:
             return int(db.execute("select count(*) from measurements").fetchone()[0])
+
+
+def write_ahead(db: sqlite3.Connection) -> None:
+    """Set the journal mode. SQLite's own timeout does not hold here: of two that open a new file at once, one is told
+    at once that it is locked."""
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("pragma journal_mode=wal")
+            return
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def digest_of(identity: str) -> str:

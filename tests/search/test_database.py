@@ -126,6 +126,16 @@ def test_another_schema_is_refused(tmp_path) -> None:
         Database(tmp_path / "m.db")
 
 
+def test_a_new_file_that_another_one_sets_up_is_waited_for(tmp_path) -> None:
+    path = tmp_path / "m.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("begin immediate")  # as a journal mode being set: SQLite's timeout does not hold then
+    release = threading.Timer(0.3, other.execute, ["commit"])
+    release.start()
+    assert Database(path).count() == 0
+    release.join()
+
+
 def write_forever(path: Path, first: int) -> None:
     database = Database(path)
     for i in range(first, first + 10**6):
