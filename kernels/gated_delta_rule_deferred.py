@@ -166,7 +166,7 @@ def deferred_delta_rule_triton(
         decode_inputs_triton(*args, **inputs, mixed=mixed)
     use = lookup("delta_rule_deferred", state_dtype=recurrent_state.dtype, head_k_dim=K, head_v_dim=V, tokens=R)
     sms = num_sms(q.device)
-    few = torch.sym_min(N, max(1, sms // H))  # sequences whose heads have several programs
+    few = torch.sym_min(N, torch.sym_max(1, sms // H))  # sequences whose heads have several programs
     parts = q.new_empty(few, H, use["GROUPS"], 2 * R, V, dtype=torch.float32)
     wrap(deferred_step_kernel)[(programs_of_a_head(N, H, use["GROUPS"], sms), H, N)](
         work, parts, w_o, gate, recurrent_state, step_buffer, state_position, out, cu_seqlens, slots, context_lens, T,

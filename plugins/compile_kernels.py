@@ -95,15 +95,15 @@ def check_layout(kernel: Kernel, cubin: bytes) -> None:
 
 def compile_cases(cases: list[Any], sms: list[int], folder: Path, progress: Any = None) -> None:
     """Writes the files of the module's docstring for these cases (cases.Case)."""
-    from jet_export.plugins.cases import FORMS
+    from jet_export.plugins.cases import forms_of
 
     functions: dict[Kernel, Any] = {}
     traces = []
     for case in cases:
         with use_sm(sms[0] if len(sms) == 1 else None):  # one set of launches serves all SMs
-            forms = [case.trace(form) for form in FORMS]
+            forms = {form: case.trace(form) for form in forms_of(case)}
         traces.append((case, forms))
-        for launch in (launch for form in forms for launch in form.launches):
+        for launch in (launch for trace in forms.values() for launch in trace.launches):
             functions.setdefault(kernel_of(launch), launch.kernel)
     images: dict[Kernel, list[Image]] = {}
     for i, (kernel, function) in enumerate(functions.items()):

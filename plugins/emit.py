@@ -1,4 +1,4 @@
-"""The generated C++: a table of kernels with their cubins, and for every case the launches of its two forms."""
+"""The generated C++: a table of kernels with their cubins, and for every case the launches of its forms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import fields
 from typing import Any
 
+from jet_export.kernels.form import Form
 from jet_export.plugins.cases import FORMS, Case, JetBlockCase
 from jet_export.plugins.kernel import Image, Kernel, kernel_of
 from jet_export.plugins.symbolic import Trace
@@ -18,7 +19,7 @@ DTYPES = {
 }
 
 
-def emit(traces: list[tuple[Case, list[Trace]]], images: dict[Kernel, list[Image]]) -> str:
+def emit(traces: list[tuple[Case, dict[Form, Trace]]], images: dict[Kernel, list[Image]]) -> str:
     """kernels.inc. The cubins come last, after the readable part."""
     index = {kernel: i for i, kernel in enumerate(images)}
     cubins, table = [], []
@@ -47,10 +48,10 @@ def emit(traces: list[tuple[Case, list[Trace]]], images: dict[Kernel, list[Image
     attention: list[str] = []
     functions: list[str] = []
     for n, (case, forms) in enumerate(traces):
-        names = [f"case_{n}_{form.name.lower()}" for form in FORMS]
-        for name, trace in zip(names, forms, strict=True):
-            functions.append(emit_launches(name, trace, [index[kernel_of(launch)] for launch in trace.launches]))
-        row = f"    {{{case_fields(case)}, {', '.join(names)}}},"
+        names = {form: f"case_{n}_{form.name.lower()}" for form in forms}
+        for form, trace in forms.items():
+            functions.append(emit_launches(names[form], trace, [index[kernel_of(launch)] for launch in trace.launches]))
+        row = f"    {{{case_fields(case)}, {', '.join(names.get(form, 'nullptr') for form in FORMS)}}},"
         (jet if isinstance(case, JetBlockCase) else attention).append(row)
     digest = hashlib.sha256("".join([*table, *functions, *cubins]).encode()).hexdigest()[:16]
     return "\n\n".join(

@@ -37,16 +37,26 @@ def library_for(
     dtype: str = "bfloat16",
     state_dtype: str = "float32",
     cache_dtype: str = "bfloat16",
+    state_interval: int = 1,
+    rollback: int = 0,
     headers: str | Path | None = None,
     fetch: bool = False,
     emit: Emit = lambda line: None,
 ) -> Path:
     """The folder of a model's plugin library (its file: NAME), built unless the cache holds it.
 
-    dtypes: torch's names, of the model, the recurrent state and the KV cache; `headers`, `fetch`: as --tensorrt-headers
-    and --fetch-headers; `emit` is called with one line per step. Raises JetExportError as `build_library`."""
+    dtypes: torch's names, of the model, the recurrent state and the KV cache; `state_interval`, `rollback`: as a
+    manifest's; `headers`, `fetch`: as --tensorrt-headers and --fetch-headers; `emit` is called with one line per step.
+    Raises JetExportError as `build_library`."""
     include = headers_for(headers, fetch, emit)
-    cases = model_cases(config, dtype=dtype, state_dtype=state_dtype, cache_dtype=cache_dtype)
+    cases = model_cases(
+        config,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        cache_dtype=cache_dtype,
+        interval=state_interval,
+        rollback=rollback,
+    )
     return build_library(cases, list(sms), include, emit=emit)
 
 

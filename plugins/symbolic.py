@@ -106,6 +106,16 @@ class Shape:
             strides.insert(0, size if isinstance(strides[0], int) and strides[0] == 1 else strides[0] * size)
         return tuple(strides) if i is None else strides[i]
 
+    def __getitem__(self, index: tuple[int, ...]) -> Shape:
+        """The part that these first indices name, whose address no launcher asks for."""
+        return Shape("", self.shape[len(index) :], self.dtype, self.trace)
+
+    def numel(self) -> Any:
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
     def view(self, *shape: Any) -> Shape:
         return Shape(self.name, shape, self.dtype, self.trace)
 

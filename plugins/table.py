@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from jet_export.plugins.cases import Case, label
+from jet_export.kernels.form import Form
+from jet_export.plugins.cases import FORMS, Case, label
 from jet_export.plugins.kernel import Image, Kernel, kernel_of
 from jet_export.plugins.symbolic import Trace
 from jet_export.plugins.targets import SHARED, sm_name
 
 TABLE = "kernels.md"
-LAUNCHED = ("a mixed call", "one token a sequence")
+LAUNCHED = {Form.MIXED: "a mixed call", Form.DECODE: "one token a sequence", Form.VERIFY: "drafts verified"}
 
 
-def readable_table(traces: list[tuple[Case, list[Trace]]], images: dict[Kernel, list[Image]]) -> str:
+def readable_table(traces: list[tuple[Case, dict[Form, Trace]]], images: dict[Kernel, list[Image]]) -> str:
     """Markdown: nodes with the kernels they launch, in order; kernels with constexprs, shared memory and warps."""
     index = {kernel: i for i, kernel in enumerate(images)}
+    columns = [form for form in FORMS if any(form in forms for _, forms in traces)] or list(FORMS)
     sms = sorted({image.sm for found in images.values() for image in found})
     lines = [
         "# Kernels of this plugin library",
@@ -23,11 +25,12 @@ def readable_table(traces: list[tuple[Case, list[Trace]]], images: dict[Kernel, 
         "",
         "## Nodes",
         "",
-        "| node | " + " | ".join(LAUNCHED) + " |",
-        "|---|---|---|",
+        "| node | " + " | ".join(LAUNCHED[form] for form in columns) + " |",
+        "|---|" + "---|" * len(columns),
     ]
     for case, forms in traces:
-        launches = [", ".join(str(index[kernel_of(launch)]) for launch in form.launches) for form in forms]
+        kernels = {form: [str(index[kernel_of(launch)]) for launch in trace.launches] for form, trace in forms.items()}
+        launches = [", ".join(kernels.get(form, [])) for form in columns]
         lines.append(f"| {label(case)} | {' | '.join(launches)} |")
     room = ", ".join(f"SM {sm_name(sm)} {SHARED[sm] >> 10} KB" for sm in sms)
     lines += [

@@ -14,7 +14,6 @@ from jet_export.kernels.jet_block import jet_block_ref
 from jet_export.kernels.state_layout import NO_BUFFER
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
 
-STATES = {"JetBlock": [6, 7], "JetAttention": [2]}  # inputs whose values after the step are outputs 1, 2
 BATCH = {
     "JetBlock": {"cu_seqlens": 8, "slots": 9, "context_lens": 10},
     "JetAttention": {"block_table": 3, "cu_seqlens": 4, "slots": 5, "context_lens": 6},
@@ -28,6 +27,7 @@ RUNS: dict[str, tuple[list[int], list[int]]] = {
     "decode": ([1, 1, 1, 1, 1], [9, 130, 64, 0, 300]),
     "decode past the window": ([1, 1, 1], [2400, 7, 1500]),
 }
+VERIFY_CONTEXT = [70, 1, 9]  # tokens held by the sequences of a call that verifies drafts
 SMALLEST, LARGEST = -(2**31), 2**31 - 1
 HOSTILE = ("any", "near", "falling", "smallest", "largest")
 
@@ -36,7 +36,13 @@ def node_of(case: Case) -> str:
     return "JetBlock" if isinstance(case, JetBlockCase) else "JetAttention"
 
 
-def attributes_of(case: Case) -> dict[str, Any]:
+def verify_run(case: Case) -> tuple[list[int], list[int]]:
+    """New tokens of each sequence and tokens held, of a call that verifies drafts."""
+    most = case.rollback
+    return [most, 1, max(1, most - 1)], VERIFY_CONTEXT
+
+
+def attributes_of(case: Case, form: Form = Form.MIXED) -> dict[str, Any]:
     """The node's attributes in a graph."""
     if isinstance(case, JetBlockCase):
         return {
@@ -44,7 +50,8 @@ def attributes_of(case: Case) -> dict[str, Any]:
             "head_k_dim": case.head_k_dim,
             "head_v_dim": case.head_v_dim,
             "norm_eps": 1e-5,
-            "form": int(Form.MIXED),
+            "form": int(form),
+            **({"interval": case.interval} if case.buffer_rows else {}),
         }
     fp8 = case.cache_dtype == "float8_e4m3fn"
     return {
@@ -54,7 +61,7 @@ def attributes_of(case: Case) -> dict[str, Any]:
         "window": case.window,
         "k_scale": 0.25 if fp8 else 1.0,
         "v_scale": 0.5 if fp8 else 1.0,
-        "form": int(Form.MIXED),
+        "form": int(form),
     }
 
 
@@ -71,28 +78,36 @@ class NodeInputs:
         return node_of(self.case)
 
     def states(self) -> list[Tensor]:
-        return [self.tensors[i] for i in STATES[self.node]]
+        return [self.tensors[i] for i in self.case.states]
+
+    def results_of(self, function: Any, tensors: list[Tensor]) -> list[Tensor]:
+        """What a function with the op's arguments returns for these tensors, and the states after it."""
+        values = dict(self.attributes)
+        interval = values.pop("interval", 1)
+        buffer: tuple[Any, ...] = ()
+        if self.node == "JetBlock":
+            buffer = (*tensors[11:], interval) if tensors[11:] else NO_BUFFER
+        return [function(*tensors[:11], *values.values(), *buffer), *(tensors[i] for i in self.case.states)]
 
     def op(self) -> list[Tensor]:
         """The torch op's output, and the states after it. The inputs are not changed."""
-        tensors = [t.clone() for t in self.tensors]
-        attributes = [*self.attributes.values(), *(NO_BUFFER if self.node == "JetBlock" else ())]
         op = torch.ops.jet.jet_block if self.node == "JetBlock" else torch.ops.jet.attention
-        return [op(*tensors, *attributes), *(tensors[i] for i in STATES[self.node])]
+        return self.results_of(op, [t.clone() for t in self.tensors])
 
     def reference(self) -> list[Tensor]:
         """The reference's output, and the states after it, on the CPU."""
-        tensors = [t.cpu().clone() for t in self.tensors]
-        attributes = list(self.attributes.values())
-        reference: Any = jet_block_ref if self.node == "JetBlock" else attention_ref
-        if self.node != "JetBlock":
-            attributes.pop()  # attention is the same in every form
-        return [reference(*tensors, *attributes), *(tensors[i] for i in STATES[self.node])]
+
+        def attend(*args: Any) -> Tensor:
+            return attention_ref(*args[:-1])  # it is the same in every form
+
+        reference = jet_block_ref if self.node == "JetBlock" else attend
+        return self.results_of(reference, [t.cpu().clone() for t in self.tensors])
 
     def hostile(self, kind: str, seed: int) -> NodeInputs:
-        """The same inputs with invalid batch tensors; `kind` is one of HOSTILE."""
+        """The same inputs with invalid batch tensors and positions; `kind` is one of HOSTILE."""
         tensors = list(self.tensors)
-        for i in BATCH[self.node].values():
+        beside = [12] if len(tensors) > 12 else []  # state_position
+        for i in (*BATCH[self.node].values(), *beside):
             tensors[i] = hostile_integers(kind, tensors[i], seed + i)
         return NodeInputs(self.case, tensors, self.attributes)
 
@@ -112,7 +127,12 @@ def hostile_integers(kind: str, like: Tensor, seed: int) -> Tensor:
 
 
 def random_inputs(
-    case: Case, lens: list[int], context: list[int], device: torch.device | str, seed: int = 0
+    case: Case,
+    lens: list[int],
+    context: list[int],
+    device: torch.device | str,
+    seed: int = 0,
+    form: Form = Form.MIXED,
 ) -> NodeInputs:
     """Ragged sequences over pools with more rows than sequences; of three or more, the second is a padding row."""
     gen = torch.Generator().manual_seed(seed)
@@ -127,21 +147,36 @@ def random_inputs(
     slots = [-1 if n == 1 and N > 2 else N + 1 - n for n in range(N)]
     rows = [i32([0, *lens]).cumsum(0).int(), i32(slots), i32(context)]
     if isinstance(case, JetBlockCase):
-        H, K, V, W, T = case.num_heads, case.head_k_dim, case.head_v_dim, case.conv_size, sum(lens)
+        H, V = case.num_heads, case.head_v_dim
+        shapes = case.shapes(sum(lens), N, N + 2, case.columns + 16)
         tensors = [
-            rand(T, 2 * H * (K + V) + 16),  # qkuz
-            rand(T, 2 * H),  # ba
-            rand(T, H * V * W) * 0.5,  # kappa
+            rand(*shapes[0]),  # qkuz
+            rand(*shapes[1]),  # ba
+            rand(*shapes[2]) * 0.5,  # kappa
             torch.empty(H).uniform_(0.1, 8, generator=gen).log().to(device),  # A_log
             rand(H, dtype="float32") - 3,  # dt_bias
             rand(V) * 0.1 + 1,  # w_o
-            rand(N + 2, W - 1, H * V),  # conv_state
-            rand(N + 2, H, K, V, dtype=case.state_dtype),  # recurrent_state
+            rand(*shapes[6]),  # conv_state
+            rand(*shapes[7], dtype=case.state_dtype),  # recurrent_state
             *rows,
         ]
+        if case.buffer_rows:
+            tensors += buffer_tensors(case, slots, context, rand(*shapes[11], dtype="float32"))
     else:
         tensors = attention_tensors(case, lens, context, rand, gen, device) + rows
-    return NodeInputs(case, tensors, attributes_of(case))
+    return NodeInputs(case, tensors, attributes_of(case, form))
+
+
+def buffer_tensors(case: JetBlockCase, slots: list[int], context: list[int], noise: Tensor) -> list[Tensor]:
+    """step_buffer and state_position, whose sequences hold every number of tokens in turn. `noise`: step_buffer's
+    values before they are scaled."""
+    K, V = case.head_k_dim, case.head_v_dim
+    noise[..., :K] *= K**-0.5
+    noise[..., K + V] = -noise[..., K + V].abs() * 0.3  # g
+    position = torch.zeros(noise.shape[:2], dtype=torch.int32)
+    for n, (slot, length) in enumerate(zip(slots, context, strict=True)):
+        position[slot] = max(0, length - (case.buffer_rows + n) % (case.buffer_rows + 1))
+    return [noise, position.to(noise.device)]
 
 
 def attention_tensors(
@@ -151,7 +186,8 @@ def attention_tensors(
     Hq, Hkv, Dh, N = case.num_heads, case.num_kv_heads, case.head_dim, len(lens)
     longest = max(n + c for n, c in zip(lens, context, strict=True))
     M = -(-longest // case.page) + 1
-    angle = torch.arange(longest + 1)[:, None] * 1e6 ** (-torch.arange(0, Dh, 2) / Dh)
+    R = case.rotary_dim or Dh
+    angle = torch.arange(longest + 1)[:, None] * 1e6 ** (-torch.arange(0, R, 2) / R)
     table = torch.randperm(N * M + 3, generator=gen)[: N * M].view(N, M).int()
     cos_sin = torch.cat((angle.cos(), angle.sin()), 1).to(getattr(torch, case.dtype))
     cache = rand(N * M + 3, 2, Hkv, case.page, Dh, dtype=case.cache_dtype)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from jet_export.ladder.inputs import RUNS, NodeInputs, attributes_of, node_of, random_inputs
+from jet_export.ladder.runs import SMALL_RUNS, node_forms, runs_of, small_cases
 from jet_export.ladder.site import Site
-from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase, label
+from jet_export.plugins.cases import Case, label
 from jet_export.utils.errors import JetExportError
 
 
@@ -53,14 +54,6 @@ def bound_of(case: Case) -> float:
     return 1e-5 if case.dtype == "float32" else 3 * torch.finfo(getattr(torch, case.dtype)).eps / 2
 
 
-SMALL: list[Case] = [  # seconds in Triton's interpreter, which computes correctly in fp32
-    JetBlockCase(2, 32, 32, 4, "float32", "float32"),
-    AttentionCase(4, 2, 32, 16, 0, "float32", "float32"),
-    AttentionCase(4, 2, 32, 16, 12, "float32", "float32"),
-]
-SMALL_RUNS = {"ragged prefill": ([1, 17, 20], [0, 9, 5]), "decode": ([1, 1, 1], [9, 30, 0])}
-
-
 def kernels(site: Site) -> Outcome:
     """Triton kernels against their references: of the model's own sizes on a GPU, of small ones without."""
     from jet_export.kernels.common import INTERPRET
@@ -69,9 +62,9 @@ def kernels(site: Site) -> Outcome:
     if interpreted and not INTERPRET:
         raise Skipped("no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
     out = Outcome({"kernels": "Triton's interpreter, small sizes in fp32" if interpreted else "this GPU's"})
-    for case in SMALL if interpreted else site.cases:
-        for run, (lens, context) in (SMALL_RUNS if interpreted else RUNS).items():
-            inputs = random_inputs(case, lens, context, site.device, site.seed)
+    for case in small_cases(site) if interpreted else site.cases:
+        for run, (lens, context, form) in runs_of(case, SMALL_RUNS if interpreted else RUNS).items():
+            inputs = random_inputs(case, lens, context, site.device, site.seed, form)
             got = launch_interpreted(inputs) if interpreted else inputs.op()
             out.compare(f"{label(case)}: {run}", got, inputs.reference(), bound_of(case))
     return out
@@ -82,9 +75,8 @@ def launch_interpreted(inputs: NodeInputs) -> list[torch.Tensor]:
     from jet_export.kernels.attention import attention_triton
     from jet_export.kernels.jet_block import jet_block_triton
 
-    copy = NodeInputs(inputs.case, [t.clone() for t in inputs.tensors], inputs.attributes)
     launcher: Callable[..., torch.Tensor] = jet_block_triton if inputs.node == "JetBlock" else attention_triton
-    return [launcher(*copy.tensors, *inputs.attributes.values()), *copy.states()]
+    return inputs.results_of(launcher, [t.clone() for t in inputs.tensors])
 
 
 def harness_of(site: Site) -> tuple[Any, Path]:
@@ -149,19 +141,16 @@ def plugin_outputs(site: Site) -> Outcome:
     harness, folder = harness_of(site)
     out = Outcome({"library": "the bundle's" if folder == site.bundle else "built now"})
     for case in site.cases:
-        node = PluginNode(harness, node_of(case), attributes_of(case))
-        for run, (lens, context) in RUNS.items():
-            inputs = random_inputs(case, lens, context, site.device, site.seed)
-            want = inputs.op()
-            out.compare(f"{label(case)}: {run}, states apart", list(node(*inputs.tensors)), want, bound_of(case))
-            out.compare(
-                f"{label(case)}: {run}, in place", enqueue_in_place(node, inputs, graph=False), want, bound_of(case)
-            )
-            if run == "decode":
-                out.compare(
-                    f"{label(case)}: CUDA graph", enqueue_in_place(node, inputs, graph=True), want, bound_of(case)
-                )
-        node.close()
+        nodes = {form: PluginNode(harness, node_of(case), attributes_of(case, form)) for form in node_forms(case)}
+        for run, (lens, context, form) in runs_of(case, RUNS).items():
+            inputs, node = random_inputs(case, lens, context, site.device, site.seed, form), nodes[form]
+            want, bound, what = inputs.op(), bound_of(case), f"{label(case)}: {run}"
+            out.compare(f"{what}, states apart", list(node(*inputs.tensors)), want, bound)
+            out.compare(f"{what}, in place", enqueue_in_place(node, inputs, graph=False), want, bound)
+            if run in ("decode", "drafts"):
+                out.compare(f"{what}, CUDA graph", enqueue_in_place(node, inputs, graph=True), want, bound)
+        for node in nodes.values():
+            node.close()
     return out
 
 
@@ -187,6 +176,7 @@ def onnx(site: Site) -> Outcome:
     with the plugins in place of the torch ops."""
     from jet_export.backends.onnx.engine import OnnxEngine
     from jet_export.backends.onnx.evaluate import OnnxModel
+    from jet_export.backends.onnx.export import VERIFY_GRAPH
     from jet_export.plugins.harness.nodes import plugin_handlers
     from jet_export.verify.onnx import forced_stage
     from jet_export.verify.verify import verify_engines
@@ -199,7 +189,10 @@ def onnx(site: Site) -> Outcome:
         raise
 
     def engine_over(handlers: dict[str, Any] | None) -> OnnxEngine:
-        return OnnxEngine.like(site.eager, OnnxModel.load(graph, site.eager.device, handlers))
+        drafts = graph.with_name(VERIFY_GRAPH) if site.eager.rollback else None
+        both = [OnnxModel.load(g, site.eager.device, handlers) if g else None for g in (graph, drafts)]
+        assert both[0] is not None
+        return OnnxEngine.like(site.eager, both[0], both[1])
 
     engine = engine_over(None)
     out = Outcome(failures=list(forced_stage(engine, site.eager, site.seed).failures))

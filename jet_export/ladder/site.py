@@ -43,7 +43,14 @@ class Site:
     @cached_property
     def cases(self) -> list[Case]:
         m = self.manifest
-        return model_cases(m.config, dtype=m.dtype, state_dtype=m.state_dtype, cache_dtype=m.kv_cache_dtype)
+        return model_cases(
+            m.config,
+            dtype=m.dtype,
+            state_dtype=m.state_dtype,
+            cache_dtype=m.kv_cache_dtype,
+            interval=m.state_interval,
+            rollback=m.rollback,
+        )
 
     @cached_property
     def eager(self) -> EagerEngine:
@@ -64,6 +71,8 @@ class Site:
             dtype=m.dtype,
             state_dtype=m.state_dtype,
             cache_dtype=m.kv_cache_dtype,
+            state_interval=m.state_interval,
+            rollback=m.rollback,
             headers=self.headers,
             fetch=self.fetch_headers,
             emit=print,

@@ -54,7 +54,7 @@ T* capability(void* plugin, PluginCapabilityType type) {
     return static_cast<T*>(static_cast<IPluginV3*>(plugin)->getCapabilityInterface(type));
 }
 
-constexpr int kMost = 16;
+constexpr int kMost = 20;
 
 // A tensor as ctypes gives it: type, format, rank, dims.
 struct Tensor {
@@ -160,6 +160,10 @@ API int supports(void* plugin, int pos, Tensor const* tensors, int inputs, int o
     Descs d(tensors, inputs + outputs);
     return capability<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD)
         ->supportsFormatCombination(pos, d.dynamic, inputs, outputs);
+}
+
+API int num_outputs(void* plugin) {
+    return capability<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD)->getNbOutputs();
 }
 
 API int configure(void* plugin, Tensor const* tensors, int inputs, int outputs) {

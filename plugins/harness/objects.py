@@ -9,8 +9,6 @@ from typing import Any
 
 TYPES = {"float32": 0, "float16": 1, "int32": 3, "float8_e4m3fn": 6, "bfloat16": 7}  # nvinfer1::DataType
 INT32, FLOAT32, FLOAT64 = 5, 1, 2  # nvinfer1::PluginFieldType
-NODES = {"JetBlock": (11, 3), "Attention": (7, 2), "JetAttention": (7, 2)}  # inputs, outputs
-
 
 Shapes = list[tuple[str, list[int]]]  # dtype, shape
 
@@ -46,6 +44,7 @@ class Harness:
             ("attach", c_void_p, plugin),
             ("destroy", None, plugin),
             ("supports", c_int, plugin, c_int, tensors, c_int, c_int),
+            ("num_outputs", c_int, plugin),
             ("configure", c_int, plugin, tensors, c_int, c_int),
             ("workspace", c_size_t, plugin, tensors, c_int, c_int),
             ("outputs_of", c_int, plugin, tensors, c_int),
@@ -90,25 +89,31 @@ class Harness:
         return made
 
     def outputs(self, node: str, plugin: int, inputs: Shapes) -> Shapes:
-        tensors = tensors_of(inputs, room=4)
+        tensors = tensors_of(inputs, room=self.c.num_outputs(plugin))
         count = self.c.outputs_of(plugin, tensors, len(inputs))
         return [tensors[len(inputs) + i].dtype_shape() for i in range(count)]
 
     def with_outputs(self, node: str, plugin: int, inputs: Shapes) -> Shapes:
         return [*inputs, *self.outputs(node, plugin, inputs)]
 
+    def described(self, node: str, plugin: int, inputs: Shapes) -> tuple[ctypes.Array[Tensor], int, int]:
+        """All tensors, and how many of them are inputs and outputs."""
+        all_of_them = self.with_outputs(node, plugin, inputs)
+        return tensors_of(all_of_them), len(inputs), len(all_of_them) - len(inputs)
+
     def supports(self, node: str, plugin: int, pos: int, descs: Shapes, layout: int = 0) -> bool:
         """Whether the plugin accepts tensor `pos` as described; `layout`: its nvinfer1::TensorFormat, 0 is linear."""
         tensors = tensors_of(descs)
         tensors[pos].format = layout
-        return bool(self.c.supports(plugin, pos, tensors, *NODES[node]))
+        outputs = self.c.num_outputs(plugin)
+        return bool(self.c.supports(plugin, pos, tensors, len(descs) - outputs, outputs))
 
     def configure(self, node: str, plugin: int, inputs: Shapes) -> int:
-        status: int = self.c.configure(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])
+        status: int = self.c.configure(plugin, *self.described(node, plugin, inputs))
         return status
 
     def workspace(self, node: str, plugin: int, inputs: Shapes) -> int:
-        size: int = self.c.workspace(plugin, tensors_of(self.with_outputs(node, plugin, inputs)), *NODES[node])
+        size: int = self.c.workspace(plugin, *self.described(node, plugin, inputs))
         return size
 
     def enqueue(
@@ -122,7 +127,6 @@ class Harness:
         workspace: int,
         stream: int = 0,
     ) -> int:
-        descs = tensors_of(self.with_outputs(node, plugin, inputs))
         args = (c_void_p * len(addresses))(*addresses), (c_void_p * len(outputs))(*outputs)
-        status: int = self.c.enqueue(plugin, descs, *NODES[node], *args, workspace, stream)
+        status: int = self.c.enqueue(plugin, *self.described(node, plugin, inputs), *args, workspace, stream)
         return status

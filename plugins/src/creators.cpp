@@ -86,13 +86,14 @@ namespace {
 
 class Creator final : public IPluginCreatorV3One {
   public:
-    Creator(NodeSpec const& spec, Plugin* (*make)(double const*), char const* name)
-        : spec_(spec), make_(make), name_(name) {
-        for (int i = 0; i < spec.num_attributes; ++i) {
-            auto const type = spec.attributes[i].is_float ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32;
-            fields_[i] = PluginField(spec.attributes[i].name, nullptr, type, 1);
+    // `more`: the spec of nodes whose last attribute, which `spec` lacks, is given.
+    Creator(NodeSpec const& spec, NodeSpec const& more, Plugin* (*make)(NodeSpec const&, double const*), char const* name)
+        : spec_(spec), more_(more), make_(make), name_(name) {
+        for (int i = 0; i < more.num_attributes; ++i) {
+            auto const type = more.attributes[i].is_float ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32;
+            fields_[i] = PluginField(more.attributes[i].name, nullptr, type, 1);
         }
-        collection_ = PluginFieldCollection{spec.num_attributes, fields_};
+        collection_ = PluginFieldCollection{more.num_attributes, fields_};
     }
 
     IPluginV3* createPlugin(
@@ -100,8 +101,9 @@ class Creator final : public IPluginCreatorV3One {
         Error error;
         double values[kMaxAttributes] = {};
         Plugin* plugin = nullptr;
-        if (read_fields(spec_, fields, phase, values, error)) {
-            plugin = make_(values);
+        NodeSpec const& spec = has_more(fields) ? more_ : spec_;
+        if (read_fields(spec, fields, phase, values, error)) {
+            plugin = make_(spec, values);
             if (plugin) plugin->rename(name_);
             if (plugin && plugin->supported(error)) return plugin;
         }
@@ -118,8 +120,14 @@ class Creator final : public IPluginCreatorV3One {
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
 
   private:
-    NodeSpec const& spec_;
-    Plugin* (*make_)(double const*);
+    bool has_more(PluginFieldCollection const* fields) const {
+        for (int f = 0; fields && f < fields->nbFields; ++f)
+            if (!std::strcmp(fields->fields[f].name, more_.attributes[more_.num_attributes - 1].name)) return true;
+        return false;
+    }
+
+    NodeSpec const &spec_, &more_;
+    Plugin* (*make_)(NodeSpec const&, double const*);
     char const* name_;
     PluginField fields_[kMaxAttributes];
     PluginFieldCollection collection_;
@@ -131,10 +139,12 @@ class Creator final : public IPluginCreatorV3One {
 #define JET_EXPORT extern "C" __attribute__((visibility("default")))
 
 JET_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static jet::Creator jet_block(jet::jet_block_spec, jet::make_jet_block, "JetBlock");
-    static jet::Creator attention(jet::attention_spec, jet::make_attention, "Attention");
+    static jet::Creator jet_block(
+        jet::jet_block_spec, jet::buffered_jet_block_spec, jet::make_jet_block, "JetBlock");
+    static jet::Creator attention(jet::attention_spec, jet::attention_spec, jet::make_attention, "Attention");
     // TensorRT's ONNX parser takes a node called Attention for ONNX's own, whatever its domain: there it is JetAttention.
-    static jet::Creator jet_attention(jet::attention_spec, jet::make_attention, "JetAttention");
+    static jet::Creator jet_attention(
+        jet::attention_spec, jet::attention_spec, jet::make_attention, "JetAttention");
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&jet_block, &attention, &jet_attention};
     count = 3;
     return creators;

@@ -19,14 +19,15 @@ int32_t Plugin::fail(Error const& error) const {
 }
 
 bool Plugin::supported(Error& error) const {
-    if (form() != kDECODE && form() != kMIXED) {
-        error.set("form is %d; %d (decode) or %d (mixed) is served", form(), kDECODE, kMIXED);
+    if (form() > kVERIFY) {
+        error.set("form is %d; %d (decode), %d (mixed) or %d (verify) is served", form(), kDECODE, kMIXED, kVERIFY);
         return false;
     }
     char held[512] = "none";
     size_t at = 0;
     for (int i = 0; i < num_cases(); ++i) {
-        if (has_attributes(i)) return true;
+        if (has_attributes(i) && has_form(i)) return true;
+        if (has_attributes(i)) error.set("this library was built for a model that verifies no drafts (form %d)", kVERIFY);
         if (at + 96 < sizeof(held)) {
             if (at) at += size_t(std::snprintf(held + at, sizeof(held) - at, "; "));
             describe(i, held + at, sizeof(held) - at);
@@ -77,7 +78,7 @@ int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t num, DimsExprs 
     Error error;
     if (num != spec_.num_inputs) error.set("%d inputs, %d expected", num, spec_.num_inputs);
     for (int i = 0; i < num && !error.failed(); ++i)
-        if (inputs[i].nbDims != spec_.tensors[i].rank)
+        if (spec_.tensors[i].rank && inputs[i].nbDims != spec_.tensors[i].rank)
             error.set("%s has rank %d, %d expected", spec_.tensors[i].name, inputs[i].nbDims, spec_.tensors[i].rank);
     if (error.failed()) return fail(error);
     outputs[0].nbDims = 2;
@@ -92,11 +93,11 @@ bool Plugin::fits(int i, Dims const* dims, Plan& plan, Error& error) const {
     std::fill(symbols, symbols + kSYMBOLS, -1);
     for (int t = 0; t < spec_.num_inputs; ++t) {
         TensorSpec const& tensor = spec_.tensors[t];
-        if (dims[t].nbDims != tensor.rank) {
-            error.set("%s has rank %d, %d expected", tensor.name, dims[t].nbDims, tensor.rank);
+        if (dims[t].nbDims != rank(i, t)) {
+            error.set("%s has rank %d, %d expected", tensor.name, dims[t].nbDims, rank(i, t));
             return false;
         }
-        for (int axis = 0; axis < tensor.rank; ++axis) {
+        for (int axis = 0; axis < rank(i, t); ++axis) {
             int64_t const found = dims[t].d[axis];
             int64_t wanted = expected(i, t, axis);
             if (wanted < 0) {
@@ -123,6 +124,9 @@ bool Plugin::fits(int i, Dims const* dims, Plan& plan, Error& error) const {
         error.set("%lld tokens for %lld sequences: each needs one", (long long)plan.T, (long long)plan.N);
     else if (form() == kDECODE && plan.T != plan.N)
         error.set("%lld tokens for %lld sequences in the form decode: each has one", (long long)plan.T, (long long)plan.N);
+    else if (form() == kVERIFY && plan.T > kMaxVerify * plan.N)
+        error.set("%lld tokens for %lld sequences in the form verify: each has %d at most", (long long)plan.T,
+            (long long)plan.N, kMaxVerify);
     else if (plan.columns > 0 && (plan.columns % 16 || plan.columns < least_columns(i)))
         error.set("%s has %lld columns: a multiple of 16, %lld or more, is needed", spec_.tensors[0].name,
             (long long)plan.columns, (long long)least_columns(i));
@@ -131,7 +135,7 @@ bool Plugin::fits(int i, Dims const* dims, Plan& plan, Error& error) const {
 
 int Plugin::bind(Dims const* dims, DataType const* types, Plan& plan, Error& error) const {
     for (int i = 0; i < num_cases(); ++i) {
-        if (!has_attributes(i)) continue;
+        if (!has_attributes(i) || !has_form(i)) continue;
         bool same = true;
         for (int t = 0; same && t < spec_.num_inputs; ++t) same = types[t] == type_of(i, t);
         if (!same) continue;
@@ -168,17 +172,23 @@ size_t Plugin::getWorkspaceSize(
         return 0;
     }
     size_t bytes = 0;
-    for (int64_t n = 1; n <= most.N; ++n) {
-        Plan mixed, step;
-        mixed.N = step.T = step.N = n;
-        mixed.T = most.T;
-        for (Plan* plan : {&mixed, &step})
-            plan->columns = most.columns, plan->M = most.M, plan->P = most.P, plan->sms = kMaxSms;
-        if (form() == kMIXED) view(i).mixed(mixed);
-        view(i).decode(step);
-        bytes = std::max({bytes, mixed.used, step.used});
-    }
+    for (int64_t n = 1; n <= most.N; ++n) bytes = std::max(bytes, scratch_of(i, most, n));
     return bytes;
+}
+
+// The most that any call of case i with so many sequences takes.
+size_t Plugin::scratch_of(int i, Plan const& most, int64_t sequences) const {
+    Plan longer, step;
+    longer.N = step.T = step.N = sequences;
+    longer.T = form() == kVERIFY ? std::min<int64_t>(most.T, kMaxVerify * sequences) : most.T;
+    for (Plan* plan : {&longer, &step})
+        plan->columns = most.columns, plan->M = most.M, plan->P = most.P, plan->sms = kMaxSms;
+    if (form() == kVERIFY)
+        view(i).verify(longer);
+    else
+        view(i).decode(step);
+    if (form() == kMIXED) view(i).mixed(longer);
+    return std::max(longer.used, step.used);
 }
 
 int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept {
@@ -191,7 +201,8 @@ int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t, PluginTensorD
 }
 
 static size_t bytes_of(PluginTensorDesc const& tensor) {
-    size_t bytes = tensor.type == DataType::kFLOAT ? 4 : tensor.type == DataType::kFP8 ? 1 : 2;
+    bool const wide = tensor.type == DataType::kFLOAT || tensor.type == DataType::kINT32;
+    size_t bytes = wide ? 4 : tensor.type == DataType::kFP8 ? 1 : 2;
     for (int i = 0; i < tensor.dims.nbDims; ++i) bytes *= size_t(tensor.dims.d[i]);
     return bytes;
 }
@@ -230,11 +241,12 @@ int32_t Plugin::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, voi
 void Plugin::run(int i, PluginTensorDesc const* in, Plan& plan) const {
     attributes(plan);
     // A mixed call in which every sequence has one token, and each has at least one, makes only decode's launches.
-    Form const launches = plan.T == plan.N ? view(i).decode : view(i).mixed;
+    CaseView const known = view(i);
+    Form const launches = form() == kVERIFY ? known.verify : plan.T == plan.N ? known.decode : known.mixed;
     // All kernels are loaded at the first call, so that any later one may be captured in a CUDA graph.
     plan.preload = true;
-    if (form() == kMIXED) view(i).mixed(plan);
-    view(i).decode(plan);
+    if (form() == kMIXED) known.mixed(plan);
+    (form() == kVERIFY ? known.verify : known.decode)(plan);
     plan.preload = false;
     plan.used = 0;
     for (int o = 1; o < spec_.num_outputs && !plan.error.failed(); ++o) {

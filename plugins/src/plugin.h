@@ -14,7 +14,7 @@ enum class Kind { kMODEL, kSTATE, kFLOAT, kINT };  // model dtype, state dtype, 
 
 struct TensorSpec {
     char const* name;
-    int rank;
+    int rank;  // 0: the case's, 1 or 2
     Kind kind;
 };
 
@@ -24,16 +24,19 @@ struct Attribute {
     double minimum;
 };
 
-constexpr int kMaxTensors = 16;
+constexpr int kMaxTensors = 20;
+constexpr int kMaxStates = 4;
 constexpr int kMaxAttributes = 8;
-constexpr int kFormat = 2;  // of the serialised fields; 1 had no form
-enum CallForm { kDECODE = 1, kMIXED = 2 };  // attribute `form`: one token a sequence; any mix of these and longer ones
+constexpr int kFormat = 3;  // of the serialised fields; 1 had no form, 2 no interval
+// Attribute `form`: one token a sequence; any mix of these and longer ones; 1 to kMaxVerify, which may be taken back.
+enum CallForm { kDECODE = 1, kMIXED = 2, kVERIFY = 3 };
+constexpr int kMaxVerify = 16;
 
 struct NodeSpec {
     char const* name;
     TensorSpec tensors[kMaxTensors];  // inputs, then outputs
     int num_inputs, num_outputs;
-    int state_inputs[2];  // which input outputs 1 and 2 continue
+    int state_inputs[kMaxStates];  // which input each output from 1 on continues
     Attribute attributes[kMaxAttributes];
     int num_attributes;
 };
@@ -41,7 +44,7 @@ struct NodeSpec {
 // The case that serves a node, independent of the kind of node.
 struct CaseView {
     DataType dtype, state_dtype;
-    Form mixed, decode;
+    Form mixed, decode, verify;
 };
 
 class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
@@ -89,10 +92,13 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
     virtual void attributes(Plan& plan) const = 0;
     virtual int form() const = 0;  // a CallForm
     virtual int64_t expected(int i, int input, int axis) const = 0;  // size, or -1 - symbol for one of Symbol
+    virtual int rank(int, int input) const { return spec_.tensors[input].rank; }
     virtual void describe(int i, char* text, size_t size) const = 0;
 
     enum Symbol { kT, kN, kN1, kCOLUMNS, kM, kP, kS, kPAGES, kSYMBOLS };
     static constexpr int64_t any(Symbol s) { return -1 - int64_t(s); }
+
+    NodeSpec const& spec_;
 
   private:
     // The case for these inputs, or -1 and why not; fills the plan's sizes.
@@ -100,9 +106,10 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
     bool fits(int i, Dims const* dims, Plan& plan, Error& error) const;
     DataType type_of(int i, int tensor) const;
     void run(int i, PluginTensorDesc const* in, Plan& plan) const;
+    bool has_form(int i) const { return form() != kVERIFY || view(i).verify; }
+    size_t scratch_of(int i, Plan const& most, int64_t sequences) const;
     int32_t fail(Error const& error) const;
 
-    NodeSpec const& spec_;
     char const* name_;
     double values_[kMaxAttributes];
     // storage behind getFieldsToSerialize
@@ -121,7 +128,8 @@ bool read_fields(NodeSpec const& spec, PluginFieldCollection const* fields, Tens
     Error& error);
 
 extern NodeSpec const jet_block_spec, attention_spec;
-Plugin* make_jet_block(double const* values);
-Plugin* make_attention(double const* values);
+extern NodeSpec const buffered_jet_block_spec;  // has a step buffer, and the attribute `interval` that others have not
+Plugin* make_jet_block(NodeSpec const& spec, double const* values);
+Plugin* make_attention(NodeSpec const& spec, double const* values);
 
 }  // namespace jet

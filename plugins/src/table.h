@@ -12,13 +12,16 @@ using Form = void (*)(Plan&);  // launches, or counts workspace
 struct JetBlockCase {
     int num_heads, head_k_dim, head_v_dim, conv_size;
     DataType dtype, state_dtype;
-    Form mixed, decode;
+    int key_heads;  // of a Gated DeltaNet; 0: a JetBlock
+    int interval, rollback;
+    Form mixed, decode, verify;  // null: the case has no such form
 };
 
 struct AttentionCase {
     int num_heads, num_kv_heads, head_dim, page, window;
     DataType dtype, state_dtype;
-    Form mixed, decode;
+    int rotary_dim, rollback;
+    Form mixed, decode, verify;
 };
 
 extern JetBlockCase const jet_block_cases[];

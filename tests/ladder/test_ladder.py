@@ -15,7 +15,7 @@ from jet_export.bundle.manifest import describe_files
 from jet_export.cli import app as cli
 from jet_export.cli.verify import run_ladder
 from jet_export.kernels.common import INTERPRET
-from jet_export.ladder import climb, rungs
+from jet_export.ladder import climb, rungs, runs
 from jet_export.ladder.climb import LadderOptions, in_own_process, run_rungs, summary, table
 from jet_export.ladder.inputs import RUNS, random_inputs
 from jet_export.ladder.rungs import RUNGS, Outcome, Skipped
@@ -145,7 +145,7 @@ def test_outcomes(monkeypatch):
 
 @pytest.mark.skipif(not INTERPRET, reason="on a GPU the rung runs the model's own kernels")
 def test_a_wrong_kernel_fails_the_first_rung(monkeypatch, tmp_path):
-    monkeypatch.setattr(rungs, "SMALL", rungs.SMALL[1:2])
+    monkeypatch.setattr(rungs, "small_cases", lambda site: runs.SMALL[1:2])
     monkeypatch.setattr(rungs, "SMALL_RUNS", {"decode": rungs.SMALL_RUNS["decode"]})
     site = Site(bundle=tmp_path, work=tmp_path)
     assert not rungs.kernels(site).failures
@@ -185,7 +185,7 @@ def test_failures_of_an_engine_go_to_their_rung(tmp_path):
 
 
 def test_random_inputs_reach_past_a_window_and_hold_padding():
-    for case in rungs.SMALL:
+    for case in runs.SMALL:
         inputs = random_inputs(case, *RUNS["ragged prefill"], "cpu")
         assert -1 in inputs.tensors[-2].tolist()
         o, *states = inputs.op()

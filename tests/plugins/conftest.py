@@ -7,7 +7,7 @@ import pytest
 import triton
 from filelock import FileLock
 from helpers import plugin_harness
-from helpers.plugin_nodes import JET_TINY, MINI
+from helpers.plugin_nodes import BUFFERED, JET_TINY, MINI
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.plugins.cases import Case, model_cases
@@ -52,3 +52,9 @@ def tiny(headers, tools) -> Built:
 def mini(headers, tools) -> Built:
     """Odd sizes, bf16 state, FP8 cache, a window; two SMs."""
     return build(headers, tools, MINI, [89, 90])
+
+
+@pytest.fixture(scope="session")
+def buffered(headers, tools) -> Built:
+    """Step buffers, drafts, a Gated DeltaNet and a partial rotary embedding; fp32, SM 9.0."""
+    return build(headers, tools, BUFFERED, [90])

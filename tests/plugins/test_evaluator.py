@@ -9,7 +9,7 @@ from helpers.onnx_models import export
 from helpers.replay import run_job
 
 from jet_export.kernels import common
-from jet_export.ladder.rungs import SMALL_RUNS
+from jet_export.ladder.runs import SMALL_RUNS
 from jet_export.model.cache import state_specs
 from jet_export.model.jet_nemotron import random_model
 from jet_export.plugins.cases import case_to_dict, model_cases

@@ -18,37 +18,21 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers import plugin_harness
-from helpers.plugin_nodes import fields_of, inputs_of
+from helpers.plugin_nodes import fields_of, inputs_of, node_of
 from torch import Tensor
 
-from jet_export.kernels import (
-    attention,
-    attention_decode,
-    attention_prefill,
-    dynamic_conv,
-    gated_delta_rule_chunk,
-    gated_delta_rule_decode,
-    gated_rms_norm,
-    jet_block,
-    rope_append,
-)
+from jet_export.kernels import attention, jet_block, step_buffer
 from jet_export.kernels.configs import use_sm
 from jet_export.kernels.form import Form
-from jet_export.plugins.cases import JetBlockCase
+from jet_export.kernels.state_layout import NO_BUFFER
+from jet_export.plugins.cases import ATTENTION_MODULES, JET_BLOCK_MODULES, JetBlockCase, forms_of
 from jet_export.plugins.harness.objects import Harness
 from jet_export.plugins.symbolic import POINTERS
 
-MODULES = [
-    dynamic_conv,
-    gated_delta_rule_chunk,
-    gated_delta_rule_decode,
-    gated_rms_norm,
-    rope_append,
-    attention_prefill,
-    attention_decode,
-]
+MODULES = [*JET_BLOCK_MODULES, *ATTENTION_MODULES]
 WORKSPACE, OUTPUTS, INPUTS = 1 << 32, 1 << 40, 1 << 44  # addresses that are never read
 SHAPES = [(1, 1), (64, 1), (65, 2), (3, 3), (40, 40), (300, 7), (2048, 16)]  # T, N
+DRAFTS = [(1, 1), (3, 1), (40, 40), (47, 16)]  # of the form VERIFY
 
 
 class Recorder:
@@ -67,21 +51,26 @@ class Recorder:
         return Launcher()
 
 
-def launched(case, inputs: list, T: int, N: int, sms: int, sm: int | None) -> tuple[list[tuple], list, torch.Tensor]:
+def launched(case, inputs: list, form: Form, sms: int, sm: int | None) -> tuple[list[tuple], list, torch.Tensor]:
     """The torch launchers' launches over uninitialised tensors of these shapes, configured for this SM; the inputs; the
     output."""
     tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in inputs]
-    recorder, fields = Recorder(), fields_of(case)
+    recorder, fields = Recorder(), fields_of(case, form)
+    interval = fields.pop("interval", 1)
+    buffer = (*tensors[11:], interval) if tensors[11:] else NO_BUFFER
     block: Callable[..., Tensor] = jet_block.jet_block_triton
     attend: Callable[..., Tensor] = attention.attention_triton
-    form = Form.DECODE if T == N else Form.MIXED
     patches: list[Any] = [patch.object(module, "wrap", recorder) for module in MODULES]
-    patches.append(patch.object(attention_decode, "num_sms", lambda device: sms))
+    patches += [patch.object(m, "num_sms", lambda device: sms) for m in MODULES if hasattr(m, "num_sms")]
+    patches.append(patch.object(step_buffer, "INTERPRET", False))  # L2 is asked for states as on a GPU
     with ExitStack() as stack:
         for p in patches:
             stack.enter_context(p)
         stack.enter_context(use_sm(sm))
-        o = (block if isinstance(case, JetBlockCase) else attend)(*tensors, *(fields | {"form": form}).values())
+        if isinstance(case, JetBlockCase):
+            o = block(*tensors[:11], *fields.values(), *buffer)
+        else:
+            o = attend(*tensors, *fields.values())
     return recorder.launches, tensors, o
 
 
@@ -104,18 +93,21 @@ def bits(value) -> int:
 class Expectation:
     """Compares recorded launches with those of the launchers, one by one."""
 
-    def __init__(self, built, node: str, case, T: int, N: int, in_place: bool, device=(9, 0, 132), stored_sm=90):
+    def __init__(
+        self, built, node: str, case, T: int, N: int, in_place: bool, device=(9, 0, 132), stored_sm=90, form=Form.MIXED
+    ):
         self.built, self.case, self.sm = built, case, stored_sm
         self.kernels = json.loads((built.folder / "kernels.json").read_text())
         self.inputs = inputs_of(case, T, N)
         configured = built.sms[0] if len(built.sms) == 1 else None  # as in compile_kernels
-        self.launches, self.tensors, self.output = launched(case, self.inputs, T, N, device[2], configured)
+        asked = Form.DECODE if form is Form.MIXED and T == N else form  # no sequence is longer
+        self.launches, self.tensors, self.output = launched(case, self.inputs, asked, device[2], configured)
         self.addresses = [INPUTS + (i << 36) for i in range(len(self.inputs))]
-        self.states = [6, 7] if node == "JetBlock" else [2]
+        self.states = case.states
         self.outputs = [OUTPUTS, *(self.addresses[i] if in_place else OUTPUTS + ((i + 1) << 36) for i in self.states)]
         self.step = {
             "node": node,
-            "fields": fields_of(case),
+            "fields": fields_of(case, form),
             "inputs": self.inputs,
             "addresses": self.addresses,
             "outputs": self.outputs,
@@ -181,17 +173,15 @@ def run_steps(built, steps: list[dict], tmp_path: Path, threads: int = 0) -> dic
     return json.loads(result.stdout)
 
 
-def node_of(case) -> str:
-    return type(case).__name__.removesuffix("Case")
-
-
-@pytest.mark.parametrize("model", ["tiny", "mini"])
+@pytest.mark.parametrize("model", ["tiny", "mini", "buffered"])
 def test_launches_are_those_of_the_ops(model, request, tmp_path):
     built = request.getfixturevalue(model)
     wanted = [
-        Expectation(built, node_of(case), case, T, N, in_place=(T + N) % 2 == 0)
+        Expectation(built, node_of(case), case, T, N, in_place=(T + N) % 2 == 0, form=form)
         for case in built.cases
-        for T, N in SHAPES
+        for form in forms_of(case)
+        for T, N in (DRAFTS if form is Form.VERIFY else SHAPES)
+        if form is not Form.DECODE or T == N
     ]
     assert {w.in_place for w in wanted} == {True, False}
     found = run_steps(built, [w.step for w in wanted], tmp_path)

@@ -14,7 +14,7 @@ from helpers.onnx_models import export
 
 from jet_export.backends.eager import EagerEngine
 from jet_export.backends.onnx.evaluate import OnnxModel
-from jet_export.ladder.inputs import HOSTILE, RUNS, STATES, NodeInputs, attributes_of, node_of, random_inputs
+from jet_export.ladder.inputs import HOSTILE, RUNS, NodeInputs, attributes_of, node_of, random_inputs
 from jet_export.ladder.rungs import bound_of, relative
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
@@ -85,7 +85,7 @@ def test_plugin_is_the_op(plugins, case, run, in_place):
     check(call, inputs.op(), exact)
     kept = list(zip(call.inputs.tensors, inputs.tensors, strict=True))
     if in_place:
-        kept = [pair for i, pair in enumerate(kept) if i not in STATES[inputs.node]]
+        kept = [pair for i, pair in enumerate(kept) if i not in inputs.case.states]
     assert all(same_bits(a, b) for a, b in kept)
 
 

@@ -12,7 +12,7 @@ from helpers.plugin_nodes import fields_of, inputs_of
 
 from jet_export.kernels.form import Form
 from jet_export.plugins.cubin import parameters
-from jet_export.plugins.harness.objects import FLOAT32, FLOAT64, INT32, NODES, Harness, tensors_of
+from jet_export.plugins.harness.objects import FLOAT32, FLOAT64, INT32, Harness
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def plugin_of(harness: Harness, built, node: str) -> int:
 
 
 def test_creators_list_the_nodes_attributes(harness):
-    assert harness.field_names("JetBlock") == "num_heads:5 head_k_dim:5 head_v_dim:5 norm_eps:1 form:5 "
+    assert harness.field_names("JetBlock") == "num_heads:5 head_k_dim:5 head_v_dim:5 norm_eps:1 form:5 interval:5 "
     assert (
         harness.field_names("Attention")
         == harness.field_names("JetAttention")
@@ -54,7 +54,9 @@ def test_creators_list_the_nodes_attributes(harness):
         ({"head_k_dim": -32}, "field head_k_dim is -32, which is out of range"),
         ({"norm_eps": float("nan")}, "field norm_eps is nan, which is out of range"),
         ({"form": int(Form.PREFILL)}, "field form is 0, which is out of range"),
-        ({"form": 3}, "form is 3; 1 (decode) or 2 (mixed) is served"),
+        ({"form": 4}, "form is 4; 1 (decode), 2 (mixed) or 3 (verify) is served"),
+        ({"form": int(Form.VERIFY)}, "was built for a model that verifies no drafts (form 3)"),
+        ({"interval": 4}, "holds no kernels for the node's dimensions"),  # states written every token
         (
             {"num_heads": 3},
             "holds no kernels for the node's dimensions; it holds: num_heads 2, head_k_dim 32, head_v_dim 48",
@@ -96,7 +98,7 @@ def test_a_renamed_attention_keeps_its_name(harness, mini):
 def test_another_version_or_another_library_is_refused(harness, mini, node):
     plugin = plugin_of(harness, mini, node)
     assert harness.round_trip(node, plugin, alter="format") is None
-    assert "field format 3, this library reads 2" in harness.messages()
+    assert "field format 2, this library reads 3" in harness.messages()
     assert harness.round_trip(node, plugin, alter="digest") is None
     assert "built with other kernels than this library's" in harness.messages()
     assert harness.create(node, fields_of(case_of(mini, node)), runtime=True) is None
@@ -127,9 +129,7 @@ def test_formats(harness, mini, node):
         for other in {"float32", "float16", "bfloat16", "float8_e4m3fn", "int32"} - {dtype}:
             changed = [*descs[:i], (other, shape), *descs[i + 1 :]]
             assert not harness.supports(node, plugin, i, changed), (i, other)
-        swapped = tensors_of(descs)
-        swapped[i].format = 1
-        assert not harness.c.supports(plugin, i, swapped, *NODES[node])
+        assert not harness.supports(node, plugin, i, descs, layout=1)
 
 
 def test_configure_refuses_wrong_shapes_and_dtypes(harness, mini, node):
