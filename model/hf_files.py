@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jet_export.utils.files import DATA
 
 TOKENIZER_DIRECTORY = "tokenizer"
@@ -47,8 +49,11 @@ def copy_tokenizer(source: Path, to: Path, beside: bool) -> None:
             (place / TOKENIZER_CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
 
 
-def write_config(values: dict[str, Any], directory: Path) -> None:
-    """config.json, and for Jet-Nemotron the file that its `auto_map` names."""
+def write_config(values: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
+    """config.json, and for Jet-Nemotron the file that its `auto_map` names. dtype: of the weights beside it, under both
+    of transformers' names if the one of transformers 5 was read."""
+    names = ("torch_dtype", "dtype") if "dtype" in values else ("torch_dtype",)
+    values = {**values, **dict.fromkeys(names, str(dtype).removeprefix("torch."))}
     if values["model_type"] == "jet_nemotron":
         shutil.copyfile(CONFIGURATION, directory / CONFIGURATION.name)
         values = {**values, "auto_map": AUTO_MAP}

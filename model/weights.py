@@ -45,6 +45,7 @@ class WeightedModel(nn.Module):
     """The part of JetNemotronForCausalLM that loading and saving a checkpoint need."""
 
     config: JetNemotronConfig
+    embed_tokens: nn.Embedding
     layers: nn.ModuleList
 
 
@@ -231,7 +232,7 @@ def save_checkpoint(model: WeightedModel, directory: Path, source: Path | None) 
         )
     directory.mkdir(parents=True, exist_ok=True)
     save_shards(published_tensors(model), directory)
-    write_config(model.config.to_dict(), directory)
+    write_config(model.config.to_dict(), directory, model.embed_tokens.weight.dtype)
     if source is not None:
         copy_tokenizer(source, directory, beside=True)
 

@@ -121,12 +121,15 @@ def spaced_bytes(step: StepBytes, specs: list[StateSpec], batch: int, interval: 
 
 
 def mixer_flops(c: JetNemotronConfig, context: int) -> float:
-    """FLOP of one sequence's prefill in attention and the delta rule, without the projections."""
+    """FLOP of one sequence's prefill in attention and the delta rule, without the projections.
+
+    Products of q and k with k within a chunk are those of the key heads, which several heads of values may share."""
     total = 0.0
     for i, kind in enumerate(c.layer_types):
         if kind == "jet":
-            H, K, V = c.jet_dims(i)
-            total += context * H * (2 * CHUNK * (3 * K + 2 * V) + 6 * K * V)
+            dims = c.jet_dims(i)
+            H, K, V = dims
+            total += context * (2 * CHUNK * (2 * c.key_dim(dims) + H * (K + 2 * V)) + H * 6 * K * V)
         else:
             window = min(context, c.window_size) if kind == "swa" else context
             pairs = window * (window + 1) / 2 + (context - window) * window  # of query and visible key

@@ -102,7 +102,6 @@ def save_unified(model: JetNemotronForCausalLM, directory: Path, kv_fp8: bool) -
     c = model.config
     untied = c.tie_word_embeddings and isinstance(model.lm_head, Fp8Linear)
     config = {**c.to_dict(), "tie_word_embeddings": c.tie_word_embeddings and not untied}
-    config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     config.pop("quantization_config", None)  # of the source
     tensors = published_tensors(model)
     param_of = {n: s.param for n, s in checkpoint_layout(c).items()}
@@ -120,7 +119,7 @@ def save_unified(model: JetNemotronForCausalLM, directory: Path, kv_fp8: bool) -
         config["quantization_config"] = quantization_config(quant)
         (directory / HF_QUANT_CONFIG).write_text(json.dumps(quant, indent=4) + "\n")
     save_shards(tensors, directory)
-    write_config(config, directory)
+    write_config(config, directory, model.dtype)
     return quant
 
 

@@ -16,7 +16,7 @@ from jet_export.bench.roofline import (
 )
 from jet_export.bundle.memory import weight_bytes
 from jet_export.model.cache import PAGE, state_specs
-from jet_export.model.presets import jet_2b, jet_4b, qwen3_1_7b
+from jet_export.model.presets import jet_2b, jet_4b, qwen3_1_7b, qwen3_5_4b
 from jet_export.model.weights import checkpoint_layout
 
 BF16 = torch.bfloat16
@@ -110,6 +110,21 @@ def test_attention_of_a_prefill_is_quadratic_and_windows_are_not() -> None:
     jet = jet_2b()
     per_token = [mixer_flops(jet, n) / n for n in (4096, 8192)]
     assert per_token[0] < per_token[1] < 2 * per_token[0]
+
+
+def test_a_gated_delta_nets_bytes_and_operations_are_those_worked_out_by_hand() -> None:
+    """Qwen3.5-4B: 24 layers of 32 value heads and 16 key heads, K = V = 128; 8 of gated attention, 4 KV heads of 256."""
+    c, n = qwen3_5_4b(), 4096
+    b = step_bytes(c, state_specs(c, BF16, rollback=4), 0, 1, n)
+    assert b.recurrent_states == 2 * 24 * 32 * 128 * 128 * 4
+    assert b.conv_states == 2 * 24 * 3 * (2 * 16 * 128 + 32 * 128) * 2  # q, k and the values; rows to take back are not
+    assert (b.kv_full, b.kv_window) == (8 * 2 * 4 * 256 * 2 * n, 0)
+    (products,) = count_weights(sizes(c)).products.values()
+    gdn, attention = 2560 * (2 * 2048 + 2 * 4096 + 64) + 4096 * 2560, 2560 * (2 * 4096 + 2 * 1024) + 4096 * 2560
+    assert products == 24 * gdn + 8 * attention + 32 * 3 * 2560 * 9216
+    within = 64 * 2 * (2 * 16 * 128 + 32 * (128 + 2 * 128))  # of a chunk: q and k with k once for two value heads
+    states = 32 * 6 * 128 * 128
+    assert mixer_flops(c, n) == 24 * n * (within + states) + 8 * 4 * 256 * 16 * n * (n + 1) / 2
 
 
 def roofline(weights: Weights, peaks: Peaks) -> Roofline:

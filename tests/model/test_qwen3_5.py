@@ -131,9 +131,10 @@ def test_the_text_part_of_the_multimodal_model(golden: Golden, model, tmp_path) 
     assert "the vision tower (2 tensors, model.visual.*)" in message
     assert "the multi-token-prediction layer (1 tensors, mtp.*)" in message
     assert torch.equal(loaded(golden.input_ids), model(golden.input_ids))
-    loaded.save_pretrained(tmp_path / "out")  # as the text model
+    loaded.bfloat16().save_pretrained(tmp_path / "out")  # as the text model
     assert tensors_of(tmp_path / "out").keys() == golden.weights.keys()
-    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen3_5_text"
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert [written[k] for k in ("model_type", "torch_dtype", "dtype")] == ["qwen3_5_text", "bfloat16", "bfloat16"]
 
 
 @pytest.mark.parametrize(
