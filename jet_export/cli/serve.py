@@ -52,6 +52,10 @@ def serve(
     chat_template: Annotated[
         str | None, typer.Option(help="With --openai: a file with a Jinja template to use instead of the bundle's.")
     ] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(help="With --openai: qwen3 answers with the model's thinking (<think>) as reasoning_content."),
+    ] = None,
     generation_config: Annotated[
         str,
         typer.Option(help="With --openai: auto takes sampling defaults from the bundle's generation_config.json."),
@@ -142,6 +146,7 @@ def serve(
             origins=tuple(cors_origin or ()),
             access_log=access_log,
             chat_template=chat_template,
+            reasoning_parser=reasoning_parser,
         )
         tls = Tls(certfile=ssl_certfile, keyfile=ssl_keyfile) if ssl_certfile and ssl_keyfile else None
         http = HttpOptions(

@@ -113,7 +113,7 @@ def test_attention_of_a_prefill_is_quadratic_and_windows_are_not() -> None:
 
 
 def test_a_gated_delta_nets_bytes_and_operations_are_those_worked_out_by_hand() -> None:
-    """Qwen3.5-4B: 24 layers of 32 value heads and 16 key heads, K = V = 128; 8 of gated attention, 4 KV heads of 256."""
+    """Qwen3.5-4B: 24 layers of 32 value and 16 key heads, K = V = 128; 8 of gated attention, 4 KV heads of 256."""
     c, n = qwen3_5_4b(), 4096
     b = step_bytes(c, state_specs(c, BF16, rollback=4), 0, 1, n)
     assert b.recurrent_states == 2 * 24 * 32 * 128 * 128 * 4

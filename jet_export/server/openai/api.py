@@ -18,6 +18,7 @@ from jet_export.server.openai.events import EventStream, collect, raise_failure,
 from jet_export.server.openai.messages import Message
 from jet_export.server.openai.options import ApiOptions
 from jet_export.server.openai.protocol import ApiError, ChatBody, CommonBody, CompletionBody, parse, refusing
+from jet_export.server.openai.reasoning import ReasoningAnswer, ReasoningToolAnswer, opens
 from jet_export.server.openai.spans import generating
 from jet_export.server.openai.tool_answers import ToolAnswer
 
@@ -34,6 +35,7 @@ class Api:
     def __init__(self, engine: ServingEngine, options: ApiOptions, template: ChatTemplate | None) -> None:
         self.engine, self.names, self.template = engine, options.names, template
         self.name, self.defaults = self.names[0], options.sampling_defaults
+        self.reasoning = options.reasoning_parser is not None
         self.turn_ends = template.turn_ends(engine.tokenizer) if template else ()
         self.limits = engine.limits
         self.max_body_bytes = options.max_body_bytes or max_prompt_bytes(self.limits.max_seq_len)
@@ -62,21 +64,29 @@ class Api:
         self.check_model(body.model)
         self._check_number(1, body.n)
         box = body.toolbox()
-        prompt = await asyncio.to_thread(self._chat_ids, body.messages, box.described())
+        more, formed = body.chat_template_kwargs or {}, box.required or body.grammar() is not None
+        if self.reasoning and formed:  # the form would begin inside of the thinking
+            if more.get("enable_thinking"):
+                raise ApiError(400, "chat_template_kwargs.enable_thinking: an answer in a given form has no thinking.")
+            more = {**more, "enable_thinking": False}
+        text, prompt = await asyncio.to_thread(self._chat_prompt, body.messages, box.described(), more)
         room = max(self.limits.max_seq_len - len(prompt), 1)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = body.params(room if body.limit is None else body.limit, logprobs, self.turn_ends)
         prompts = [prompt] * body.n
-        answer = ChatAnswer(self.name, self.engine.tokenizer, prompts)
+        named = self.name, self.engine.tokenizer, prompts
+        answer = ReasoningAnswer(*named) if self.reasoning else ChatAnswer(*named)
         if box.tools:
-            answer = ToolAnswer(self.name, self.engine.tokenizer, prompts, box)
+            answer = (ReasoningToolAnswer if self.reasoning else ToolAnswer)(*named, box)
             if params.grammar and not box.required:  # it would keep the model from calling any
                 raise ApiError(
                     400, "tools go with a response_format or grammar only if tool_choice asks for a call, or for none."
                 )
             params = replace(params, grammar=box.grammar() or params.grammar)
+        if isinstance(answer, ReasoningAnswer | ReasoningToolAnswer):
+            answer.think(opens(text) and not formed)
         return await self._answer(request, body, answer, params)
 
     def _check_number(self, prompts: int, n: int) -> None:
@@ -87,18 +97,25 @@ class Api:
             times = f", {n} answers to each" if n > 1 else ""
             raise ApiError(400, f"prompt: {prompts} prompts{times}; between 1 and {limit} are accepted.")
 
-    def _chat_ids(self, messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
-        return self.ids(self.chat_text(messages, tools), special_tokens=False)
+    def _chat_prompt(
+        self, messages: list[Message], tools: list[dict[str, Any]], more: dict[str, Any]
+    ) -> tuple[str, list[int]]:
+        text = self.chat_text(messages, tools, more=more)
+        return text, self.ids(text, special_tokens=False)
 
     def chat_text(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, generation_prompt: bool = True
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        generation_prompt: bool = True,
+        more: dict[str, Any] | None = None,
     ) -> str:
-        """The messages through the chat template. Raises ApiError and JetExportError."""
+        """The messages through the chat template; `more`: its other variables. Raises ApiError and JetExportError."""
         if self.template is None:
             raise ApiError(400, f"{self.name}'s tokenizer has no chat template; use /v1/completions.")
         with refusing():
             plain = [m.plain(f"messages.{i}") for i, m in enumerate(messages)]
-        return self.template(plain, generation_prompt, tools)
+        return self.template(plain, generation_prompt, tools, more)
 
     async def read(self, request: Request) -> bytes:
         """The body. Raises ApiError if it is longer than allowed or not JSON by its type."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ class ChatTemplate:
         messages: list[dict[str, Any]],
         generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text, up to where the answer begins. `tools`: JSON schemas of functions.
+        """The text, up to where the answer begins. `tools`: JSON schemas of functions. `more`: other variables of the
+        template, such as Qwen's enable_thinking.
 
         Raises JetExportError if the template refuses the messages, or has no place for tools."""
         from jinja2 import TemplateError
@@ -49,8 +52,11 @@ class ChatTemplate:
         if not self.knows_developers:  # such as Qwen's, which would leave them out
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         values = {"messages": messages, "tools": tools or None, "add_generation_prompt": generation_prompt}
+        taken = sorted((values.keys() | self.special.keys()) & (more or {}).keys())
+        if taken:
+            raise JetExportError(f"chat_template_kwargs.{taken[0]}: set by the request or the tokenizer.")
         try:
-            return self.template.render(**values, **self.special)
+            return self.template.render({**(more or {}), **values, **self.special})
         except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as e:
             raise JetExportError(f"The chat template refuses these messages: {e}.") from None
 

@@ -52,6 +52,8 @@ class Message(Strict):
     name: Text | None = None
     tool_calls: list[ToolCall] | None = None  # of an assistant's
     tool_call_id: Text | None = None  # of a tool's
+    reasoning_content: Text | None = None  # an assistant's thinking; the template says which turns keep it
+    reasoning: Text | None = None  # the same, as newer vLLM names it
     # What an answer has and the next prompt does not need; clients send answers back as they are.
     refusal: Text | None = None
     annotations: list[Any] | None = None
@@ -62,9 +64,11 @@ class Message(Strict):
     def _belongs_to_its_role(self) -> Message:
         if self.tool_calls is not None and self.role != "assistant":
             raise ValueError(f"a message of the role {self.role} has no tool_calls")
+        if self.role != "assistant" and (self.reasoning_content or self.reasoning):
+            raise ValueError(f"a message of the role {self.role} has no reasoning_content")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("a message of the role tool has a tool_call_id, and no other has")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not (self.tool_calls or self.reasoning_content or self.reasoning):
             raise ValueError("content is missing")
         return self
 
@@ -74,6 +78,7 @@ class Message(Strict):
         text = parts if isinstance(parts, str) else "".join(p.text for p in parts)
         calls = [c.plain(f"{where}.tool_calls.{i}") for i, c in enumerate(self.tool_calls or [])]
         more = {"name": self.name, "tool_call_id": self.tool_call_id, "tool_calls": calls}
+        more["reasoning_content"] = self.reasoning_content or self.reasoning
         return {"role": self.role, "content": text, **{k: v for k, v in more.items() if v}}
 
 

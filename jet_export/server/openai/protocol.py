@@ -1,7 +1,8 @@
 """Request bodies of OpenAI's API, and the engine parameters they map to.
 
 Fields that would change the answer and cannot be honoured are refused by name; those that change nothing here are
-accepted. Beyond OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, min_tokens, priority.
+accepted. Beyond OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, min_tokens, priority,
+chat_template_kwargs.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class ChatBody(CommonBody):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the template, such as enable_thinking
     # What these are without speech and reasoning; predicted outputs only save time.
     modalities: list[Literal["text"]] | None = None
     function_call: Literal["none", "auto"] | None = None

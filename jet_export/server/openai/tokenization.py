@@ -25,6 +25,7 @@ class TokenizeBody(BaseModel):
     prompt: Text | None = None
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None  # by default those of a text
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -75,7 +76,7 @@ class Tokenization:
         if body.messages is None:
             return self.tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
         tools = [tool.plain() for tool in body.tools or []]
-        text = self.api.chat_text(body.messages, tools, body.add_generation_prompt)
+        text = self.api.chat_text(body.messages, tools, body.add_generation_prompt, body.chat_template_kwargs)
         return self.tokenizer.encode(text, body.add_special_tokens is True)
 
     def _check_model(self, asked: str | None) -> None:

@@ -18,10 +18,10 @@ class ToolAnswer(ChatAnswer):
     def __init__(self, model: str, tokenizer: Tokenizer | ByteTokenizer, prompts: list[list[int]], box: Toolbox):
         super().__init__(model, tokenizer, prompts)
         self.box = box
-        self._parsers = [ToolParser(box.names, box.several) for _ in prompts]
+        self._parsers = [ToolParser(box.schemas, box.several) for _ in prompts]
 
     def choice(self, index: int, text: str, outputs: list[Output], reason: str | None) -> dict[str, Any]:
-        parser = ToolParser(self.box.names, self.box.several, whole=True)
+        parser = ToolParser(self.box.schemas, self.box.several, whole=True)
         content, calls = "", list[dict[str, Any]]()
         for piece in (*parser.push(text), *parser.flush()):
             if isinstance(piece, TextPiece):

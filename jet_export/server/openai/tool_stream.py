@@ -1,20 +1,24 @@
-"""Finds function calls in an answer as its text arrives, in the format that Qwen's chat templates teach:
+"""Finds function calls in an answer as its text arrives, in the formats that Qwen's chat templates teach:
 
     <tool_call>
     {"name": "NAME", "arguments": {...}}
     </tool_call>
 
-A call is begun by its name, and followed by its arguments in pieces, as the model spells them. What is no call of a
-known function stays text: other names, and what is not JSON. In a stream, arguments that have begun cannot be taken
-back: if they break off or are not JSON, the pieces end there and the parser is `broken`.
+or, from Qwen3-Coder on, with a function's parameters in tags (xml_calls.py). A call is begun by its name, and followed
+by its arguments in pieces, as the model spells them. What is no call of a known function stays text: other names, and
+what is not JSON. In a stream, arguments that have begun cannot be taken back: if they break off or are not JSON, the
+pieces end there and the parser is `broken`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from jet_export.server.openai.xml_calls import HEADER, Status, XmlArguments
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 _HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
@@ -68,17 +72,19 @@ class _Json:
 
 
 class ToolParser:
-    """Of one answer. `names`: the functions that may be called. `several`: keep more than the first call. `whole`:
-    the text comes in one piece, and calls whose arguments are no JSON object stay text too."""
+    """Of one answer. `schemas`: of the arguments of the functions that may be called, by name. `several`: keep more
+    than the first call. `whole`: the text comes in one piece, and calls whose arguments are no JSON object stay text
+    too."""
 
-    def __init__(self, names: Collection[str], several: bool = True, whole: bool = False) -> None:
-        self.names, self.several, self.whole = names, several, whole
+    def __init__(self, schemas: Mapping[str, Mapping[str, Any]], several: bool = True, whole: bool = False) -> None:
+        self.schemas, self.several, self.whole = schemas, several, whole
         self.calls = 0
         self.broken = False  # the arguments of a call are not what they should be
         self._held = ""  # not decided yet
         self._space = ""  # in front of it; it belongs to the text unless a call follows
         self._state: Callable[[], Iterator[Piece]] = self._in_text
         self._json, self._spelled = _Json(), ""  # the arguments, so far
+        self._xml = XmlArguments({})  # or these
 
     def push(self, text: str) -> list[Piece]:
         """What is final with this text."""
@@ -87,8 +93,8 @@ class ToolParser:
 
     def flush(self) -> list[Piece]:
         """What is left at the end of the answer."""
-        self.broken |= self._state == self._in_arguments
-        rest = "" if self._state == self._behind else self._space + self._held
+        self.broken |= self._state in (self._in_arguments, self._in_parameters)
+        rest = "" if self._state in (self._behind, self._in_parameters) else self._space + self._held
         if self._state == self._in_call:
             rest = self._space + BEGIN + self._held
         if self.calls and not rest.strip():
@@ -124,13 +130,19 @@ class ToolParser:
             yield from self._begin(json.loads(header[1]))
             self._json, self._spelled, self._state = _Json(), "", self._in_arguments
             return
+        function = HEADER.match(self._held)
+        if function and self._opens(function):
+            self._held = self._held[function.end() :]
+            yield from self._begin(function[1])
+            self._xml, self._state = XmlArguments(self.schemas[function[1]]), self._in_parameters
+            return
         text, found, rest = self._held.partition(END)
         if not found:
             return
         self._held, self._state = rest, self._in_text
         if call := _parsed(text):
             name, arguments = call
-            if name in self.names:
+            if name in self.schemas:
                 yield from self._begin(name)
                 yield from self._arguments(arguments)
                 return
@@ -146,6 +158,13 @@ class ToolParser:
             self._state = self._behind
         yield from self._arguments(text)
 
+    def _in_parameters(self) -> Iterator[Piece]:
+        text, self._held = self._xml.take(self._held)
+        if self._xml.status is not Status.OPEN:
+            self.broken |= self._xml.status is Status.BROKEN
+            self._state = self._behind if self._xml.status is Status.DONE else self._in_text
+        yield from self._arguments(text)
+
     def _behind(self) -> Iterator[Piece]:
         """The rest of a call; the last brace and the end are not insisted on."""
         closing = _CLOSING.match(self._held)
@@ -158,11 +177,19 @@ class ToolParser:
 
     def _accepts(self, header: re.Match[str]) -> bool:
         try:
-            known = json.loads(header[1]) in self.names
+            known = json.loads(header[1]) in self.schemas
         except ValueError:
             return False
         rest = self._held[header.end() :]
         return known and (not self.whole or _is_object(rest[: max(_Json().end(rest), 0)]))
+
+    def _opens(self, function: re.Match[str]) -> bool:
+        if function[1] not in self.schemas:
+            return False
+        arguments = XmlArguments({})
+        if self.whole:
+            arguments.take(self._held[function.end() :])
+        return not self.whole or arguments.status is Status.DONE
 
     def _begin(self, name: str) -> Iterator[Piece]:
         self._space = ""

@@ -43,8 +43,9 @@ class Toolbox:
         return cls(tuple(tools), tuple(tools), choice == "required", several)
 
     @property
-    def names(self) -> frozenset[str]:
-        return frozenset(t.function.name for t in self.tools)
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """Of the arguments of the functions that it may call, by name."""
+        return {t.function.name: t.function.parameters or {} for t in self.tools}
 
     def described(self) -> list[dict[str, Any]]:
         """For the chat template."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jet_export.server.openai.tool_stream import ArgumentsPiece, CallBegins, TextPiece, ToolParser
 
-NAMES = ("weather", "now")
+NAMES = {"weather": {}, "now": {}}  # and the schemas of their arguments
 
 
 def call(name: str, arguments: str, end: str = "}\n</tool_call>") -> str:
@@ -79,7 +79,7 @@ def test_what_is_no_call_stays_text(text, at) -> None:
 
 @given(st.text(st.sampled_from('<tool_call>/{}"name: \n,arguments'), max_size=60), st.lists(st.integers(0, 60)))
 def test_no_text_is_lost_where_nothing_is_called(text, at) -> None:
-    found, calls = summed(ToolParser(()), cut(text, at))
+    found, calls = summed(ToolParser({}), cut(text, at))
     assert (found, calls) == (text, [])
 
 
