@@ -35,6 +35,12 @@ def search(
             help="Optuna's study in a database that several searches share: postgresql://...; default: a file."
         ),
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Build and measure on this Ray cluster's nodes: auto, HOST:PORT.")
+    ] = None,
+    measure_on: Annotated[
+        str | None, typer.Option(help="With --ray: on GPUs of this kind (H100), or nodes with this resource.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --output.")] = False,
     keep_engines: Annotated[bool, typer.Option("--keep-engines", help="Leave the bundles on disk.")] = False,
     build_only: Annotated[bool, typer.Option("--build-only", help="Build, for a later call to measure.")] = False,
@@ -64,28 +70,41 @@ def search(
         build_only=build_only,
         remeasure=remeasure,
         storage=storage,
+        ray=ray,
+        measure_on=measure_on,
     )
     run_search_command(options, dry_run, typer.echo)
 
 
 def run_search_command(options: SearchOptions, dry_run: bool, emit: Callable[[str], None]) -> None:
     """Raises JetExportError for bad input, and where no point is left to choose."""
+    from dataclasses import replace
+
     from jet_export.search.output import write_results
     from jet_export.search.run import build_engines, run_search
     from jet_export.search.search import Search
     from jet_export.search.spec import SearchSpec
     from jet_export.search.terminal import plan_lines, results_table, summary_lines
     from jet_export.utils.console import console
+    from jet_export.utils.errors import JetExportError
 
-    search = Search(SearchSpec.from_options(options))
+    cluster = None
+    if options.measure_on and not options.ray:
+        raise JetExportError("--measure-on belongs to --ray.")
+    if options.ray:
+        from jet_export.search.ray_cluster import RayCluster
+
+        cluster = RayCluster.connect(options.ray, options.device, options.measure_on, emit)
+        options = replace(options, jobs=options.jobs or cluster.slots()[0])
+    search = Search(SearchSpec.from_options(options, cluster.host() if cluster else None))
     for line in plan_lines(search):
         emit(line)
     if dry_run:
         return
     if options.build_only:
-        build_engines(search, emit)
+        build_engines(search, emit, cluster=cluster)
         return
-    run_search(search, emit)
+    run_search(search, emit, cluster=cluster)
     write_results(search)
     out = console()
     out.width = max(out.width, 140)

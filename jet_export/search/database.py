@@ -160,6 +160,11 @@ class Database:
         with self.guarded(), self.connection() as db:
             db.executemany(f"insert or replace into measurements ({columns}) values ({marks})", rows)
 
+    def merge(self, setup: MeasurementSetup, cell: Cell, entries: list[Entry]) -> None:
+        """Write entries of a cell, each with the repeats of the one that is there, as after --remeasure."""
+        before = {(e.batch, e.context): self.get(setup, cell, e.batch, e.context) for e in entries}
+        self.put(setup, cell, [e.with_repeats(before[e.batch, e.context].get(e.phase)) for e in entries])
+
     def count(self) -> int:
         with self.guarded(), self.connection() as db:
             return int(db.execute("select count(*) from measurements").fetchone()[0])

@@ -10,26 +10,23 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from jet_export.search.cells import Cell
 from jet_export.search.database import Database, MeasurementSetup
+from jet_export.search.processes import TASK_TIMEOUT, Builds, ProcessFailed, WorkerProcess
 from jet_export.utils.errors import JetExportError
-
-TASK_TIMEOUT = 3600  # seconds of one build or measurement
 
 
 class Executor(Protocol):
-    """Builds and measures cells. `build` and `measure` raise JetExportError if they fail."""
+    """Builds and measures cells, several at a time. `build` and `measure` raise JetExportError if they fail."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether it works on other machines, so that this one need not be kept idle."""
 
     def built(self, cell: Cell) -> bool:
         """Whether the cell's bundle is there."""
@@ -46,58 +43,6 @@ class Executor(Protocol):
         """End whatever is running."""
 
 
-@dataclass
-class MeasuringProcess:
-    """A running `worker measure`: takes a task as a line of JSON, and answers each with a line."""
-
-    process: subprocess.Popen[str]
-    errors: IO[str]  # its standard error
-
-    @classmethod
-    def start(cls) -> MeasuringProcess:
-        errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by `end`)
-        command = [sys.executable, "-m", "jet_export.search.worker", "measure"]
-        pipe = subprocess.PIPE
-        return cls(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True), errors)
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def ask(self, task: dict[str, Any], seconds: float) -> str | None:
-        """The answer's line; "" if the process died, None if it was killed for taking longer than `seconds`."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        timed_out = threading.Event()
-
-        def kill() -> None:
-            timed_out.set()
-            self.process.kill()
-
-        timer = threading.Timer(seconds, kill)
-        timer.start()
-        try:
-            self.process.stdin.write(json.dumps(task) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
-        return None if timed_out.is_set() else line
-
-    def stderr(self) -> str:
-        self.errors.seek(0)
-        return self.errors.read()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for file in (self.process.stdin, self.process.stdout, self.errors):
-            if file is not None:
-                with suppress(BrokenPipeError):
-                    file.close()
-
-
 @dataclass(kw_only=True)
 class SubprocessExecutor:
     """An Executor that runs subprocesses."""
@@ -110,8 +55,12 @@ class SubprocessExecutor:
     max_seq_len: int
     jobs: int = 1  # builds at a time
     decode_one: bool = True  # batch 1 is measured too
-    builds: set[subprocess.Popen[str]] = field(default_factory=set)
-    measuring_process: MeasuringProcess | None = None
+    builds: Builds = field(default_factory=Builds)
+    measuring_process: WorkerProcess | None = None
+
+    @property
+    def remote(self) -> bool:
+        return False
 
     @cached_property
     def home(self) -> Path:
@@ -147,14 +96,12 @@ class SubprocessExecutor:
         task = {"database": str(self.database.path), "setup": asdict(self.setup), "cases": cases}
         if self.measuring_process is not None and not self.measuring_process.alive:
             self.end_measuring_process()  # something killed it between two cells
-        worker = self.measuring_process = self.measuring_process or MeasuringProcess.start()
+        worker = self.measuring_process = self.measuring_process or WorkerProcess.start()
         try:
-            line = worker.ask({**self.common(cell), **task}, TASK_TIMEOUT)
-            if line is None:
-                raise JetExportError(f"{cell}: measure took over {TASK_TIMEOUT} s.")
-            if json.loads(line or "null") != {}:
-                code = 1 if line else worker.process.wait()
-                raise JetExportError(f"{cell}: measure failed: {failure_reason(code, line, worker.stderr())}")
+            worker.answer({**self.common(cell), **task}, TASK_TIMEOUT)
+        except ProcessFailed as e:
+            self.end_measuring_process()
+            raise JetExportError(f"{cell}: measure {e}") from None
         except BaseException:
             self.end_measuring_process()
             raise
@@ -173,38 +120,11 @@ class SubprocessExecutor:
         return {"cell": cell.describe(), "bundle": str(self.bundle(cell)), "parent": os.getpid()}
 
     def run_build(self, task: dict[str, Any], cell: Cell) -> None:
-        command = [sys.executable, "-m", "jet_export.search.worker", "build"]
-        pipe = subprocess.PIPE
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # Inductor's default is a thread a core, each build
-        environment = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
-            self.builds.add(process)
-            try:
-                out, err = process.communicate(json.dumps(task), timeout=TASK_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise JetExportError(f"{cell}: build took over {TASK_TIMEOUT} s.") from None
-            except BaseException:
-                process.kill()
-                raise
-            finally:
-                self.builds.discard(process)
-        if process.returncode:
-            raise JetExportError(f"{cell}: build failed: {failure_reason(process.returncode, out, err)}")
+        try:
+            self.builds.run(task, max(1, (os.cpu_count() or 1) // self.jobs))
+        except ProcessFailed as e:
+            raise JetExportError(f"{cell}: build {e}") from None
 
     def stop(self) -> None:
-        for process in list(self.builds):
-            process.kill()
+        self.builds.stop()
         self.end_measuring_process()
-
-
-def failure_reason(returncode: int, out: str, err: str) -> str:
-    """The error that a worker answered with, or how it died."""
-    for line in reversed(out.splitlines()):
-        try:
-            return str(json.loads(line)["error"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    if returncode < 0:
-        return f"its process died of {signal.Signals(-returncode).name}"
-    return (err.strip().splitlines() or [f"exit status {returncode}"])[-1]

@@ -1,6 +1,7 @@
 """File locks (flock), which the system releases however a process ends.
 
-The machine's: builds share it, a measurement holds it alone. A cell's: one search builds and measures it.
+The machine's: builds share it, a measurement holds it alone, or only one of its GPUs, which excludes builds all the
+same. A cell's: one search builds and measures it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
+
+MOST_GPUS = 16  # of a machine
 
 
 def machine_lock() -> Path:
@@ -39,21 +42,25 @@ def held(path: Path, *, exclusive: bool, on_wait: Callable[[], None] | None = No
         yield
 
 
+def gpu_lock(gpu: int) -> Path:
+    """Of a measurement on this GPU alone."""
+    return machine_lock().with_suffix(f".gpu{gpu % MOST_GPUS}")
+
+
 @contextmanager
 def building() -> Iterator[None]:
     """Excludes measurements, not other builds. A waiting measurement goes first, since it holds the gate."""
-    with held(gate_lock(), exclusive=True):
-        shared = held(machine_lock(), exclusive=False)
-        shared.__enter__()
-    try:
+    with ExitStack() as stack:
+        with held(gate_lock(), exclusive=True):
+            for lock in (machine_lock(), *map(gpu_lock, range(MOST_GPUS))):
+                stack.enter_context(held(lock, exclusive=False))
         yield
-    finally:
-        shared.__exit__(None, None, None)
 
 
 @contextmanager
-def measuring(on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Excludes everything else: running builds end first, no new one begins. `on_wait` is called at most once."""
+def measuring(on_wait: Callable[[], None] | None = None, gpu: int | None = None) -> Iterator[None]:
+    """Excludes everything else, or with `gpu` everything but measurements on other GPUs: running builds end first, no
+    new one begins. `on_wait` is called at most once."""
     notified = False
 
     def notify() -> None:
@@ -62,10 +69,11 @@ def measuring(on_wait: Callable[[], None] | None = None) -> Iterator[None]:
             on_wait()
         notified = True
 
-    with (
-        held(gate_lock(), exclusive=True, on_wait=notify),
-        held(machine_lock(), exclusive=True, on_wait=notify),
-    ):
+    with ExitStack() as stack:
+        with held(gate_lock(), exclusive=True, on_wait=notify):
+            stack.enter_context(held(machine_lock(), exclusive=gpu is None, on_wait=notify))
+            if gpu is not None:
+                stack.enter_context(held(gpu_lock(gpu), exclusive=True, on_wait=notify))
         yield
 
 

@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from jet_export.bundle.memory import USABLE, available_memory
+from jet_export.bundle.target import host_target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """Where engines are measured: this machine, or nodes of a cluster that are all alike. JSON types only."""
+
+    device: str  # cpu or cuda
+    arch: str
+    fp8: bool  # whether it has FP8 arithmetic
+    usable_bytes: int  # see usable_memory
+    machine: dict[str, Any]  # see describe_machine
+
+    @classmethod
+    def of(cls, device: torch.device) -> Host:
+        return cls(
+            device=device.type,
+            arch=host_target(device)["arch"],
+            fp8=device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9),
+            usable_bytes=usable_memory(device),
+            machine=describe_machine(device),
+        )
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that an engine may take on the device, counted as `jet-export inspect` does."""
+    if device.type == "cuda":
+        return int(USABLE * torch.cuda.get_device_properties(device).total_memory)
+    return available_memory(device)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Builds cells in parallel, measures them one at a time, and keeps the latencies in the database."""
+"""Builds cells in parallel, measures them one at a time on each device, and keeps the latencies in the database."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from jet_export.search.cells import Cell
 from jet_export.search.database import PHASES, Database, Entry, MeasurementSetup, Metric
@@ -15,6 +16,8 @@ from jet_export.search.executor import Executor
 from jet_export.search.locks import Claim, building, measuring
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.progress import Progress
+
+T = TypeVar("T")
 
 
 def never(cell: Cell, entry: Entry) -> bool:
@@ -31,6 +34,7 @@ class Measurer:
     cases: list[tuple[int, int]]  # (batch, context)
     claims: Path  # directory of the cells' locks
     jobs: int  # builds at a time
+    devices: int = 1  # measurements at a time
     emit: Callable[[str], None]
     deadline: float | None = None  # time.monotonic() after which no further build begins
     keep_engines: bool = False
@@ -125,8 +129,7 @@ class Measurer:
             return
         start = time.monotonic()
         built = [c for c, ok in zip(cells, self.build_all(cells), strict=True) if ok]
-        for n, cell in enumerate(built, before + 1):
-            self.measure(cell)
+        for n, cell in enumerate(self.in_parallel(self.measure, built, self.devices), before + 1):
             self.seconds += time.monotonic() - start
             start = time.monotonic()
             self.finished += 1
@@ -135,27 +138,37 @@ class Measurer:
 
     def build_all(self, cells: list[Cell]) -> list[bool]:
         """In parallel; whether each of them is built."""
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                return list(pool.map(self.build, cells))
-            except BaseException:
-                self.executor.stop()
-                raise
+        return list(self.in_parallel(self.build, cells, self.jobs))
+
+    def in_parallel(self, do: Callable[[Cell], T], cells: list[Cell], most: int) -> Iterator[T]:
+        """`do` of each, in their order, up to `most` at once. After an exception no further one begins."""
+        pool = ThreadPoolExecutor(most)
+        try:
+            yield from pool.map(do, cells)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.executor.stop()
+            raise
+        finally:
+            pool.shutdown()
 
     def build(self, cell: Cell) -> bool:
         if self.out_of_time and not self.executor.built(cell):
             return False
         try:
-            with building():
+            with nullcontext() if self.executor.remote else building():
                 self.executor.build(cell)
         except JetExportError as e:
             self.fail(cell, e)
             return False
         return True
 
-    def measure(self, cell: Cell) -> None:
+    def measure(self, cell: Cell) -> Cell:
+        def waits() -> None:
+            self.emit(f"  {cell}: waiting for another search's builds and measurements")
+
         try:
-            with measuring(lambda: self.emit(f"  {cell}: waiting for another search's builds and measurements")):
+            with nullcontext() if self.executor.remote else measuring(waits):
                 self.executor.measure(cell, self.missing(cell))
             self.measured_now.add(cell)
             if self.missing(cell):
@@ -164,6 +177,7 @@ class Measurer:
             self.fail(cell, e)
         if not self.keep_engines:
             self.executor.discard(cell)
+        return cell
 
     def fail(self, cell: Cell, e: JetExportError) -> None:
         self.failed[cell] = str(e).replace("\n", " ")

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from jet_export.search.cells import Cell, base_cell, layer_cells, whole_cell
 from jet_export.search.database import Database, Entry, Latencies, Metric
@@ -16,6 +17,8 @@ from jet_export.search.executor import Executor, SubprocessExecutor
 from jet_export.search.measurer import Measurer
 from jet_export.search.points import Point, all_points
 from jet_export.search.predict import Predictor
+from jet_export.search.ray_cluster import RayCluster
+from jet_export.search.ray_executor import RayExecutor
 from jet_export.search.sampling import DEFAULT_TRIALS, Values
 from jet_export.search.search import Search, shortened
 from jet_export.search.spec import SearchSpec
@@ -24,15 +27,15 @@ from jet_export.utils.errors import JetExportError
 Emit = Callable[[str], None]
 
 
-def run_search(search: Search, emit: Emit, executor: Executor | None = None) -> None:
-    """Fill in the search's state. Raises JetExportError if no point is left to choose."""
+def run_search(search: Search, emit: Emit, executor: Executor | None = None, cluster: RayCluster | None = None) -> None:
+    """Fill in the search's state, on this machine or a cluster. Raises JetExportError if no point is left to choose."""
     start = time.monotonic()
     spec = search.spec
     check_output(spec.output, spec.identity(), spec.options.resume)
     search.require_points()  # before anything is created
     database = Database(spec.database_file)
     open_output(spec.output, spec.identity())
-    measurer = open_measurer(spec, database, emit, executor)
+    measurer = open_measurer(spec, database, emit, executor, cluster)
     try:
         SearchRun(search, measurer, Predictor(measurer, spec.preset, spec.space), emit).run()
     finally:
@@ -40,7 +43,9 @@ def run_search(search: Search, emit: Emit, executor: Executor | None = None) -> 
     search.state.seconds = time.monotonic() - start
 
 
-def build_engines(search: Search, emit: Emit, executor: Executor | None = None) -> None:
+def build_engines(
+    search: Search, emit: Emit, executor: Executor | None = None, cluster: RayCluster | None = None
+) -> None:
     """Build all engines that a search of an enumerated space measures, and measure none.
 
     Of the points built whole only the --whole ones with the best scores are known: the first of them is on the front
@@ -58,7 +63,7 @@ def build_engines(search: Search, emit: Emit, executor: Executor | None = None) 
     best = sorted(points, key=lambda e: -(e.score or 0.0))[: spec.options.whole]
     cells = [whole_cell(e.point, e.config) for e in best if e.config is not None]  # first: they take longest
     cells += [c for e in points for c in search.cells_of(e.point)]
-    measurer = open_measurer(spec, Database(spec.database_file), emit, executor)
+    measurer = open_measurer(spec, Database(spec.database_file), emit, executor, cluster)
     try:
         built, failed = measurer.build_only(cells)
     finally:
@@ -68,13 +73,16 @@ def build_engines(search: Search, emit: Emit, executor: Executor | None = None) 
         raise JetExportError(f"{failed} engines could not be built (above).")
 
 
-def open_measurer(spec: SearchSpec, database: Database, emit: Emit, executor: Executor | None) -> Measurer:
+def open_measurer(
+    spec: SearchSpec, database: Database, emit: Emit, executor: Executor | None, cluster: RayCluster | None
+) -> Measurer:
     directory = spec.database_file.parent / f"{spec.database_file.name}.engines"
     if executor is None:
-        executor = SubprocessExecutor(
+        make = SubprocessExecutor if cluster is None else partial(RayExecutor, cluster=cluster)
+        executor = make(
             database=database,
             setup=spec.setup,
-            device=str(spec.device),
+            device=spec.host.device,
             directory=directory,
             max_batch_size=max(spec.space.batch),
             max_seq_len=max(spec.space.context) + spec.space.new_tokens,
@@ -89,6 +97,7 @@ def open_measurer(spec: SearchSpec, database: Database, emit: Emit, executor: Ex
         cases=spec.cases,
         claims=directory / "claims",
         jobs=spec.jobs,
+        devices=1 if cluster is None else cluster.slots()[1],
         emit=emit,
         deadline=None if timeout is None else time.monotonic() + timeout,
         keep_engines=spec.options.keep_engines,

@@ -10,19 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from jet_export.build.backend_choice import BackendChoice, choose_backend
 from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.bundle.dtypes import torch_dtype
-from jet_export.bundle.memory import USABLE, available_memory
-from jet_export.bundle.target import host_target, target_device
+from jet_export.bundle.target import target_device
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.qwen3_5 import not_yet
 from jet_export.search.choose import Selector
 from jet_export.search.constraints import Constraints
 from jet_export.search.database import MeasurementSetup
-from jet_export.search.machine import describe_machine
+from jet_export.search.machine import Host
 from jet_export.search.sampling import Study, choose_sampler, without_password
 from jet_export.search.scores import Score, load_score
 from jet_export.search.space import Space, default_space, read_space
@@ -54,6 +51,8 @@ class SearchOptions:
     build_only: bool = False
     remeasure: bool = False
     storage: str | None = None
+    ray: str | None = None  # the cluster that builds and measures
+    measure_on: str | None = None  # of its nodes: a GPU's kind, or a resource that they offer
 
     def check_ranges(self) -> None:
         """Raises JetExportError for a number that is out of range."""
@@ -83,7 +82,7 @@ class SearchSpec:
     score: Score
     sampler: str
     backend: BackendChoice
-    device: torch.device
+    host: Host
     setup: MeasurementSetup
     constraints: Constraints
     output: Path
@@ -91,17 +90,18 @@ class SearchSpec:
     jobs: int  # engines built at a time
 
     @classmethod
-    def from_options(cls, options: SearchOptions) -> SearchSpec:
-        """Check everything that can be checked before any work. Raises JetExportError; writes nothing."""
+    def from_options(cls, options: SearchOptions, host: Host | None = None) -> SearchSpec:
+        """Check everything that can be checked before any work. `host`: where engines are measured, if not here. Raises
+        JetExportError; writes nothing."""
         options.check_ranges()
-        config = make_plan(build_options(options)).config
+        config = make_plan(build_options(options, host)).config
         not_yet(config, f"--model {options.model}")
         preset = replace(config, raw={k: v for k, v in config.raw.items() if k != RECORD_KEY})
-        device = target_device(options.device)
-        backend = choose_measured_backend(options.backend, device)
+        host = host or Host.of(target_device(options.device))
+        backend = choose_measured_backend(options.backend, host.arch)
         space_file = options.space or default_space(options.model)
         space = read_space(space_file, preset)
-        check_fp8(space, space_file, options.dtype, device)
+        check_fp8(space, space_file, options.dtype, host)
         name = f"{Path(options.model).name.removesuffix('.json')}-{backend.name}"
         output = options.output or Path("searches") / name
         sampler = choose_sampler(options.sampler, space, preset, options.trials)
@@ -113,9 +113,9 @@ class SearchSpec:
             sampler=sampler,
             score=load_score(options.scores),
             backend=backend,
-            device=device,
+            host=host,
             setup=MeasurementSetup(
-                machine=describe_machine(device),
+                machine=host.machine,
                 backend=backend.name,
                 dtype=options.dtype,
                 chunk=space.prefill_chunk,
@@ -127,7 +127,7 @@ class SearchSpec:
                 preset=preset,
                 space=space,
                 dtype=torch_dtype(options.dtype),
-                device_bytes=usable_memory(device),
+                device_bytes=host.usable_bytes,
             ),
             output=output,
             database_file=options.database or output.parent / "measurements.db",
@@ -185,39 +185,32 @@ class SearchSpec:
         return identity
 
 
-def build_options(options: SearchOptions) -> BuildOptions:
-    """The preset's own build, which is planned only for its checks."""
+def build_options(options: SearchOptions, host: Host | None) -> BuildOptions:
+    """The preset's own build, which is planned only for its checks: of another host's, those that need no GPU."""
     return BuildOptions(
         model=options.model,
         backend=options.backend,
-        device=options.device,
+        device=options.device if host is None else "cpu",
         dtype=options.dtype,
         random_weights=True,
     )
 
 
-def choose_measured_backend(requested: str, device: torch.device) -> BackendChoice:
-    backend = choose_backend(requested, host_target(device)["arch"])
+def choose_measured_backend(requested: str, arch: str) -> BackendChoice:
+    backend = choose_backend(requested, arch)
     if backend.name == "onnx":
         raise JetExportError("--backend onnx: an exchange format, whose evaluator says nothing of an engine's speed.")
     return backend
 
 
-def usable_memory(device: torch.device) -> int:
-    """Bytes that an engine may take on the device, counted as `jet-export inspect` does."""
-    if device.type == "cuda":
-        return int(USABLE * torch.cuda.get_device_properties(device).total_memory)
-    return available_memory(device)
-
-
-def check_fp8(space: Space, space_file: Path, dtype: str, device: torch.device) -> None:
+def check_fp8(space: Space, space_file: Path, dtype: str, host: Host) -> None:
     """Raises JetExportError where the space has FP8 points that cannot be built here."""
     if not any(space.fp8):
         return
     where = f"--space {space_file}: precision.fp8"
     if dtype != "bfloat16":
         raise JetExportError(f"{where} works on a bfloat16 model.", "Leave --dtype out.")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if not host.fp8:
         raise JetExportError(f"{where}: this GPU has no FP8 arithmetic.")
     if find_spec("modelopt") is None:
         raise JetExportError(f"{where} needs nvidia-modelopt.", "pip install 'jet-export[fp8]'")

@@ -73,6 +73,8 @@ class FakeExecutor:
                 raise KeyboardInterrupt
             self.operations += 1
 
+    remote = False
+
     def built(self, cell: Cell) -> bool:
         return (self.bundles / cell.key).exists()
 

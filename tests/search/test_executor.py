@@ -12,7 +12,8 @@ from helpers.eager_bundle import mini_config
 from jet_export.search import executor as executor_module
 from jet_export.search.cells import base_cell
 from jet_export.search.database import Database, MeasurementSetup
-from jet_export.search.executor import MeasuringProcess, SubprocessExecutor
+from jet_export.search.executor import SubprocessExecutor
+from jet_export.search.processes import WorkerProcess
 from jet_export.utils.errors import JetExportError
 
 WORKER = """
@@ -102,6 +103,6 @@ def test_a_measurement_that_hangs_is_ended(executor, monkeypatch) -> None:
 def test_stopping_ends_the_process(executor) -> None:
     executor.measure(CELL, [])
     process = executor.measuring_process
-    assert isinstance(process, MeasuringProcess)
+    assert isinstance(process, WorkerProcess)
     executor.stop()
     assert not process.alive and executor.measuring_process is None

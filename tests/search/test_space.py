@@ -12,9 +12,9 @@ from helpers.fake_executor import prepared
 from jet_export.model.config import JetDims
 from jet_export.model.presets import jet_2b, jet_4b
 from jet_export.search.constraints import Constraints
+from jet_export.search.machine import usable_memory
 from jet_export.search.points import Point, all_points, count_points
 from jet_export.search.space import SPACES, default_space, layout_of, read_space
-from jet_export.search.spec import usable_memory
 from jet_export.utils.errors import JetExportError
 
 

@@ -1,0 +1,59 @@
+"""Ray's own cluster of two nodes on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from helpers.paths import TESTS
+
+# A node that is killed is noticed at once; processes are started when they are needed.
+CONFIG = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+    "enable_worker_prestart": False,
+    "prestart_worker_first_driver": False,
+}
+
+
+@dataclass
+class RayNode:
+    node: Any
+
+    @property
+    def raylet(self) -> int:
+        """Its process."""
+        return int(self.node.all_processes["raylet"][0].process.pid)
+
+    def kill(self) -> None:
+        """The raylet; its processes end when they no longer see it, so it must not be left as a zombie."""
+        process = self.node.all_processes["raylet"][0].process
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def two_nodes(resources: dict[str, float], cpus: int = 2) -> Iterator[list[RayNode]]:
+    """Connected to inside; each with the resources, the first is the head."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    environ = dict(os.environ)
+    os.environ |= {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}  # of the workers
+    cluster = Cluster()
+    try:
+        lean = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        nodes = [
+            RayNode(cluster.add_node(num_cpus=cpus, resources=resources, **lean, **more))
+            for more in ({"_system_config": CONFIG}, {})
+        ]
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield nodes
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        os.environ.clear()
+        os.environ.update(environ)
