@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jet_export.model.config_fields import NO_TOKEN
 from jet_export.model.config_keys import unknown_keys
 from jet_export.model.config_read import config_fields
+from jet_export.model.config_schema import NO_TOKEN
 from jet_export.model.jet_dims import JetDims as JetDims
 from jet_export.model.jet_dims import expand_v_of as expand_v_of
 from jet_export.model.qwen3_5 import TEXT, published, text_part
@@ -140,7 +140,9 @@ class JetNemotronConfig:
         try:
             return cls(**config_fields(values, where))
         except JetExportError as e:
-            raise JetExportError(str(e).replace("config: ", f"{where}: ", 1)) from None
+            text = str(e)
+            own = text.startswith("config: ")  # check_config's
+            raise JetExportError(f"{where}: {text.removeprefix('config: ')}" if own else text) from None
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> JetNemotronConfig:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jet_export.model.config_fields import Fields
 from jet_export.model.config_keys import MODEL_TYPES, check_keys
+from jet_export.model.config_schema import (
+    CommonKeys,
+    JetKeys,
+    JetNemotronKeys,
+    LayerKeys,
+    Qwen35Keys,
+    QwenKeys,
+    read_keys,
+)
 from jet_export.model.jet_dims import JetDims
 from jet_export.model.qwen3_5 import TEXT, qwen3_5_fields, relative, text_part
 from jet_export.utils.errors import JetExportError, shown
@@ -22,124 +30,129 @@ def config_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if model_type not in MODEL_TYPES:
         what = relative(model_type)
         raise JetExportError(
-            f"{where}: model_type is {model_type!r}" + (f": {what}." if what else ", not 'jet_nemotron'."),
+            f"{where}: model_type is {shown(model_type)}" + (f": {what}." if what else ", not 'jet_nemotron'."),
             "jet-export builds Jet-Nemotron checkpoints, and dense Qwen2(.5), Qwen3 and Qwen3.5: "
             f"{', '.join(MODEL_TYPES)}.",
         )
+    if model_type == "jet_nemotron":
+        keys: CommonKeys = read_keys(JetNemotronKeys, values, where)
+    else:
+        keys = read_keys(Qwen35Keys if model_type == TEXT else QwenKeys, values, where)
     check_keys(values, where)
-    f = Fields(values, where)
-    own = _jet(f) if model_type == "jet_nemotron" else _qwen3_5(f) if model_type == TEXT else _qwen(f, model_type)
-    return {**_common(f), **own, "raw": dict(values)}
+    return {**_common(keys, where), **_own(keys, where), "raw": dict(values)}
 
 
-def _common(f: Fields) -> dict[str, Any]:
-    heads = f.integer("num_attention_heads")
-    f.number("initializer_range", 0.02)  # read from `raw`, for random weights
+def _own(k: CommonKeys, where: str) -> dict[str, Any]:
+    """What only this family says."""
+    if isinstance(k, JetNemotronKeys):
+        return _jet(k, where)
+    if isinstance(k, Qwen35Keys):
+        return _qwen3_5(k, where)
+    assert isinstance(k, QwenKeys)
+    return _qwen(k, where)
+
+
+def _common(k: CommonKeys, where: str) -> dict[str, Any]:
     return {
-        "model_type": f.values["model_type"],
-        "hidden_size": f.integer("hidden_size"),
-        "intermediate_size": f.integer("intermediate_size"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": f.integer("num_key_value_heads", heads),
-        "vocab_size": f.integer("vocab_size"),
-        "max_position_embeddings": f.integer("max_position_embeddings"),
-        "rope_theta": _rope_theta(f),
-        "rms_norm_eps": f.number("rms_norm_eps", 1e-6),
-        "tie_word_embeddings": f.flag("tie_word_embeddings", False),
-        "bos_token_id": f.token("bos_token_id"),
-        "eos_token_id": f.token("eos_token_id"),
+        "model_type": k.model_type,
+        "hidden_size": k.hidden_size,
+        "intermediate_size": k.intermediate_size,
+        "num_attention_heads": k.num_attention_heads,
+        "num_key_value_heads": k.num_attention_heads if k.num_key_value_heads is None else k.num_key_value_heads,
+        "vocab_size": k.vocab_size,
+        "max_position_embeddings": k.max_position_embeddings,
+        "rope_theta": _rope_theta(k, where),
+        "rms_norm_eps": k.rms_norm_eps,
+        "tie_word_embeddings": k.tie_word_embeddings,
+        "bos_token_id": k.bos_token_id,
+        "eos_token_id": k.eos_token_id,
     }
 
 
-def _rope_theta(f: Fields) -> float:
+def _rope_theta(k: CommonKeys, where: str) -> float:
     """rope_theta, or transformers 5's rope_parameters.rope_theta, or their default; refused where two differ."""
-    nested = f.object("rope_parameters")
-    given = [g.number("rope_theta") for g in (f, nested) if g.values.get("rope_theta") is not None]
+    given = [theta for theta in (k.rope_theta, k.rope_parameters.rope_theta) if theta is not None]
     if len(set(given)) > 1:
-        raise JetExportError(f"{f.where}: rope_theta is {given[0]:g}, and {given[1]:g} in rope_parameters.")
+        raise JetExportError(f"{where}: rope_theta is {given[0]:g}, and {given[1]:g} in rope_parameters.")
     return given[0] if given else 1e4
 
 
-def _head_dim(f: Fields, default: int | None = None) -> int:
-    heads = max(f.integer("num_attention_heads"), 1)
-    return f.integer("head_dim", default or f.integer("hidden_size") // heads)
+def _head_dim(k: JetNemotronKeys | QwenKeys, default: int | None = None) -> int:
+    if k.head_dim is not None:
+        return k.head_dim
+    return default or k.hidden_size // max(k.num_attention_heads, 1)
 
 
-def _check_count(f: Fields, layers: tuple[str, ...]) -> None:
-    count = f.integer("num_hidden_layers", len(layers))
+def _check_count(count: int, layers: Sequence[str], where: str) -> None:
     if count != len(layers):
         raise JetExportError(
-            f"{f.where}: num_hidden_layers is {count}, and layer_types names {len(layers)} layers.",
+            f"{where}: num_hidden_layers is {count}, and layer_types names {len(layers)} layers.",
             "Make them agree: the tensors of a layer would not be read, or be missing.",
         )
 
 
-def _jet(f: Fields) -> dict[str, Any]:
-    layers = f.strings("layer_types")
-    mixers = f.object(MIXERS)
-    jet, swa = mixers.object("jet"), mixers.object("swa")
-    if not layers and f.values.get("num_hidden_layers") != 0:
-        raise JetExportError(f"{f.where}: layer_types is empty.")
-    _check_count(f, layers)
-    if "jet" in layers and not jet.values:
-        raise JetExportError(f"{f.where}: {MIXERS}.jet is missing, which the jet layers need.")
-    if "swa" in layers and not swa.values.get("window_size"):
-        raise JetExportError(f"{f.where}: {MIXERS}.swa.window_size is missing.")
+def _jet(k: JetNemotronKeys, where: str) -> dict[str, Any]:
+    layers, mixers = tuple(k.layer_types), k.efficient_attention_config
+    if not layers and k.num_hidden_layers != 0:
+        raise JetExportError(f"{where}: layer_types is empty.")
+    _check_count(len(layers) if k.num_hidden_layers is None else k.num_hidden_layers, layers, where)
+    if "jet" in layers and mixers.jet is None:
+        raise JetExportError(f"{where}: {MIXERS}.jet is missing, which the jet layers need.")
+    if "swa" in layers and not mixers.swa.window_size:
+        raise JetExportError(f"{where}: {MIXERS}.swa.window_size is missing.")
+    jet = mixers.jet or JetKeys()
     return {
         "layer_types": layers,
-        "head_dim": _head_dim(f),
-        "qk_norm": f.flag("qk_norm", False),
-        "qkv_bias": f.flag("qkv_bias", True),
-        "jet_num_heads": jet.integer("num_heads", 1),
-        "head_k_dim": jet.integer("head_dim", 32),
-        "expand_v": jet.number("expand_v", 2.0),
-        "conv_size": jet.integer("conv_size", 4),
-        "dconv_generator_reduction": jet.integer("dconv_generator_reduction", 8),
-        "jet_norm_eps": jet.number("norm_eps", 1e-5),
-        "window_size": swa.integer("window_size", 0),
-        "jet_layers": _jet_layers(jet.object("layers")),
+        "head_dim": _head_dim(k),
+        "qk_norm": k.qk_norm,
+        "qkv_bias": k.qkv_bias,
+        "jet_num_heads": jet.num_heads,
+        "head_k_dim": jet.head_dim,
+        "expand_v": jet.expand_v,
+        "conv_size": jet.conv_size,
+        "dconv_generator_reduction": jet.dconv_generator_reduction,
+        "jet_norm_eps": jet.norm_eps,
+        "window_size": mixers.swa.window_size,
+        "jet_layers": _jet_layers(jet.layers, where),
     }
 
 
-def _jet_layers(layers: Fields) -> tuple[tuple[int, JetDims], ...]:
+def _jet_layers(layers: Mapping[str, LayerKeys], where: str) -> tuple[tuple[int, JetDims], ...]:
     """`efficient_attention_config.jet.layers`: layer number -> head_dim, expand_v, num_heads."""
     out = []
-    for i in layers.values:
+    for i, layer in layers.items():
         if not i.removeprefix("-").isdecimal() or len(i) > 9:
-            raise JetExportError(f"{layers.where}: {layers.path}{i[:9]}: {shown(i)} is no layer number.")
-        layer = layers.object(i)
-        head_dim = layer.integer("head_dim")
-        head_v_dim = min(head_dim * layer.number("expand_v"), 2.0**31)  # JetNemotronConfig names its limit
-        out.append((int(i), JetDims(layer.integer("num_heads"), head_dim, int(max(head_v_dim, 0)))))
+            raise JetExportError(f"{where}: {MIXERS}.jet.layers has {shown(i)}, which is no layer number.")
+        head_v_dim = min(layer.head_dim * layer.expand_v, 2.0**31)  # JetNemotronConfig names its limit
+        out.append((int(i), JetDims(layer.num_heads, layer.head_dim, int(max(head_v_dim, 0)))))
     return tuple(sorted(out))
 
 
-def _qwen(f: Fields, model_type: str) -> dict[str, Any]:
+def _qwen(k: QwenKeys, where: str) -> dict[str, Any]:
     """Qwen2(.5) and Qwen3: full attention alone. Qwen2 has qkv biases, Qwen3 qk-norm."""
-    count = f.integer("num_hidden_layers")
-    kinds = f.strings("layer_types")
-    other = next((i for i, kind in enumerate(kinds) if kind != "full_attention"), None)
+    other = next((i for i, kind in enumerate(k.layer_types) if kind != "full_attention"), None)
     if other is not None:
+        kind = k.layer_types[other]
         raise JetExportError(
-            f"{f.where}: layer_types[{other}] is {kinds[other]!r}; {model_type} models are run with full_attention."
+            f"{where}: layer_types[{other}] is {shown(kind)}; {k.model_type} models are run with full_attention."
         )
-    if kinds:
-        _check_count(f, kinds)
-    if not 0 < count <= 2**16:  # before a tuple of that length is made
-        raise JetExportError(f"{f.where}: num_hidden_layers is {count:,}.")
-    qwen3 = model_type == "qwen3"
+    if k.layer_types:
+        _check_count(k.num_hidden_layers, k.layer_types, where)
+    if not 0 < k.num_hidden_layers <= 2**16:  # before a tuple of that length is made
+        raise JetExportError(f"{where}: num_hidden_layers is {k.num_hidden_layers:,}.")
+    qwen3 = k.model_type == "qwen3"
     return {
-        "layer_types": ("attn",) * count,
-        "head_dim": _head_dim(f, QWEN3_HEAD_DIM if qwen3 else None),
+        "layer_types": ("attn",) * k.num_hidden_layers,
+        "head_dim": _head_dim(k, QWEN3_HEAD_DIM if qwen3 else None),
         "qk_norm": qwen3,
         "qkv_bias": not qwen3,
         **NO_JET_LAYERS,
     }
 
 
-def _qwen3_5(f: Fields) -> dict[str, Any]:
-    own = qwen3_5_fields(f)
-    _check_count(f, own["layer_types"])
+def _qwen3_5(k: Qwen35Keys, where: str) -> dict[str, Any]:
+    own = qwen3_5_fields(k, where)
+    _check_count(k.num_hidden_layers, own["layer_types"], where)
     return own
 
 

@@ -25,6 +25,8 @@ class JetDims(NamedTuple):
 def expand_v_of(dims: JetDims) -> float:
     """The published form of V: the ratio for which int(head_dim * expand_v) is V, with ten digits if those suffice."""
     ratio = round(dims.head_v_dim / dims.head_k_dim, 10)
+    if int(dims.head_k_dim * ratio) < dims.head_v_dim:
+        ratio = dims.head_v_dim / dims.head_k_dim
     while int(dims.head_k_dim * ratio) < dims.head_v_dim:
         ratio = math.nextafter(ratio, math.inf)
     return ratio

@@ -9,7 +9,7 @@ text_config in transformers' tests.
 from __future__ import annotations
 
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.config_fields import NO_TOKEN
+from jet_export.model.config_schema import NO_TOKEN
 from jet_export.model.qwen3_5 import TEXT
 
 

@@ -13,18 +13,17 @@ the multi-token-prediction layer are left out. Source: transformers 5, models/qw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jet_export.model.config_fields import Fields
+from jet_export.model.config_schema import Qwen35Keys
 from jet_export.model.jet_dims import JetDims, expand_v_of
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 
 TEXT, MULTIMODAL = "qwen3_5_text", "qwen3_5"
 KINDS = {"linear_attention": "jet", "full_attention": "attn"}
 PUBLISHED_KINDS = {ours: theirs for theirs, ours in KINDS.items()}
-# Defaults of transformers' Qwen3_5TextConfig, which config.json may leave out.
-INTERVAL, HEAD_DIM, ROTARY, KEY_HEADS, VALUE_HEADS, LINEAR_DIM, TAPS = 4, 256, 0.25, 16, 32, 128, 4
+ROTARY = 0.25  # transformers' default of partial_rotary_factor
 LEFT_OUT = {"model.visual.": "vision tower", "mtp.": "multi-token-prediction layer"}  # by the tensors' first names
 BESIDE_TEXT = ("tie_word_embeddings", "quantization_config")  # of the whole model, not in its text_config
 RELATIVES = {
@@ -75,55 +74,50 @@ def not_yet(config: Any, what: str, todo: str = "") -> None:
         raise JetExportError(f"{what}: not for {TEXT} models, whose convolutions are static and heads shared.", todo)
 
 
-def qwen3_5_fields(f: Fields) -> dict[str, Any]:
+def qwen3_5_fields(k: Qwen35Keys, where: str) -> dict[str, Any]:
     """Fields of JetNemotronConfig that are this family's own."""
-    kinds = _kinds(f)
+    kinds = _kinds(k, where)
     unknown = next((i for i, kind in enumerate(kinds) if kind not in KINDS), None)
     if unknown is not None:
         raise JetExportError(
-            f"{f.where}: layer_types[{unknown}] is {kinds[unknown]!r}.", f"Known in {TEXT}: {', '.join(KINDS)}."
+            f"{where}: layer_types[{unknown}] is {shown(kinds[unknown])}.", f"Known in {TEXT}: {', '.join(KINDS)}."
         )
-    head_dim = f.integer("head_dim", HEAD_DIM)
-    K, V = f.integer("linear_key_head_dim", LINEAR_DIM), f.integer("linear_value_head_dim", LINEAR_DIM)
-    H = f.integer("linear_num_value_heads", VALUE_HEADS)
+    K, V, H = k.linear_key_head_dim, k.linear_value_head_dim, k.linear_num_value_heads
     return {
         "layer_types": tuple(KINDS[kind] for kind in kinds),
-        "head_dim": head_dim,
-        "rotary_dim": int(head_dim * rotary_factor(f)),
+        "head_dim": k.head_dim,
+        "rotary_dim": int(k.head_dim * rotary_factor(k, where)),
         "qk_norm": True,
         "qkv_bias": False,
         "output_gate": True,
         "norm_offset": True,
         "jet_conv": "static",
         "jet_num_heads": H,
-        "jet_num_key_heads": f.integer("linear_num_key_heads", KEY_HEADS),
+        "jet_num_key_heads": k.linear_num_key_heads,
         "head_k_dim": K,
-        "expand_v": expand_v_of(JetDims(H, K, V)) if K > 0 else 1.0,
-        "conv_size": f.integer("linear_conv_kernel_dim", TAPS),
-        "jet_norm_eps": f.number("rms_norm_eps", 1e-6),
+        "expand_v": expand_v_of(JetDims(H, K, V)) if K else 1.0,
+        "conv_size": k.linear_conv_kernel_dim,
+        "jet_norm_eps": k.rms_norm_eps,
     }
 
 
-def _kinds(f: Fields) -> tuple[str, ...]:
+def _kinds(k: Qwen35Keys, where: str) -> Sequence[str]:
     """layer_types, or what full_attention_interval makes of num_hidden_layers."""
-    kinds, count = f.strings("layer_types"), f.integer("num_hidden_layers")
-    if not 0 < count <= 2**16:  # before a tuple of that length is made
-        raise JetExportError(f"{f.where}: num_hidden_layers is {count:,}.")
-    if kinds:
-        return kinds
-    interval = max(f.integer("full_attention_interval", INTERVAL), 1)
-    return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(count))
+    if not 0 < k.num_hidden_layers <= 2**16:  # before a tuple of that length is made
+        raise JetExportError(f"{where}: num_hidden_layers is {k.num_hidden_layers:,}.")
+    if k.layer_types:
+        return k.layer_types
+    interval = max(k.full_attention_interval, 1)
+    return ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(k.num_hidden_layers)]
 
 
-def rotary_factor(f: Fields) -> float:
+def rotary_factor(k: Qwen35Keys, where: str) -> float:
     """The share of a head that is rotated: in rope_parameters, beside it, or the default."""
-    nested = f.object("rope_parameters")
-    given = [
-        g.number("partial_rotary_factor") for g in (nested, f) if g.values.get("partial_rotary_factor") is not None
-    ]
+    beside = (k.rope_parameters.partial_rotary_factor, k.partial_rotary_factor)
+    given = [factor for factor in beside if factor is not None]
     factor = given[0] if given else ROTARY
     if len(set(given)) > 1 or not 0 < factor <= 1:
-        raise JetExportError(f"{f.where}: partial_rotary_factor is {' and '.join(f'{x:g}' for x in given)}.")
+        raise JetExportError(f"{where}: partial_rotary_factor is {' and '.join(f'{x:g}' for x in given)}.")
     return factor
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.config_fields import NO_TOKEN
+from jet_export.model.config_schema import NO_TOKEN
 from jet_export.model.hub import PRESETS, load_config, resolve_checkpoint
 from jet_export.model.jet_dims import JetDims, expand_v_of
 from jet_export.model.jet_nemotron import JetBlock, JetNemotronForCausalLM, empty_model, random_model

@@ -54,6 +54,13 @@ class CheckedAs:
         return handler(self.type)
 
 
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """Annotation: what messages call a value of this type, where its words would not do: "a token id"."""
+
+    words: str
+
+
 def one_of(*words: str) -> CheckedAs:
     """Annotation of a str."""
     return CheckedAs(Literal[words])
@@ -148,7 +155,8 @@ def _place(cls: Any, values: Any, location: Sequence[str | int]) -> _Place:
         value = location[-2]
         types_.append(typing.get_args(_bare(types_[-1])[0])[0])
     names = [step[:80] for step in (location[:-2] if wrong_key else location) if isinstance(step, str)]
-    return _Place(".".join(names), value, types_[-1], types_[-2] if len(types_) > 1 else cls)
+    item = f"[{location[-1]}]" if location and isinstance(location[-1], int) else ""
+    return _Place(".".join(names) + item, value, types_[-1], types_[-2] if len(types_) > 1 else cls)
 
 
 def _message(place: _Place, error: ErrorDetails, where: str, see: str, table: str) -> JetExportError:
@@ -158,8 +166,9 @@ def _message(place: _Place, error: ErrorDetails, where: str, see: str, table: st
     if kind == "too_short":
         return JetExportError(f"{where}: {key} is empty.", see)
     if kind == "missing":
-        too_short = isinstance(error["loc"][-1], int)  # a list of so many items
-        return JetExportError(f"{where}: {key} is {'too short' if too_short else 'missing'}.", see)
+        if isinstance(error["loc"][-1], int):  # an item of a list of so many
+            return JetExportError(f"{where}: {key.rpartition('[')[0]} is too short.", see)
+        return JetExportError(f"{where}: {key} is missing.", see)
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return JetExportError(f"{where}: {key} is not known.", f"Known: {', '.join(_members(parent))}.")
     if kind == "value_error":  # of a validator of ours, whose words end the sentence
@@ -169,6 +178,8 @@ def _message(place: _Place, error: ErrorDetails, where: str, see: str, table: st
     if _holds_tables(expected) and table == "table":
         return JetExportError(f"{what}, not a list of tables.", f"Write [[{key}]].")
     takes = f"It takes {describe(expected, table, kind == 'less_than_equal')}."
+    if kind == "finite_number":
+        takes = takes.replace("a number", "a finite number")
     return JetExportError(f"{what}.", f"{takes} {see}".rstrip())
 
 
@@ -219,6 +230,8 @@ def describe(kind: Any, table: str = "table", most: bool = False) -> str:
     """What a field of this type takes, in words. `most`: name the bound that all numbers have, too."""
     bare, said = _bare(kind)
     origin = typing.get_origin(bare)
+    if called := next((s.words for s in said if isinstance(s, Called)), None):
+        return called
     if origin is Literal:
         return ", ".join(map(str, typing.get_args(bare)))
     if origin in (tuple, list):

@@ -81,7 +81,7 @@ def test_anything_else_is_one_message(tmp_path, text: str | None, message: str) 
         ("rollback", True, "rollback is True.\nIt takes"),
         ("quantization.fp8.x.weight_scale", 0, "quantization.fp8.x.weight_scale is 0.\nIt takes a number above 0."),
         ("quantization.kv_scales.x", [1], "quantization.kv_scales.x is too short"),
-        ("quantization.kv_scales.x", [1, 0.0], "quantization.kv_scales.x is 0.0.\nIt takes a number above 0."),
+        ("quantization.kv_scales.x", [1, 0.0], "quantization.kv_scales.x[1] is 0.0.\nIt takes a number above 0."),
         ("quantization.kept", [["a"]], "quantization.kept is too short"),
         ("build.command", "jet-export", "build.command is 'jet-export'.\nIt takes a list"),
         ("warnings", {}, "warnings is {}.\nIt takes a list"),
@@ -89,7 +89,7 @@ def test_anything_else_is_one_message(tmp_path, text: str | None, message: str) 
         ("files.decode.pt2", 3, "files.decode.pt2 is 3, not an object"),
         ("model", "jet-2b", "model is 'jet-2b', not an object"),
         ("model.config", {}, "manifest.json: model.config: model_type is None"),
-        ("model.config.hidden_size", "1536", "field 'hidden_size' has a wrong type"),
+        ("model.config.hidden_size", "1536", "model.config: hidden_size is '1536'.\nIt takes a whole number of"),
     ],
 )
 def test_what_no_build_writes_is_refused(tmp_path, key: str, value, message: str) -> None:

@@ -51,7 +51,7 @@ def test_head_dim_of_attention_may_be_absent() -> None:
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"layer_types": ["jet", "mamba", "jet", "swa"]}, r"layer_types\[1\] is 'mamba'"),
         ({"layer_types": []}, "layer_types is empty"),
-        ({"hidden_size": "wide"}, "wrong type"),
+        ({"hidden_size": "wide"}, r"hidden_size is 'wide'\.\nIt takes a whole number"),
         ({"num_key_value_heads": 3, "num_attention_heads": 4}, "not a multiple of num_key_value_heads 3"),
         ({"head_dim": 40}, "head_dim of the attention layers is 40"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
@@ -66,7 +66,7 @@ def test_unusable_config_is_refused_by_name(change: dict, message: str) -> None:
 def test_missing_field_is_named() -> None:
     values = published()
     del values["intermediate_size"]
-    with pytest.raises(JetExportError, match="'intermediate_size' is missing"):
+    with pytest.raises(JetExportError, match="config: intermediate_size is missing"):
         JetNemotronConfig.from_dict(values)
 
 

@@ -135,8 +135,8 @@ def edited(layers: object) -> dict:
         ({"0": {"num_heads": 2, "head_dim": 40, "expand_v": 1}}, "head_k_dim of jet layer 0 is 40"),
         ({"0": {"num_heads": 2, "head_dim": 32, "expand_v": 40}}, "head_v_dim of jet layer 0 is 1280"),
         ({"0": {"num_heads": 0, "head_dim": 32, "expand_v": 1}}, "num_heads of jet layer 0 is 0"),
-        ({"0": {"head_dim": 32, "expand_v": 1}}, r"jet.layers.0.num_heads' is missing"),
-        ([1], "wrong type"),
+        ({"0": {"head_dim": 32, "expand_v": 1}}, "jet.layers.0.num_heads is missing"),
+        ([1], r"jet.layers is \[1\]\.\nIt takes an object"),
     ],
 )
 def test_unusable_sizes_are_refused(layers: object, message: str) -> None:
