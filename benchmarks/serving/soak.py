@@ -1,6 +1,6 @@
 """Mixed traffic for hours, and what must hold throughout.
 
-    python benchmarks/serving/soak.py BUNDLE [--minutes 3] [--workers 8] [--seed 0] [--output FILE]
+    python benchmarks/serving/soak.py BUNDLE [--minutes 3] [--workers 8] [--new-tokens 200] [--seed 0] [--output FILE]
 
 Greedy and sampled requests, n > 1, grammars, sessions, drafts (where the bundle verifies them), cancellations and bad
 requests, in rounds; batch-invariant, with so few KV pages that requests are preempted, and a prefix cache that evicts.
@@ -9,7 +9,8 @@ After each round, when nothing runs:
     answers   every answer is bit for bit what the same request gave alone, before the first round
     pools     every slot and page is free, but those of cached prefixes; no number is free twice
     memory    the process, and the GPU, hold no more than after the first quarter of the rounds (+ GROWTH)
-    latency   a request that runs alone takes no longer than in the first quarter (by the median, times DRIFT)
+    latency   a request that runs alone takes no longer than in the first quarter (by the median, times DRIFT); on a
+              CPU, whose other work would be seen too, by the processor time that it takes
 
 The first that fails ends the run with status 1. The last two need a few rounds to mean something, and are not asked of
 fewer than ROUNDS.
@@ -63,15 +64,16 @@ class Record:
     rss: list[int] = field(default_factory=list)  # bytes, after each round
     gpu: list[int] = field(default_factory=list)
     probe: list[float] = field(default_factory=list)  # seconds of a request alone, after each round
+    probe_cpu: list[float] = field(default_factory=list)  # processor time of it; engines on a CPU only
 
 
 class Soak:
-    """Rounds of requests on a started engine."""
+    """Rounds of requests on a started engine; `new`: the tokens of an answer."""
 
-    def __init__(self, llm: AsyncLLM, seed: int) -> None:
+    def __init__(self, llm: AsyncLLM, seed: int, new: int = 200) -> None:
         self.llm, self.rng, self.record = llm, random.Random(seed), Record()
         c = llm.batching.scheduler.capacity
-        self.chunk, self.new = c.prefill_chunk, min(200, c.max_seq_len // 5)  # longer than a page: others are preempted
+        self.chunk, self.new = c.prefill_chunk, min(new, c.max_seq_len // 5)
         vocab = llm.engine.config.vocab_size
         shared = [self.rng.randrange(vocab) for _ in range(c.max_seq_len)]  # so that prefixes are found again
         self.prompts = []
@@ -183,13 +185,15 @@ class Soak:
                 group.create_task(work())
         await self.quiet()
         self.check_pools()
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         await self.kinds["greedy"](0)
         self.record.probe.append(time.perf_counter() - began)
-        await self.quiet()
         self.record.rss.append(resident())
         if self.llm.engine.device.type == "cuda":
             self.record.gpu.append(torch.cuda.memory_allocated())
+        else:
+            self.record.probe_cpu.append(time.process_time() - began_cpu)
+        await self.quiet()
 
     async def quiet(self) -> None:
         """Until cancelled requests have gone, too."""
@@ -211,7 +215,8 @@ class Soak:
         for name, values in (("memory", self.record.rss), ("GPU memory", self.record.gpu)):
             if len(values) >= ROUNDS and values[-1] > (first := values[len(values) // 4]) + GROWTH:
                 raise Broken(f"{name} has grown from {first / 1e6:,.0f} to {values[-1] / 1e6:,.0f} MB")
-        probe, quarter = self.record.probe, len(self.record.probe) // 4
+        probe = self.record.probe_cpu or self.record.probe
+        quarter = len(probe) // 4
         if len(probe) >= ROUNDS:
             before, now = statistics.median(probe[:quarter]), statistics.median(probe[-quarter:])
             if now > DRIFT * before:
@@ -295,11 +300,12 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--workers", type=int, default=8, help="requests at once")
+    parser.add_argument("--new-tokens", type=int, default=200, help="of an answer; many pages: more preemptions")
     parser.add_argument("--requests", type=int, default=64, help="of a round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON: the counts, and every round's memory and latency")
     args = parser.parse_args()
-    soak = Soak(pressed(args.bundle), args.seed)
+    soak = Soak(pressed(args.bundle), args.seed, args.new_tokens)
     length = Length(seconds=60 * args.minutes, requests=args.requests, workers=args.workers)
     broken = None
     try:
