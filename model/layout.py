@@ -58,20 +58,35 @@ def checkpoint_layout(c: JetNemotronConfig) -> dict[str, Slice]:
     out: dict[str, Slice] = {}
     d = c.hidden_size
     _fused(out, "embed_tokens.weight", [("model.embed_tokens.weight", c.vocab_size)], d)
-    _norm(out, c, "norm.weight", "model.norm.weight", d)
+    norm_slice(out, c, "norm.weight", "model.norm.weight", d)
     if not c.tie_word_embeddings:
         _fused(out, "lm_head.weight", [("lm_head.weight", c.vocab_size)], d)
     for i, kind in enumerate(c.layer_types):
         ours, pub = f"layers.{i}", f"model.layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            _norm(out, c, f"{ours}.{norm}.weight", f"{pub}.{norm}.weight", d)
-        f, mlp = c.intermediate_size, f"{pub}.mlp"
-        gate_up = [(f"{mlp}.gate_proj.weight", f), (f"{mlp}.up_proj.weight", f)]
-        _fused(out, f"{ours}.mlp.gate_up_proj.weight", gate_up, d)
-        _fused(out, f"{ours}.mlp.down_proj.weight", [(f"{mlp}.down_proj.weight", d)], f)
-        mixer = _attention if kind != "jet" else _jet_block if c.jet_conv == "dynamic" else _gated_delta_net
+        if kind != "jet":
+            attention_layer(out, c, ours, pub)
+            continue
+        _around(out, c, ours, pub)
+        mixer = _jet_block if c.jet_conv == "dynamic" else _gated_delta_net
         mixer(out, c, i, f"{ours}.self_attn", pub)
     return out
+
+
+def attention_layer(out: dict[str, Slice], c: JetNemotronConfig, ours: str, pub: str) -> None:
+    """A layer of attention, and what is around it."""
+    _around(out, c, ours, pub)
+    _attention(out, c, f"{ours}.self_attn", pub)
+
+
+def _around(out: dict[str, Slice], c: JetNemotronConfig, ours: str, pub: str) -> None:
+    """A layer's norms and MLP."""
+    d = c.hidden_size
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        norm_slice(out, c, f"{ours}.{norm}.weight", f"{pub}.{norm}.weight", d)
+    f, mlp = c.intermediate_size, f"{pub}.mlp"
+    gate_up = [(f"{mlp}.gate_proj.weight", f), (f"{mlp}.up_proj.weight", f)]
+    _fused(out, f"{ours}.mlp.gate_up_proj.weight", gate_up, d)
+    _fused(out, f"{ours}.mlp.down_proj.weight", [(f"{mlp}.down_proj.weight", d)], f)
 
 
 def _fused(out: dict[str, Slice], param: str, parts: list[tuple[str, int]], *tail: int) -> None:
@@ -82,7 +97,7 @@ def _fused(out: dict[str, Slice], param: str, parts: list[tuple[str, int]], *tai
         start += rows
 
 
-def _norm(out: dict[str, Slice], c: JetNemotronConfig, param: str, name: str, size: int) -> None:
+def norm_slice(out: dict[str, Slice], c: JetNemotronConfig, param: str, name: str, size: int) -> None:
     out[name] = Slice(param, 0, (size,), offset=1.0 if c.norm_offset else 0.0)
 
 
@@ -116,7 +131,7 @@ def _gated_delta_net(out: dict[str, Slice], c: JetNemotronConfig, layer: int, ou
     _fused(out, f"{ours}.o_proj.weight", [(f"{theirs}.out_proj.weight", d)], D)
 
 
-def _attention(out: dict[str, Slice], c: JetNemotronConfig, layer: int, ours: str, pub: str) -> None:
+def _attention(out: dict[str, Slice], c: JetNemotronConfig, ours: str, pub: str) -> None:
     """[q | k | v], and the gates below them where the model has them; there q_proj alternates a head's q and gate."""
     d, theirs = c.hidden_size, f"{pub}.self_attn"
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -128,4 +143,4 @@ def _attention(out: dict[str, Slice], c: JetNemotronConfig, layer: int, ours: st
             out[f"{theirs}.q_proj.{what}"] = gated
     _fused(out, f"{ours}.o_proj.weight", [(f"{theirs}.o_proj.weight", d)], q)
     for norm in ("q_norm", "k_norm") if c.qk_norm else ():
-        _norm(out, c, f"{ours}.{norm}.weight", f"{theirs}.{norm}.weight", c.head_dim)
+        norm_slice(out, c, f"{ours}.{norm}.weight", f"{theirs}.{norm}.weight", c.head_dim)

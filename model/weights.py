@@ -148,6 +148,15 @@ def load_checkpoint(model: WeightedModel, files: CheckpointFiles, fp8: list[str]
     layout = checkpoint_layout(files.config)
     place_fp8_linears(model, fp8)
     params: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    fill(files, layout, params)
+    _load_scales(model, files, layout, fp8)
+
+
+@torch.no_grad()
+def fill(files: CheckpointFiles, layout: dict[str, Slice], params: dict[str, Tensor]) -> None:
+    """Fill parameters, by name, with the checkpoint's tensors of a layout; those in FP8 blocks are widened.
+
+    Raises JetExportError as `load_checkpoint` does."""
     block = block_size(files.config, str(files.directory / "config.json"))
     scales = dict(_tensors(files, [n + SUFFIX for n in layout if block and n + SUFFIX in files.file_of]))
     for name, tensor in _tensors(files, list(layout)):
@@ -161,7 +170,6 @@ def load_checkpoint(model: WeightedModel, files: CheckpointFiles, fp8: list[str]
                 f"{files.file_of[name]}: {name} has a NaN or an infinity.",
                 "The checkpoint is damaged, or was saved by a training run that had diverged.",
             )
-    _load_scales(model, files, layout, fp8)
 
 
 def is_finite(x: Tensor) -> bool:

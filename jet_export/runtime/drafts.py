@@ -232,6 +232,11 @@ def speculation(
     """As `serving` asks; `proposer`, by default prompt lookup, makes the drafts. None: there are none.
 
     Raises JetExportError for an engine that verifies none, or fewer than asked for."""
+    if serving.speculate == "mtp":
+        raise JetExportError(
+            "speculate mtp: a multi-token-prediction layer reads hidden states, and bundles give logits only.",
+            "Draft by speculate lookup, or a draft bundle.",
+        )
     if serving.speculate not in MODES:
         raise JetExportError(f"speculate is {serving.speculate!r}.", f"Give one of {', '.join(MODES)}.")
     if serving.speculate != "off" and serving.draft is not None:

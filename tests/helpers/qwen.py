@@ -3,7 +3,8 @@
 Each file: `weight.<name>`, `input_ids` [B, T], `logits` [B, T, vocab], `prompt` [P] and `greedy` [N]; of Qwen3.5 also
 `state.{layer}.recurrent` [B, H, K, V] and `.conv` [B, C, 4] after input_ids. Metadata `config` is the config.json that
 transformers wrote, `transformers` its version. qwen2 was written by 4.57, the others by 5, whose config.json has
-rope_parameters. To write one again:
+rope_parameters. qwen3_5_mtp has `weight.mtp.*`, a multi-token-prediction layer for the model of qwen3_5, and its
+`logits` [B, T - 1, vocab] behind that model's input_ids. To write one again:
 
     python -m helpers.qwen qwen2
 """
@@ -11,6 +12,7 @@ rope_parameters. To write one again:
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.golden import DATA, Golden
+from jet_export.model.config import JetNemotronConfig
 
 QWEN = DATA / "qwen"
 KINDS = ("qwen2", "qwen3")
@@ -56,6 +59,23 @@ def load_qwen(kind: str) -> Golden:
         tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
     return Golden(config, [], weights, {k: v for k, v in tensors.items() if not k.startswith("weight.")})
+
+
+def short_qwen() -> JetNemotronConfig:
+    """The Qwen3.5 of the goldens, cut to a layer of each kind."""
+    config = JetNemotronConfig.from_dict(load_qwen("qwen3_5").config)
+    return replace(config, layer_types=("jet", "attn"))
+
+
+def in_blocks(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scales, the weight that they stand for) of a matrix, a scale for every block."""
+    scales = torch.stack(
+        [torch.stack([part.abs().max() / 448 for part in rows.split(block[1], 1)]) for rows in weight.split(block[0])]
+    )
+    N, K = weight.shape
+    every = scales.repeat_interleave(block[0], 0)[:N].repeat_interleave(block[1], 1)[:, :K]
+    codes = (weight / every).to(torch.float8_e4m3fn)
+    return codes, scales, codes.float() * every
 
 
 def outputs(model: Any, input_ids: Tensor, prompt: Tensor, new: int) -> dict[str, Tensor]:
@@ -113,5 +133,37 @@ def write(kind: str) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, QWEN / f"{kind}.safetensors", meta)
 
 
+def write_mtp() -> None:
+    """transformers has no such layer: it is put together of its norm, its layer of attention and a matrix."""
+    import transformers
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as parts
+
+    golden, rng = load_qwen("qwen3_5"), torch.Generator().manual_seed(8)
+    with tempfile.TemporaryDirectory() as directory:
+        model = transformers.AutoModelForCausalLM.from_pretrained(golden.save_checkpoint(Path(directory))).eval()
+    c = transformers.Qwen3_5TextConfig(
+        **{**model.config.to_dict(), "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    )
+    c._attn_implementation = "eager"
+    norms = [parts.Qwen3_5RMSNorm(c.hidden_size, eps=c.rms_norm_eps) for _ in range(3)]
+    names = dict(zip(("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"), norms, strict=True))
+    fc = torch.nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
+    layer = parts.Qwen3_5DecoderLayer(c, 0).eval()
+    mtp = torch.nn.ModuleDict({**names, "fc": fc, "layers": torch.nn.ModuleList([layer])})
+    for key, p in mtp.named_parameters():
+        p.data.normal_(0.0, 0.3 if "norm" in key else 0.15, generator=rng)
+    ids = golden.input_ids
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state[:, :-1]
+        x = fc(torch.cat([norms[0](model.model.embed_tokens(ids[:, 1:])), norms[1](hidden)], -1))
+        T = x.shape[1]
+        rope = model.model.rotary_emb(x, torch.arange(T).view(1, 1, -1).expand(3, len(x), -1))
+        mask = torch.full((T, T), torch.finfo(x.dtype).min).triu(1)[None, None]
+        logits = model.lm_head(norms[2](layer(x, rope, attention_mask=mask)))
+    tensors = {f"weight.mtp.{k}": v for k, v in mtp.state_dict().items()} | {"logits": logits}
+    meta = {"config": "{}", "transformers": transformers.__version__}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, QWEN / "qwen3_5_mtp.safetensors", meta)
+
+
 if __name__ == "__main__":
-    write(sys.argv[1])
+    write_mtp() if sys.argv[1] == "qwen3_5_mtp" else write(sys.argv[1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.compare import relative_error
 from helpers.golden import Golden, tensors_of
-from helpers.qwen import load_qwen, outputs, states
+from helpers.qwen import in_blocks, load_qwen, outputs, states
 from safetensors.torch import save_file
 
 from jet_export.backends.eager import EagerEngine
@@ -232,17 +232,6 @@ def test_a_preset_is_what_its_config_json_says() -> None:
     config = {"model_type": "qwen3_5", "tie_word_embeddings": False, "text_config": text, "vision_config": {}}
     assert JetNemotronConfig.from_dict(config) == load_config("qwen3.5-27b")
     assert unknown_keys(text) == []
-
-
-def in_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes, scales, the weight that they stand for) of a matrix, a scale for every block."""
-    scales = torch.stack(
-        [torch.stack([part.abs().max() / 448 for part in rows.split(block[1], 1)]) for rows in weight.split(block[0])]
-    )
-    N, K = weight.shape
-    every = scales.repeat_interleave(block[0], 0)[:N].repeat_interleave(block[1], 1)[:, :K]
-    codes = (weight / every).to(torch.float8_e4m3fn)
-    return codes, scales, codes.float() * every
 
 
 def test_fp8_blocks_are_read(golden: Golden, tmp_path) -> None:
