@@ -11,7 +11,8 @@ search.py       a search: its spec and its state
 
 cells.py        the engines that are measured: a few equal layers, the base without layers, whole models
 measurer.py     builds cells in parallel and measures them one at a time (locks.py)
-executor.py     the subprocesses that do so (worker.py)
+executor.py     the subprocesses that do so (processes.py, worker.py)
+ray_executor.py nodes of a Ray cluster that do so instead (ray_cluster.py, ray_node.py)
 database.py     the latencies, kept (machine.py: of which machine)
 predict.py      the whole model's latency from its layers'
 choose.py       the Pareto front and the choice
