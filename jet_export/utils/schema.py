@@ -143,19 +143,19 @@ class _Place(NamedTuple):
 
 def _place(cls: Any, values: Any, location: Sequence[str | int]) -> _Place:
     """`location`: the keys and indices that lead to it; "[key]" after a key of a dict that is itself wrong."""
-    types_, value = [cls], values
+    types_, value, item = [cls], values, ""
     wrong_key = len(location) > 1 and location[-1] == "[key]"
     for step in location[:-2] if wrong_key else location:
         types_.append(_member(types_[-1], step))
         if isinstance(step, str):
             value = value.get(step) if isinstance(value, dict) else None  # None: missing
         elif isinstance(value, list):  # else a single item in place of a list
+            item = f"[{step}]" if len(value) > 1 and step is location[-1] else ""
             value = value[step] if step < len(value) else None
     if wrong_key:
         value = location[-2]
         types_.append(typing.get_args(_bare(types_[-1])[0])[0])
     names = [step[:80] for step in (location[:-2] if wrong_key else location) if isinstance(step, str)]
-    item = f"[{location[-1]}]" if location and isinstance(location[-1], int) else ""
     return _Place(".".join(names) + item, value, types_[-1], types_[-2] if len(types_) > 1 else cls)
 
 
@@ -166,8 +166,9 @@ def _message(place: _Place, error: ErrorDetails, where: str, see: str, table: st
     if kind == "too_short":
         return JetExportError(f"{where}: {key} is empty.", see)
     if kind == "missing":
-        if isinstance(error["loc"][-1], int):  # an item of a list of so many
-            return JetExportError(f"{where}: {key.rpartition('[')[0]} is too short.", see)
+        last = error["loc"][-1]
+        if isinstance(last, int):  # an item of a list of so many
+            return JetExportError(f"{where}: {key.removesuffix(f'[{last}]')} is too short.", see)
         return JetExportError(f"{where}: {key} is missing.", see)
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return JetExportError(f"{where}: {key} is not known.", f"Known: {', '.join(_members(parent))}.")
@@ -179,7 +180,7 @@ def _message(place: _Place, error: ErrorDetails, where: str, see: str, table: st
         return JetExportError(f"{what}, not a list of tables.", f"Write [[{key}]].")
     takes = f"It takes {describe(expected, table, kind == 'less_than_equal')}."
     if kind == "finite_number":
-        takes = takes.replace("a number", "a finite number")
+        takes = takes.replace("a number.", "a finite number.")
     return JetExportError(f"{what}.", f"{takes} {see}".rstrip())
 
 

@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from jet_export.utils.errors import JetExportError
-from jet_export.utils.schema import CheckedAs, Count, OneOrMany, Positive, Share, Size, parse, read_json, read_toml
+from jet_export.utils.schema import (
+    Called,
+    CheckedAs,
+    Count,
+    OneOrMany,
+    Positive,
+    Share,
+    Size,
+    parse,
+    read_json,
+    read_toml,
+)
 
 
 class Author(TypedDict, total=False):
@@ -37,6 +49,8 @@ class Box:
     by_kind: dict[Literal["a", "b"], Positive] = field(default_factory=dict)
     author: Annotated[dict[str, Any], CheckedAs(Author)] = field(default_factory=dict)
     note: str | None = None
+    token: Annotated[int, Called("a token id")] = 0
+    any: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
 def test_what_fits_becomes_the_dataclass() -> None:
@@ -57,6 +71,9 @@ def test_what_fits_becomes_the_dataclass() -> None:
         ({"item": {"size": "1"}}, "f: item.size is '1'.\nIt takes a whole number of at least 1."),
         ({"item": {"size": None}}, "f: item.size is None.\nIt takes a whole number of at least 1."),
         ({"item": 3}, "f: item is 3, not a table.\nsee"),
+        ({"numbers": [1, 2, -1]}, "f: numbers[2] is -1.\nIt takes a whole number of at least 0."),
+        ({"token": "x"}, "f: token is 'x'.\nIt takes a token id."),
+        ({"any": float("nan")}, "f: any is nan.\nIt takes a finite number."),
         ({"items": {}}, "f: items is {}, not a list of tables.\nWrite [[items]]."),
         ({"items": [3]}, "f: items is 3, not a table.\nsee"),
         ({"items": [{}, {"kind": "c"}]}, "f: items.kind is 'c'.\nIt takes a, b."),
