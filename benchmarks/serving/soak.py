@@ -61,6 +61,8 @@ class Record:
     """What has happened."""
 
     requests: Counter[str] = field(default_factory=Counter)
+    alone_seconds: float = 0.0  # of every request alone, before the first round
+    seconds: list[float] = field(default_factory=list)  # since the first round began, after each round
     rss: list[int] = field(default_factory=list)  # bytes, after each round
     gpu: list[int] = field(default_factory=list)
     probe: list[float] = field(default_factory=list)  # seconds of a request alone, after each round
@@ -278,14 +280,16 @@ async def run(soak: Soak, length: Length, log: Callable[[str], None]) -> None:
     async with soak.llm.running():
         began = time.monotonic()
         await soak.begin()
-        log(f"{len(soak.alone)} requests alone: {time.monotonic() - began:.0f} s")
-        end, rounds = time.monotonic() + length.seconds, 0
-        while rounds < length.rounds and (not rounds or time.monotonic() < end):
+        soak.record.alone_seconds = time.monotonic() - began
+        log(f"{len(soak.alone)} requests alone: {soak.record.alone_seconds:.0f} s")
+        began, rounds = time.monotonic(), 0
+        while rounds < length.rounds and (not rounds or time.monotonic() < began + length.seconds):
             try:
                 await soak.round(length.requests, length.workers)
             except* Broken as group:
                 raise Broken(str(group.exceptions[0])) from None
             rounds += 1
+            soak.record.seconds.append(time.monotonic() - began)
             soak.check_drift()
             counts = soak.llm.batching.scheduler.memory.counts
             log(
@@ -307,15 +311,22 @@ def main() -> int:
     args = parser.parse_args()
     soak = Soak(pressed(args.bundle), args.seed, args.new_tokens)
     length = Length(seconds=60 * args.minutes, requests=args.requests, workers=args.workers)
+
+    def report(line: str, broken: str | None = None) -> None:
+        """After each round, so that a run that is killed has its result."""
+        print(line, flush=True)
+        if args.output:
+            counts = asdict(soak.llm.batching.scheduler.memory.counts)
+            write_result(args.output, {"broken": broken, "memory": counts, **asdict(soak.record)})
+
     broken = None
     try:
-        asyncio.run(run(soak, length, lambda line: print(line, flush=True)))
+        asyncio.run(run(soak, length, report))
     except Broken as e:
         broken = str(e)
-    if args.output:
-        counts = asdict(soak.llm.batching.scheduler.memory.counts)
-        write_result(args.output, {"broken": broken, "memory": counts, **asdict(soak.record)})
-    print(f"broken: {broken}" if broken else f"all held: {dict(soak.record.requests)}")
+        report(f"broken: {broken}", broken)
+    if not broken:
+        print(f"all held: {dict(soak.record.requests)}")
     return 1 if broken else 0
 
 
