@@ -38,6 +38,7 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),
     "gemv": ({"dtype", "out_features", "in_features", "normed", "gated"}, {"BN", "BK", "STAGES", "num_warps"}),
+    "linear_chain": ({"dtype", "hidden_size"}, {"programs", "BN", "BK", "AHEAD", "num_warps"}),
     "skinny_gemm": (
         {"dtype", "out_features", "in_features", "gated", "split"},
         {"BN", "BK", "STAGES", "SPLITS", "num_warps"},
