@@ -215,6 +215,38 @@ def conv_state_kernel(
         shift_conv_state(p_state, p_end, stride_u, eos - bos, o_d, o_d < D, context > 0, D, W)
 
 
+@triton.jit(do_not_specialize=["T", "S"])
+def conv_rows_kernel(
+    u, kappa, v, conv_state, cu_seqlens, slots, context_lens, T, S, stride_u, stride_kappa,
+    OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel tiles, N). Both kernels in one, for sequences of at most BT tokens: channels are independent, so
+    the program that has read a sequence's conv_state writes it."""
+    i_d = tl.program_id(0) * BD
+    i_n = tl.program_id(1)
+    slot = slot_of(slots, i_n, S)
+    bos, eos = sequence_bounds(cu_seqlens, i_n, T)
+    context = tl.where(slot >= 0, tl.load(context_lens + i_n), 0)
+    row = bos.to(tl.int64)
+    o_t, o_d = tl.arange(0, BT), i_d + tl.arange(0, BD)
+    m_t, m_d = o_t < eos - bos, o_d < D
+    p_u, p_state = u + row * stride_u + OFF_U, conv_state + slot * ROWS * D
+    b_v = conv_tile(
+        p_u, stride_u, kappa + row * stride_kappa, stride_kappa, p_state, o_t, m_t & (slot >= 0), i_d, D, 0, context,
+        D, W, ROWS, BD, BT == 1,
+    )  # fmt: skip
+    m = m_t[:, None] & m_d[None, :]
+    tl.store(v + row * D + o_t[:, None] * D + o_d[None, :], b_v.to(v.dtype.element_ty), mask=m)
+    if slot >= 0:
+        tl.debug_barrier()  # every thread has read the old conv_state
+        if ROWS > W - 1:
+            b_u = tl.load(p_u + o_t[:, None] * stride_u + o_d[None, :], mask=m, other=0.0)
+            store_ring(p_state, b_u, o_t, m_t, o_d, m_d, context, D, ROWS)
+        else:
+            p_end = p_u + (eos - bos) * stride_u
+            shift_conv_state(p_state, p_end, stride_u, eos - bos, o_d, m_d, context > 0, D, W)
+
+
 def dynamic_conv_triton(
     u: Tensor,
     kappa: Tensor,
@@ -224,16 +256,25 @@ def dynamic_conv_triton(
     context_lens: Tensor,
     off_u: int = 0,
     mixed: bool = False,
+    most: int = 0,
 ) -> Tensor:
     """Launches the kernels; arguments as `dynamic_conv_ref`, rows of u and kappa contiguous.
 
-    off_u: u's first column in the rows of its tensor; `mixed`: sequences of one token are left out."""
+    off_u: u's first column in the rows of its tensor; `mixed`: sequences of one token are left out; `most`: no sequence
+    has more tokens, and a ring has W-1 rows beside theirs, so that one launch does; 0: not known."""
     T, N, (S, R, D) = u.shape[0], slots.shape[0], conv_state.shape
     W, stride_kappa = kappa.shape[-1] // D, 0 if len(kappa.shape) == 1 else kappa.stride(0)
     use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W)
     BT, BD = use["BT"], use["BD"]
     v = u.new_empty(T, D)
     tail = (cu_seqlens, slots, context_lens)
+    if most:
+        BT, BD = triton.next_power_of_2(most), 256 if most == 1 else BD
+        wrap(conv_rows_kernel)[(triton.cdiv(D, BD), N)](
+            u, kappa, v, conv_state, *tail, T, S, u.stride(0), stride_kappa,
+            OFF_U=off_u, D=D, W=W, ROWS=R, BT=BT, BD=BD,
+        )  # fmt: skip
+        return v
     wrap(dynamic_conv_kernel)[(triton.cdiv(D, BD), num_chunks(T, N, BT))](
         u, kappa, v, conv_state, *tail, N, T, S, u.stride(0), stride_kappa,
         OFF_U=off_u, D=D, W=W, ROWS=R, BT=BT, BD=BD, MIXED=mixed,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, by_rows, rows, zero_padding
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
-from jet_export.kernels.form import Form
+from jet_export.kernels.form import MAX_VERIFY, Form
 from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
 from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
@@ -106,7 +106,8 @@ def jet_block_triton(
     interval: int = 1,
 ) -> Tensor:
     """Launches the kernels: one for DECODE, two beside a step buffer and for VERIFY, those of the three ops for
-    PREFILL, all for MIXED. Where q and k are convolved, the convolution's own go before: heads share its channels.
+    PREFILL, all for MIXED. Where q and k are convolved, the convolution goes before, as heads share its channels: in
+    one launch for DECODE and VERIFY, else in two.
 
     Arguments as `jet_block_ref`."""
     H, K, V = num_heads, head_k_dim, head_v_dim
@@ -118,7 +119,8 @@ def jet_block_triton(
     tail = recurrent_state, *sequences, (H, K, V)
     form = Form(int(form))  # may be symbolic in a dynamic torch.compile
     buffer = held_buffer(step_buffer, state_position, interval, form)
-    x = dynamic_conv_triton(qkuz, kappa, conv_state, *sequences) if conv_qk else qkuz  # q | k | v or u
+    most = {Form.DECODE: 1, Form.VERIFY: MAX_VERIFY}.get(form, 0)  # tokens of a sequence
+    x = dynamic_conv_triton(qkuz, kappa, conv_state, *sequences, most=most) if conv_qk else qkuz  # q | k | v or u
     whole: dict[str, Any] = {
         "offsets": (0, HK * K, off_u, H, off_z),
         "conv": None if conv_qk else (kappa, conv_state),

@@ -43,6 +43,21 @@ def test_one_kernel_for_all_tokens_is_the_same_kernel_for_each(device, conv) -> 
     assert torch.equal(conv(u, kappa, state, *rest), each) and torch.equal(state, other)
 
 
+@pytest.mark.parametrize("rollback", [0, 4])
+@pytest.mark.parametrize("most", [1, 4])
+def test_one_launch_for_few_tokens_is_the_two_for_any(device, most, rollback) -> None:
+    """Outputs and states to the bit, of a shifted state and of a ring, padding rows too."""
+    lens = {**RAGGED, "lens": [1] * 4 if most == 1 else [4, 1, 2, 3]}
+    p = Packed(**lens, H=2, key_heads=1, extra=8, device=device)
+    S, _, C = p.conv_state.shape
+    p.tensors["conv_state"] = torch.randn(S, 3 + rollback, C, generator=torch.Generator().manual_seed(1)).to(device)
+    u, kappa, state, *rest = p.conv_args(torch.float32)
+    other = state.clone()
+    with poisoned():
+        two, one = dynamic_conv_triton(u, kappa, state, *rest), dynamic_conv_triton(u, kappa, other, *rest, most=most)
+    assert torch.equal(one, two) and torch.equal(other, state) and one.isfinite().all()
+
+
 @pytest.mark.parametrize("rule", [packed_gated_delta_rule_ref, gated_delta_rule_triton], ids=["ref", "kernel"])
 def test_shared_heads_are_repeated_ones(device, rule) -> None:
     """Of a call that launches the kernels of prompts and those of single tokens."""
@@ -138,6 +153,8 @@ def test_kernels_fit_sm_90() -> None:
     """Those of Qwen3.5-4B's sizes, compiled ahead of time: shared memory, no global scratch, no fp64, no spills."""
     modes = "prefill", "decode", "held_decode", "verify"
     report = compile_report([f"qwen3.5_4b-bfloat16-float32-{mode}" for mode in modes])
-    assert {"chunk_scan_kernel", "decode_kernel", "dynamic_conv_kernel"} <= {k["kernel"] for k in report}
+    assert {"chunk_scan_kernel", "decode_kernel", "dynamic_conv_kernel", "conv_rows_kernel"} <= {
+        k["kernel"] for k in report
+    }
     for kernel in report:
         assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == kernel["f64"] == kernel["stack"] == 0, kernel
