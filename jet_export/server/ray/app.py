@@ -32,6 +32,7 @@ from jet_export.bundle.manifest import Manifest
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.serving_engine import RequestLimits, Status
 from jet_export.runtime.tokenizer import load_tokenizer
+from jet_export.server.ray.autoscaling import KV_USED, policy
 from jet_export.server.ray.call import Call, Outputs, Refusal
 from jet_export.server.ray.client import FleetEngine, Overloaded, ReplicaLost
 from jet_export.server.ray.config import FleetConfig
@@ -70,6 +71,9 @@ class Engine:
 
     def check_health(self) -> None:
         self.replica.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {KV_USED: self.replica.kv_used()}
 
     def __del__(self) -> None:
         if hasattr(self, "replica"):
@@ -133,8 +137,13 @@ def application(config: FleetConfig) -> Application:
     scaling: dict[str, Any] = {"num_replicas": config.replicas}
     if config.replicas is None:
         target = max(1.0, AUTOSCALE_AT * takes.slots)
-        ongoing = {"min_replicas": config.least, "max_replicas": config.most, "target_ongoing_requests": target}
-        scaling = {"autoscaling_config": ongoing}
+        scaling["autoscaling_config"] = {
+            "min_replicas": config.least,
+            "max_replicas": config.most,
+            "target_ongoing_requests": target,
+            "policy": {"policy_function": f"{policy.__module__}:{policy.__name__}"},
+        }
+        del scaling["num_replicas"]
     routing = RequestRouterConfig(
         request_router_class=PrefixRouter, request_router_kwargs={"policy": config.router, "slack": config.slack}
     )

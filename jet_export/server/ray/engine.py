@@ -63,6 +63,11 @@ class EngineReplica:
         elif now - since > STUCK:
             raise RuntimeError(f"Requests run, and no step has ended for {now - since:.0f} s.")
 
+    def kv_used(self) -> float:
+        """The share of the KV pages that requests hold."""
+        scheduler = self.llm.batching.scheduler
+        return scheduler.memory.requests_pages / max(1, scheduler.pages.size)
+
     def stop(self) -> None:
         self.llm.stop()
 

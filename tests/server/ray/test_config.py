@@ -52,12 +52,14 @@ def test_an_application_that_scales(tmp_path: Path) -> None:
     """Ray checks the deployments' options; no cluster runs."""
     pytest.importorskip("ray")
     from jet_export.server.ray.app import build
+    from jet_export.server.ray.autoscaling import policy
 
     bundle = str(write_bundle(tmp_path / "b"))
     ingress = build({"bundle": bundle, "replicas": "auto", "least": 2, "most": 5, "serving": {"slots": 4}})
     (engine,) = ingress._bound_deployment.init_args
     scaling = engine._bound_deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3.0)
+    assert scaling.policy.get_policy() is policy
     (fixed,) = build({"bundle": bundle, "replicas": 3})._bound_deployment.init_args
     assert fixed._bound_deployment.num_replicas == 3
 
