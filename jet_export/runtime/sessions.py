@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from jet_export.utils.errors import JetExportError
 
 FORMAT = "jet-export session 1"
 TOKENS, LOGITS = "tokens", "logits"
+AGAIN = "Save the session again."
 
 
 class Session:
@@ -82,15 +84,17 @@ def load_session(path: str | Path, engine: Engine, fingerprint: str) -> Session:
         raise JetExportError(f"{path}: not a session file of this jet-export.", f"It reads {FORMAT!r}.")
     claimed = metadata.pop("sha256", "")
     if digest(tensors, metadata) != claimed:
-        raise JetExportError(f"{path}: damaged (sha256 differs).", "Save the session again.")
-    if metadata["fingerprint"] != fingerprint:
+        raise JetExportError(f"{path}: damaged (sha256 differs).", AGAIN)
+    if metadata.get("fingerprint") != fingerprint:
         raise JetExportError(
             f"{path}: the session belongs to another bundle.", "Continue it with the bundle that made it."
         )
-    tokens, logits = tensors.pop(TOKENS).tolist(), tensors.pop(LOGITS, None)
+    tokens, held, logits = tensors.pop(TOKENS, None), metadata.get("held", ""), tensors.pop(LOGITS, None)
+    if tokens is None or tokens.dtype != torch.int64 or tokens.dim() != 1 or not re.fullmatch("[0-9]{1,9}", held):
+        raise JetExportError(f"{path}: no session: its tokens, or their number, are not there.", AGAIN)
     states = {name.removeprefix("state."): t.to(engine.device) for name, t in tensors.items()}
     logits = None if logits is None else logits.to(engine.device)
-    snapshot = Snapshot(tuple(tokens), int(metadata["held"]), states, logits)
+    snapshot = Snapshot(tuple(tokens.tolist()), int(held), states, logits)
     _check(path, snapshot, engine)
     return Session(snapshot, fingerprint)
 
@@ -104,7 +108,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except OSError as e:
         raise JetExportError(f"{path}: the session cannot be read ({e}).") from None
     except (SafetensorError, ValueError) as e:
-        raise JetExportError(f"{path}: damaged or truncated ({e}).", "Save the session again.") from None
+        raise JetExportError(f"{path}: damaged or truncated ({e}).", AGAIN) from None
 
 
 def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -136,7 +140,7 @@ def _check(path: Path, snapshot: Snapshot, engine: Engine) -> None:
         and (logits is None or logits.shape == (config.vocab_size,))
     )
     if not good:
-        raise JetExportError(f"{path}: its states are not those of this bundle's model.", "Save the session again.")
+        raise JetExportError(f"{path}: its states are not those of this bundle's model.", AGAIN)
 
 
 class Sessions:

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from rich.console import Console
 from safetensors.torch import save_file
 
-from jet_export.backends.eager import load_eager
+from jet_export.backends.eager import EagerEngine, load_eager
 from jet_export.backends.load import check_bundle
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import MANIFEST, WEIGHTS, Manifest, describe_files
@@ -21,6 +21,7 @@ from jet_export.bundle.target import host_target
 from jet_export.cli import inspect_report
 from jet_export.model.jet_nemotron import empty_model
 from jet_export.quantization.quantize import QuantizationReport, apply_report
+from jet_export.runtime.draft_model import DraftModel, load_draft
 from jet_export.runtime.llm import LLM
 from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.utils.errors import JetExportError
@@ -109,6 +110,32 @@ def test_values(bundle: Path, original: str) -> None:
         refuses(load_and_run, bundle)
         refuses(inspect_report.inspect_bundle, bundle, None, None)
 
+    look()
+
+
+def test_as_a_draft(bundle: Path, original: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle beside another one: what is loaded drafts for it."""
+    values = json.loads(original)
+
+    def load(path: Path) -> tuple[EagerEngine, Manifest]:
+        manifest = Manifest.load(path)
+        check_bundle(path, manifest)
+        return load_eager(path, manifest), manifest
+
+    monkeypatch.setattr("jet_export.runtime.draft_model.load_engine", load)
+
+    def drafts() -> None:
+        DraftModel(load_draft(bundle, ByteTokenizer(), 128), 2)
+
+    @given(mutated(values))
+    @example(_with_config(values, vocab_size=64))
+    @example({**values, "limits": {**values["limits"], "max_batch_size": 1}})
+    @fuzz(20)
+    def look(values: Any) -> None:
+        (bundle / MANIFEST).write_text(json.dumps(values))
+        refuses(drafts)
+
+    drafts()
     look()
 
 

@@ -30,7 +30,7 @@ def refuses(call: Any, *args: Any) -> None:
 
 
 @given(mutated(tomllib.loads(RETROFIT.read_text()), root=False))
-@fuzz(150)
+@fuzz(80)
 def test_a_retrofits_recipe(values: Any) -> None:
     refuses(lambda: check_recipe(recipe_of(values, "r.toml")))
 
@@ -38,13 +38,13 @@ def test_a_retrofits_recipe(values: Any) -> None:
 @given(mutated(tomllib.loads(POSTNAS.read_text()), root=False))
 @example({**tomllib.loads(POSTNAS.read_text()), "teacher": "x" * 300})  # OSError: file name too long
 @example({**tomllib.loads(POSTNAS.read_text()), "teacher": "**x"})  # ValueError of glob
-@fuzz(150)
+@fuzz(80)
 def test_a_postnas_recipe(values: Any) -> None:
     refuses(postnas_recipe_of, values, "p.toml", POSTNAS.parent)
 
 
 @given(mutated(tomllib.loads(SPACE.read_text()), root=False))
-@fuzz(150)
+@fuzz(80)
 def test_a_space(values: Any) -> None:
     refuses(space_of, values, Path("s.toml"), PRESET)
 
