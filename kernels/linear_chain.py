@@ -86,7 +86,7 @@ def first_pieces(weight, i, n, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.cons
     """The first AHEAD pieces, a tuple."""
     pieces = ()
     for q in tl.static_range(AHEAD):
-        pieces = pieces + (weight_piece(weight, i, n, q, N, K, BN, BK),)  # noqa: RUF005
+        pieces = pieces + (weight_piece(weight, i, n, q, N, K, BN, BK),)  # type: ignore[assignment]  # noqa: RUF005
     return pieces
 
 
@@ -95,7 +95,7 @@ def moved_on(pieces, piece, AHEAD: tl.constexpr):
     """The pieces without the first one, and one more."""
     out = ()
     for q in tl.static_range(1, AHEAD):
-        out = out + (pieces[q],)  # noqa: RUF005
+        out = out + (pieces[q],)  # type: ignore[assignment]  # noqa: RUF005
     return out + (piece,)  # noqa: RUF005
 
 
@@ -106,6 +106,15 @@ def input_piece(x, k: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.co
     if K % BK:
         return tl.load(x + o_k, mask=o_k < K, other=0.0)
     return tl.load(x + o_k)
+
+
+@triton.jit
+def first_inputs(x, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD pieces of x, a tuple."""
+    pieces = ()
+    for k in tl.static_range(AHEAD):
+        pieces = pieces + (input_piece(x, k, K, BN, BK),)  # type: ignore[assignment]  # noqa: RUF005
+    return pieces
 
 
 @triton.jit
@@ -125,6 +134,20 @@ def store_outputs(
     if CODES:
         b_y = codes(b_y, tl.load(y_scale))
     tl.store(y + o_n, b_y.to(y.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def normed_inputs(
+    x, norm_weight, rstd, scale, K: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, QUANTISE: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """All of x, normed (or SiLU of it) and quantised, in pieces of [BK]: a tuple."""
+    pieces = ()
+    for k in tl.static_range((K + BK - 1) // BK):
+        o_k = k * BK + tl.arange(0, BK)
+        b_a = factors(x, norm_weight, o_k, o_k < K, rstd, scale, NORM, SILU, QUANTISE)
+        pieces = pieces + (b_a,)  # type: ignore[assignment]  # noqa: RUF005
+    return pieces
 
 
 @triton.jit
@@ -148,11 +171,7 @@ def normed_layer(
             b_x = tl.load(x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
             square += b_x * b_x
         rstd = tl.rsqrt(tl.sum(square, 0) / K + fp32(eps))
-    inputs = ()
-    for k in tl.static_range(PIECES):
-        o_k = k * BK + tl.arange(0, BK)
-        b_a = factors(x, norm_weight, o_k, o_k < K, rstd, scale, NORM, SILU, QUANTISE)
-        inputs = inputs + (b_a,)  # noqa: RUF005
+    inputs = normed_inputs(x, norm_weight, rstd, scale, K, NORM, SILU, QUANTISE, BK)
     for i_tile in range(i, tl.cdiv(N, BN), n):
         b_y = tl.zeros([BN, BK], tl.float32)
         b_y_up = b_y
@@ -182,9 +201,7 @@ def added_layer(
     scale = 1.0
     if QUANTISE:
         scale = tl.load(x_scale)
-    b_x = ()
-    for k in tl.static_range(AHEAD):
-        b_x = b_x + (input_piece(x, k, K, BN, BK),)  # noqa: RUF005
+    b_x = first_inputs(x, K, BN, BK, AHEAD)
     for i_tile in range(i, tl.cdiv(N, BN), n):
         b_y = tl.zeros([BN, BK], tl.float32)
         for k in tl.static_range(PIECES):
@@ -294,6 +311,7 @@ def linear_chain_triton(
     programs = 1 if INTERPRET else use.pop("programs")  # the interpreter runs one program after the other
     use.pop("programs", None)
     (D, D_O), D_M = weights[OUT].shape, weights[DOWN].shape[1]
+    use["AHEAD"] = min(use["AHEAD"], triton.cdiv(min(D_O, D_M), use["BK"]))
     N_IN = weights[IN].shape[0]
     N_SMALL = weights[SMALL].shape[0] if len(weights) > SMALL else 0
     N_GEN, R = weights[GENERATOR].shape if len(weights) > GENERATOR else (0, 16)

@@ -9,8 +9,9 @@ from jet_export.kernels import attention as _attention  # noqa: F401  registers 
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
 from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch
+from jet_export.model.chain import Linked
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.model.linear import Hidden, Layers, RMSNorm, norm_later, project
+from jet_export.model.linear import Hidden, Layers, RMSNorm, mixed, norm_later, project
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
 
@@ -48,8 +49,11 @@ class JetBlock(nn.Module):
         interval: int = 1,
     ) -> Hidden:
         """h + JetBlock(norm(h)). ahead: the linear layer that follows the block."""
-        x, later = norm_later(h, norm, self.in_proj, self.ba_proj)
-        if self.generator_dim:
+        behind = self.w2 if self.generator_dim else None
+        x, later = norm_later(h, norm, self.in_proj, self.ba_proj, behind=behind)
+        if isinstance(x, Linked):
+            qkuz, kappa = project(self.in_proj, x), self.conv1d if behind is None else project(behind, x)
+        elif self.generator_dim:
             qkuz = project(self.in_proj, x, later, ahead=(self.w2, self.o_proj))  # [T, 2 HK K + 2D + R]
             kappa = project(self.w2, qkuz[:, -self.generator_dim :], silu=True, ahead=ahead)  # [T, D * W]
         else:
@@ -67,7 +71,7 @@ class JetBlock(nn.Module):
             o = jet_block_node(*args, step_buffer, state_position, interval)
         else:
             o = torch.ops.jet.jet_block(*args, step_buffer, state_position, interval)
-        return project(self.o_proj, o, residual=h)
+        return mixed(self.o_proj, o, h)
 
 
 class Attention(nn.Module):
@@ -109,7 +113,7 @@ class Attention(nn.Module):
         o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args)
         if gate is not None:
             o = o * torch.sigmoid(gate)
-        return project(self.o_proj, o, residual=h)
+        return mixed(self.o_proj, o, h)
 
     def split_gate(self, qkvg: Tensor) -> tuple[Tensor, Tensor | None]:
         """qkv [T, (Hq + 2 Hkv) * Dh], and the gate [T, Hq * Dh] in a model that has one."""

@@ -109,7 +109,8 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
 
 
 def check(results: tuple[Tensor, ...], chain: Chain) -> None:
-    want = linear_chain_ref(*chain.args(), 1e-6)
+    reference: Callable[..., tuple[Tensor, ...]] = linear_chain_ref
+    want = reference(*chain.args(), 1e-6)
     for name, got, ref in zip(("h2", "y", "z", "k"), results, want, strict=True):
         error = float((got.float() - ref.float()).norm() / ref.float().norm())
         if not error <= BOUND:

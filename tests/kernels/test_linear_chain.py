@@ -16,9 +16,10 @@ from helpers.poison import poisoned
 
 from jet_export.kernels import configs, linear_chain
 from jet_export.kernels.gemv import FP8, gemv_ref
-from jet_export.kernels.linear_chain import DOWN, GENERATOR, SMALL, first_pieces, linear_chain_ref, normed_layer
+from jet_export.kernels.linear_chain import DOWN, GENERATOR, SMALL, first_pieces, normed_layer
 
 chain_triton: Any = linear_chain.linear_chain_triton  # called with unpacked tuples, whose lengths types do not tell
+chain_ref: Any = linear_chain.linear_chain_ref
 TILES = {"programs": 264, "BN": 4, "BK": 16, "AHEAD": 2, "num_warps": 4}
 
 
@@ -62,7 +63,7 @@ def wide(args):
 def test_the_kernel_is_the_reference(device, layers, biased):
     args = inputs(device, layers=layers, biased=tuple(i for i in biased if i < layers))
     *got, barrier = launched(args)
-    exact, reference = linear_chain_ref(*wide(args), 1e-6), linear_chain_ref(*args, 1e-6)
+    exact, reference = chain_ref(*wide(args), 1e-6), chain_ref(*args, 1e-6)
     for a, b, c in zip(got, exact, reference, strict=True):
         assert a.shape == b.shape == c.shape
         assert not a.numel() or relative_error(a, b) <= relative_error(c, b) + 1e-6
@@ -75,14 +76,14 @@ def test_layers_in_fp8_are_the_references(device, fp8):
     """A code at the edge between two may round either way, so that a few outputs are off by one code's step."""
     args = inputs(device, fp8=fp8)
     *got, _ = launched(args)
-    for a, b in zip(got, linear_chain_ref(*args, 1e-6), strict=True):
+    for a, b in zip(got, chain_ref(*args, 1e-6), strict=True):
         assert relative_error(a, b) < 0.01
 
 
 @pytest.mark.parametrize("tiles", [dict(BN=2, BK=32, AHEAD=1), dict(BN=8, BK=8, AHEAD=3)], ids=str)
 def test_every_tile_gives_the_same_sums(device, tiles):
     args = inputs(device)
-    for a, b in zip(launched(args, {**TILES, **tiles})[:4], linear_chain_ref(*wide(args), 1e-6), strict=True):
+    for a, b in zip(launched(args, {**TILES, **tiles})[:4], chain_ref(*wide(args), 1e-6), strict=True):
         assert relative_error(a, b) < 1e-6
 
 
