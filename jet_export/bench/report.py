@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from jet_export.bench.references import PAPER_DECODE_RATIO, PAPER_PREFILL_RATIO
 from jet_export.bench.rows import Row
 from jet_export.bench.serving import ServingRow
 from jet_export.utils.console import human
+from jet_export.utils.files import write_atomically
 
 R = TypeVar("R")
 Column = tuple[str, Callable[[R], str]]  # its name, and a row's cell
@@ -151,7 +153,8 @@ def write_serving_csv(path: Path, rows: Sequence[tuple[str, str, ServingRow]]) -
 
 def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for record in records for name in record))
-    with path.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, names)
-        writer.writeheader()
-        writer.writerows(records)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(records)
+    write_atomically(path, text.getvalue())

@@ -11,6 +11,7 @@ import typer
 
 from jet_export.cli.options import TrustedKey
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from jet_export.ladder.climb import LadderOptions
@@ -58,7 +59,7 @@ def verify(
     remember(bundle, result)
     print_verification(result)
     if json_file:
-        json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        write_atomically(json_file, json.dumps(result.to_dict(), indent=2) + "\n")
     if not result.passed:
         raise typer.Exit(1)
 

@@ -24,6 +24,7 @@ from jet_export.ladder.rungs import RUNGS, why_skipped
 from jet_export.ladder.site import Site
 from jet_export.utils.environment import environment
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import write_atomically
 from jet_export.utils.version import __version__
 
 Emit = Callable[[str], None]
@@ -75,7 +76,7 @@ def climb(o: LadderOptions, emit: Emit) -> dict[str, Any]:
             "bundle": about(bundle, manifest) if bundle is not None else None,
             "environment": {**environment(), **versions()},
         }
-    o.report.write_text(json.dumps(result, indent=2) + "\n")
+    write_atomically(o.report, json.dumps(result, indent=2) + "\n")
     return result
 
 

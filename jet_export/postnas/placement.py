@@ -23,6 +23,7 @@ from jet_export.training.recipe import StageRecipe
 from jet_export.training.run import Retrofit
 from jet_export.training.student import set_trainable
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import write_atomically
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -66,7 +67,7 @@ class Evaluations:
                 break
             self.known[tuple(values["attention"])] = values["scores"]
         if session.group.first:  # without a line that was cut off
-            self.path.write_text("".join(map(_line, self.known.items())), encoding="utf-8")
+            write_atomically(self.path, "".join(map(_line, self.known.items())))
 
     def __call__(self, placements: Sequence[Placement]) -> list[Scores]:
         """Raises Stopped between rounds of placements, which are kept."""

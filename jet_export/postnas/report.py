@@ -17,6 +17,7 @@ from jet_export.postnas.recipe import STEPS
 from jet_export.search.charts import library, plotly
 from jet_export.search.report import NO_CHARTS, POLICY, STYLE, table
 from jet_export.utils.environment import environment
+from jet_export.utils.files import write_atomically
 
 Result = dict[str, Any]
 
@@ -135,7 +136,7 @@ SECTIONS = {
 def main(directory: str) -> None:
     output = Path(directory)
     results = {s: json.loads(p.read_text("utf-8")) for s in STEPS if (p := output / s / "result.json").exists()}
-    (output / "report.html").write_text(report(results, environment()), encoding="utf-8")
+    write_atomically(output / "report.html", report(results, environment()))
     print(f"written: {output / 'report.html'}")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from jet_export.search import charts
 from jet_export.search.scores import published
 from jet_export.utils.console import human
+from jet_export.utils.files import write_atomically
 
 STYLE = """
 body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -170,7 +171,7 @@ def environment_section(results: dict[str, Any]) -> str:
 def main(file: str, page: str | None = None) -> None:
     results = Path(file)
     out = Path(page) if page else results.with_name("report.html")
-    out.write_text(report(json.loads(results.read_text(encoding="utf-8"))), encoding="utf-8")
+    write_atomically(out, report(json.loads(results.read_text(encoding="utf-8"))))
     print(f"written: {out}")
 
 

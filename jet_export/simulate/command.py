@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,15 +132,16 @@ def _options(o: SimulateOptions, slots: int, pages: int) -> dict[str, Any]:
 def _write(output: Path, result: dict[str, Any], outcome: Outcome) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_result(output / RESULT, result)
-    with (output / REQUESTS).open("w", newline="", encoding="utf-8") as f:
-        rows = csv.writer(f)
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(
+        ["arrival_s", "prompt", "output", "session", "cached", "ttft_s", "tpot_s", "end_s", "failed", "tries"]
+    )
+    for j in outcome.jobs:
+        a, good = j.arrival, not j.failed
+        times = [f"{ttft(j):.6f}", f"{tpot(j) or 0:.6f}"] if good else ["", ""]
         rows.writerow(
-            ["arrival_s", "prompt", "output", "session", "cached", "ttft_s", "tpot_s", "end_s", "failed", "tries"]
+            [f"{a.at:.6f}", a.prompt, a.output, a.session, j.cached, *times, f"{j.end:.6f}", j.failed, j.tries]
         )
-        for j in outcome.jobs:
-            a, good = j.arrival, not j.failed
-            times = [f"{ttft(j):.6f}", f"{tpot(j) or 0:.6f}"] if good else ["", ""]
-            rows.writerow(
-                [f"{a.at:.6f}", a.prompt, a.output, a.session, j.cached, *times, f"{j.end:.6f}", j.failed, j.tries]
-            )
+    write_atomically(output / REQUESTS, text.getvalue())
     write_atomically(output / REPORT, page(result, outcome, environment()))

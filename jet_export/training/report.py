@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.files import write_atomically
 
 LOG = "log.jsonl"
 
@@ -129,7 +130,7 @@ def _cut(log: Path, done: int) -> None:
     """Leave the lines of the first `done` steps: the rest will be run again."""
     if log.exists():
         lines = log.read_text(encoding="utf-8").splitlines()
-        log.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done), encoding="utf-8")
+        write_atomically(log, "".join(f"{line}\n" for line in lines if _step(line) <= done))
 
 
 def _step(line: str) -> float:

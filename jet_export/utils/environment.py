@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 
+from jet_export.utils.files import write_atomically
 from jet_export.utils.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, where the package runs from one
@@ -119,7 +120,5 @@ def _shown(word: str) -> str:
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Write the environment, the command, unless the result has its own, and `result` as JSON."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"environment": environment(), "command": command_line(), **result}
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    write_atomically(Path(path), json.dumps(whole, indent=1) + "\n")

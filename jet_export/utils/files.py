@@ -40,7 +40,10 @@ def check_file(path: Path, option: str = "--output") -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, entirely or not at all; directories are created."""
+    """Write `text` as UTF-8, entirely or not at all; directories are created. A device (/dev/stdout) is written to."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_text(text, encoding="utf-8")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -23,15 +23,20 @@ def _writes(event: str, args: tuple[object, ...]) -> bool:
 
 
 def _run(
-    action: Callable[[], object], number: int, fault: Callable[[], None], expected: tuple[type[Exception], ...]
+    action: Callable[[], object],
+    number: int,
+    fault: Callable[[], None],
+    expected: tuple[type[Exception], ...],
+    always: bool = False,
 ) -> None:
-    """In the child: the action, with `fault` at its change of this number. Does not return."""
+    """In the child: the action, with `fault` at its change of this number (`always`: at later ones, too). Does not
+    return."""
     left = [number]
 
     def hook(event: str, args: tuple[object, ...]) -> None:
         if _writes(event, args):
             left[0] -= 1
-            if left[0] == 0:
+            if left[0] == 0 or (always and left[0] < 0):
                 fault()
 
     status = BROKEN
@@ -75,6 +80,18 @@ def full_at_every_change(action: Callable[[], object], *expected: type[Exception
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there")
 
     return _ends(action, full, expected)
+
+
+def read_only(action: Callable[[], object], *expected: type[Exception]) -> None:
+    """The action in a child that can change no file. Fails unless it raises one of `expected`."""
+
+    def refuse() -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "there")
+
+    if (child := os.fork()) == 0:
+        _run(action, 1, refuse, expected, always=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == FAILED, f"ended with {status}"
 
 
 def files(directory: Path) -> dict[str, bytes]:
