@@ -1,6 +1,6 @@
 """The linear layers of one token between two mixers: jet::linear_chain beside jet::gemv layer by layer, one GPU.
 
-    python benchmarks/kernels/linear_chain.py [--tiles all] [--output FILE]
+    python benchmarks/kernels/linear_chain.py [--tiles all] [--dtypes fp8] [--output FILE]
 
 jet-2b's sizes: o_proj, gate_up_proj, down_proj, and the next JetBlock's in_proj, [b | a] and w2. Microseconds of one
 such chain in a CUDA graph of as many copies as do not fit L2, launched by programmatic edges, as a decode step is.
@@ -33,6 +33,7 @@ from jet_export.runtime.launch_edges import overlap_launches
 from jet_export.utils.environment import write_result
 
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
+DTYPES = {"fp8": FP8, "bf16": BF16}
 COPIES = 3e8  # bytes of weights that a graph walks through
 BOUND = 0.03  # of codes and bf16, through five layers
 NAMES = ("o_proj", "gate_up_proj", "down_proj", "in_proj", "ba_proj", "w2")
@@ -144,6 +145,7 @@ def measure(name: str, dtype: torch.dtype, tiles: list[dict[str, int]], copy: fl
 def main() -> int:
     parser = parser_of(__doc__, "linear_chain")
     parser.add_argument("--tiles", choices=("table", "all"), default="table")
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
     options = parser.parse_args()
     if lacks_gpu("linear_chain.py"):
         return 2
@@ -155,8 +157,8 @@ def main() -> int:
         print("linear_chain.py: its candidates are for 132 multiprocessors.", file=sys.stderr)
         return 2
     results: list[dict[str, Any]] = []
-    for name, dtype in itertools.product(SIZES, (FP8, BF16)):
-        results.append(measure(name, dtype, tiles, copy))
+    for name, dtype in itertools.product(SIZES, options.dtypes):
+        results.append(measure(name, DTYPES[dtype], tiles, copy))
         torch.cuda.empty_cache()
         write_result(output, {"copy_bytes_per_s": copy, "chains": results})
     return 0
