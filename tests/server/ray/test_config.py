@@ -1,6 +1,7 @@
 """What a fleet is started with: the examples' arguments, and bad options."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from jet_export.cli.app import app
 from jet_export.runtime.capacity import Serving
 from jet_export.server.openai.http import Tls
 from jet_export.server.openai.serve import HttpOptions
+from jet_export.server.ray.autoscaling import KV_AT, KV_USED
 from jet_export.server.ray.config import FleetConfig, parse_replicas
 from jet_export.server.ray.serve import check_room, serve_fleet
 from jet_export.utils.errors import JetExportError
@@ -28,6 +30,26 @@ def test_the_examples_arguments_are_read() -> None:
     service = yaml.safe_load((EXAMPLES / "kuberay.yaml").read_text())
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     assert FleetConfig.of(application["args"]).most == 4
+
+
+def test_the_examples_are_what_ray_serve_and_kuberay_take() -> None:
+    """Ray Serve's own schema; the fields of KubeRay's RayService and of its groups (apis/ray/v1, 1.4)."""
+    pytest.importorskip("ray")
+    from ray.serve.schema import ServeDeploySchema
+
+    service = yaml.safe_load((EXAMPLES / "kuberay.yaml").read_text())
+    for text in ((EXAMPLES / "serve.yaml").read_text(), service["spec"]["serveConfigV2"]):
+        assert ServeDeploySchema.model_validate(yaml.safe_load(text)).applications[0].name == "jet-export"
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    assert set(service["spec"]) == {"serveConfigV2", "rayClusterConfig"}
+    assert set(cluster) == {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
+    assert set(cluster["headGroupSpec"]) == {"rayStartParams", "template"}
+    for group in cluster["workerGroupSpecs"]:
+        assert set(group) == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(v, str) for v in group["rayStartParams"].values())  # a map of strings
 
 
 @pytest.mark.parametrize(
@@ -52,14 +74,15 @@ def test_an_application_that_scales(tmp_path: Path) -> None:
     """Ray checks the deployments' options; no cluster runs."""
     pytest.importorskip("ray")
     from jet_export.server.ray.app import build
-    from jet_export.server.ray.autoscaling import policy
 
     bundle = str(write_bundle(tmp_path / "b"))
     ingress = build({"bundle": bundle, "replicas": "auto", "least": 2, "most": 5, "serving": {"slots": 4}})
     (engine,) = ingress._bound_deployment.init_args
     scaling = engine._bound_deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3.0)
-    assert scaling.policy.get_policy() is policy
+    metrics = {KV_USED: {"a": KV_AT, "b": 2 * KV_AT}}
+    context = SimpleNamespace(config=scaling, total_num_requests=6, aggregated_metrics=metrics)
+    assert scaling.policy.get_policy()(context)[0] == pytest.approx(3)  # a copy, which Ray takes to the controller
     (fixed,) = build({"bundle": bundle, "replicas": 3})._bound_deployment.init_args
     assert fixed._bound_deployment.num_replicas == 3
 
