@@ -27,6 +27,17 @@ Ids = list[int]
 Penalty = Annotated[float, Field(ge=-2, le=2)]  # OpenAI's range
 
 
+# Fields that are not supported, with the values that ask for what is done anyway: sglang-router sends them always.
+DONE_ANYWAY = {
+    "no_stop_trim": False,
+    "skip_special_tokens": True,
+    "return_hidden_states": False,
+    "continue_final_message": False,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+}
+
+
 class ApiError(Exception):
     """Answered in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
@@ -176,7 +187,7 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     except (ValueError, RecursionError) as e:
         raise ApiError(400, f"The body is not JSON ({str(e)[:200]}).") from None
     if isinstance(values, dict):  # null is as good as absent, even for a field that is not supported
-        values = {k: v for k, v in values.items() if v is not None}
+        values = {k: v for k, v in values.items() if v is not None and v is not DONE_ANYWAY.get(k)}
     try:
         return kind.model_validate(values)
     except ValidationError as e:

@@ -9,7 +9,7 @@ pytest.importorskip("fastapi")
 
 from helpers.paths import ROOT
 
-from jet_export.server.openai.protocol import ApiError, ChatBody, CompletionBody, parse
+from jet_export.server.openai.protocol import DONE_ANYWAY, ApiError, ChatBody, CompletionBody, parse
 
 TEXT = (ROOT / "docs/serving/openai-fields.md").read_text(encoding="utf-8")
 ACCEPTED, REFUSED = TEXT.split("## Refused")
@@ -31,3 +31,13 @@ def test_what_is_said_to_be_refused_is(body) -> None:
     for field in fields:
         with pytest.raises(ApiError, match=f"{field} is not supported"):
             parse(body, json.dumps({"model": "m", **NEEDED[body], field: 1}).encode())
+
+
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody])
+def test_what_is_done_anyway_may_be_asked_for(body) -> None:
+    """sglang-router sends these with every request."""
+    needed = {"model": "m", **NEEDED[body]}
+    assert parse(body, json.dumps({**needed, **DONE_ANYWAY}).encode()) == parse(body, json.dumps(needed).encode())
+    for field, value in DONE_ANYWAY.items():
+        with pytest.raises(ApiError, match=f"{field} is not supported"):
+            parse(body, json.dumps({**needed, field: not value}).encode())
