@@ -103,7 +103,7 @@ def qwen3_5_fields(k: Qwen35Keys, where: str) -> dict[str, Any]:
 
 def _kinds(k: Qwen35Keys, where: str) -> Sequence[str]:
     """layer_types, or what full_attention_interval makes of num_hidden_layers."""
-    if not 0 < k.num_hidden_layers <= 2**16:  # before a tuple of that length is made
+    if not 0 <= k.num_hidden_layers <= 2**16:  # before a tuple of that length is made
         raise JetExportError(f"{where}: num_hidden_layers is {k.num_hidden_layers:,}.")
     if k.layer_types:
         return k.layer_types

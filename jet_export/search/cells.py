@@ -51,7 +51,8 @@ class Cell:
     def __str__(self) -> str:
         precision = "fp8" if self.fp8 else "bf16"
         if self.kind == "jet":
-            return f"jet {self.config.jet_dims(0)} {precision}, state {short_dtype(self.state_dtype)}"
+            shared = f" {self.config.key_heads} key heads" if self.config.jet_conv == "static" else ""
+            return f"jet {self.config.jet_dims(0)}{shared} {precision}, state {short_dtype(self.state_dtype)}"
         if self.kind in ("attn", "swa"):
             window = f" window {self.config.window_size}" if self.kind == "swa" else ""
             return f"{self.kind}{window} {precision}" + (", kv fp8" if self.kv_cache_dtype == "fp8" else "")
@@ -67,12 +68,17 @@ def without_extras(config: JetNemotronConfig) -> JetNemotronConfig:
     return replace(config, raw={}, max_position_embeddings=1)
 
 
+def without_jet_layers(config: JetNemotronConfig) -> JetNemotronConfig:
+    """With one size for the JetBlocks or Gated DeltaNets that it does not have."""
+    return replace(config, jet_num_key_heads=min(config.jet_num_key_heads, 1)).with_jet_dims({0: UNUSED})
+
+
 def base_cell(preset: JetNemotronConfig) -> Cell:
     """The engine without layers."""
     config = replace(without_extras(preset), layer_types=(), window_size=0, jet_layers=())
     return Cell(
         kind="base",
-        config=config.with_jet_dims({0: UNUSED}),
+        config=without_jet_layers(config),
         layers=0,
         fp8=False,
         state_dtype="float32",
@@ -83,13 +89,12 @@ def base_cell(preset: JetNemotronConfig) -> Cell:
 def layer_cell(point: Point, config: JetNemotronConfig, layer: int, depth: int) -> Cell:
     """The cell of a layer of `config`, the point's architecture: `depth` layers like it."""
     kind = config.layer_types[layer]
-    dims = config.jet_dims(layer) if kind == "jet" else UNUSED
     window = config.window_size if kind == "swa" else 0
     alone = replace(without_extras(config), layer_types=(kind,) * depth, window_size=window, jet_layers=())
     state, kv = (point.state_dtype, "auto") if kind == "jet" else ("float32", point.kv_cache_dtype)
     return Cell(
         kind=kind,
-        config=alone.with_jet_dims({0: dims}),
+        config=alone.with_jet_dims({0: config.jet_dims(layer)}) if kind == "jet" else without_jet_layers(alone),
         layers=depth,
         fp8=point.fp8,
         state_dtype=state,

@@ -91,6 +91,7 @@ def point_row(search: Search, e: Evaluation) -> dict[str, Any]:
     return {
         "point": e.label,
         "sizes": "+".join(map(str, e.point.sizes)),
+        "key_heads": e.config.key_heads if e.config is not None and e.config.jet_conv == "static" else None,
         "layout": e.point.layout,
         "window_size": e.point.window_size,
         "fp8": e.point.fp8,

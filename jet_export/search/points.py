@@ -27,6 +27,7 @@ class Point:
     fp8: bool
     state_dtype: str
     kv_cache_dtype: str  # "auto" or "fp8"
+    key_heads: int = 0  # of Gated DeltaNets; 0: the preset's
 
     def dtypes(self, model: torch.dtype) -> Dtypes:
         """Of an engine whose model dtype is `model`."""
@@ -35,13 +36,15 @@ class Point:
 
     def config(self, preset: JetNemotronConfig, space: Space) -> JetNemotronConfig:
         """Raises JetExportError if the kernels cannot compute it, or a jet layer is in no group."""
+        shared = self.key_heads or preset.jet_num_key_heads
         base = replace(
             preset,
             layer_types=tuple(LETTERS[c] for c in self.layout),
             window_size=self.window_size if "s" in self.layout else preset.window_size,
             jet_layers=(),
+            jet_num_key_heads=min(shared, 1),  # fits any number of heads, which come next
         )
-        return base.with_jet_dims(self.jet_dims(space))
+        return replace(base.with_jet_dims(self.jet_dims(space)), jet_num_key_heads=shared)
 
     def jet_dims(self, space: Space) -> dict[int, JetDims]:
         """By layer. Raises JetExportError for a jet layer in no group."""
@@ -55,6 +58,7 @@ class Point:
     def label(self, space: Space, preset: JetNemotronConfig) -> str:
         """A short name, unique in this space."""
         words = [run_lengths([str(d) for d in self.sizes]) or "attention"]
+        words += [f"key heads {self.key_heads}"] if len(space.key_heads) > 1 and self.sizes else []
         words += ["fp8" if self.fp8 else "bf16"] if len(space.fp8) > 1 or self.fp8 else []
         words += [f"state {short_dtype(self.state_dtype)}"] if len(space.state_dtype) > 1 else []
         words += [f"kv {self.kv_cache_dtype}"] if len(space.kv_cache_dtype) > 1 else []
@@ -106,7 +110,7 @@ def count_points(space: Space, preset: JetNemotronConfig) -> int:
         window = len(space.window_size) if swa else 1
         state = len(space.state_dtype) if attn + swa < n else 1
         kv = len(space.kv_cache_dtype) if attn + swa else 1
-        sizes: int = len(space.sizes) ** groups
+        sizes: int = len(space.sizes) ** groups * (len(space.key_heads) if groups else 1)
         return len(space.fp8) * window * state * kv * sizes
 
     if isinstance(space.layouts, LayerCounts):
@@ -123,11 +127,17 @@ def all_points(space: Space, preset: JetNemotronConfig) -> Iterator[Point]:
     """Every point once, in canonical form."""
     seen: set[Point] = set()
     for layout in all_layouts(space, preset.num_hidden_layers):
-        axes = (space.window_size, space.fp8, space.state_dtype, space.kv_cache_dtype)
+        axes = (space.window_size, space.fp8, space.state_dtype, space.kv_cache_dtype, space.key_heads)
         for sizes in itertools.product(space.sizes, repeat=len(used_groups(layout, space))):
-            for window, fp8, state, kv in itertools.product(*axes):
+            for window, fp8, state, kv, shared in itertools.product(*axes):
                 point = Point(
-                    sizes=sizes, layout=layout, window_size=window, fp8=fp8, state_dtype=state, kv_cache_dtype=kv
+                    sizes=sizes,
+                    layout=layout,
+                    window_size=window,
+                    fp8=fp8,
+                    state_dtype=state,
+                    kv_cache_dtype=kv,
+                    key_heads=shared,
                 )
                 point = canonical(point, space)
                 if point not in seen:
@@ -140,7 +150,7 @@ def canonical(point: Point, space: Space) -> Point:
     if "s" not in point.layout:
         point = replace(point, window_size=space.window_size[0])
     if "j" not in point.layout:
-        point = replace(point, state_dtype=space.state_dtype[0])
+        point = replace(point, state_dtype=space.state_dtype[0], key_heads=space.key_heads[0])
     if not set(point.layout) & {"a", "s"}:
         point = replace(point, kv_cache_dtype=space.kv_cache_dtype[0])
     return point

@@ -133,6 +133,7 @@ class Study:
         axes: dict[str, list[Any]] = {f"sizes_{g}": sizes for g in groups}
         axes |= {"window_size": list(space.window_size), "fp8": list(space.fp8)}
         axes |= {"state_dtype": list(space.state_dtype), "kv_cache_dtype": list(space.kv_cache_dtype)}
+        axes |= {"key_heads": list(space.key_heads)} if len(space.key_heads) > 1 else {}
         return axes if isinstance(space.layouts, LayerCounts) else {**axes, "layout": list(space.layouts)}
 
     def suggest(self, trial: Any) -> Point:
@@ -148,6 +149,7 @@ class Study:
             fp8=choice["fp8"],
             state_dtype=choice["state_dtype"],
             kv_cache_dtype=choice["kv_cache_dtype"],
+            key_heads=choice.get("key_heads", self.space.key_heads[0]),
         )
         return canonical(point, self.space)
 

@@ -37,6 +37,7 @@ class Space:
 
     sizes: tuple[JetDims, ...]
     share: str | tuple[tuple[int, ...], ...]  # "all", "each", or groups of layers
+    key_heads: tuple[int, ...] = (0,)  # of Gated DeltaNets; 0: the preset's
     fp8: tuple[bool, ...]
     state_dtype: tuple[str, ...]
     kv_cache_dtype: tuple[str, ...]  # "auto": the model dtype
@@ -71,6 +72,8 @@ class Space:
             out[name] = [str(d) for d in value] if name == "sizes" else value
         if isinstance(self.layouts, LayerCounts):
             out["layouts"] = {"attn": self.layouts.attn, "swa": self.layouts.swa}
+        if self.key_heads == (0,):
+            del out["key_heads"]
         out["parameters"] = [x if math.isfinite(x) else None for x in self.parameters]  # JSON has no infinity
         return out
 
@@ -81,8 +84,10 @@ def layout_of(config: JetNemotronConfig) -> str:
     return "".join(letter[kind] for kind in config.layer_types)
 
 
-def default_space(model: str) -> Path:
-    """The paper's table, except for jet-tiny."""
+def default_space(model: str, preset: JetNemotronConfig | None = None) -> Path:
+    """The paper's table, except for jet-tiny and for presets of Gated DeltaNets."""
+    if preset is not None and preset.jet_conv == "static":
+        return SPACES / "gated-deltanet.toml"
     return SPACES / ("jet-tiny.toml" if model == "jet-tiny" else "paper.toml")
 
 
@@ -122,6 +127,7 @@ class _Reader:
         return Space(
             sizes=self.sizes(preset),
             share=self.share(preset),
+            key_heads=self.key_heads(preset),
             fp8=unique(precision.fp8),
             state_dtype=unique(precision.state_dtype),
             kv_cache_dtype=unique(precision.kv_cache_dtype),
@@ -179,6 +185,25 @@ class _Reader:
         if not all(type(i) is int and 0 <= i < n for i in layers) or len(set(layers)) != len(layers):
             raise self.bad("jet.share names a layer twice, or one that is not there", f"Layers are 0 to {n - 1}.")
         return tuple(tuple(group) for group in value)
+
+    def key_heads(self, preset: JetNemotronConfig) -> tuple[int, ...]:
+        """Layers of Gated DeltaNets are alike: their config.json has one size for all."""
+        axis = self.file.jet.num_key_heads
+        if preset.jet_conv == "dynamic":
+            if axis:
+                raise self.bad("jet.num_key_heads: JetBlocks share no key heads", "Leave it out.")
+        elif "s" in self.letters(preset):
+            raise self.bad("attention.layout: a Qwen3.5 has no sliding windows", "Take j and a, or counts of attn.")
+        elif self.file.jet.share != "all":
+            raise self.bad("jet.share: a Qwen3.5's Gated DeltaNets have one size for all", "Leave it out.")
+        return unique(axis) or (0,)
+
+    def letters(self, preset: JetNemotronConfig) -> set[str]:
+        """Kinds of layers that the layouts have."""
+        layouts = self.layouts(preset)
+        if isinstance(layouts, LayerCounts):
+            return {"j", "a", "s"} if any(layouts.swa) else {"j", "a"}
+        return set("".join(layouts))
 
     def layouts(self, preset: JetNemotronConfig) -> tuple[str, ...] | LayerCounts:
         value, n = self.file.attention.layout, preset.num_hidden_layers

@@ -30,6 +30,7 @@ class JetTable:
     head_k_dim: Axis = ()
     head_v_dim: Axis = ()
     num_heads: Axis = ()
+    num_key_heads: Axis = ()  # of Gated DeltaNets
     share: Any = "all"  # or "each", or groups of layers
 
 

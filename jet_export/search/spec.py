@@ -15,7 +15,6 @@ from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.bundle.dtypes import torch_dtype
 from jet_export.bundle.target import target_device
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.qwen3_5 import not_yet
 from jet_export.search.choose import Selector
 from jet_export.search.constraints import Constraints
 from jet_export.search.database import MeasurementSetup
@@ -95,11 +94,10 @@ class SearchSpec:
         JetExportError; writes nothing."""
         options.check_ranges()
         config = make_plan(build_options(options, host)).config
-        not_yet(config, f"--model {options.model}")
         preset = replace(config, raw={k: v for k, v in config.raw.items() if k != RECORD_KEY})
         host = host or Host.of(target_device(options.device))
         backend = choose_measured_backend(options.backend, host.arch)
-        space_file = options.space or default_space(options.model)
+        space_file = options.space or default_space(options.model, preset)
         space = read_space(space_file, preset)
         check_fp8(space, space_file, options.dtype, host)
         name = f"{Path(options.model).name.removesuffix('.json')}-{backend.name}"

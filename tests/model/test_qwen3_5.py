@@ -24,7 +24,6 @@ from jet_export.model.hub import load_config
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
 from jet_export.runtime.llm import LLM
 from jet_export.runtime.tokenizer import ByteTokenizer
-from jet_export.search.spec import SearchOptions, SearchSpec
 from jet_export.utils.errors import JetExportError, JetExportWarning
 
 TOLERANCE = 1e-5  # fp32, 64 tokens
@@ -278,8 +277,6 @@ def test_what_other_tools_do_not_take(golden: Golden, tmp_path) -> None:
     options = BuildOptions(model=model, device="cpu", dtype="float32", output=tmp_path / "out")
     with pytest.raises(JetExportError, match=r"--target trtllm-1\.2: not for qwen3_5_text models"):
         run_export(options, "trtllm-1.2")
-    with pytest.raises(JetExportError, match=r"--model .*: not for qwen3_5_text models"):
-        SearchSpec.from_options(SearchOptions(model=model, device="cpu", dtype="float32"))
     assert not (tmp_path / "out").exists()
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.eager_bundle import mini_config
 from helpers.fake_executor import prepared
 
-from jet_export.model.config import JetDims
-from jet_export.model.presets import jet_2b, jet_4b
+from jet_export.model.config import JetDims, JetNemotronConfig
+from jet_export.model.presets import jet_2b, jet_4b, qwen3_5_2b
 from jet_export.search.constraints import Constraints
 from jet_export.search.machine import usable_memory
 from jet_export.search.points import Point, all_points, count_points
@@ -25,8 +26,6 @@ def space_of(tmp_path: Path, text: str, config=None):
 
 
 def test_the_default_space_is_the_papers_table() -> None:
-    import torch
-
     preset = jet_2b()
     space = read_space(default_space("jet-2b"), preset)
     assert len(space.sizes) == 9
@@ -47,12 +46,45 @@ def test_every_committed_space_is_read(path: Path) -> None:
     from jet_export.model.hub import load_config
 
     preset = load_config("jet-tiny") if "tiny" in path.name else jet_2b()
+    preset = qwen3_5_2b() if "deltanet" in path.name else preset
     assert count_points(read_space(path, preset), preset) > 1
 
 
-def test_jet_tiny_has_a_space_of_its_own() -> None:
-    import torch
+def test_shapes_of_gated_delta_nets(tmp_path) -> None:
+    """Key heads are an axis; the state bounds K, V and H, and value heads are a multiple of key heads."""
+    preset = qwen3_5_2b()
+    space = read_space(default_space("qwen3.5-2b", preset), preset)
+    constraints = Constraints(preset=preset, space=space, dtype=torch.bfloat16, device_bytes=None)
+    points = list(all_points(space, preset))
+    assert len(points) == count_points(space, preset) == 2 * 3 * 3
+    refused = [p for p in points if constraints.refusal(p)]
+    assert {p.sizes for p in refused} == {(JetDims(16, 128, 256),)} and len(refused) == 3
+    config = next(p for p in points if p.key_heads == 4 and p.sizes == (JetDims(16, 64, 256),)).config(preset, space)
+    assert (config.key_heads, config.jet_dims(0)) == (4, JetDims(16, 64, 256))
+    assert JetNemotronConfig.from_dict(config.to_dict()) == config
+    assert len({p.label(space, preset) for p in points}) == len(points)
+    odd = space_of(tmp_path, '[jet]\nsizes = ["preset", "128x128x24"]\n', preset)
+    constraints = replace(constraints, space=odd)
+    assert [constraints.refusal(p) for p in all_points(odd, preset)][1] == (
+        "16 key heads beside 24 value heads, convolution static. Value heads are a multiple of key heads, which only a "
+        "static convolution may have fewer of"
+    )
 
+
+@pytest.mark.parametrize(
+    ("text", "config", "message"),
+    [
+        ("[jet]\nnum_key_heads = 2", None, "jet.num_key_heads: JetBlocks share no key heads"),
+        ('[jet]\nshare = "each"', qwen3_5_2b(), "jet.share: a Qwen3.5's Gated DeltaNets have one size for all"),
+        ("[attention]\nlayout = {swa = 1}", qwen3_5_2b(), "attention.layout: a Qwen3.5 has no sliding windows"),
+    ],
+)
+def test_what_gated_delta_nets_do_not_have(tmp_path, text: str, config, message: str) -> None:
+    with pytest.raises(JetExportError, match=message):
+        space_of(tmp_path, text, config)
+
+
+def test_jet_tiny_has_a_space_of_its_own() -> None:
     from jet_export.model.hub import load_config
 
     preset = load_config("jet-tiny")
@@ -191,8 +223,6 @@ def test_what_a_layout_does_not_use_is_no_choice(tmp_path) -> None:
 
 
 def test_the_bound_is_the_presets_at_the_points_precision(tmp_path) -> None:
-    import torch
-
     text = '[precision]\nstate_dtype = ["float32", "bfloat16"]\nkv_cache_dtype = ["auto", "fp8"]\n'
     preset = jet_4b()
     space = space_of(tmp_path, text + "[measure]\nbatch = 2\ncontext = 4096", preset)
@@ -252,8 +282,6 @@ def test_memory_is_bounded_at_the_largest_pair(tmp_path) -> None:
 
 
 def test_a_gpus_memory_is_bounded_as_inspect_does(monkeypatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100_000))
     assert usable_memory(torch.device("cuda")) == 92_000
 
