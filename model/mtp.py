@@ -53,7 +53,7 @@ class MultiTokenPredictor(nn.Module):
         files = CheckpointFiles.open(directory)
         check_predictor(files)
         predictor = empty_predictor(model)
-        params = dict(predictor.named_parameters())
+        params: dict[str, Tensor] = dict(predictor.named_parameters())
         fill(files, predictor_layout(files.config), params)
         return predictor
 

@@ -118,7 +118,7 @@ class MtpDraft:
             self.known[s] = pairs
         batch = self._batch([s.request.slot for s in sequences], lens, held)
         ids = torch.tensor(tokens, dtype=torch.int64, device=self.engine.device)
-        out = self.predictor(ids, torch.cat(hidden), batch, self.states, Form.MIXED)
+        out: Tensor = self.predictor(ids, torch.cat(hidden), batch, self.states, Form.MIXED)
         return out[batch.cu_seqlens[1:].long() - 1]
 
     def _batch(self, slots: list[int], lens: list[int], held: list[int]) -> PackedBatch:

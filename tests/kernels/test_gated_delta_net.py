@@ -51,10 +51,11 @@ def test_one_launch_for_few_tokens_is_the_two_for_any(device, most, rollback) ->
     p = Packed(**lens, H=2, key_heads=1, extra=8, device=device)
     S, _, C = p.conv_state.shape
     p.tensors["conv_state"] = torch.randn(S, 3 + rollback, C, generator=torch.Generator().manual_seed(1)).to(device)
-    u, kappa, state, *rest = p.conv_args(torch.float32)
+    u, kappa, state, cu, slots, context = p.conv_args(torch.float32)
     other = state.clone()
     with poisoned():
-        two, one = dynamic_conv_triton(u, kappa, state, *rest), dynamic_conv_triton(u, kappa, other, *rest, most=most)
+        two = dynamic_conv_triton(u, kappa, state, cu, slots, context)
+        one = dynamic_conv_triton(u, kappa, other, cu, slots, context, most=most)
     assert torch.equal(one, two) and torch.equal(other, state) and one.isfinite().all()
 
 

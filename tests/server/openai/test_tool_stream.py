@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from jet_export.server.openai.tool_stream import ArgumentsPiece, CallBegins, TextPiece, ToolParser
 
-NAMES = {"weather": {}, "now": {}}  # and the schemas of their arguments
+NAMES: dict[str, dict[str, Any]] = {"weather": {}, "now": {}}  # and the schemas of their arguments
 
 
 def call(name: str, arguments: str, end: str = "}\n</tool_call>") -> str:
