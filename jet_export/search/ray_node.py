@@ -100,7 +100,8 @@ class Joined(io.RawIOBase):
     """Chunks, read as one file."""
 
     def __init__(self, chunks: Iterator[Bytes]) -> None:
-        self.chunks, self.rest = chunks, memoryview(b"")
+        self.chunks: Iterator[Any] = chunks
+        self.rest = memoryview(b"")
 
     def readable(self) -> bool:
         return True

@@ -23,7 +23,9 @@ class PrefixRouter(RequestRouter):
 
     def initialize_state(self, policy: str = POLICIES[0], slack: int = SLACK, **_: Any) -> None:
         self.router: Router[str] = Router(policy, slack=slack)
-        self.loads: Counter[str] = Counter()  # replica -> calls
+        self.running: set[tuple[str, str]] = set()  # (Ray's id of a call, replica)
+        self.ended: OrderedDict[tuple[str, str], None] = OrderedDict()  # calls that Ray has not said to be routed
+        self.loads: Counter[str] = Counter()  # of `running`, by replica
         self.on_the_way: OrderedDict[str, str] = OrderedDict()  # Ray's id of a call -> replica
         self.had: OrderedDict[int, set[str]] = OrderedDict()  # number of a call -> replicas
 
@@ -48,15 +50,29 @@ class PrefixRouter(RequestRouter):
         return [[by_name[r]] for r in (chosen, *others)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        self.on_the_way.pop(pending_request.metadata.internal_request_id, None)
-        self.loads[replica_id.unique_id] += 1
+        name = pending_request.metadata.internal_request_id
+        self.on_the_way.pop(name, None)
+        key = (name, replica_id.unique_id)
+        if key in self.ended:  # a short call may have ended before Ray comes to say this
+            del self.ended[key]
+        elif key not in self.running:
+            self.running.add(key)
+            self.loads[replica_id.unique_id] += 1
         if call := _call(pending_request):
             self.had.setdefault(call.number, set()).add(replica_id.unique_id)
             if len(self.had) > REMEMBERED:
                 self.had.popitem(last=False)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self.loads[replica_id.unique_id] -= 1
+        """Ray says so too of calls that a replica has rejected, which are never said to be routed."""
+        key = (internal_request_id, replica_id.unique_id)
+        if key in self.running:
+            self.running.discard(key)
+            self.loads[replica_id.unique_id] -= 1
+            return
+        self.ended[key] = None
+        if len(self.ended) > REMEMBERED:
+            self.ended.popitem(last=False)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)

@@ -43,8 +43,28 @@ def test_calls_on_their_way_and_calls_that_run_count() -> None:
     for i, r in enumerate((A, B, A, B)):
         made.on_request_routed(request(i), r.replica_id, None)
     assert not made.on_the_way and made.loads == {"a": 2, "b": 2}
-    made.on_request_completed(B.replica_id, "")
+    made.on_request_completed(B.replica_id, "r1")
     assert choose(made, request(5)) == "b"
+
+
+def test_a_call_that_is_rejected_never_ran() -> None:
+    """Ray says that it has ended, and not that it was routed."""
+    made = router()
+    for i, r in enumerate((A, B)):
+        assert choose(made, request(i)) == r.replica_id.unique_id
+        made.on_request_routed(request(i), r.replica_id, None)
+    for i in range(2, 6):
+        made.on_request_completed(A.replica_id, f"r{i}")
+    assert [choose(made, request(i)) for i in range(6, 10)] == ["a", "b", "a", "b"]
+
+
+def test_a_call_that_has_ended_before_it_is_said_to_be_routed_does_not_run() -> None:
+    made = router()
+    for i in range(4):
+        assert choose(made, request(i)) == "a"
+        made.on_request_completed(A.replica_id, f"r{i}")
+        made.on_request_routed(request(i), A.replica_id, None)
+    assert not made.running and not made.ended and made.loads["a"] == 0
 
 
 def test_a_prefix_stays_and_no_call_is_lost_twice_to_one_replica() -> None:
@@ -53,7 +73,7 @@ def test_a_prefix_stays_and_no_call_is_lost_twice_to_one_replica() -> None:
     assert choose(made, first) == "a"
     made.on_request_routed(first, A.replica_id, None)
     assert choose(made, request(2, b"p", b"q")) == "a"
-    made.on_request_completed(A.replica_id, "")  # it was lost
+    made.on_request_completed(A.replica_id, "r1")  # it was lost
     assert choose(made, request(1, b"p", name="again")) == "b"
     assert choose(made, request(1, b"p", name="once more"), A) == "a"  # there is no other
 
