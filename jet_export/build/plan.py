@@ -19,7 +19,6 @@ from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
 from jet_export.model.hf_files import TOKENIZER, tokenizer_directory
 from jet_export.model.hub import PRESETS, hub_config, hub_id_of, load_config, local_directory
-from jet_export.model.qwen3_5 import not_yet
 from jet_export.model.weights import CheckpointFiles, check_tensors
 from jet_export.plugins.targets import check_fp8, parse_sms, sm_name, sm_of_arch
 from jet_export.runtime.tokenizer import Tokenizer
@@ -101,7 +100,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
             f"--fuse-decode: not for {backend.name} on {target['arch']}.",
             "It needs --backend inductor and SM 9.0 or newer.",
         )
-    check_states(options.state_interval or 1, options.speculate, backend.name)
+    check_states(options.state_interval or 1, options.speculate)
     dtypes = _dtypes(options)
     if backend.name in FLAVORS and FLAVORS[backend.name].needs_gpu and device.type != "cuda":
         raise JetExportError(
@@ -117,8 +116,6 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if options.checkpoint is not None and not (options.checkpoint / "config.json").is_file():
         raise JetExportError(f"--checkpoint {options.checkpoint}: no config.json there.")
     config = _config(options, directory)
-    if backend.name in FLAVORS:
-        not_yet(config, f"--backend {backend.name}", "There are --backend inductor, and --backend onnx for the graph.")
     if directory is not None and not options.random_weights:
         check_tensors(CheckpointFiles.open(directory))
     _check_tokenizer(options, config)
@@ -142,7 +139,8 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         raise JetExportError(f"--fp8: {target['arch']} has no FP8 arithmetic.", "FP8 needs SM 8.9 or newer.")
     weights = weight_bytes(config, dtypes.model, fp8, options.fp8_lm_head)
     full = weight_bytes(config, dtypes.model, False)
-    memory = engine_memory(config, limits, dtypes, weights)
+    plans = 2 if sms and dtypes.rollback else 1  # of a TensorRT bundle, each with its own copy of the weights
+    memory = engine_memory(config, limits, dtypes, plans * weights)
     source = _source(options, directory)
     return BuildPlan(
         options=options,
@@ -158,7 +156,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         fp8=fp8,
         memory=memory,
         download_bytes=0 if directory or options.random_weights else full,
-        disk_bytes=(2 if sms else 1) * weights + 20_000_000,  # a TensorRT plan has its own copy
+        disk_bytes=(1 + plans if sms else 1) * weights + 20_000_000,
         build_memory=max(2 * full, 4 * weights if sms else 0) + 1_500_000_000,
         seconds=expected_seconds(config, full, backend.name),
         warnings=[*warnings, *filter(None, [backend.warning])],

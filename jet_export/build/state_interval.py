@@ -1,5 +1,4 @@
-"""`build --state-interval`: the tokens between two writes of a recurrent state, a number or what the table says; and
-which backends have it and `--speculate`."""
+"""`build --state-interval`: the tokens between two writes of a recurrent state, a number or what the table says."""
 
 from __future__ import annotations
 
@@ -52,16 +51,11 @@ def table_interval(
     return Interval(rule.use["tokens"], rule.source)
 
 
-def check_states(interval: int, speculate: int, backend: str) -> None:
-    """Raises JetExportError for a --state-interval or --speculate that is out of range or that the backend lacks."""
+def check_states(interval: int, speculate: int) -> None:
+    """Raises JetExportError for a --state-interval or --speculate that is out of range."""
     for flag, value, low, high in (
         ("--state-interval", interval, 1, MOST),
         ("--speculate", speculate, 0, MAX_VERIFY - 1),
     ):
         if not low <= value <= high:
             raise JetExportError(f"{flag} {value}: it must be from {low} to {high}.")
-        if value != low and backend not in ("inductor", "onnx"):
-            raise JetExportError(
-                f"{flag}: {backend} engines write states at every token and verify no drafts.",
-                "Leave it out, or choose --backend inductor (or onnx, for the graphs).",
-            )

@@ -178,8 +178,8 @@ def print_prediction(o: InspectOptions) -> None:
 
 def print_engine(bundle: Path, m: Manifest, out: Console) -> None:
     """Print whether a TensorRT engine was verified, and the layers that it really has, by profile."""
-    from jet_export.backends.tensorrt.layers import REPORT, LayerReport, rows
-    from jet_export.backends.tensorrt.profiles import NAMES
+    from jet_export.backends.tensorrt.layers import REPORT, VERIFY_REPORT
+    from jet_export.backends.tensorrt.profiles import NAMES, VERIFY_NAMES
 
     flavor = FLAVORS[m.backend["name"]]
     verified = m.build.get("verified", {})
@@ -187,14 +187,23 @@ def print_engine(bundle: Path, m: Manifest, out: Console) -> None:
     if verified.get("passed"):
         how = f"verified at the build on {verified.get('device', '?')}"
     out.print(f"{flavor.title} {m.backend.get(flavor.backend, '?')}; {how}", markup=False)
+    out.print(engine_layers(bundle / REPORT, NAMES))
+    if m.rollback:
+        out.print(engine_layers(bundle / VERIFY_REPORT, VERIFY_NAMES))
+
+
+def engine_layers(report: Path, modes: tuple[str, ...]) -> Table:
+    """The layers of one engine, with their numbers in each of its profiles."""
+    from jet_export.backends.tensorrt.layers import LayerReport, rows
+
     table = Table(box=None, header_style="bold")
     for column in ("layers of the engine", "node", "precision"):
         table.add_column(column)
-    for name in NAMES:
+    for name in modes:
         table.add_column(name, justify="right")
-    for row in rows(LayerReport.load(bundle / REPORT)):
+    for row in rows(LayerReport.load(report), modes):
         table.add_row(row.what, row.name, row.precision, *map(str, row.counts))
-    out.print(table)
+    return table
 
 
 def layer_precisions(bundle: Path) -> Table:

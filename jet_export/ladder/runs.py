@@ -35,7 +35,10 @@ def runs_of(case: Case, mixed: dict[str, tuple[list[int], list[int]]]) -> dict[s
 def small_cases(site: Site) -> list[Case]:
     """SMALL, with the step buffers and drafts of the bundle."""
     interval, rollback = site.manifest.state_interval, site.manifest.rollback
-    return [
-        replace(case, rollback=rollback, **({"interval": interval} if isinstance(case, JetBlockCase) else {}))
-        for case in SMALL
-    ]
+
+    def as_built(case: Case) -> Case:
+        if isinstance(case, JetBlockCase):
+            return replace(case, interval=interval, rollback=rollback)
+        return replace(case, rollback=rollback)
+
+    return [as_built(case) for case in SMALL]

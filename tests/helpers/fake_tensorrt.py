@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from jet_export.backends.onnx.evaluate import OnnxModel
-from jet_export.backends.tensorrt.builder import PLAN
-from jet_export.backends.tensorrt.layers import REPORT, LayerReport
+from jet_export.backends.tensorrt.builder import PLAN, VERIFY_PLAN
+from jet_export.backends.tensorrt.layers import REPORT, VERIFY_REPORT, LayerReport
 from jet_export.plugins.library import NAME as LIBRARY
 
 TORCH = {
@@ -123,15 +124,29 @@ class Checked:
         setattr(inside, name, value)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a plan's bytes stand for."""
+
+    report: LayerReport
+    graph: OnnxModel
+    profiles: int
+
+
 class FakeTensorRT:
-    """The module. `bundle`: a directory with a real plan, its layer report and its graph."""
+    """The module. `bundle`: a directory with real plans, their layer reports and their graphs."""
 
     def __init__(self, real: Any, bundle: Path) -> None:
         self.real, self.bindings = real, Bindings(real)
-        self.plan = (bundle / PLAN).read_bytes()
+        files = [(PLAN, REPORT, "model.onnx", 2), (VERIFY_PLAN, VERIFY_REPORT, "verify.onnx", 1)]
+        self.plans = {
+            (bundle / plan).read_bytes(): Plan(
+                LayerReport.load(bundle / report), OnnxModel.load(bundle / graph), profiles
+            )
+            for plan, report, graph, profiles in files
+            if (bundle / plan).is_file()
+        }
         self.library = (bundle / LIBRARY).read_bytes()
-        self.report = LayerReport.load(bundle / REPORT)
-        self.graph = OnnxModel.load(bundle / "model.onnx")
         self.contexts: list[Context] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -166,21 +181,22 @@ class Runtime:
         self.logger.log(self.trt.ILogger.ERROR, text)
 
     def deserialize_cuda_engine(self, plan: Any) -> Checked | None:
-        if bytes(plan) != self.trt.plan:
+        found = self.trt.plans.get(bytes(plan))
+        if found is None:
             self.fail("not a plan of this version")
             return None
         if not (self.engine_host_code_allowed or self.loaded):
             self.fail("Cannot find plugin: JetBlock, version: 1")
             return None
-        return self.trt.wrap("ICudaEngine", Engine(self))
+        return self.trt.wrap("ICudaEngine", Engine(self, found))
 
 
 class Engine:
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.trt = runtime, runtime.trt
-        self.bindings = {b["name"]: b for b in self.trt.report.bindings}
+    def __init__(self, runtime: Runtime, plan: Plan) -> None:
+        self.runtime, self.trt, self.graph = runtime, runtime.trt, plan.graph
+        self.bindings = {b["name"]: b for b in plan.report.bindings}
         self.num_io_tensors = len(self.bindings)
-        self.num_optimization_profiles = 2
+        self.num_optimization_profiles = plan.profiles
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.bindings)[index]
@@ -229,7 +245,7 @@ class Context:
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.profile = profile_index
-        return 0 <= profile_index < 2
+        return 0 <= profile_index < self.engine.num_optimization_profiles
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self.memory = size if memory else 0
@@ -270,7 +286,7 @@ class Context:
         if problem:
             return self.refuse(problem)
         feeds = {name: self.at(name, shape).clone() for name, shape in self.shapes.items()}
-        for name, value in self.trt.graph.run(feeds).items():
+        for name, value in self.engine.graph.run(feeds).items():
             self.at(name, tuple(value.shape)).copy_(value)
         return True
 

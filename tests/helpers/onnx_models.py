@@ -17,11 +17,18 @@ from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 GRAPH_LIMITS = Limits(max_batch_size=8, max_seq_len=512, prefill_chunk=64)
 
 
-def export(model: JetNemotronForCausalLM, directory: Path, kv_dtype: torch.dtype | None = None) -> Path:
+def export(
+    model: JetNemotronForCausalLM,
+    directory: Path,
+    kv_dtype: torch.dtype | None = None,
+    interval: int = 1,
+    rollback: int = 0,
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight" or k not in _tied(model)}
     save_file({**tensors, "cos_sin": model.cos_sin}, directory / WEIGHTS)
-    dtypes = Dtypes(model=model.dtype, kv_cache=kv_dtype or model.dtype)
+    kv_dtype = kv_dtype or model.dtype
+    dtypes = Dtypes(model=model.dtype, kv_cache=kv_dtype, state_interval=interval, rollback=rollback)
     return write_onnx(model, directory, dtypes, GRAPH_LIMITS)
 
 

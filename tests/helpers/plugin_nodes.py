@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from helpers.eager_bundle import mini_config
 from helpers.paths import ROOT
+from helpers.qwen import short_qwen
 from jet_export.kernels.form import Form
 from jet_export.ladder.inputs import attributes_of
-from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
+from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase, model_cases
 
 JET_TINY = ROOT / "jet_export/data/jet-tiny/config.json"
 MINI: list[Case] = [
@@ -14,11 +16,12 @@ MINI: list[Case] = [
 ]
 # Step buffers, drafts, shared key heads and a static convolution, a partial rotary embedding; fp32, which Triton's
 # interpreter computes rightly.
-BUFFERED: list[Case] = [
-    JetBlockCase(2, 32, 32, 4, "float32", "float32", interval=3, rollback=3),
-    JetBlockCase(4, 32, 32, 4, "float32", "float32", key_heads=2, interval=2, rollback=3),
-    AttentionCase(4, 2, 32, 16, 12, "float32", "float32", rotary_dim=8, rollback=3),
-]
+BUFFER: dict[str, Any] = {"interval": 2, "rollback": 2}
+BUFFERED_CONFIGS = {  # the models of these cases
+    "jet": mini_config(layer_types=["jet"], num_hidden_layers=1),
+    "qwen3_5": short_qwen(),
+}
+BUFFERED: list[Case] = [c for m in BUFFERED_CONFIGS.values() for c in model_cases(m, dtype="float32", **BUFFER)]
 
 
 def node_of(case: Case) -> str:

@@ -8,7 +8,6 @@ addresses. What is wrong in the plugin's arguments, strides, workspace or copies
 """
 
 import ctypes
-import importlib
 import json
 import struct
 import subprocess
@@ -22,16 +21,8 @@ sys.path.insert(1, str(Path(__file__).parents[1]))  # tests, for helpers
 from helpers.compare import relative_error
 from helpers.paths import with_helpers
 from helpers.plugin_harness import FakeGpu, image_hash
+from jet_export.plugins.cases import ATTENTION_MODULES, JET_BLOCK_MODULES
 
-MODULES = [
-    "dynamic_conv",
-    "gated_delta_rule_chunk",
-    "gated_delta_rule_decode",
-    "gated_rms_norm",
-    "rope_append",
-    "attention_prefill",
-    "attention_decode",
-]
 DTYPES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i32": torch.int32, "*fp8e4nv": torch.float8_e4m3fn}
 
 
@@ -92,22 +83,27 @@ class Replay:
             given["context_lens"] = self.stale
 
     def run(self, kernel: dict, launch: dict) -> None:
-        found = (getattr(importlib.import_module(f"jet_export.kernels.{m}"), kernel["name"], None) for m in MODULES)
+        found = (getattr(m, kernel["name"], None) for m in (*JET_BLOCK_MODULES, *ATTENTION_MODULES))
         function = next(f for f in found if f is not None)
         dynamic = [(name, kind) for name, kind in kernel["signature"] if kind != "constexpr"]
         assert launch["args"][len(dynamic) :] == [0, 0]
         given = {name: value_of(kind, bits) for (name, kind), bits in zip(dynamic, launch["args"], strict=False)}
         if self.fault:
             self.spoil(kernel["name"], given)
-        function[tuple(launch["grid"])](**given, **dict(kernel["constexprs"]))
+        constants = dict(kernel["constexprs"])
+        if "ASK" in constants:
+            constants["ASK"] = 0  # a hint to L2 in PTX, which the interpreter has not
+        function[tuple(launch["grid"])](**given, **constants)
 
 
 def evaluate(job: dict) -> dict:
-    """Teacher-forced errors and the end-to-end error of a graph whose jet:: nodes are the plugins."""
+    """Teacher-forced errors and the end-to-end error of graphs whose jet:: nodes are the plugins."""
     from jet_export.backends.eager import EagerEngine
     from jet_export.backends.graph import feeds
     from jet_export.backends.onnx.evaluate import OnnxModel
+    from jet_export.backends.onnx.export import VERIFY_GRAPH
     from jet_export.bundle.limits import Limits
+    from jet_export.kernels.form import Form
     from jet_export.model.config import JetNemotronConfig
     from jet_export.model.jet_nemotron import random_model
     from jet_export.plugins.harness.nodes import plugin_handlers
@@ -115,14 +111,17 @@ def evaluate(job: dict) -> dict:
 
     limits = Limits(max_batch_size=8, max_seq_len=256, prefill_chunk=64)
     model = random_model(JetNemotronConfig.from_json_file(job["config"]), torch.float32, "cpu", 0, limits.max_seq_len)
-    eager = EagerEngine(model, limits, kv_dtype=torch.float32, state_dtype=torch.float32)
+    interval, rollback = job.get("interval", 1), job.get("rollback", 0)
+    eager = EagerEngine(model, limits, kv_dtype=torch.float32, state_interval=interval, rollback=rollback)
     replay = Replay(Path(job["folder"]), Path(job["fake"]), job["sm"])
-    graph = OnnxModel.load(job["graph"], "cpu", plugin_handlers(job["folder"], job["headers"], replay))
+    handlers = plugin_handlers(job["folder"], job["headers"], replay)
+    graph = OnnxModel.load(job["graph"], "cpu", handlers)
+    drafts = OnnxModel.load(Path(job["graph"]).with_name(VERIFY_GRAPH), "cpu", handlers) if rollback else graph
     plain = OnnxModel.load(job["graph"])
     nodes: list[dict] = []
     whole: list[float] = []
     for step in forced_steps(eager, seed=1):
-        found = teacher_forced(graph, eager, step)
+        found = teacher_forced(drafts if step.form is Form.VERIFY else graph, eager, step)
         nodes.append({m.name: m.relative for m in found})
         if not step.decode:
             continue  # end to end a decode step, whose states are any prefill's; interpreting takes its time
@@ -137,6 +136,7 @@ def enqueued(job: dict) -> dict:
     from helpers.checked_memory import checked_memory
     from jet_export.ladder.inputs import attributes_of, node_of, random_inputs
     from jet_export.ladder.rungs import relative
+    from jet_export.ladder.runs import runs_of
     from jet_export.plugins.cases import case_from_dict, label
     from jet_export.plugins.harness.build import harness_library
     from jet_export.plugins.harness.nodes import PluginNode
@@ -148,9 +148,9 @@ def enqueued(job: dict) -> dict:
     harness = Harness(harness_library(job["headers"]), folder / NAME)
     out: dict[str, Any] = {"errors": {}, "lost": [], "hostile": 0}
     for case in map(case_from_dict, job["cases"]):
-        node = PluginNode(harness, node_of(case), attributes_of(case), replay)
-        for run, (lens, context) in job["runs"].items():
-            inputs = random_inputs(case, lens, context, "cpu")
+        for run, (lens, context, form) in runs_of(case, job["runs"]).items():
+            node = PluginNode(harness, node_of(case), attributes_of(case, form), replay)
+            inputs = random_inputs(case, lens, context, "cpu", form=form)
             want, before = inputs.reference(), [t.clone() for t in inputs.tensors]
             o, *states = node(*inputs.tensors)
             what = f"{label(case)}: {run}"
@@ -165,17 +165,18 @@ def enqueued(job: dict) -> dict:
             node.enqueue(tensors, [o.fill_(torch.nan), *inputs.states()])
             out["errors"][f"{what}: in place"] = max(map(relative, (o, *inputs.states()), want))
             for seed, kind in enumerate(job["kinds"]):
-                held = random_inputs(case, lens, context, "cpu").hostile(kind, seed)
+                held = random_inputs(case, lens, context, "cpu", form=form).hostile(kind, seed)
                 workspace = node.workspace(held.tensors)
                 with checked_memory([*held.tensors, o, workspace]):
                     node.enqueue(held.tensors, [o, *held.states()], workspace)
                 out["hostile"] += 1
-        node.close()
+            node.close()
     return out
 
 
 def faulty(job: dict) -> dict:
-    """The largest error of each node under each fault."""
+    """The largest error of each node under each fault; of cases that have it, in the form VERIFY."""
+    from jet_export.kernels.form import Form
     from jet_export.ladder.inputs import attributes_of, node_of, random_inputs
     from jet_export.ladder.rungs import relative
     from jet_export.plugins.cases import case_from_dict
@@ -189,15 +190,16 @@ def faulty(job: dict) -> dict:
     harness = Harness(harness_library(job["headers"]), folder / NAME)
     out: dict[str, dict[str, float]] = {}
     for fault in ("", *job["faults"]):
-        for case in map(case_from_dict, job["cases"]):
-            inputs = random_inputs(case, [1] * TOKENS, [9, 30, 0], "cpu")
+        for case in map(case_from_dict, job.get("faulty cases", job["cases"])):
+            form = Form.VERIFY if case.rollback else Form.MIXED
+            inputs = random_inputs(case, [1] * TOKENS, [9, 30, 0], "cpu", form=form)
             replay.fault = fault
-            node = PluginNode(harness, node_of(case), attributes_of(case), replay)
+            node = PluginNode(harness, node_of(case), attributes_of(case, form), replay)
             tensors = list(inputs.tensors)
             if fault == "missing reformat":  # the memory of the other layout, taken as it lies
                 tensors[0] = tensors[0].t().contiguous().view(tensors[0].shape)
             if fault == "swapped state binding":
-                i = 7 if inputs.node == "JetBlock" else 2
+                i = case.states[-1] if inputs.node == "JetBlock" else 2
                 tensors[i] = tensors[i].flip(0)
             errors = map(relative, node(*tensors), inputs.reference())
             found = out.setdefault(fault, {})
@@ -207,4 +209,7 @@ def faulty(job: dict) -> dict:
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    print(json.dumps((evaluate if "graph" in job else faulty if "faults" in job else enqueued)(job)))
+    found = evaluate(job) if "graph" in job else enqueued(job) if "runs" in job else {}
+    if "faults" in job:
+        found["faults"] = faulty(job)
+    print(json.dumps(found))

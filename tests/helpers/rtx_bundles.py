@@ -69,7 +69,7 @@ def four_b(layers: tuple[str, ...] = ("jet", "attn")) -> JetNemotronForCausalLM:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "jet-tiny bf16": lambda output: build(output, "jet-tiny"),
-    "jet-tiny fp8, 3 layers": lambda output: build_fp8(output, short_tiny(160)),
+    "jet-tiny fp8, 3 layers": lambda output: build_fp8(output, short_tiny(160), state_interval=2, speculate=1),
     "jet-4b fp8, 2 layers": lambda output: build_fp8(
         output, four_b(), kv_cache_dtype="fp8", state_dtype="bfloat16", sm="8.9"
     ),

@@ -146,7 +146,7 @@ def test_outcomes(monkeypatch):
 @pytest.mark.skipif(not INTERPRET, reason="on a GPU the rung runs the model's own kernels")
 def test_a_wrong_kernel_fails_the_first_rung(monkeypatch, tmp_path):
     monkeypatch.setattr(rungs, "small_cases", lambda site: runs.SMALL[1:2])
-    monkeypatch.setattr(rungs, "SMALL_RUNS", {"decode": rungs.SMALL_RUNS["decode"]})
+    monkeypatch.setattr(rungs, "SMALL_RUNS", {"decode": runs.SMALL_RUNS["decode"]})
     site = Site(bundle=tmp_path, work=tmp_path)
     assert not rungs.kernels(site).failures
     right = rungs.launch_interpreted

@@ -44,7 +44,7 @@ def test_plugin_outputs_catch(headers, tools, tmp_path):
         "faults": LAUNCHED,
         "cases": [case_to_dict(case) for case in cases],
     }
-    found = run_job(job, tmp_path)
+    found = run_job(job, tmp_path)["faults"]
     assert max(found.pop("").values()) < 1e-5
     for fault, errors in found.items():
         for node, error in errors.items():

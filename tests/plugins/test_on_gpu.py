@@ -14,8 +14,9 @@ from helpers.onnx_models import export
 
 from jet_export.backends.eager import EagerEngine
 from jet_export.backends.onnx.evaluate import OnnxModel
-from jet_export.ladder.inputs import HOSTILE, RUNS, NodeInputs, attributes_of, node_of, random_inputs
+from jet_export.ladder.inputs import HOSTILE, RUNS, NodeInputs, random_inputs
 from jet_export.ladder.rungs import bound_of, relative
+from jet_export.ladder.runs import runs_of
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.plugins.cases import AttentionCase, Case, JetBlockCase
 from jet_export.plugins.harness.nodes import PluginNode, plugin_handlers
@@ -34,7 +35,12 @@ CASES: list[Case] = [
     AttentionCase(12, 2, 128, 128, 1152, BF16, BF16),
     AttentionCase(16, 2, 128, 128, 0, BF16, FP8),
     AttentionCase(16, 2, 128, 128, 2048, BF16, FP8),
+    JetBlockCase(12, 96, 256, 4, BF16, "float32", interval=8, rollback=5),
+    JetBlockCase(16, 128, 128, 4, BF16, "float32", key_heads=16),  # qwen3.5-2b
+    JetBlockCase(32, 128, 128, 4, BF16, "float32", key_heads=16, interval=8, rollback=5),  # qwen3.5-4b
+    AttentionCase(16, 4, 256, 128, 0, BF16, BF16, rotary_dim=64, rollback=5),
 ]
+CALLS = [(case, run) for case in CASES for run in runs_of(case, RUNS)]
 STREAMS = 4
 
 
@@ -53,7 +59,7 @@ class Call:
     """A plugin object of its own, bound to tensors of its own."""
 
     def __init__(self, harness: Harness, inputs: NodeInputs, in_place: bool) -> None:
-        self.node = PluginNode(harness, node_of(inputs.case), attributes_of(inputs.case))
+        self.node = PluginNode(harness, inputs.node, inputs.attributes)
         self.inputs = NodeInputs(inputs.case, [t.clone() for t in inputs.tensors], inputs.attributes)
         (dtype, shape), *_ = self.node.output_shapes(self.inputs.tensors)
         o = torch.full(shape, torch.nan, dtype=getattr(torch, dtype), device="cuda")
@@ -73,13 +79,13 @@ def check(call: Call, wanted: list[torch.Tensor], exact: bool) -> None:
         assert relative(got, want) <= bound_of(call.inputs.case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("case", "run"), CALLS, ids=str)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_plugin_is_the_op(plugins, case, run, in_place):
     """With separate outputs, states are returned whole: the rows in `slots` updated, the others unchanged."""
     harness, exact = plugins
-    inputs = random_inputs(case, *RUNS[run], "cuda")
+    lens, context, form = runs_of(case, RUNS)[run]
+    inputs = random_inputs(case, lens, context, "cuda", form=form)
     call = Call(harness, inputs, in_place)
     call()
     check(call, inputs.op(), exact)

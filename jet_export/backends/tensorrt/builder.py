@@ -19,6 +19,7 @@ from typing import Any
 from jet_export.backends.tensorrt.flavors import FLAVORS
 
 PLAN = "engine.plan"
+VERIFY_PLAN = "verify.plan"  # of verify.onnx, with weights of its own
 LAYERS = "layers.txt"
 RESULT = "result.json"
 LAYER_DUMP = ("Layers:\n", "Engine Layer Information:\n")

@@ -17,7 +17,7 @@ from typing import Any
 
 from jet_export.backends.tensorrt.profiles import NAMES
 
-REPORT = "layers.json"  # in a bundle
+REPORT, VERIFY_REPORT = "layers.json", "verify_layers.json"  # in a bundle
 
 # TensorRT's terms -> ours
 DTYPES = {"FP8": "fp8", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32", "Half": "fp16",
@@ -187,17 +187,16 @@ def expected(graph: Path, fp8: Iterable[str]) -> Expected:
     return Expected(plugins, products)
 
 
-def check(report: LayerReport, want: Expected) -> list[str]:
-    """One line for each requirement that the engine violates."""
+def check(report: LayerReport, want: Expected, names: tuple[str, ...] = NAMES) -> list[str]:
+    """One line for each requirement that the engine violates. `names`: of its profiles."""
     if not report.layers:
         return ["TensorRT logged no layers, so the engine cannot be checked"]
     hosts = [f"{b['name']} is bound on the host, where no call binds it" for b in report.bindings if b["host"]]
-    return hosts + [f for profile in range(len(NAMES)) for f in _check_profile(report, want, profile)]
+    return hosts + [f for i, name in enumerate(names) for f in _check_profile(report, want, i, name)]
 
 
-def _check_profile(report: LayerReport, want: Expected, profile: int) -> Iterator[str]:
+def _check_profile(report: LayerReport, want: Expected, profile: int, where: str) -> Iterator[str]:
     layers = [x for x in report.layers if x.profile == profile]
-    where = NAMES[profile]
     for node, states in want.plugins.items():
         found = report.of("plugin", node, profile)
         if len(found) != 1:
@@ -244,17 +243,18 @@ class Row:
     counts: tuple[int, ...]  # by profile
 
 
-def rows(report: LayerReport) -> list[Row]:
-    """GEMMs by projection and precision, plugins by node, the rest by kind. Copies always have a row."""
+def rows(report: LayerReport, names: tuple[str, ...] = NAMES) -> list[Row]:
+    """GEMMs by projection and precision, plugins by node, the rest by kind. Copies always have a row. `names`: of the
+    engine's profiles."""
     counts: dict[tuple[str, str, str], Counter[int]] = {("copies", "", ""): Counter()}
     titles = {"gemm": "GEMM", "kernel": "fused elementwise kernels", "copy": "copies", "sync": ""}
     for layer in report.layers:
         title = titles.get(layer.kind, layer.kind)
         if title:
             named = layer.named if layer.kind in ("gemm", "plugin") else []
-            names = dict.fromkeys(re.sub(r"^layers\.\d+\.", "", n) for n in named if n in layer.nodes) or named
-            key = title, " + ".join(names), layer.precision if layer.kind == "gemm" else ""
+            found = dict.fromkeys(re.sub(r"^layers\.\d+\.", "", n) for n in named if n in layer.nodes) or named
+            key = title, " + ".join(found), layer.precision if layer.kind == "gemm" else ""
             counts.setdefault(key, Counter())[layer.profile] += 1
     order = {"plugin": 0, "GEMM": 1, "copies": 9}
     keys = sorted(counts, key=lambda k: (order.get(k[0], 5), k))
-    return [Row(*k, tuple(counts[k][p] for p in range(len(NAMES)))) for k in keys]
+    return [Row(*k, tuple(counts[k][p] for p in range(len(names)))) for k in keys]

@@ -1,4 +1,6 @@
-"""The two optimisation profiles of the graph: the sizes that its inputs may have in prefill and in decode.
+"""The optimisation profiles of the graphs: the sizes that their inputs may have.
+
+One engine has the profiles of prefill and decode, another that of calls that verify drafts.
 
 For every size of every input TensorRT takes (minimum, optimum, maximum), which determine kernels, workspace, and the
 shapes that a call may have.
@@ -17,23 +19,35 @@ Sizes = tuple[int, int, int]  # minimum, optimum, maximum
 Shapes = dict[str, list[tuple[int, ...]]]  # input -> its minimum, optimum and maximum shape
 
 NAMES = ("prefill", "decode")  # by number
+VERIFY_NAMES = ("verify",)  # of the engine of verify.onnx
 ROWS = 4  # sequences of verify's steps, whatever the limits
 POOLS = 8  # a pool may have so many times the rows that the limits need, for the prefix cache and --kv-tokens
 LOGITS = 128  # most rows of logits that verify asks for
 SMALL_TOKENS = 32
+ROUNDED = 16  # tokens; a captured call that verifies has two a sequence and so many more at most, see verify_calls.py
 
 
-def sizes(config: JetNemotronConfig, limits: Limits, decode: bool) -> dict[str, Sizes]:
-    """The graph's dynamic sizes, by name."""
+def sizes(config: JetNemotronConfig, limits: Limits, mode: str, rollback: int = 0) -> dict[str, Sizes]:
+    """The graph's dynamic sizes, by name. `mode`: one of NAMES and VERIFY_NAMES; `rollback`: as a manifest's."""
     n, chunk = limits.max_batch_size, limits.prefill_chunk
     rows = max(n, ROWS)
-    sequences = rows if decode else rows + 1  # a captured call has one of padding, see runtime/calls.py
     pages, ring = pages_per_sequence(config, limits.max_seq_len, chunk)
     tokens = max(limits.max_prefill_tokens, SMALL_TOKENS)
+    calls: dict[str, tuple[Sizes, Sizes, Sizes]] = {  # sequences, tokens, outputs; padding rows included
+        "decode": ((1, n, rows), (1, n, rows), (1, n, rows)),
+        "prefill": (
+            (1, min(n, 4), rows + 1),
+            (1, min(chunk, tokens), tokens),
+            (1, min(n, 4), min(tokens, max(chunk, rows, LOGITS))),
+        ),
+        "verify": (
+            (1, n, 2 * rows),
+            (1, n * rollback, rows * (rollback + 2) + ROUNDED),
+            (1, n * rollback, rows * (rollback + 2) + ROUNDED),
+        ),
+    }
     return {
-        "sequences": (1, n if decode else min(n, 4), sequences),
-        "tokens": (1, n, rows) if decode else (1, min(chunk, tokens), tokens),
-        "outputs": (1, n, rows) if decode else (1, min(n, 4), min(tokens, max(chunk, rows, LOGITS))),
+        **dict(zip(("sequences", "tokens", "outputs"), calls[mode], strict=True)),
         "table_pages": (1, pages, pages),
         "ring_pages": (1, ring, ring),
         "slots": (1, n, POOLS * rows),
@@ -68,7 +82,9 @@ def _size(dim: int | str, known: Mapping[str, Sizes]) -> Sizes:
     return low + extra, likely + extra, high + extra
 
 
-def profiles(graph: Path, config: JetNemotronConfig, limits: Limits) -> list[Shapes]:
-    """The shapes of each profile, in the order of NAMES."""
+def profiles(
+    graph: Path, config: JetNemotronConfig, limits: Limits, names: tuple[str, ...] = NAMES, rollback: int = 0
+) -> list[Shapes]:
+    """The shapes of each profile, in the order of `names`."""
     inputs = graph_inputs(graph)
-    return [shapes(inputs, sizes(config, limits, decode=name == "decode")) for name in NAMES]
+    return [shapes(inputs, sizes(config, limits, name, rollback)) for name in names]

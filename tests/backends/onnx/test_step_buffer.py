@@ -21,7 +21,6 @@ from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.params import Params
 from jet_export.runtime.tokenizer import ByteTokenizer
-from jet_export.utils.errors import JetExportError
 from jet_export.verify.onnx import FORCED, forced_stage
 from jet_export.verify.verify import verify_engines
 
@@ -118,10 +117,3 @@ def test_it_speculates_and_answers_as_without(bundle) -> None:
         answers.append([s.tokens for s in running])
         steps.append(sum(made.metrics.drafts.drafted) if made.metrics.drafts else 0)
     assert answers[0] == answers[1] and steps[1] > 0
-
-
-@pytest.mark.parametrize("changes", [{"state_interval": L}, {"speculate": DRAFTS}])
-def test_tensorrt_refuses_both(tmp_path, changes: dict) -> None:
-    given = {"state_interval": 1, "speculate": 0, **changes}
-    with pytest.raises(JetExportError, match=r"(?s)--(state-interval|speculate).*every token and verify no drafts"):
-        make_plan(options(tmp_path, backend="tensorrt-rtx", sm="8.9", **given))

@@ -5,9 +5,10 @@ import torch
 from helpers.eager_bundle import eager_engine
 
 from jet_export.backends.base import Engine
-from jet_export.backends.tensorrt.profiles import NAMES, shapes, sizes
+from jet_export.backends.tensorrt.profiles import NAMES, VERIFY_NAMES, shapes, sizes
 from jet_export.bundle.limits import MAX_PREFILL_TOKENS, Limits
 from jet_export.runtime.runner import Runner
+from jet_export.runtime.verify_calls import invariant_size, verify_sizes
 from jet_export.verify.trial import Layout, Trial, decode_step, prefill_step, random_prompts, scenarios
 
 INPUTS: dict[str, list[int | str]] = {
@@ -29,7 +30,7 @@ class Ranges(Engine):
         self.config, self.limits, self.specs = eager.config, limits, eager.specs
         self.dtype, self.device = eager.dtype, eager.device
         pools: dict[str, list[int | str]] = {s.name: [s.rows, *s.shape] for s in self.specs}
-        known = [sizes(self.config, limits, decode=name == "decode") for name in NAMES]
+        known = [sizes(self.config, limits, name) for name in NAMES]
         self.profiles = [shapes({**INPUTS, **pools}, k) for k in known]
         self.calls = [0, 0]
 
@@ -87,3 +88,14 @@ def test_a_table_wider_than_the_limits_is_outside() -> None:
     layout = Layout(engine.config, tokens=300, longest_call=8, seed=0, device=engine.device)
     with pytest.raises(AssertionError, match="block_table"):
         Trial(engine, layout, random_prompts(engine.config, 300, 0)).step(decode_step())
+
+
+@pytest.mark.parametrize("rollback", [2, 5, 16])
+def test_calls_that_verify_fit(rollback) -> None:
+    """The sizes of captured calls, batch-invariant ones too, with their padding rows."""
+    for n in (1, 4, 5, 33, 79):
+        limits = Limits(max_batch_size=n, max_seq_len=32, prefill_chunk=16)
+        known = sizes(eager_engine(limits).config, limits, *VERIFY_NAMES, rollback)
+        for call in (*verify_sizes(n, rollback), invariant_size(n, rollback)):
+            assert 1 <= call.rows <= known["sequences"][2] and 1 <= call.tokens <= known["tokens"][2], (n, call)
+        assert known["outputs"] == known["tokens"] and all(a <= b <= c for a, b, c in known.values())

@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 
 from jet_export.backends.tensorrt.builder import BuildSpec
 from jet_export.backends.tensorrt.flavors import FLAVORS
-from jet_export.backends.tensorrt.layers import REPORT, LayerReport, check, expected, rows
-from jet_export.backends.tensorrt.profiles import profiles
+from jet_export.backends.tensorrt.layers import REPORT, VERIFY_REPORT, LayerReport, check, expected, rows
+from jet_export.backends.tensorrt.profiles import VERIFY_NAMES, profiles
 from jet_export.build.tensorrt import build_plan
 from jet_export.bundle.manifest import Manifest
 from jet_export.plugins.library import NAME
@@ -73,6 +73,13 @@ def test_whole_models_build(name, tmp_path_factory, tmp_path) -> None:
     assert m.files["engine.plan"]["bytes"] > m.files["weights.safetensors"]["bytes"]  # the weights are in the plan
     assert m.backend["library_in_plan"] and (bundle / NAME).read_bytes() in (bundle / "engine.plan").read_bytes()
     assert_layers(LayerReport.load(bundle / REPORT), bundle, LAYERS[name])
+    assert ("verify.plan" in m.files) == (m.rollback > 0) == ((bundle / VERIFY_REPORT).is_file())
+    if m.rollback:  # "jet-tiny fp8": a buffer beside each state, and an engine that verifies drafts
+        report = LayerReport.load(bundle / VERIFY_REPORT)
+        assert check(report, expected(bundle / "verify.onnx", fp8_of(bundle)), VERIFY_NAMES) == []
+        jets = [r for r in rows(report, VERIFY_NAMES) if r.name == "self_attn.JetBlock"]
+        assert [r.counts for r in jets] == [(LAYERS[name].count("j"),)]
+        assert {"layers.0.step_buffer", "layers.0.state_position_out"} <= {b["name"] for b in report.bindings}
     for sm in (120,) if "fp8" in name else (89, 120):
         assert_layers(plan_of(bundle, tmp_path, sm), bundle, LAYERS[name])
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.compare import same_bits
 from helpers.fake_tensorrt import FakeTensorRT, Refused
 from helpers.rtx_bundles import link_files, needs_rtx, rtx_bundle, run_on_cpu
 
@@ -73,6 +74,25 @@ def test_a_state_has_one_address(fake, bundle) -> None:
         for spec, pool in zip(engine.specs, runner.states, strict=True):
             assert context.addresses[spec.name] == context.addresses[f"{spec.name}_out"] == pool.data_ptr()
     assert [c.profile for c in fake.contexts] == [0, 1]
+
+
+@pytest.mark.parametrize("bundle", ["fp8"], indirect=True)
+def test_drafts_are_verified_by_an_engine_of_their_own(fake, bundle) -> None:
+    """Over the same states: new sequences, then a call that takes a token of each back."""
+    engine, manifest = load_engine(bundle)
+    assert isinstance(engine, TensorRTEngine)
+    assert [c.name for c in engine.contexts] == ["prefill", "decode", "verify"] and engine.rollback == 2
+    found = []
+    for e in (engine, OnnxEngine.open(bundle, manifest, {})):
+        states, ids = Runner(e).states, torch.tensor([5, 7, 11, 2])
+        calls = batch(e)._replace(cu_seqlens=torch.tensor([0, 2, 4], dtype=torch.int32))
+        logits = [e.verify(ids, calls, states)]
+        logits.append(e.verify(ids + 1, calls._replace(context_lens=calls.context_lens + 1), states))
+        found.append([*logits, *states])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][0].shape == (4, engine.config.vocab_size)
+    with pytest.raises(JetExportError, match=r"verify: input_ids has shape \[99\], the engine takes \[1\] to"):
+        engine.verify(torch.zeros(99, dtype=torch.int64), batch(engine), Runner(engine).states)
 
 
 def test_both_tensorrts_run_the_same_code(fake, bundle) -> None:
@@ -192,7 +212,7 @@ def test_library_in_the_plan_or_beside_it(fake, bundle, tmp_path) -> None:
     m = Manifest.load(bundle)
     m.backend["library_in_plan"] = False
     flavor = FLAVORS["tensorrt-rtx"]
-    assert TensorRTEngine(fake, flavor, bundle, m).runtime.engine_host_code_allowed is False
+    assert TensorRTEngine(fake, flavor, bundle, m).runtimes[0].engine_host_code_allowed is False
     link_files(bundle, tmp_path)
     (tmp_path / "libjet_plugins.so").unlink()
     (tmp_path / "libjet_plugins.so").write_bytes(b"\x7fELF")
