@@ -25,7 +25,6 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,7 +59,7 @@ class Broken(Exception):
 class Record:
     """What has happened."""
 
-    requests: Counter[str] = field(default_factory=Counter)
+    requests: dict[str, int] = field(default_factory=dict)  # by kind
     alone_seconds: float = 0.0  # of every request alone, before the first round
     seconds: list[float] = field(default_factory=list)  # since the first round began, after each round
     rss: list[int] = field(default_factory=list)  # bytes, after each round
@@ -159,7 +158,7 @@ class Soak:
             self.rng.shuffle(self.turn)
         kind = self.turn.pop()
         i, after = self.rng.randrange(PROMPTS), self.rng.randrange(2 * self.new)
-        self.record.requests[kind] += 1
+        self.record.requests[kind] = self.record.requests.get(kind, 0) + 1
         if kind == "cancelled":
             await self.cancelled(after)
         elif kind == "bad":
