@@ -130,7 +130,11 @@ def main() -> None:
     met = "met" if s["met"] else "not met"
     print(f"Ray: {s['rate']:.1%} of the plain rate, TTFT alone {s['ttft_alone_more_ms']:+.1f} ms: {met}")
     if args.output:
-        write_result(args.output, {**result, "streams": args.streams, "cores": os.cpu_count(), "load_before": load})
+        asked = {"rate": RATE, "ttft_more_ms": TTFT_MS}
+        write_result(
+            args.output,
+            {**result, "asked": asked, "streams": args.streams, "cores": os.cpu_count(), "load_before": load},
+        )
 
 
 if __name__ == "__main__":
