@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Needs:
         gpus = BUILD_GPU if work == "build" else 1
         return {"num_gpus": gpus, "num_cpus": BUILD_CPUS if work == "build" else 1, "accelerator_type": self.kind}
 
-    def slots(self, nodes: list[Mapping[str, float]]) -> tuple[int, int]:
+    def slots(self, nodes: Sequence[Mapping[str, float]]) -> tuple[int, int]:
         """Builds and measurements that fit the nodes' resources at once, each at least 1."""
         if self.device == "cpu":
             measured = sum(n.get(self.kind, 0) for n in nodes)

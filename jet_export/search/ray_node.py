@@ -108,7 +108,7 @@ class Joined(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if not len(self.rest):
-            self.rest = memoryview(next(self.chunks, np.empty(0, np.uint8))).cast("B")
+            self.rest = memoryview(next(self.chunks, b"")).cast("B")
         n = min(len(buffer), len(self.rest))
         buffer[:n], self.rest = self.rest[:n], self.rest[n:]
         return n

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-HOST = {
+HOST: dict[str, Any] = {
     "device": "cpu",
     "arch": "x86_64",
     "fp8": True,
