@@ -1,6 +1,8 @@
 """The soak script: a short run over eager engines holds; what must hold is noticed where it does not."""
 
 import asyncio
+import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -37,7 +39,8 @@ def soaked(engine: EagerEngine, requests: int) -> Any:
 def test_a_round_holds() -> None:
     it = soaked(eager_engine(LIMITS), 16)
     assert it.record.requests == dict.fromkeys([*it.kinds, "cancelled", "bad"], 2)
-    assert it.record.rss and it.record.probe
+    assert it.record.rss and it.record.probe and it.record.probe_cpu and len(it.record.seconds) == 1
+    assert json.loads(json.dumps(asdict(it.record)))["requests"] == it.record.requests  # a Counter is lost in asdict
 
 
 def test_states_of_two_sequences_that_change_places_are_noticed() -> None:
