@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 DEMO   := bundles/jet-tiny-fp8-inductor
 LOAD   := build/load
 
-.PHONY: demo fuzz load test lint types docs constraints clean verify-tensorrt
+.PHONY: audit demo fuzz oldest load test lint types docs constraints clean verify-tensorrt
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,33 @@ test: $(READY)
 FACTOR ?= 100
 fuzz: $(READY)
 	JET_FUZZ=$(FACTOR) $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --timeout=0 tests/fuzz $(TESTS)
+
+# A few tests with the oldest versions that pyproject.toml allows, laid over the environment; torch, Triton and numpy are
+# PYTHON_OLDEST's: one with torch 2.11 and Triton 3.6 tests those too.
+OLDEST        := build/oldest
+PYTHON_OLDEST ?= $(BIN)/python
+CUDA_PACKAGES := triton numpy setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti \
+	cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTHON_OLDEST) -m pytest -q -p no:xdist tests/utils/test_schema.py tests/bundle/test_manifest.py \
+		tests/model/test_config.py tests/model/test_qwen.py tests/fuzz/test_side_files.py
+
+$(OLDEST)/.ready: pyproject.toml | $(READY)
+	rm -rf $(OLDEST)
+	$(BIN)/pip install -q --disable-pip-version-check uv
+	echo 'transformers>=5' | $(BIN)/uv pip compile pyproject.toml - --resolution lowest-direct --python-version 3.11 --quiet \
+		--no-annotate --no-header --no-emit-package torch $(addprefix --no-emit-package ,$(CUDA_PACKAGES)) -o build/oldest.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(OLDEST) -r build/oldest.txt
+	touch $@
+
+# Known vulnerabilities of what is installed of pyproject.toml's dependencies: pip-audit, in an environment of its own, asks PyPI.
+audit: $(READY)
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install -q --disable-pip-version-check pip-audit
+	$(BIN)/python -c 'import re, tomllib, importlib.metadata as m; \
+	    names = [re.match(r"[\w-]+", d)[0] for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]]; \
+	    print(*(f"{n}=={m.version(n).partition(chr(43))[0]}" for n in names), sep="\n")' > build/audit.txt
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r build/audit.txt
 
 # mypy wants modules where they are imported from, so everything is linked there: kernels/, model/ and plugins/ under
 # jet_export/, the tests' helpers and the scripts, whose names must differ, at the top.
