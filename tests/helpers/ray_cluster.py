@@ -36,18 +36,19 @@ class RayNode:
 
 
 @contextmanager
-def two_nodes(resources: dict[str, float], cpus: int = 2) -> Iterator[list[RayNode]]:
-    """Connected to inside; each with the resources, the first is the head."""
+def two_nodes(resources: dict[str, float], **environment: str) -> Iterator[list[RayNode]]:
+    """Connected to inside; each with two cores and the resources, the first is the head."""
     import ray
     from ray.cluster_utils import Cluster
 
     environ = dict(os.environ)
-    os.environ |= {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}  # of the workers
+    path = f"{TESTS / 'helpers/without_pandas'}:{TESTS}"
+    os.environ |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}  # of Ray's processes
     cluster = Cluster()
     try:
         lean = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
         nodes = [
-            RayNode(cluster.add_node(num_cpus=cpus, resources=resources, **lean, **more))
+            RayNode(cluster.add_node(num_cpus=2, resources=resources, **lean, **more))
             for more in ({"_system_config": CONFIG}, {})
         ]
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)

@@ -1,76 +1,146 @@
-"""jet-tiny on the eager engine as the replicas of a fleet on a Ray cluster of this machine: nothing is compiled.
+"""jet-tiny's tokenizer and states, with a formula in place of its layers, as the replicas of a fleet on two nodes of
+Ray's own cluster: nothing is computed, so that 64 streams cost little.
 
-A step takes STEP seconds at least, so that a test can act while requests run."""
+While a test holds the engines, a step takes a second, so that it can act while requests run. The ingress and Serve's
+proxy are on the head node; the other one can be killed."""
 
-import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from helpers.eager_tiny import tiny_engine, write_bundle
-from helpers.paths import TESTS
+import torch
+from torch import Tensor
+
+from helpers.eager_tiny import LIMITS, write_bundle
+from helpers.ray_cluster import RayNode, two_nodes
+from jet_export.backends.eager import EagerEngine
+from jet_export.kernels.form import Form
+from jet_export.model.cache import PackedBatch
+from jet_export.model.config import JetNemotronConfig
 from jet_export.model.hub import JET_TINY_DIR
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
+from jet_export.runtime.llm import LLM
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.server.openai.options import ApiOptions
 from jet_export.server.ray.config import FleetConfig
 
-STEP = 0.02
-SERVING = Serving(slots=4, max_waiting=2, prefix_cache_bytes=1 << 24, host_cache_bytes=0)
+HELD = 1.0  # seconds of a step
+SLOTS, WAITING = 28, 12  # of a replica: 64 streams run on two, but for 8 at least, which wait
+SERVING = Serving(slots=SLOTS, max_waiting=WAITING, wait_timeout=1e6, prefix_cache_bytes=1 << 24, host_cache_bytes=0)
+# On a busy machine the router waits for the replica that it prefers.
+ENVIRONMENT = {
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
+    "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
+}
 
 
-class SlowEngine(BatchingEngine):
+class Formula(EagerEngine):
+    """After token t comes (7 t + 13) modulo the vocabulary."""
+
+    def __init__(self) -> None:
+        config = JetNemotronConfig.from_json_file(JET_TINY_DIR / "config.json")
+        model: Any = SimpleNamespace(config=config, dtype=torch.float32, device=torch.device("cpu"))
+        super().__init__(model, replace(LIMITS, max_batch_size=SLOTS))
+
+    def step(
+        self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor], logit_indices: Tensor | None, form: Form
+    ) -> Tensor:
+        last = input_ids if logit_indices is None else input_ids[logit_indices]
+        logits = torch.zeros(len(last), self.config.vocab_size)
+        return logits.scatter_(1, ((7 * last.long() + 13) % self.config.vocab_size)[:, None], 1.0)
+
+
+def expected(prompts: list[str], tokens: int) -> list[str]:
+    """The replicas' answers."""
+    llm = LLM.over(Formula(), load_tokenizer(JET_TINY_DIR), -1, fingerprint="formula")
+    return [c.text for c in llm.generate(prompts, tokens)]
+
+
+class HeldEngine(BatchingEngine):
+    """`hold`: a file; while it is there, a step takes HELD seconds."""
+
+    hold: Path
+
     def step(self) -> bool:
-        if self.sequences:
-            time.sleep(STEP)
+        end = time.monotonic() + HELD
+        while self.sequences and self.hold.exists() and time.monotonic() < end:
+            time.sleep(0.01)
         return super().step()
 
 
 @dataclass(frozen=True)
 class Load:
-    """Loads the engine of a replica, and notes its process in a directory."""
+    """Loads the engine of a replica, and notes its process and its raylet in a directory."""
 
     directory: Path
 
     def __call__(self) -> AsyncLLM:
-        (self.directory / str(os.getpid())).touch()
-        return AsyncLLM.over(SlowEngine(tiny_engine(), load_tokenizer(JET_TINY_DIR), -1, SERVING))
+        from ray import serve
 
-    def pids(self) -> list[int]:
-        return sorted(int(f.name) for f in self.directory.iterdir())
+        name = serve.get_replica_context().replica_id.unique_id
+        (self.directory / name).write_text(f"{os.getpid()} {os.environ['RAY_RAYLET_PID']}")
+        engine = HeldEngine(Formula(), load_tokenizer(JET_TINY_DIR), -1, SERVING)
+        engine.hold = self.directory.parent / "hold"
+        return AsyncLLM.over(engine)
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Gives what lets the engines go on before the end."""
+        hold = self.directory.parent / "hold"
+        hold.touch()
+        try:
+            yield partial(hold.unlink, missing_ok=True)
+        finally:
+            hold.unlink(missing_ok=True)
+
+    def process(self, replica: str) -> int:
+        return int((self.directory / replica).read_text().split()[0])
+
+    def raylet(self, replica: str) -> int:
+        return int((self.directory / replica).read_text().split()[1])
 
 
-@contextmanager
-def fleet(directory: Path, port: int) -> Iterator[FleetConfig]:
-    """Served inside, on a cluster of its own."""
-    import ray
+def run(config: FleetConfig) -> None:
+    """Deploy it, or replace what is deployed."""
     from ray import serve
 
     from jet_export.server.ray.app import APP, application
 
-    (directory / "pids").mkdir()
+    ingress = application(config)._bound_deployment
+    on_head = ingress.options(ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.01}})
+    serve.run(on_head.bind(*ingress.init_args, **ingress.init_kwargs), name=APP, route_prefix="/")
+
+
+@contextmanager
+def fleet(directory: Path, port: int) -> Iterator[tuple[FleetConfig, list[RayNode]]]:
+    """Served inside."""
+    from ray import serve
+
+    (directory / "replicas").mkdir()
     made = FleetConfig(
         bundle=str(write_bundle(directory / "jet-tiny")),
         serving=SERVING,
         api=ApiOptions(names=("jet-tiny",)),
         replicas=2,
-        cpus=0.1,
-        load_llm=Load(directory / "pids"),
+        cpus=1,
+        load_llm=Load(directory / "replicas"),
     )
-    environ = dict(os.environ)
-    os.environ |= {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}  # of the workers, which import this module
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
-        serve.run(application(made), name=APP, route_prefix="/")
-        yield made
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        os.environ.clear()
-        os.environ.update(environ)
+    with two_nodes({}, **ENVIRONMENT) as nodes:
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": "127.0.0.1", "port": port},
+                logging_config={"log_level": "ERROR"},
+            )
+            run(made)
+            yield made, nodes
+        finally:
+            serve.shutdown()
