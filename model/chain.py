@@ -4,16 +4,13 @@ mixer's projections. Until the last of them is known nothing is computed."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from jet_export.kernels import linear_chain as _linear_chain  # noqa: F401  registers jet::linear_chain
 from jet_export.model.fp8 import Fp8Linear
-
-if TYPE_CHECKING:
-    from jet_export.model.linear import RMSNorm
+from jet_export.model.rms_norm import RMSNorm
 
 
 @dataclass

@@ -22,9 +22,10 @@ from jet_export.kernels.form import Form
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
 from jet_export.model.chain import Chain
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.linear import Hidden, Layers, RMSNorm, norm_later, normed, project, project_gated
+from jet_export.model.linear import Hidden, Layers, norm_later, normed, project, project_gated
 from jet_export.model.mixers import Attention as Attention
 from jet_export.model.mixers import JetBlock as JetBlock
+from jet_export.model.rms_norm import RMSNorm
 from jet_export.model.weights import CheckpointFiles, WeightedModel, check_tensors, load_checkpoint, save_checkpoint
 
 

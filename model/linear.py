@@ -14,21 +14,9 @@ from jet_export.kernels.skinny_gemm import splits_of
 from jet_export.model.chain import Chain, Linked
 from jet_export.model.fp8 import FP8, Fp8Linear, quantize
 from jet_export.model.mode import linears, onnx_mode
+from jet_export.model.rms_norm import RMSNorm
 
 SKINNY_OUTPUTS = 128, 65536
-
-
-class RMSNorm(nn.Module):
-    """(w * x / sqrt(mean(x^2) + eps)) in fp32, one cast at the end (Qwen2 casts before the weight; this does not)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (self.weight.float() * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps))).to(x.dtype)
 
 
 def add(h: Tensor, y: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch
 from jet_export.model.chain import Linked
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.model.linear import Hidden, Layers, RMSNorm, mixed, norm_later, project
+from jet_export.model.linear import Hidden, Layers, mixed, norm_later, project
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
+from jet_export.model.rms_norm import RMSNorm
 
 
 class JetBlock(nn.Module):

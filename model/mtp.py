@@ -23,8 +23,9 @@ from jet_export.model.cache import PackedBatch
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM
 from jet_export.model.layout import Slice, attention_layer, norm_slice
-from jet_export.model.linear import RMSNorm, normed
+from jet_export.model.linear import normed
 from jet_export.model.qwen3_5 import TEXT
+from jet_export.model.rms_norm import RMSNorm
 from jet_export.model.weights import CheckpointFiles, fill
 from jet_export.utils.errors import JetExportError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jet_export.model.jet_nemotron import Attention, DecoderLayer, JetNemotronForCausalLM, rope_table
-from jet_export.model.linear import RMSNorm
+from jet_export.model.rms_norm import RMSNorm
 from jet_export.model.weights import WeightedModel
 from jet_export.training.data.rows import Batch
 from jet_export.training.layer import Context, LayerOutput, TrainingLayer

@@ -36,9 +36,9 @@ from jet_export.bundle.manifest import WEIGHTS
 from jet_export.kernels.form import Form
 from jet_export.model.fp8 import Fp8Linear
 from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM
-from jet_export.model.linear import RMSNorm
 from jet_export.model.mode import graph_mode
 from jet_export.model.onnx_nodes import DOMAIN
+from jet_export.model.rms_norm import RMSNorm
 from jet_export.utils.errors import JetExportError
 
 if TYPE_CHECKING:
