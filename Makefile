@@ -49,7 +49,7 @@ $(OLDEST)/.ready: pyproject.toml | $(READY)
 	$(BIN)/pip install -q --disable-pip-version-check uv
 	echo 'transformers>=5' | $(BIN)/uv pip compile pyproject.toml - --resolution lowest-direct --python-version 3.11 --quiet \
 		--no-annotate --no-header --no-emit-package torch $(addprefix --no-emit-package ,$(CUDA_PACKAGES)) -o build/oldest.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(OLDEST) -r build/oldest.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(OLDEST) -r build/oldest.txt
 	touch $@
 
 # Known vulnerabilities of what is installed of pyproject.toml's dependencies: pip-audit, in an environment of its own, asks PyPI.
