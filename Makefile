@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 DEMO   := bundles/jet-tiny-fp8-inductor
 LOAD   := build/load
 
-.PHONY: audit demo fuzz oldest load test lint types docs constraints clean verify-tensorrt
+.PHONY: audit cluster demo fuzz oldest load test lint types docs constraints clean verify-tensorrt
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ test: $(READY)
 FACTOR ?= 100
 fuzz: $(READY)
 	JET_FUZZ=$(FACTOR) $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --timeout=0 tests/fuzz $(TESTS)
+
+# All of Ray's tests, those that CI leaves out too.
+cluster: $(READY)
+	JET_CLUSTER=1 $(BIN)/python -m pytest -p no:xdist tests/server/ray tests/search/test_ray_search.py $(TESTS)
 
 # A few tests with the oldest versions that pyproject.toml allows, laid over the environment; torch, Triton and numpy are
 # PYTHON_OLDEST's: one with torch 2.11 and Triton 3.6 tests those too.

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from jet_export.utils.files import DATA
+
+if TYPE_CHECKING:  # front ends read tokenizers, and load no torch
+    import torch
 
 TOKENIZER_DIRECTORY = "tokenizer"
 TOKENIZER = "tokenizer.json"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def two_nodes(resources: dict[str, float], **environment: str) -> Iterator[list[
     import ray
     from ray.cluster_utils import Cluster
 
-    environ = dict(os.environ)
+    environ, at_sigterm = dict(os.environ), signal.getsignal(signal.SIGTERM)
     path = f"{TESTS / 'helpers/without_pandas'}:{TESTS}"
     os.environ |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}  # of Ray's processes
     cluster = Cluster()
@@ -56,5 +57,6 @@ def two_nodes(resources: dict[str, float], **environment: str) -> Iterator[list[
     finally:
         ray.shutdown()
         cluster.shutdown()
+        signal.signal(signal.SIGTERM, at_sigterm)  # ray.init sets its own, and leaves it
         os.environ.clear()
         os.environ.update(environ)

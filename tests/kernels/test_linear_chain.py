@@ -16,7 +16,8 @@ from helpers.poison import poisoned
 
 from jet_export.kernels import configs, linear_chain
 from jet_export.kernels.gemv import FP8, gemv_ref
-from jet_export.kernels.linear_chain import DOWN, GENERATOR, SMALL, first_pieces, normed_layer
+from jet_export.kernels.linear_chain import DOWN, GENERATOR, SMALL
+from jet_export.kernels.linear_chain_kernel import first_pieces, normed_layer
 
 chain_triton: Any = linear_chain.linear_chain_triton  # called with unpacked tuples, whose lengths types do not tell
 chain_ref: Any = linear_chain.linear_chain_ref
