@@ -196,6 +196,7 @@ def statuses() -> str:
 
 def both_again(served: Fleet, before: set[str]) -> None:
     """One replica is new, reports, and gets calls: a replica reports before it is ready and the ingress knows of it."""
+
     def replaced() -> bool:
         now = set(served.metric("jet_steps_total"))
         return len(now) == 2 and len(now - before) == 1
