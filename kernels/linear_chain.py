@@ -70,8 +70,8 @@ def linear_chain_triton(
     """Launches the kernel; arguments as `linear_chain_ref`, contiguous. Its results, and the barrier of the next call:
     a launch that only clears one would take as long as a small layer."""
     use = lookup("linear_chain", dtype=weights[GATE_UP].dtype, hidden_size=residual.shape[1])
-    programs = 1 if INTERPRET else use.pop("programs")  # the interpreter runs one program after the other
-    use.pop("programs", None)
+    resident = use.pop("programs")
+    programs = 1 if INTERPRET else resident  # the interpreter runs one program after the other
     (D, D_O), D_M = weights[OUT].shape, weights[DOWN].shape[1]
     use["AHEAD"] = min(use["AHEAD"], triton.cdiv(min(D_O, D_M), use["BK"]))
     N_IN = weights[IN].shape[0]

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from jet_export.kernels.common import ask_share, await_inputs, fp32, i64, silu
-from jet_export.kernels.gemv import codes, factors, output
+from jet_export.kernels.common import ask_share, await_inputs, fp32, i64
+from jet_export.kernels.gemv import codes, factors, store_outputs
 
 
 @triton.jit
@@ -65,25 +65,6 @@ def first_inputs(x, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: 
     for k in tl.static_range(AHEAD):
         pieces = pieces + (input_piece(x, k, K, BN, BK),)  # type: ignore[assignment]  # noqa: RUF005
     return pieces
-
-
-@triton.jit
-def store_outputs(
-    b_y, b_up, x_scale, w_scale, bias, residual, y_scale, y, i_tile, N, dtype: tl.constexpr, SCALED: tl.constexpr,
-    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, CODES: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """A tile's outputs from their sums."""
-    o_n = i_tile * BN + tl.arange(0, BN)
-    m_n = o_n < N
-    b_y = output(b_y, x_scale, w_scale, bias, o_n, m_n, dtype, SCALED, BIASED)
-    if GATED:
-        b_up = output(b_up, x_scale, w_scale, bias + N, o_n, m_n, dtype, SCALED, BIASED)
-        b_y = (silu(b_y).to(dtype).to(tl.float32) * b_up).to(dtype).to(tl.float32)
-    if RESIDUAL:
-        b_y = (tl.load(residual + o_n, mask=m_n, other=0.0).to(tl.float32) + b_y).to(dtype).to(tl.float32)
-    if CODES:
-        b_y = codes(b_y, tl.load(y_scale))
-    tl.store(y + o_n, b_y.to(y.dtype.element_ty), mask=m_n)
 
 
 @triton.jit

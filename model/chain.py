@@ -3,7 +3,7 @@ mixer's projections. Until the last of them is known nothing is computed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -44,4 +44,4 @@ class Chain:
 class Linked:
     """Stands for a normed input whose layers have run: their outputs [1, N]."""
 
-    products: dict[nn.Module, Tensor] = field(default_factory=dict)
+    products: dict[nn.Module, Tensor]

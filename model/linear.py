@@ -116,8 +116,7 @@ def mixed(layer: nn.Module, o: Tensor, h: Hidden) -> Hidden:
     """h + layer(o): what a mixer adds to the residual, perhaps as the first of a Chain."""
     if linears() != "chained" or not fused(layer):
         return project(layer, o, residual=h)
-    started = isinstance(h, Chain) and h.total is not None
-    barrier = h.barrier if isinstance(h, Chain) and started else o.new_zeros(1, dtype=torch.int32)
+    barrier = h.barrier if isinstance(h, Chain) else o.new_zeros(1, dtype=torch.int32)  # of one that has not run: zero
     return Chain(o, total(h), layer, barrier)
 
 
