@@ -76,7 +76,7 @@ class Status(Enum):
     ENDED = "ended"
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class Request:
     """A request as the scheduler sees it: lengths, and the slot and pages it owns while it runs.
 

@@ -24,7 +24,8 @@ class Pool:
 
     def take(self, n: int) -> list[int]:
         assert n <= self.free
-        items = [self._free.pop() for _ in range(n)]
+        items = self._free[: -n - 1 : -1]
+        del self._free[len(self._free) - n :]
         for i in items:
             self.holders[i] = 1
         return items

@@ -32,13 +32,17 @@ class Router(Generic[R]):
         self.prefixes: OrderedDict[Hashable, R] = OrderedDict()
         self.turn = 0
 
-    def choose(self, loads: Mapping[R, int], session: str = "", prefixes: Sequence[Hashable] = ()) -> R:
+    def choose(
+        self, loads: Mapping[R, int], session: str = "", prefixes: Sequence[Hashable] = (), least: R | None = None
+    ) -> R:
         """The replica for a request. `loads`: of those that take requests, at least one; `prefixes`: chained hashes of
-        the prompt's pages, from its beginning (prefix.page_hashes)."""
+        the prompt's pages, from its beginning (prefix.page_hashes); `least`: the first with the lowest load, if the
+        caller knows it."""
         if self.policy == "round-robin":
             self.turn += 1
             return list(loads)[self.turn % len(loads)]
-        least = min(loads, key=loads.__getitem__)
+        if least is None:
+            least = min(loads, key=loads.__getitem__)
         if self.policy == "least":
             return least
         held = self._holder(loads, session, prefixes)

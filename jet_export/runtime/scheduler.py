@@ -113,15 +113,23 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step; empty if nothing runs."""
         self.memory.evicted_bytes = 0
-        page = self.capacity.page_size
-        full = [r for r in self.running if r.held >= len(r.pages) * page]
+        running, page = self.running, self.capacity.page_size
+        full = [r for r in running if r.held >= len(r.pages) * page]
         grown, preempted = self._grow([r for r in full if r.generated and not r.launched and not r.in_prompt])
         if not preempted:
             self._admit()
-        ready = [r for r in self.running if not r.in_prompt and not r.launched]
-        decode = tuple(r for r in ready if r.generated and r.held < len(r.pages) * page)
-        budget = self.prompt_tokens(len(decode))
-        prefill = []
+        # Attributes, not the properties in_prompt and launched: these two lists are most of a plan's time.
+        ready = [r for r in running if r.held >= r.prefill_len and r.generated < r.max_new_tokens]
+        decode = [r for r in ready if r.generated]
+        resumed = tuple(r for r in ready if not r.generated) if len(decode) < len(ready) else ()
+        if full:
+            decode = [r for r in decode if r.held < len(r.pages) * page]
+        prefill = self._prompts(len(decode)) if len(ready) < len(running) else ()
+        return Plan(prefill, tuple(decode), resumed, grown)
+
+    def _prompts(self, decoding: int) -> tuple[tuple[Request, int, int], ...]:
+        """The prompt chunks of a step in which so many sequences decode."""
+        prefill, budget = [], self.prompt_tokens(decoding)
         for request in self.running:
             if request.in_prompt and budget:
                 n = self._chunk(request, budget)
@@ -129,20 +137,20 @@ class Scheduler:
                     break
                 prefill.append((request, request.held, n))
                 budget -= n
-        return Plan(tuple(prefill), decode, tuple(r for r in ready if not r.generated), grown)
+        return tuple(prefill)
 
     def advance(self, plan: Plan) -> list[Request]:
         """`plan` is launched. Returns the requests it samples a token for, without those cancelled in the meantime."""
-        sampled = []
+        sampled, running = [], Status.RUNNING
         for request, _, n in plan.prefill:
-            if request.status is Status.RUNNING:
+            if request.status is running:
                 request.held += n
                 # The prefill of a request that has been preempted ends at a token that was sampled before.
                 if not request.in_prompt and not request.generated:
                     sampled.append(request)
-        sampled += [r for r in plan.resumed if r.status is Status.RUNNING]
+        sampled += [r for r in plan.resumed if r.status is running]
         for request in plan.decode:
-            if request.status is Status.RUNNING:
+            if request.status is running:
                 request.held += 1
                 sampled.append(request)
         for request in sampled:
@@ -234,7 +242,9 @@ class Scheduler:
             request = self.waiting[0]
             if request.awaits_leader or self.blocked == (request, self.pages.given):
                 return
-            growing = sum(r.max_held > len(r.pages) * page for r in self.running)  # each a page, before it is preempted
+            growing = len(self.running)  # each a page, before it is preempted; counted only where that may matter
+            if self.pages.free < growing + request.length // page + 1:
+                growing = sum(r.max_held > len(r.pages) * page for r in self.running)
             if not self.memory.admit(request, growing):
                 self.blocked = request, self.pages.given
                 return

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from jet_export.runtime.routing import SLACK, Router
 from jet_export.simulate.load import Arrival
+from jet_export.simulate.loads import Loads
 from jet_export.simulate.prompts import Prompts
 from jet_export.simulate.replica import NEVER, EngineModel, Job, Replica
 from jet_export.utils.errors import JetExportError
@@ -92,7 +93,7 @@ class Cluster:
         self.engine, self.plan = engine, plan
         self.router: Router[int] = Router(plan.router, slack=plan.slack)
         self.replicas: dict[int, Replica] = {}
-        self.loads: dict[int, int] = {}  # of the replicas that take requests
+        self.loads = Loads()  # of the replicas that take requests
         self.born: dict[int, float] = {}
         self.names = itertools.count()
         self.events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -193,7 +194,7 @@ class Cluster:
             self.waiting.append(job)
             return
         prefixes = job.prompt.hashes[: job.arrival.prompt // self.engine.capacity.page_size] if job.prompt else ()
-        name = self.router.choose(self.loads, job.arrival.session, self._shared(job, prefixes))
+        name = self.router.choose(self.loads, job.arrival.session, self._shared(job, prefixes), self.loads.least())
         replica = self.replicas[name]
         replica.advance_to(now)
         if replica.submit(job, now):

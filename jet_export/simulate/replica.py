@@ -211,7 +211,7 @@ class Replica:
         return Step(
             launched=self.now,
             end=start + seconds + copies,
-            firsts=[r for r in sampled if r.generated == 1],
+            firsts=[r for r in sampled[: len(sampled) - len(decode)] if r.generated == 1],
             ended=[r for r in sampled if r.generated >= r.max_new_tokens],
             decoding=len(decode),
             prompt_tokens=plan.prefill_tokens,

@@ -37,6 +37,8 @@ class Window:
 
     def total(self, held: float, steps: int) -> float:
         """Seconds over `steps` steps of a sequence that holds `held` tokens in the first and one more in each."""
+        if steps == 1:
+            return self.token * min(held, self.size)
         growing = min(steps, max(0, math.ceil(self.size - held)))
         grown = growing * held + growing * (growing - 1) / 2
         return self.token * (grown + (steps - growing) * self.size)

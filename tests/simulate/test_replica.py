@@ -160,7 +160,7 @@ def test_a_run_of_steps_is_those_steps(overlap: bool) -> None:
         load = [a for a in load if a.prompt + a.output <= 400]
         many, single = simulated(load, capacity, overlap), simulated(load, capacity, overlap, bulk=False)
         assert [(j.failed, j.first, j.end) for j in many.jobs] == [
-            (j.failed, pytest.approx(j.first), pytest.approx(j.end)) for j in single.jobs
+            (j.failed, pytest.approx(j.first, rel=1e-12), pytest.approx(j.end, rel=1e-12)) for j in single.jobs
         ]
         assert many.steps == single.steps and many.preemptions == single.preemptions
-        assert many.busy_seconds == pytest.approx(single.busy_seconds)
+        assert many.busy_seconds == pytest.approx(single.busy_seconds, rel=1e-12)
