@@ -7,10 +7,12 @@ crosses from one sequence to another: states begin at zero, attention sees its o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +23,9 @@ IGNORED = -100
 class Row:
     """L tokens: of which sequences, and what comes next."""
 
-    tokens: list[int]
-    labels: list[int]
-    lengths: list[int]  # of the sequences; they add up to L
+    tokens: Sequence[int]
+    labels: Sequence[int]
+    lengths: Sequence[int]  # of the sequences; they add up to L
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Batch:
     def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
         lengths = torch.tensor([0, *(n for row in rows for n in row.lengths)], dtype=torch.int32)
         return cls(
-            tokens=torch.tensor([t for row in rows for t in row.tokens]).to(device, non_blocking=True),
-            labels=torch.tensor([t for row in rows for t in row.labels]).to(device, non_blocking=True),
+            tokens=_joined(row.tokens for row in rows).to(device, non_blocking=True),
+            labels=_joined(row.labels for row in rows).to(device, non_blocking=True),
             cu_seqlens=lengths.cumsum(0, dtype=torch.int32).to(device, non_blocking=True),
             rows=len(rows),
             targets=targets_of(rows),
@@ -63,6 +65,11 @@ class Batch:
         """[T] int64: the token's place in its sequence."""
         at = torch.arange(len(self.tokens), device=self.tokens.device)
         return at - self.cu_seqlens.long()[self.segments]
+
+
+def _joined(rows: Iterable[Sequence[int]]) -> Tensor:
+    """[T] int64. Arrays are copied, lists read number by number."""
+    return torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
 
 
 def targets_of(rows: Sequence[Row]) -> int:
@@ -103,6 +110,6 @@ class Packer:
             self.lengths[0] -= here
             if not self.lengths[0]:
                 self.lengths.pop(0)
-        row = Row(self.tokens[:n], self.labels[:n], lengths)
+        row = Row(array("q", self.tokens[:n]), array("q", self.labels[:n]), lengths)
         del self.tokens[:n], self.labels[:n]
         return row

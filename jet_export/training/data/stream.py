@@ -1,10 +1,12 @@
-"""DataStream: the rows of each step that one process takes, read ahead by a thread, with the state after each step."""
+"""DataStream: the rows of each step that one process takes, read ahead by threads, with the state after each step."""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from jet_export.training.recipe import DataRecipe
 from jet_export.utils.errors import JetExportError
 
 AHEAD = 2  # steps
+READERS = 8  # threads at most, each with shards of its own
 ShardStates = dict[str, Any]  # by the shard's number, as JSON has it
 
 
@@ -45,6 +48,7 @@ class DataStream:
         self.rows_per_shard = data.batch // data.shards
         mine = range(rank, data.shards, world)
         self.shards = {v: Shard(data, v, encode, seed, weights, states.get(str(v))) for v in mine}
+        self._readers = ThreadPoolExecutor(min(len(self.shards), READERS, os.cpu_count() or 1), "training shard")
         self._queue: queue.Queue[StepRows | BaseException] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="training data", daemon=True)
@@ -65,10 +69,15 @@ class DataStream:
                 self._queue.get_nowait()
             except queue.Empty:
                 self._thread.join(0.05)
+        self._readers.shutdown()
 
     def _read(self) -> StepRows:
-        rows = [shard.row() for _ in range(self.rows_per_shard) for shard in self.shards.values()]
+        read = list(self._readers.map(self._rows_of, self.shards.values()))
+        rows = [shard_rows[i] for i in range(self.rows_per_shard) for shard_rows in read]
         return StepRows(rows, {str(v): shard.state() for v, shard in self.shards.items()})
+
+    def _rows_of(self, shard: Shard) -> list[Row]:
+        return [shard.row() for _ in range(self.rows_per_shard)]
 
     def _fill(self) -> None:
         while not self._closed.is_set():
