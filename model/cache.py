@@ -7,6 +7,8 @@ Each layer has its own pools (never views of a stacked one), rows picked by slot
           (kernels/step_buffer.py), and conv_state has `rollback` rows more (a ring)
     attn  kv_cache [pages, 2, Hkv, PAGE, head_dim], pages named by block_table [N, M]
     swa   the same over window_block_table, a ring: position p lies in page (p // PAGE) % M
+and, where a multi-token-prediction layer drafts (mtp.py), one pool more, the last: hidden_states [pages, 1, 1, PAGE,
+hidden] behind the last norm, in the pages of full attention: shared, copied and taken back with the keys.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
 PAGE = 128  # tokens per KV page
+HIDDEN = "hidden_states"
 BESIDE_STATE = ("step_buffer", "state_position")  # pools of the tokens since a recurrent state was written
 
 
@@ -66,11 +69,12 @@ def state_specs(
     state_dtype: torch.dtype = torch.float32,
     interval: int = 1,
     rollback: int = 0,
+    hidden: bool = False,
 ) -> list[StateSpec]:
     """Every layer's pools, in the order in which graphs take them.
 
     `interval`: the recurrent states are written every so many tokens; `rollback`: so many tokens of a call can be
-    taken back, the most of a sequence in a call of the form VERIFY."""
+    taken back, the most of a sequence in a call of the form VERIFY; `hidden`: the hidden states are kept."""
     c, specs = config, []
     kv_shape = (2, c.num_key_value_heads, PAGE, c.head_dim)
     for i, kind in enumerate(c.layer_types):
@@ -87,7 +91,14 @@ def state_specs(
         else:
             rows = "pages" if kind == "attn" else "window_pages"
             specs.append(StateSpec(f"layers.{i}.kv_cache", i, rows, kv_shape, kv_dtype or dtype))
+    if hidden:
+        specs.append(StateSpec(f"layers.{i}.{HIDDEN}", i, "pages", (1, 1, PAGE, c.hidden_size), dtype))
     return specs
+
+
+def mtp_spec(config: JetNemotronConfig, dtype: torch.dtype) -> StateSpec:
+    """The cache of a multi-token-prediction layer, which has pages of its own."""
+    return StateSpec("mtp.kv_cache", 0, "pages", (2, config.num_key_value_heads, PAGE, config.head_dim), dtype)
 
 
 def pages_per_sequence(config: JetNemotronConfig, max_seq_len: int, prefill_chunk: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jet_export.kernels import gemv as _gemv  # noqa: F401  registers jet::gemv
+from jet_export.kernels import keep_hidden as _keep_hidden  # noqa: F401  registers jet::keep_hidden
 from jet_export.kernels.form import Form
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
 from jet_export.model.chain import Chain
@@ -100,6 +101,7 @@ class JetNemotronForCausalLM(WeightedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.mtp: nn.Module | None = None  # a MultiTokenPredictor (mtp.py): then hidden states are kept for it
         self.register_buffer("cos_sin", torch.empty(self.max_positions, config.rope_dim), persistent=False)
 
     @property
@@ -117,17 +119,20 @@ class JetNemotronForCausalLM(WeightedModel):
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         max_positions: int | None = None,
+        *,
+        mtp: bool = False,
     ) -> JetNemotronForCausalLM:
         """Load a preset (`"jet-tiny"`), a Hugging Face directory or a hub id, tensor by tensor onto `device`.
 
         Needs no more host memory than the model itself (on a CPU) and one tensor. Raises JetExportError naming the
-        file or tensor that is missing, truncated or of the wrong shape.
+        file or tensor that is missing, truncated or of the wrong shape. `mtp`: its multi-token-prediction layer is read
+        too, by MultiTokenPredictor.from_pretrained (mtp.py): no warning that it is left out.
         """
         from jet_export.model.hub import resolve_checkpoint
 
         directory = resolve_checkpoint(str(source))
         files = CheckpointFiles.open(directory)
-        fp8 = check_tensors(files)
+        fp8 = check_tensors(files, mtp=mtp)
         model = empty_model(files.config, dtype, torch.device(device), max_positions)
         load_checkpoint(model, files, fp8)
         model.loaded_from = directory
@@ -200,6 +205,7 @@ class JetNemotronForCausalLM(WeightedModel):
         interval: int = 1,
     ) -> PackedOutput:
         """One step over packed tokens, of the stated form. `interval`: that of the states, see cache.state_specs."""
+        states, kept_hidden = (states[:-1], states[-1]) if self.mtp is not None else (states, None)
         h = self.embed_tokens(input_ids)
         kept = []
         ahead = [*(layer.first for layer in self.layers), self.lm_head][1:]
@@ -207,9 +213,13 @@ class JetNemotronForCausalLM(WeightedModel):
             h = layer(h, self.cos_sin, batch, state, form, (later,), interval)
             if hidden_states:
                 kept.append(h)
-        if logit_indices is not None:
-            h = h.index_select(0, logit_indices)
-        return PackedOutput(project(self.lm_head, normed(h, self.norm)), kept)
+        if kept_hidden is None:
+            x = normed(h if logit_indices is None else h.index_select(0, logit_indices), self.norm)
+        else:
+            x = normed(h, self.norm)
+            torch.ops.jet.keep_hidden(x, kept_hidden, batch.block_table, *batch[:3])
+            x = x if logit_indices is None else x.index_select(0, logit_indices)
+        return PackedOutput(project(self.lm_head, x), kept)
 
 
 def rope_table(config: JetNemotronConfig, positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -254,11 +264,17 @@ def random_model(
 ) -> JetNemotronForCausalLM:
     """Random weights, by the published initialisation: N(0, 0.02) matrices, A = exp(A_log) ~ U(0, 16),
     softplus(dt_bias) log-uniform in [0.001, 0.1], static taps (w2.bias, conv1d) ~ U(-W^-0.5, W^-0.5), norms 1."""
-    device = torch.device(device)
-    model = empty_model(config, dtype, device, max_positions)
-    rng = torch.Generator(device=device).manual_seed(seed)
+    model = empty_model(config, dtype, torch.device(device), max_positions)
+    randomize(model, config, seed)
+    return model
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, config: JetNemotronConfig, seed: int) -> None:
+    """Random weights, as `random_model` has them."""
+    rng = torch.Generator(device=next(module.parameters()).device).manual_seed(seed)
     std = float(config.raw.get("initializer_range", 0.02))
-    for name, p in model.named_parameters():
+    for name, p in module.named_parameters():
         if name.endswith("A_log"):
             p.copy_(torch.empty_like(p).uniform_(1e-4, 16, generator=rng).log())
         elif name.endswith("dt_bias"):
@@ -272,4 +288,3 @@ def random_model(
             p.zero_()
         else:
             p.normal_(0.0, std, generator=rng)
-    return model

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch
 from jet_export.model.config import JetNemotronConfig
-from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM
+from jet_export.model.jet_nemotron import DecoderLayer, JetNemotronForCausalLM, randomize
 from jet_export.model.layout import Slice, attention_layer, norm_slice
 from jet_export.model.linear import normed
-from jet_export.model.qwen3_5 import TEXT
+from jet_export.model.qwen3_5 import MTP, TEXT
 from jet_export.model.rms_norm import RMSNorm
 from jet_export.model.weights import CheckpointFiles, fill
 from jet_export.utils.errors import JetExportError
-
-PREFIX = "mtp."
 
 
 class MultiTokenPredictor(nn.Module):
@@ -58,23 +56,20 @@ class MultiTokenPredictor(nn.Module):
         fill(files, predictor_layout(files.config), params)
         return predictor
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, vocab] of h' [T, hidden]."""
-        logits: Tensor = self.shared[0].lm_head(hidden)
-        return logits
-
     def forward(
         self,
         tokens: Tensor,  # [T] int, each the token behind its hidden state's
         hidden: Tensor,  # [T, hidden]
         batch: PackedBatch,
-        states: list[Tensor],  # kv_cache, updated in place
+        logit_indices: Tensor | None,  # [M] int32 rows to return; None: all
+        kv_cache: Tensor,  # updated in place
         form: Form,
-    ) -> Tensor:  # h' [T, hidden]
+    ) -> tuple[Tensor, Tensor]:  # logits [M, vocab] and h' [M, hidden]
         (model,) = self.shared
         pair = [self.pre_fc_norm_embedding(model.embed_tokens(tokens)), self.pre_fc_norm_hidden(hidden)]
-        h = self.layer(self.fc(torch.cat(pair, 1)), model.cos_sin, batch, tuple(states), form)
-        return normed(h, self.norm)
+        h = self.layer(self.fc(torch.cat(pair, 1)), model.cos_sin, batch, (kv_cache,), form)
+        h = normed(h if logit_indices is None else h.index_select(0, logit_indices), self.norm)
+        return model.lm_head(h), h
 
 
 def own_config(c: JetNemotronConfig) -> JetNemotronConfig:
@@ -92,9 +87,16 @@ def empty_predictor(model: JetNemotronForCausalLM) -> MultiTokenPredictor:
     return predictor.to_empty(device=model.device).eval()
 
 
+def random_predictor(model: JetNemotronForCausalLM, seed: int) -> MultiTokenPredictor:
+    """With random weights, as the model's own."""
+    predictor = empty_predictor(model)
+    randomize(predictor, model.config, seed)
+    return predictor
+
+
 def check_predictor(files: CheckpointFiles) -> None:
     """Raise JetExportError unless the checkpoint has a multi-token-prediction layer that is run here."""
-    c, names = files.config, [name for name in files.file_of if name.startswith(PREFIX)]
+    c, names = files.config, [name for name in files.file_of if name.startswith(MTP)]
     where = f"{files.directory}: multi-token prediction"
     if c.model_type != TEXT or not names:
         raise JetExportError(f"{where}: the checkpoint has no mtp.* tensors.", "Draft by prompt lookup, or a bundle.")
@@ -113,7 +115,7 @@ def predictor_layout(c: JetNemotronConfig) -> dict[str, Slice]:
     """Published tensor name -> the rows of our parameter that it fills."""
     d, out = c.hidden_size, dict[str, Slice]()
     for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
-        norm_slice(out, c, f"{name}.weight", f"{PREFIX}{name}.weight", d)
-    out[f"{PREFIX}fc.weight"] = Slice("fc.weight", 0, (d, 2 * d))
-    attention_layer(out, own_config(c), "layer", f"{PREFIX}layers.0")
+        norm_slice(out, c, f"{name}.weight", f"{MTP}{name}.weight", d)
+    out[f"{MTP}fc.weight"] = Slice("fc.weight", 0, (d, 2 * d))
+    attention_layer(out, own_config(c), "layer", f"{MTP}layers.0")
     return out

@@ -7,8 +7,8 @@
     RMSNorm            multiplies by 1 + weight (norm_offset); the weights are read as 1 + w, kept in fp32
 
 Text alone is run. There the three position ids of multimodal RoPE (`mrope_section`) are one and the same, so the rotary
-embedding is the plain one. `model_type` qwen3_5 is the multimodal model: its text_config is read, its vision tower and
-the multi-token-prediction layer are left out. Source: transformers 5, models/qwen3_5.
+embedding is the plain one. `model_type` qwen3_5 is the multimodal model: its text_config is read, its vision tower is
+left out. The multi-token-prediction layer is in mtp.py. Source: transformers 5, models/qwen3_5.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ TEXT, MULTIMODAL = "qwen3_5_text", "qwen3_5"
 KINDS = {"linear_attention": "jet", "full_attention": "attn"}
 PUBLISHED_KINDS = {ours: theirs for theirs, ours in KINDS.items()}
 ROTARY = 0.25  # transformers' default of partial_rotary_factor
-LEFT_OUT = {"model.visual.": "vision tower", "mtp.": "multi-token-prediction layer"}  # by the tensors' first names
+MTP = "mtp."  # the first name of the tensors of the multi-token-prediction layer
+LEFT_OUT = {"model.visual.": "vision tower", MTP: "multi-token-prediction layer"}
 BESIDE_TEXT = ("tie_word_embeddings", "quantization_config")  # of the whole model, not in its text_config
 RELATIVES = {
     "qwen3_5_moe": "a mixture of experts",

@@ -9,22 +9,26 @@ from collections.abc import Collection, Iterable
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_blocks import SUFFIX, block_size
 from jet_export.model.fp8_checkpoint import kv_scale_names, scale_names
-from jet_export.model.qwen3_5 import LEFT_OUT, TEXT, left_out
+from jet_export.model.qwen3_5 import LEFT_OUT, MTP, TEXT, left_out
 from jet_export.utils.errors import JetExportError, JetExportWarning
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 NO_EFFECT = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # a buffer of old releases, computed here from rope_theta
 
 
-def check_unread(c: JetNemotronConfig, layout: Collection[str], names: Iterable[str], where: str) -> None:
+def check_unread(
+    c: JetNemotronConfig, layout: Collection[str], names: Iterable[str], where: str, *, mtp: bool = False
+) -> None:
     """Raise JetExportError for a tensor of a layer that config.json does not have, or a bias that it has not; warn of
-    others, by name. `layout`: the published names that are read; `names`: the checkpoint's."""
+    others, by name. `layout`: the published names that are read; `names`: the checkpoint's; `mtp`: the
+    multi-token-prediction layer is read by others."""
     read = {*layout, *(s for name in layout for s in scale_names(name)), *kv_scale_names(c)}
     if block_size(c, where):
         read |= {name + SUFFIX for name in layout}
     if c.tie_word_embeddings:
         read |= {"lm_head.weight", *scale_names("lm_head.weight")}  # a copy of the embeddings
-    unread = sorted(name for name in set(names) - read if not NO_EFFECT.search(name))
+    elsewhere = MTP if mtp else ()
+    unread = sorted(n for n in set(names) - read if not NO_EFFECT.search(n) and not n.startswith(elsewhere))
     if c.model_type == TEXT and (parts := left_out(unread)):
         warnings.warn(f"{where}: left out: {parts}. Text alone is run.", JetExportWarning, stacklevel=3)
         unread = [name for name in unread if not name.startswith(tuple(LEFT_OUT))]

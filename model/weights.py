@@ -121,8 +121,8 @@ def _tensors(files: CheckpointFiles, names: list[str]) -> Iterator[tuple[str, Te
             stack.pop_all().close()
 
 
-def check_tensors(files: CheckpointFiles) -> list[str]:
-    """The modules that the checkpoint holds in FP8.
+def check_tensors(files: CheckpointFiles, *, mtp: bool = False) -> list[str]:
+    """The modules that the checkpoint holds in FP8. `mtp`: its multi-token-prediction layer is read too (mtp.py).
 
     Raises JetExportError naming a tensor that is missing or one too many, or an unsupported format, before a model is
     allocated."""
@@ -134,7 +134,7 @@ def check_tensors(files: CheckpointFiles) -> list[str]:
             f"{files.directory}: tensor {missing[0]}{more} missing from the checkpoint.",
             "It does not match config.json (layer_types, tie_word_embeddings), or a shard was not downloaded.",
         )
-    check_unread(files.config, layout, files.file_of, str(files.directory))
+    check_unread(files.config, layout, files.file_of, str(files.directory), mtp=mtp)
     check_quant_algo(files.directory, files.config)
     return quantised_modules({n: s.param for n, s in layout.items()}, files.file_of, str(files.directory))
 

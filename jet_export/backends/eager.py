@@ -36,7 +36,7 @@ class EagerEngine(Engine):
     ) -> None:
         self.model, self.config, self.limits = model, model.config, limits
         self.dtype, self.device = model.dtype, model.device
-        self.state_interval, self.rollback = state_interval, rollback
+        self.state_interval, self.rollback, self.mtp = state_interval, rollback, model.mtp is not None
         self.specs = state_specs(
             model.config,
             model.dtype,
@@ -44,6 +44,7 @@ class EagerEngine(Engine):
             state_dtype=state_dtype,
             interval=state_interval,
             rollback=rollback,
+            hidden=self.mtp,
         )
 
     @torch.inference_mode()
@@ -59,6 +60,16 @@ class EagerEngine(Engine):
         if not self.rollback:
             return super().verify(input_ids, batch, states)
         return self.step(input_ids, batch, states, None, Form.VERIFY)
+
+    @torch.inference_mode()
+    def predict(
+        self, input_ids: Tensor, hidden: Tensor, batch: PackedBatch, logit_indices: Tensor | None, kv_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.model.mtp is None:
+            return super().predict(input_ids, hidden, batch, logit_indices, kv_cache)
+        form = Form.DECODE if logit_indices is None else Form.MIXED
+        out: tuple[Tensor, Tensor] = self.model.mtp(input_ids, hidden, batch, logit_indices, kv_cache, form)
+        return out
 
     def step(
         self, input_ids: Tensor, batch: PackedBatch, states: list[Tensor], logit_indices: Tensor | None, form: Form
@@ -90,6 +101,10 @@ def load_eager(directory: str | Path, manifest: Manifest, weights: dict[str, Ten
         from jet_export.quantization.quantize import QuantizationReport, apply_report
 
         apply_report(model, QuantizationReport.from_dict(manifest.quantization))
+    if manifest.mtp:
+        from jet_export.model.mtp import empty_predictor
+
+        model.mtp = empty_predictor(model)
     again, wanted = "Build the bundle again.", model.state_dict()
     missing = sorted((wanted.keys() | {"cos_sin"}) - weights.keys())
     if missing:

@@ -24,7 +24,7 @@ import torch
 from jet_export.bench.measure import Case
 from jet_export.bench.timer import copy_speed, matmul_speed
 from jet_export.bundle.manifest import WEIGHTS, Manifest
-from jet_export.model.cache import PAGE, StateSpec
+from jet_export.model.cache import HIDDEN, PAGE, StateSpec
 from jet_export.model.config import JetNemotronConfig
 
 CHUNK = 64  # of the delta rule's chunk form
@@ -104,7 +104,7 @@ def step_bytes(c: JetNemotronConfig, specs: list[StateSpec], weights: int, batch
             size[kind] += 2 * s.row_bytes
         elif kind == "conv_state":  # rows of tokens that may be taken back are not read
             size[kind] += 2 * s.row_bytes / s.shape[0] * (c.conv_size - 1)
-        elif s.rows != "slots":
+        elif s.rows != "slots" and kind != HIDDEN:  # written only
             held = context if s.rows == "pages" else min(context, c.window_size)
             size[s.rows] += s.row_bytes / PAGE * held
     recurrent, conv, full, window = (int(batch * n) for n in size.values())

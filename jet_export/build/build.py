@@ -15,6 +15,7 @@ from jet_export.build.inductor import room_apart, write_packages
 from jet_export.build.inputs import build_inputs, up_to_date
 from jet_export.build.plan import BuildPlan
 from jet_export.build.steps import (
+    add_predictor,
     check_requirements,
     copy_side_files,
     fetch_checkpoint,
@@ -111,6 +112,7 @@ def _manifest(plan: BuildPlan, licence: str | None, quantization: dict[str, Any]
         limits=plan.limits,
         state_interval=plan.dtypes.state_interval,
         rollback=plan.dtypes.rollback,
+        mtp=plan.dtypes.mtp,
         quantization=quantization,
         warnings=plan.warnings,
     )
@@ -122,6 +124,8 @@ def _fill(plan: BuildPlan, tmp: Path, progress: Progress) -> Manifest:
         model = load_model(plan)
         licence = copy_side_files(plan, tmp)
     manifest = _manifest(plan, licence, quantize_model(plan, model, tmp, progress))
+    if plan.options.mtp:
+        add_predictor(plan, model)
     with progress.stage("write weights", expected=3 + plan.memory.weights / LOADED):
         tensors = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and _tied(model))}
         save_tensors({**tensors, "cos_sin": model.cos_sin}, tmp / WEIGHTS)

@@ -26,14 +26,15 @@ def room_apart(plan: BuildPlan, weights: int) -> bool:
         host_free=available_memory(torch.device("cpu")),
     )
     o = plan.options
-    return memory.holds(len(modes_for("cuda", o.decode_one, o.fuse_decode, plan.dtypes.rollback > 0)))
+    return memory.holds(len(modes_for("cuda", o.decode_one, o.fuse_decode, plan.dtypes.rollback > 0, o.mtp)))
 
 
 def write_packages(
     plan: BuildPlan, manifest: Manifest, model: JetNemotronForCausalLM | None, tmp: Path, progress: Progress
 ) -> None:
     """Compile the packages in this process, one by one; or, without `model`, side by side from the weights file."""
-    modes = modes_for(manifest.device.type, plan.options.decode_one, plan.options.fuse_decode, manifest.rollback > 0)
+    o = plan.options
+    modes = modes_for(manifest.device.type, o.decode_one, o.fuse_decode, manifest.rollback > 0, o.mtp)
     if model is None:
         free_cached(manifest.device)
         with progress.stage(f"compile {', '.join(modes)} side by side", expected=plan.seconds):

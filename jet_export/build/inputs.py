@@ -30,6 +30,7 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         "state_dtype": dtype_name(plan.dtypes.state),
         "state_interval": plan.dtypes.state_interval,
         "rollback": plan.dtypes.rollback,
+        **({"mtp": True} if o.mtp else {}),
         "limits": asdict(plan.limits),
         "backend": plan.backend.name,
         "target": plan.target,

@@ -10,10 +10,11 @@ import torch
 
 from jet_export.backends.tensorrt.flavors import FLAVORS
 from jet_export.build.backend_choice import BackendChoice, choose_backend
+from jet_export.build.mtp import check_mtp
 from jet_export.build.state_interval import Interval, check_states, table_interval
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
-from jet_export.bundle.memory import Memory, engine_memory, weight_bytes
+from jet_export.bundle.memory import Memory, engine_memory, predictor_bytes, weight_bytes
 from jet_export.bundle.target import has_dependent_launch, host_target, target_device
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8_checkpoint import is_fp8_checkpoint
@@ -46,6 +47,7 @@ class BuildOptions:
     state_dtype: str = "float32"
     state_interval: int | None = 1  # recurrent states are written every so many tokens; None: as the table says
     speculate: int = 0  # the most drafts that a step verifies; 0: no package for it
+    mtp: bool = False  # with the checkpoint's multi-token-prediction layer, which drafts them
     max_batch_size: int = 8
     max_seq_len: int | None = None
     prefill_chunk: int | None = None
@@ -117,8 +119,10 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         raise JetExportError(f"--checkpoint {options.checkpoint}: no config.json there.")
     config = _config(options, directory)
     if directory is not None and not options.random_weights:
-        check_tensors(CheckpointFiles.open(directory))
+        check_tensors(CheckpointFiles.open(directory), mtp=options.mtp)
     _check_tokenizer(options, config)
+    if options.mtp:
+        check_mtp(options.speculate, config, backend.name, None if options.random_weights else directory)
     limits, warnings = _limits(options, config)
     interval = Interval(dtypes.state_interval, "")
     if options.state_interval is None and backend.name == "inductor":
@@ -137,8 +141,9 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         check_fp8(sms, "--fp8")
     elif fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise JetExportError(f"--fp8: {target['arch']} has no FP8 arithmetic.", "FP8 needs SM 8.9 or newer.")
-    weights = weight_bytes(config, dtypes.model, fp8, options.fp8_lm_head)
-    full = weight_bytes(config, dtypes.model, False)
+    layer = predictor_bytes(config, dtypes.model) if options.mtp else 0
+    weights = weight_bytes(config, dtypes.model, fp8, options.fp8_lm_head) + layer
+    full = weight_bytes(config, dtypes.model, False) + layer
     plans = 2 if sms and dtypes.rollback else 1  # of a TensorRT bundle, each with its own copy of the weights
     memory = engine_memory(config, limits, dtypes, plans * weights)
     source = _source(options, directory)
@@ -277,6 +282,7 @@ def _dtypes(options: BuildOptions) -> Dtypes:
         state=options.state_dtype,
         state_interval=options.state_interval or 1,
         rollback=options.speculate + 1 if options.speculate else 0,
+        mtp=options.mtp,
     )
 
 

@@ -17,6 +17,7 @@ from jet_export.model.fp8_checkpoint import holds_kv_scales
 from jet_export.model.hf_files import TOKENIZER, copy_tokenizer, tokenizer_directory
 from jet_export.model.hub import checkpoint_licence, licence_files, resolve_checkpoint
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM, random_model
+from jet_export.model.mtp import MultiTokenPredictor, random_predictor
 from jet_export.model.weights import CheckpointFiles
 from jet_export.utils.compiler import find_compiler
 from jet_export.utils.errors import JetExportError
@@ -76,7 +77,19 @@ def load_model(plan: BuildPlan) -> JetNemotronForCausalLM:
     if plan.options.random_weights:
         return random_model(plan.config, plan.dtypes.model, device, plan.options.seed, plan.limits.max_seq_len)
     assert plan.directory is not None
-    return JetNemotronForCausalLM.from_pretrained(plan.directory, plan.dtypes.model, device, plan.limits.max_seq_len)
+    length = plan.limits.max_seq_len
+    return JetNemotronForCausalLM.from_pretrained(
+        plan.directory, plan.dtypes.model, device, length, mtp=plan.options.mtp
+    )
+
+
+def add_predictor(plan: BuildPlan, model: JetNemotronForCausalLM) -> None:
+    """Give the model its multi-token-prediction layer, which stays as it is where the model is quantised."""
+    if plan.options.random_weights:
+        model.mtp = random_predictor(model, plan.options.seed + 1)
+    else:
+        assert plan.directory is not None
+        model.mtp = MultiTokenPredictor.from_pretrained(plan.directory, model)
 
 
 def copy_side_files(plan: BuildPlan, tmp: Path, beside: bool = False) -> str | None:

@@ -31,9 +31,12 @@ class Dtypes:
     state: torch.dtype = torch.float32  # recurrent states
     state_interval: int = 1  # they are written every so many tokens
     rollback: int = 0  # the most tokens of a sequence in a call that verifies drafts; 0: there is no such call
+    mtp: bool = False  # the hidden states are kept, for a multi-token-prediction layer
 
     @classmethod
-    def named(cls, *, model: str, kv_cache: str, state: str, state_interval: int = 1, rollback: int = 0) -> Dtypes:
+    def named(
+        cls, *, model: str, kv_cache: str, state: str, state_interval: int = 1, rollback: int = 0, mtp: bool = False
+    ) -> Dtypes:
         """Raises JetExportError for a name that is not known."""
         return cls(
             model=torch_dtype(model),
@@ -41,6 +44,7 @@ class Dtypes:
             state=torch_dtype(state),
             state_interval=state_interval,
             rollback=rollback,
+            mtp=mtp,
         )
 
     def specs(self, config: JetNemotronConfig) -> list[StateSpec]:
@@ -52,4 +56,5 @@ class Dtypes:
             state_dtype=self.state,
             interval=self.state_interval,
             rollback=self.rollback,
+            hidden=self.mtp,
         )

@@ -11,7 +11,7 @@ import torch
 
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
-from jet_export.model.cache import BESIDE_STATE, pages_per_sequence
+from jet_export.model.cache import BESIDE_STATE, mtp_spec, pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.fp8 import FP8_PROJECTIONS
 
@@ -23,7 +23,7 @@ class Memory:
     weights: int
     recurrent_states: int  # with the tokens that are kept beside them
     conv_states: int
-    kv_full: int  # full-attention layers
+    kv_full: int  # full-attention layers, with what a multi-token-prediction layer keeps
     kv_window: int  # sliding-window layers
     workspace: int  # activations of the largest prefill step, estimated
     rope_table: int
@@ -54,6 +54,14 @@ def weight_bytes(c: JetNemotronConfig, dtype: torch.dtype, fp8: bool, lm_head_fp
     return total + (c.vocab_size * c.hidden_size if lm_head_fp8 else 0)
 
 
+def predictor_bytes(c: JetNemotronConfig, dtype: torch.dtype) -> int:
+    """Of a multi-token-prediction layer: one layer of attention, norms and a matrix of the layer's own."""
+    from jet_export.model.mtp import predictor_layout  # imports torch's compiler, which serving does not need
+
+    slices = predictor_layout(c).values()
+    return sum(torch.Size(s.shape).numel() * (4 if s.offset else dtype.itemsize) for s in slices)
+
+
 def engine_memory(c: JetNemotronConfig, limits: Limits, dtypes: Dtypes, weights: int) -> Memory:
     """Everything resident while the engine runs at `limits`. `weights`: their bytes."""
     n = limits.max_batch_size
@@ -64,6 +72,8 @@ def engine_memory(c: JetNemotronConfig, limits: Limits, dtypes: Dtypes, weights:
         kind = s.rows if s.rows != "slots" else s.name.rsplit(".", 1)[1]
         kind = "recurrent_state" if kind in BESIDE_STATE else kind
         size[kind] += rows[s.rows] * s.row_bytes
+    if dtypes.mtp:
+        size["pages"] += rows["pages"] * mtp_spec(c, dtypes.model).row_bytes
     tokens = min(limits.max_prefill_tokens, n * limits.max_seq_len)
     return Memory(
         weights=weights,

@@ -30,6 +30,9 @@ def build(
         typer.Option(help="Write the recurrent states every so many tokens; auto: as measured on this kind of GPU."),
     ] = "1",
     speculate: Annotated[int, typer.Option(help="The most drafts that a step verifies, up to 15; 0: none.")] = 0,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Qwen3.5: with the checkpoint's multi-token-prediction layer, to draft by.")
+    ] = False,
     max_batch_size: Annotated[int, typer.Option(help="Sequences the engine holds.")] = 8,
     max_seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; default 4096 or the model's.")] = None,
     prefill_chunk: Annotated[int | None, typer.Option(help="Most tokens of a sequence in a prefill call.")] = None,
@@ -76,6 +79,7 @@ def build(
         state_dtype=state_dtype,
         state_interval=parse_interval(state_interval),
         speculate=speculate,
+        mtp=mtp,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
@@ -117,6 +121,7 @@ def print_plan(plan: BuildPlan) -> None:
     sequences = f"{plan.limits.max_batch_size} sequences x {plan.limits.max_seq_len} tokens"
     limits = f"{sequences}, prefill in chunks of {plan.limits.prefill_chunk}"
     limits += f", up to {o.speculate} drafts a step" if o.speculate else ""
+    limits += " by the checkpoint's multi-token-prediction layer" if o.mtp else ""
     arch = plan.target["arch"] + (f" ({plan.target['gpu']})" if "gpu" in plan.target else "")
     rows = [
         ("model", f"{o.model}: {architecture(plan.config)}"),

@@ -133,7 +133,8 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
     )
     if m.backend["name"] == "inductor":
         verified = f"up to {m.rollback - 1} drafts a step verified" if m.rollback else "no drafts verified"
-        out.print(f"recurrent states written {interval_words(m)}; {verified}", markup=False)
+        layer = "; multi-token-prediction layer (--speculate mtp)" if m.mtp else ""
+        out.print(f"recurrent states written {interval_words(m)}; {verified}{layer}", markup=False)
     for warning in m.warnings:
         out.print(f"warning: {warning}", markup=False)
     out.print(layer_precisions(bundle))

@@ -19,7 +19,10 @@ Deterministic = Annotated[
 ]
 
 Speculate = Annotated[
-    str, typer.Option(help="Draft tokens that a step verifies: lookup (n-grams of the request itself) or off.")
+    str,
+    typer.Option(
+        help="Draft tokens that a step verifies: lookup (n-grams of the request itself), mtp (build --mtp) or off."
+    ),
 ]
 Draft = Annotated[Path | None, typer.Option(help="A bundle that drafts tokens instead, of the same tokenizer.")]
 Drafts = Annotated[

@@ -22,6 +22,7 @@ from jet_export.runtime.executor import Executor
 from jet_export.runtime.grammar_compile import GrammarCompiler
 from jet_export.runtime.grammar_masks import accept
 from jet_export.runtime.metrics import Gauges, Metrics
+from jet_export.runtime.mtp_draft import MtpDraft, mtp_draft
 from jet_export.runtime.params import Output, Params, check_tokens, end_tokens
 from jet_export.runtime.plan import Plan, Request
 from jet_export.runtime.prefix import page_hashes
@@ -56,10 +57,12 @@ class BatchingEngine(EngineThread):
         self.engine, self.tokenizer, self.eos, self.clock = engine, tokenizer, end_tokens(eos), clock
         self.overlap = engine.device.type == "cuda" if overlap is None else overlap
         serving = serving or Serving()
-        proposer = proposer or draft_model(engine, tokenizer, serving, cuda_graphs)
+        proposer = proposer or draft_model(engine, tokenizer, serving, cuda_graphs) or mtp_draft(engine, serving)
         self.speculation = speculation(engine, serving, proposer, clock)
         c, self.pacing = capacity(engine, serving), pacing(engine, serving)
         self.runner = Runner(engine, cuda_graphs, pools=pool_size(c), deterministic=c.whole_chunks)
+        if isinstance(proposer, MtpDraft):
+            proposer.runner = self.runner
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
         self.scheduler = Scheduler(c, copies, self.pacing)
         self.metrics = Metrics(memory=self.scheduler.memory.counts)

@@ -37,7 +37,9 @@ class Serving:
     tpot_ms: float | None = None  # milliseconds of a step that decodes, which bound its prompt tokens; None: no bound
     prefix_cache_bytes: int | None = None  # device memory for states of cached prefixes; None: a share; 0: no cache
     host_cache_bytes: int | None = None  # host memory for preempted requests and evicted prefixes; None: a share
-    speculate: str = "off"  # "lookup": draft tokens by prompt lookup, and verify them
+    speculate: str = (
+        "off"  # "lookup", by prompt lookup, or "mtp", by a layer of the bundle: draft tokens, and verify them
+    )
     draft: str | None = None  # a bundle that drafts them
     drafts: int | None = None  # tokens of a draft, at most; None: as many as the bundle verifies
 

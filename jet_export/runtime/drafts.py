@@ -6,9 +6,10 @@ the tokens s_0 ... s_a, a being the number of leading drafted tokens that were r
 states is cut off by the next call's smaller context length. For a draft that is one token a position this is
 rejection sampling: the token is accepted with its probability.
 
-A proposer makes the drafts (prompt lookup here, a draft bundle in draft_model.py), draft_length.py says how long they
-may be. Penalties and grammars, by which the choice of a token depends on those before it, are those of each position:
-as if the draft before it were right, since otherwise its draw does not count.
+A proposer makes the drafts (prompt lookup here, a draft bundle in draft_model.py, a layer of the bundle in
+mtp_draft.py), draft_length.py says how long they may be. Penalties and grammars, by which the choice of a token depends
+on those before it, are those of each position: as if the draft before it were right, since otherwise its draw does not
+count.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jet_export.runtime.prompt_lookup import Match, PromptLookup
 from jet_export.runtime.sequence import RunningSequence
 from jet_export.utils.errors import JetExportError
 
-MODES = ("off", "lookup")
+MODES = ("off", "lookup", "mtp")
 QUIET, HOPE = 64, 0.9  # after so many steps without drafts of a proposer that does not guess, this is the least rate
 IDLE = 64  # steps without a look for drafts, where none could pay
 
@@ -232,11 +233,6 @@ def speculation(
     """As `serving` asks; `proposer`, by default prompt lookup, makes the drafts. None: there are none.
 
     Raises JetExportError for an engine that verifies none, or fewer than asked for."""
-    if serving.speculate == "mtp":
-        raise JetExportError(
-            "speculate mtp: a multi-token-prediction layer reads hidden states, and bundles give logits only.",
-            "Draft by speculate lookup, or a draft bundle.",
-        )
     if serving.speculate not in MODES:
         raise JetExportError(f"speculate is {serving.speculate!r}.", f"Give one of {', '.join(MODES)}.")
     if serving.speculate != "off" and serving.draft is not None:

@@ -53,8 +53,8 @@ class LLM(Sessions):
 
     If the bundle's limits need more memory than is free, fewer sequences run at once, on the KV cache that fits.
     `deterministic` is batch-invariant: a prompt's tokens and logits are the same bits whatever runs with it; slower.
-    `speculate` "lookup", or the bundle `draft`, drafts up to `drafts` tokens, which steps verify: the same answers.
-    `check` False skips the check of the bundle's files.
+    `speculate` "lookup" or "mtp", or the bundle `draft`, drafts up to `drafts` tokens, which steps verify: the same
+    answers. `check` False skips the check of the bundle's files.
     Raises JetExportError if the bundle is damaged or was built for another machine.
     """
 

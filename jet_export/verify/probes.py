@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.backends.eager import EagerEngine
-from jet_export.model.cache import BESIDE_STATE, StateSpec
+from jet_export.model.cache import BESIDE_STATE, HIDDEN, StateSpec
 from jet_export.verify.trial import SEQUENCES, Call, Trial, decode_step, prefill_step, raw
 
 ALTERED = 0  # the sequence whose states are altered
@@ -164,6 +164,8 @@ def visible_alterations(base: Trial) -> Iterator[tuple[int, str, Tensor]]:
                 altered = pool.clone()
                 altered[row, tap] = noise_like(altered[row, tap], i)
                 yield i, f"{spec.name}" + (f", tap {tap}" if isinstance(tap, int) else ""), altered
+            continue
+        if spec.name.endswith(HIDDEN):  # not read by the model
             continue
         edges = {first_visible(base, spec, held): "oldest", held - 1: "newest"}
         for position, age in edges.items():

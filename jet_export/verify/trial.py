@@ -14,7 +14,7 @@ from torch import Tensor
 from jet_export.backends.base import Engine
 from jet_export.bundle.limits import Limits
 from jet_export.kernels.step_buffer import current_state
-from jet_export.model.cache import BESIDE_STATE, PAGE, PackedBatch, StateSpec, pages_per_sequence
+from jet_export.model.cache import BESIDE_STATE, HIDDEN, PAGE, PackedBatch, StateSpec, pages_per_sequence
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
 
@@ -234,6 +234,9 @@ class Trial:
                 page, offset = self.layout.positions(spec, n, since[n] if since else 0, end)
                 parts.append(raw(pool)[page, :, :, offset].view(pool.dtype).float())  # [L, 2, Hkv, Dh]
             kv = torch.cat(parts)
+            if spec.name.endswith(HIDDEN):
+                out[spec.name] = kv.flatten(1)
+                continue
             name = spec.name.removesuffix("kv_cache")
             out[f"{name}k"], out[f"{name}v"] = kv[:, 0].flatten(0, 1), kv[:, 1].flatten(0, 1)
         return out

@@ -24,6 +24,7 @@ from jet_export.runtime.runner import Runner
 from jet_export.runtime.tokenizer import Tokenizer
 from jet_export.utils.environment import environment
 from jet_export.utils.errors import JetExportError
+from jet_export.verify.mtp import mtp_stage
 from jet_export.verify.parity import StageResult, compare, limited, reference_engine
 from jet_export.verify.probes import run_probes
 from jet_export.verify.quality import HELD_OUT, Quality, measure_quality
@@ -109,7 +110,10 @@ def verify_engines(
     ids."""
     prompts = prompts or random_prompts(eager.config, tokens_needed(eager), seed)
     with torch.no_grad():
-        base = yield from compare(engine, eager, reference_engine(eager, seed), prompts, seed)
+        reference = reference_engine(eager, seed)
+        base = yield from compare(engine, eager, reference, prompts, seed)
+        if eager.mtp:
+            yield mtp_stage(engine, eager, reference, seed)
         probes = run_probes(engine, eager, base)
     yield StageResult(PROBES, 0, [], [p.failure for p in probes if p.failure])
 

@@ -288,7 +288,7 @@ def test_a_failing_proposer_ends_its_requests_only(engine, monkeypatch) -> None:
     ("serving", "message"),
     [
         ({"speculate": "magic"}, "speculate is 'magic'"),
-        ({"speculate": "mtp"}, "speculate mtp: a multi-token-prediction layer reads hidden states"),
+        ({"speculate": "mtp"}, "speculate mtp: the bundle has no multi-token-prediction layer"),
         ({"drafts": 2}, "drafts without speculate"),
         ({"speculate": "lookup", "drafts": MOST + 1}, f"the bundle verifies 1 to {MOST}"),
         ({"speculate": "lookup", "drafts": 0}, "drafts is 0"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jet_export.backends.base import Engine
-from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, MODES, ONE_ROW, VERIFY
+from jet_export.backends.modes import FEW_ROWS, MAX_FEW_ROWS, MODES, MTP_DECODE, MTP_PREFILL, ONE_ROW, VERIFY
 from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.model.cache import PackedBatch
 from jet_export.utils.errors import JetExportError
@@ -41,8 +41,13 @@ class Package:
         self.loader.load_constants(constants, False, True, True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        (output,) = self.loader.boxed_run(list(inputs))
+        (output,) = self.run(*inputs)
         return output
+
+    def run(self, *inputs: Tensor) -> list[Tensor]:
+        """All outputs."""
+        outputs: list[Tensor] = self.loader.boxed_run(list(inputs))
+        return outputs
 
 
 @torch.inference_mode()
@@ -59,7 +64,7 @@ class InductorEngine(Engine):
         self.config, self.limits, self.device = manifest.config, manifest.limits, manifest.device
         self.dtype, self.dependent_launch = manifest.dtypes.model, manifest.dependent_launch
         self.specs = manifest.dtypes.specs(manifest.config)
-        self.state_interval, self.rollback = manifest.state_interval, manifest.rollback
+        self.state_interval, self.rollback, self.mtp = manifest.state_interval, manifest.rollback, manifest.mtp
         self.weights, self.graphs = weights, graphs  # kept alive: the packages hold pointers into the weights
 
     @classmethod
@@ -84,6 +89,17 @@ class InductorEngine(Engine):
             return super().verify(input_ids, batch, states)
         return self.graphs[VERIFY](input_ids, *batch, *states)
 
+    @torch.inference_mode()
+    def predict(
+        self, input_ids: Tensor, hidden: Tensor, batch: PackedBatch, logit_indices: Tensor | None, kv_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if not self.mtp:
+            return super().predict(input_ids, hidden, batch, logit_indices, kv_cache)
+        indices = () if logit_indices is None else (logit_indices,)
+        package = self.graphs[MTP_PREFILL if indices else MTP_DECODE]
+        logits, ahead = package.run(input_ids, hidden, *batch[:4], *indices, kv_cache)
+        return logits, ahead
+
     def decode_mode(self, rows: int) -> str:
         """The package that decodes so many sequences: the narrowest."""
         if rows == 1 and ONE_ROW in self.graphs:
@@ -92,6 +108,7 @@ class InductorEngine(Engine):
 
 
 def package_paths(directory: Path) -> dict[str, Path]:
-    """A bundle's packages by mode; not every one has decode_one, decode_few and verify."""
-    paths = {mode: directory / f"{mode}.pt2" for mode in (*MODES, ONE_ROW, FEW_ROWS, VERIFY)}
+    """A bundle's packages by mode; not every one has more than prefill and decode."""
+    names = (*MODES, ONE_ROW, FEW_ROWS, VERIFY, MTP_PREFILL, MTP_DECODE)
+    paths = {mode: directory / f"{mode}.pt2" for mode in names}
     return {mode: path for mode, path in paths.items() if mode in MODES or path.is_file()}

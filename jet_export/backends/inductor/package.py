@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
+from jet_export.backends import mtp_graph
 from jet_export.backends.graph import EngineGraph, dynamic_shapes, example_inputs, form_of, quiet_torch
 from jet_export.backends.inductor.workarounds import lasting_names
-from jet_export.backends.modes import FEW_ROWS, MODES, ONE_ROW, VERIFY
+from jet_export.backends.modes import FEW_ROWS, MODES, MTP_DECODE, MTP_PREFILL, ONE_ROW, VERIFY
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.kernels import configs
@@ -27,10 +29,12 @@ from jet_export.utils.compiler import compiler_words, find_compiler
 from jet_export.utils.errors import JetExportError
 
 
-def modes_for(device: str, decode_one: bool = True, fused: bool = False, verify: bool = False) -> tuple[str, ...]:
+def modes_for(
+    device: str, decode_one: bool = True, fused: bool = False, verify: bool = False, mtp: bool = False
+) -> tuple[str, ...]:
     """The packages of a bundle. On a GPU also one that decodes a single sequence: reading the weights bounds it;
-    `fused`: and one that decodes a few. `verify`: one that verifies drafts."""
-    modes = (*MODES, *((VERIFY,) if verify else ()))
+    `fused`: and one that decodes a few. `verify`: one that verifies drafts; `mtp`: two of the layer that makes them."""
+    modes = (*MODES, *((VERIFY,) if verify else ()), *((MTP_PREFILL, MTP_DECODE) if mtp else ()))
     if device != "cuda":
         return modes
     return (*modes, *((ONE_ROW,) if decode_one else ()), *((FEW_ROWS,) if fused else ()))
@@ -40,9 +44,13 @@ def export_graph(
     model: JetNemotronForCausalLM, mode: str, dtypes: Dtypes, limits: Limits, fused: bool = False
 ) -> ExportedProgram:
     """torch.export of one graph; `jet::` ops stay nodes. `fused`: those of decode_one take in what is around them."""
-    args = example_inputs(model, dtypes, mode)
-    shapes = dynamic_shapes(model, dtypes, limits, mode)
-    graph = EngineGraph(model, form_of(mode), dtypes.state_interval).eval()
+    graph: nn.Module
+    if mode in (MTP_PREFILL, MTP_DECODE):
+        args, shapes = mtp_graph.example_inputs(model, mode), mtp_graph.dynamic_shapes(limits, mode)
+        graph = mtp_graph.MtpGraph(model, mode).eval()
+    else:
+        args, shapes = example_inputs(model, dtypes, mode), dynamic_shapes(model, dtypes, limits, mode)
+        graph = EngineGraph(model, form_of(mode), dtypes.state_interval).eval()
     with torch.no_grad(), quiet_torch(), graph_mode("inductor", linears_of(mode, fused, model.config.hidden_size)):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 
