@@ -42,13 +42,12 @@ def keep_hidden_kernel(
     i_t, i_d = tl.program_id(0), tl.program_id(1)
     i_n = sequence_of(cu_seqlens, i_t, N)
     start, end = sequence_bounds(cu_seqlens, i_n, T)
-    if (i_t < start) | (i_t >= end) | (tl.load(slots + i_n) < 0):
-        return
+    live = (i_t >= start) & (i_t < end) & (tl.load(slots + i_n) >= 0)
     p = clamp(tl.load(context_lens + i_n), 0, LAST_POSITION) + i_t - start
-    i_page = tl.load(block_table + i_n.to(tl.int64) * stride_table + (p // PAGE) % M)
+    i_page = tl.load(block_table + i_n.to(tl.int64) * stride_table + (p // PAGE) % M, mask=live, other=0)
     i_row = clamp(i_page, 0, pages - 1).to(tl.int64) * PAGE + p % PAGE
     o_d = i_d * BD + tl.arange(0, BD)
-    m_d = o_d < D
+    m_d = (o_d < D) & live
     b_h = tl.load(h + i_t.to(tl.int64) * stride_t + o_d, mask=m_d, other=0.0)
     tl.store(kept + i_row * D + o_d, b_h, mask=m_d)
 

@@ -13,6 +13,7 @@ from jet_export.model.config_schema import NO_TOKEN
 from jet_export.model.hub import PRESETS, load_config, resolve_checkpoint
 from jet_export.model.jet_dims import JetDims, expand_v_of
 from jet_export.model.jet_nemotron import JetBlock, JetNemotronForCausalLM, empty_model, random_model
+from jet_export.model.qwen3_5 import not_yet
 from jet_export.model.weights import CheckpointFiles, check_tensors, load_checkpoint
 from jet_export.training.model import TrainingModel, part_of
 from jet_export.training.recipe import Recipe, StudentRecipe
@@ -48,7 +49,9 @@ def student_config(teacher: JetNemotronConfig, student: StudentRecipe) -> JetNem
     """Raises JetExportError where the layers do not fit the teacher's."""
     layers = student.layers
     if layers in PRESETS or layers.endswith(".json") or Path(layers).is_dir():
-        return _fitting(load_config(layers), teacher, layers)
+        config = load_config(layers)
+        not_yet(config, f"student.layers {layers}", "A student's new layers are JetBlocks: letters, jet-2b, jet-4b.")
+        return _fitting(config, teacher, layers)
     if set(layers) - set(LETTERS):
         raise JetExportError(
             f"student.layers is {layers!r}.",

@@ -110,6 +110,7 @@ def refused(teacher: Path, tmp_path: Path, *options: str) -> str:
         ("ja", "student.layers has 2 letters, the teacher 3 layers"),
         ("jas", "student.window_size is not set"),
         ("jet-2b", "student.layers jet-2b: hidden_size is 1536, the teacher has 32"),
+        ("qwen3.5-2b", "student.layers qwen3.5-2b: not for qwen3_5_text models"),
     ],
 )
 def test_a_student_that_does_not_fit_is_refused(teacher: Path, tmp_path: Path, layers: str, message: str) -> None:
