@@ -98,7 +98,8 @@ def serve(bundle: Path, http: HttpOptions, serving: Serving, log: Callable[[str]
         log(f"sampling defaults of generation_config.json: {values or 'none'}")
     log_capacity(name, llm.batching.scheduler.capacity, log)
     if llm.batching.speculation:
-        source = serving.draft or "lookup in the request itself"
+        ways = {"lookup": "lookup in the request itself", "mtp": "the bundle's multi-token-prediction layer"}
+        source = serving.draft or ways[serving.speculate]
         log(f"speculation: drafts of up to {llm.batching.speculation.most} tokens, by {source}")
     frontends = default_frontends(llm.engine.device.type) if http.frontends is None else http.frontends
     paths = ("completions", "chat/completions") if template else ("completions",)

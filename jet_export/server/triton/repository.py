@@ -37,7 +37,7 @@ class Repository:
         if not self.gpus or len(set(self.gpus)) < len(self.gpus) or min(self.gpus) < 0:
             raise JetExportError("--gpus: different indices from 0 on, such as 0,1.")
         manifest = Manifest.load(self.bundle)
-        name = str(manifest.model["name"])
+        name = Path(str(manifest.model["name"])).name.removesuffix(".json") or "model"  # may be a path, or OWNER/NAME
         gpus = self.gpus if manifest.device.type == "cuda" else None
         parameters = {"bundle": str(self.bundle.resolve())}
         if key := trusted_key():

@@ -64,6 +64,13 @@ def test_a_repository_is_what_triton_reads(bundle, tmp_path) -> None:
     assert {o.name for o in config.output} == {t.name for t in OUTPUTS}
 
 
+@pytest.mark.parametrize("name", ["/elsewhere/mini", "../mini", "owner/mini", "sizes/mini.json"])
+def test_a_model_named_by_a_path_lies_in_the_repository(bundle, tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules["jet_export.bundle.manifest"].Manifest.load(bundle).model, "name", name)
+    model = write_repository(tmp_path / "repo", Repository(bundle))
+    assert model == tmp_path / "repo/mini" and config_of(model).name == "mini"
+
+
 def test_gpus(bundle, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["jet_export.bundle.manifest"].Manifest.load(bundle).device, "type", "cuda")
     config = config_of(write_repository(tmp_path / "repo", Repository(bundle, instances=1, gpus=gpu_indices("0,3"))))
