@@ -4,7 +4,7 @@ A rule names an op, the SM it was measured on (null: any), conditions on sizes a
 {"min", "max"}, inclusive), and the configuration (`use`). Of the rules whose conditions hold, those of the SM in use
 come before those of any SM, and the first one applies. Nothing is timed or chosen at run time: the same sizes on the
 same kind of GPU always give the same kernels. Batch size is not a condition, since a graph serves every batch size.
-`state_interval` and `chain_layers` are no ops, but what `build` asks for.
+`state_interval` is no op, but what `build --state-interval auto` asks for.
 """
 
 import functools
@@ -38,7 +38,6 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),
     "gemv": ({"dtype", "out_features", "in_features", "normed", "gated"}, {"BN", "BK", "STAGES", "num_warps"}),
-    "linear_chain": ({"dtype", "hidden_size"}, {"programs", "BN", "BK", "AHEAD", "num_warps"}),
     "skinny_gemm": (
         {"dtype", "out_features", "in_features", "gated", "split"},
         {"BN", "BK", "STAGES", "SPLITS", "num_warps"},
@@ -47,7 +46,6 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
 # What is decided when a bundle is built; largest batches are known then.
 BUILDS: dict[str, tuple[set[str], set[str]]] = {
     "state_interval": ({"state_dtype", "head_k_dim", "head_v_dim", "max_batch_size"}, {"tokens"}),
-    "chain_layers": ({"hidden_size"}, {"chained"}),  # whether decode_one's fused layers are jet::linear_chain: 0 or 1
 }
 
 

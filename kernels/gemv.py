@@ -106,25 +106,6 @@ def output(b_y, x_scale, w_scale, bias, o_n, m_n, dtype: tl.constexpr, SCALED: t
 
 
 @triton.jit
-def store_outputs(
-    b_y, b_up, x_scale, w_scale, bias, residual, y_scale, y, i_tile, N, dtype: tl.constexpr, SCALED: tl.constexpr,
-    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, CODES: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """A tile's outputs from their sums."""
-    o_n = i_tile * BN + tl.arange(0, BN)
-    m_n = o_n < N
-    b_y = output(b_y, x_scale, w_scale, bias, o_n, m_n, dtype, SCALED, BIASED)
-    if GATED:
-        b_up = output(b_up, x_scale, w_scale, bias + N, o_n, m_n, dtype, SCALED, BIASED)
-        b_y = (silu(b_y).to(dtype).to(tl.float32) * b_up).to(dtype).to(tl.float32)
-    if RESIDUAL:
-        b_y = (tl.load(residual + o_n, mask=m_n, other=0.0).to(tl.float32) + b_y).to(dtype).to(tl.float32)
-    if CODES:
-        b_y = codes(b_y, tl.load(y_scale))
-    tl.store(y + o_n, b_y.to(y.dtype.element_ty), mask=m_n)
-
-
-@triton.jit
 def gemv_kernel(
     x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, ahead, ahead_more, y, N, eps,
     K: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, QUANTISE: tl.constexpr, SCALED: tl.constexpr,
@@ -157,7 +138,6 @@ def gemv_kernel(
         rstd = tl.rsqrt(tl.sum(b_x * b_x, 0) / K + fp32(eps))
         b_a = factors(x, norm_weight, o_k, m_k, rstd, scale, NORM, SILU, QUANTISE)
         b_y = tl.sum(products(b_w, b_a), 1)
-        b_up = b_y
         if GATED:
             b_up = tl.sum(products(b_w_up, b_a), 1)
     else:
@@ -180,13 +160,17 @@ def gemv_kernel(
             if GATED:
                 b_acc_up += products(tl.load(p_w + up + i_k, mask=m_w, other=0.0), b_a)
         b_y = tl.sum(b_acc, 1)
-        b_up = b_y
         if GATED:
             b_up = tl.sum(b_acc_up, 1)
-    store_outputs(
-        b_y, b_up, x_scale, w_scale, bias, residual, y_scale, y, tl.program_id(0), N, dtype, SCALED, BIASED, GATED,
-        RESIDUAL, CODES, BN,
-    )  # fmt: skip
+    b_y = output(b_y, x_scale, w_scale, bias, o_n, m_n, dtype, SCALED, BIASED)
+    if GATED:
+        b_up = output(b_up, x_scale, w_scale, bias + N, o_n, m_n, dtype, SCALED, BIASED)
+        b_y = (silu(b_y).to(dtype).to(tl.float32) * b_up).to(dtype).to(tl.float32)
+    if RESIDUAL:
+        b_y = (tl.load(residual + o_n, mask=m_n, other=0.0).to(tl.float32) + b_y).to(dtype).to(tl.float32)
+    if CODES:
+        b_y = codes(b_y, tl.load(y_scale))
+    tl.store(y + o_n, b_y.to(y.dtype.element_ty), mask=m_n)
 
 
 def gemv_triton(

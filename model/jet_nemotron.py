@@ -21,7 +21,6 @@ from jet_export.kernels import gemv as _gemv  # noqa: F401  registers jet::gemv
 from jet_export.kernels import keep_hidden as _keep_hidden  # noqa: F401  registers jet::keep_hidden
 from jet_export.kernels.form import Form
 from jet_export.model.cache import Cache, PackedBatch, states_per_layer
-from jet_export.model.chain import Chain
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.linear import Hidden, Layers, norm_later, normed, project, project_gated
 from jet_export.model.mixers import Attention as Attention
@@ -38,9 +37,6 @@ class MLP(nn.Module):
 
     def forward(self, h: Hidden, norm: RMSNorm, ahead: Layers = ()) -> Hidden:
         """h + MLP(norm(h))."""
-        if isinstance(h, Chain):
-            h.mlp = norm, self.gate_up_proj, self.down_proj
-            return h
         x, later = norm_later(h, norm, self.gate_up_proj)
         gated = project_gated(self.gate_up_proj, x, later, self.down_proj)
         return project(self.down_proj, gated, residual=h, ahead=ahead)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from jet_export.kernels import add_norm as _add_norm  # noqa: F401  registers jet::add_norm
 from jet_export.kernels.skinny_gemm import splits_of
-from jet_export.model.chain import Chain, Linked
 from jet_export.model.fp8 import FP8, Fp8Linear, quantize
 from jet_export.model.mode import linears, onnx_mode
 from jet_export.model.rms_norm import RMSNorm
@@ -56,8 +55,8 @@ class Normed(NamedTuple):
     product: Tensor  # [T, N], its output
 
 
-Hidden: TypeAlias = Tensor | Unsummed | Chain  # between the layers, [T, hidden]
-Input: TypeAlias = Tensor | Normed | Linked  # of linear layers
+Hidden: TypeAlias = Tensor | Unsummed  # between the layers, [T, hidden]
+Input: TypeAlias = Tensor | Normed  # of linear layers
 Layers: TypeAlias = tuple[nn.Module, ...]
 
 
@@ -67,7 +66,7 @@ def scales(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 def fused(layer: nn.Module) -> bool:
     """Whether the layer is a jet::gemv here that takes in what stands around it."""
-    return linears() in ("fused", "chained") and isinstance(layer, (nn.Linear, Fp8Linear))
+    return linears() == "fused" and isinstance(layer, (nn.Linear, Fp8Linear))
 
 
 def skinny(layer: nn.Module) -> bool:
@@ -78,46 +77,16 @@ def skinny(layer: nn.Module) -> bool:
     return SKINNY_OUTPUTS[0] <= layer.out_features <= SKINNY_OUTPUTS[1]
 
 
-def norm_later(
-    h: Hidden, norm: RMSNorm, *layers: nn.Module, behind: nn.Module | None = None
-) -> tuple[Input, RMSNorm | None]:
-    """What `project` takes to normalise h for all these layers: h and the norm, or norm(h) computed once. behind: a
-    layer on SiLU of the last outputs of the first, which a Chain takes in."""
+def norm_later(h: Hidden, norm: RMSNorm, *layers: nn.Module) -> tuple[Input, RMSNorm | None]:
+    """What `project` takes to normalise h for all these layers: h and the norm, or norm(h) computed once."""
     if isinstance(h, Unsummed):
         return h.normed(norm, layers), None
-    if isinstance(h, Chain):
-        every = layers if behind is None else (*layers, behind)
-        if h.mlp and all(map(fused, every)) and not any(isinstance(m, Fp8Linear) for m in layers[1:]):
-            return h.run(norm, every), None
-        h = total(h)
     return (h, norm) if all(map(fused, layers)) else (norm(h), None)
 
 
 def normed(h: Hidden, norm: RMSNorm) -> Tensor:
     """norm(h), for what is no linear layer of the block."""
-    return h.normed(norm, ()).values if isinstance(h, Unsummed) else norm(total(h))
-
-
-def total(h: Hidden) -> Tensor:
-    """h as numbers. A Chain that has not run is computed layer by layer."""
-    if isinstance(h, Tensor):
-        return h
-    if isinstance(h, Chain) and h.total is None:
-        y = project(h.out, h.x, residual=h.residual)
-        if h.mlp is not None:
-            norm, gate_up, down = h.mlp
-            y = project(down, project_gated(gate_up, *norm_later(y, norm, gate_up), down), residual=y)
-        h.total = total(y)
-    assert h.total is not None
-    return h.total
-
-
-def mixed(layer: nn.Module, o: Tensor, h: Hidden) -> Hidden:
-    """h + layer(o): what a mixer adds to the residual, perhaps as the first of a Chain."""
-    if linears() != "chained" or not fused(layer):
-        return project(layer, o, residual=h)
-    barrier = h.barrier if isinstance(h, Chain) else o.new_zeros(1, dtype=torch.int32)  # of one that has not run: zero
-    return Chain(o, total(h), layer, barrier)
+    return h.normed(norm, ()).values if isinstance(h, Unsummed) else norm(h)
 
 
 @overload
@@ -149,9 +118,9 @@ def project(
 ) -> Hidden:  # [T, N]
     """residual + layer(silu(norm(x))), each of the three if asked for. ahead: up to two layers that come next, whose
     weights kernels ask for while they wait."""
-    if isinstance(x, Linked):
-        return x.products[layer]
-    residual = None if residual is None else total(residual)
+    if isinstance(residual, Unsummed):
+        assert residual.total is not None
+        residual = residual.total
     if fused(layer):
         assert isinstance(x, Tensor)
         dtype = x.dtype if residual is None else residual.dtype
@@ -178,7 +147,6 @@ def project(
 def project_gated(gate_up: nn.Module, x: Input, norm: RMSNorm | None, down: nn.Module) -> Tensor:
     """silu(gate) * up of [gate | up] = gate_up(norm(x)) [T, 2 I] -> [T, I]; where both layers are kernels and `down` is
     an FP8 layer, in the codes that `down` multiplies."""
-    assert not isinstance(x, Linked)
     if fused(gate_up):
         assert isinstance(x, Tensor)
         y_scale = down.input_scale if isinstance(down, Fp8Linear) and fused(down) else None
@@ -192,7 +160,6 @@ def project_gated(gate_up: nn.Module, x: Input, norm: RMSNorm | None, down: nn.M
 
 def multiplied(layer: nn.Module, x: Input) -> Tensor:
     """What the layer's weights are multiplied with: codes, for one in FP8."""
-    assert not isinstance(x, Linked)
     if not isinstance(layer, Fp8Linear):
         return x.values if isinstance(x, Normed) else x
     if isinstance(x, Normed):
@@ -207,7 +174,6 @@ def weights(layers: Layers) -> list[Tensor]:
 def skinny_linear(
     layer: Any, x: Input, *, gated: bool = False, y_scale: Tensor | None = None, ahead: Layers = ()
 ) -> Tensor:
-    assert not isinstance(x, Linked)
     dtype = x.values.dtype if isinstance(x, Normed) else x.dtype
     y: Tensor = torch.ops.jet.skinny_linear(
         multiplied(layer, x), layer.weight, *scales(layer), layer.bias, y_scale, gated, dtype, weights(ahead)

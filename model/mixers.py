@@ -9,9 +9,8 @@ from jet_export.kernels import attention as _attention  # noqa: F401  registers 
 from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers jet::jet_block
 from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch
-from jet_export.model.chain import Linked
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.model.linear import Hidden, Layers, mixed, norm_later, project
+from jet_export.model.linear import Hidden, Layers, norm_later, project
 from jet_export.model.mode import onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
 from jet_export.model.rms_norm import RMSNorm
@@ -50,11 +49,8 @@ class JetBlock(nn.Module):
         interval: int = 1,
     ) -> Hidden:
         """h + JetBlock(norm(h)). ahead: the linear layer that follows the block."""
-        behind = self.w2 if self.generator_dim else None
-        x, later = norm_later(h, norm, self.in_proj, self.ba_proj, behind=behind)
-        if isinstance(x, Linked):
-            qkuz, kappa = project(self.in_proj, x), self.conv1d if behind is None else project(behind, x)
-        elif self.generator_dim:
+        x, later = norm_later(h, norm, self.in_proj, self.ba_proj)
+        if self.generator_dim:
             qkuz = project(self.in_proj, x, later, ahead=(self.w2, self.o_proj))  # [T, 2 HK K + 2D + R]
             kappa = project(self.w2, qkuz[:, -self.generator_dim :], silu=True, ahead=ahead)  # [T, D * W]
         else:
@@ -72,7 +68,7 @@ class JetBlock(nn.Module):
             o = jet_block_node(*args, step_buffer, state_position, interval)
         else:
             o = torch.ops.jet.jet_block(*args, step_buffer, state_position, interval)
-        return mixed(self.o_proj, o, h)
+        return project(self.o_proj, o, residual=h)
 
 
 class Attention(nn.Module):
@@ -114,7 +110,7 @@ class Attention(nn.Module):
         o = attention_node(*args) if onnx_mode() else torch.ops.jet.attention(*args)
         if gate is not None:
             o = o * torch.sigmoid(gate)
-        return mixed(self.o_proj, o, h)
+        return project(self.o_proj, o, residual=h)
 
     def split_gate(self, qkvg: Tensor) -> tuple[Tensor, Tensor | None]:
         """qkv [T, (Hq + 2 Hkv) * Dh], and the gate [T, Hq * Dh] in a model that has one."""

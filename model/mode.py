@@ -8,7 +8,6 @@ and what its linear layers are (linear.py):
 library   PyTorch's
 gemv      jet::gemv: the graph always gets one token
 fused     jet::gemv that takes norms, activations, quantisation and residuals in
-chained   as fused, and those between two mixers in one launch (chain.py)
 skinny    jet::skinny_linear and its kin: the graph gets at most skinny_gemm.MAX_ROWS tokens
 """
 
@@ -21,7 +20,7 @@ from typing import Literal
 from torch import Tensor
 
 Mode = Literal["eager", "inductor", "onnx"]
-Linears = Literal["library", "gemv", "fused", "chained", "skinny"]
+Linears = Literal["library", "gemv", "fused", "skinny"]
 _mode: Mode = "eager"
 _linears: Linears = "library"
 _states_out: list[Tensor] = []

@@ -34,10 +34,6 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         for bn, bk, w, s in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (4, 8), (1, 3))
         if 16 <= bn * bk // (32 * w) <= 64
     ],
-    "linear_chain": [
-        *(dict(programs=264, BN=4, BK=512, AHEAD=a, num_warps=4) for a in (2, 4, 6)),  # two a multiprocessor of 132
-        dict(programs=132, BN=8, BK=512, AHEAD=4, num_warps=8),
-    ],
     "skinny_gemm": [
         dict(BN=bn, BK=bk, STAGES=st, SPLITS=sp, num_warps=bn // 16)
         for bn, bk, st, sp in itertools.product((64, 128), (64, 128, 256), (3, 5), (1, 2, 4, 6, 7, 12))

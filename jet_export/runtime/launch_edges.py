@@ -17,7 +17,6 @@ from typing import Any
 # Kernels that call await_inputs; compilers add to their names.
 WAITING = (
     "gemv_kernel",
-    "linear_chain_kernel",
     "skinny_kernel",
     "add_norm_kernel",
     "decode_kernel",

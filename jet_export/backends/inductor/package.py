@@ -21,7 +21,6 @@ from jet_export.backends.inductor.workarounds import lasting_names
 from jet_export.backends.modes import FEW_ROWS, MODES, MTP_DECODE, MTP_PREFILL, ONE_ROW, VERIFY
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
-from jet_export.kernels import configs
 from jet_export.kernels.common import dependent_launch
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 from jet_export.model.mode import Linears, graph_mode
@@ -51,18 +50,15 @@ def export_graph(
     else:
         args, shapes = example_inputs(model, dtypes, mode), dynamic_shapes(model, dtypes, limits, mode)
         graph = EngineGraph(model, form_of(mode), dtypes.state_interval).eval()
-    with torch.no_grad(), quiet_torch(), graph_mode("inductor", linears_of(mode, fused, model.config.hidden_size)):
+    with torch.no_grad(), quiet_torch(), graph_mode("inductor", linears_of(mode, fused)):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 
 
-def linears_of(mode: str, fused: bool, hidden_size: int) -> Linears:
+def linears_of(mode: str, fused: bool) -> Linears:
     """What the linear layers of a graph are."""
     if mode == FEW_ROWS:
         return "skinny"
-    if mode != ONE_ROW:
-        return "library"
-    chained = fused and configs.lookup("chain_layers", hidden_size=hidden_size)["chained"]
-    return "chained" if chained else "fused" if fused else "gemv"
+    return ("fused" if fused else "gemv") if mode == ONE_ROW else "library"
 
 
 def compile_package(program: ExportedProgram, path: Path, dependent: bool = False) -> None:
