@@ -41,7 +41,18 @@ BUNDLES = {  # name -> build options
     "jet-4b-bf16": ["--model", "jet-4b"],
     "qwen3-1.7b-bf16": ["--model", "qwen3-1.7b"],
     "qwen3-1.7b-fp8": ["--model", "qwen3-1.7b", "--fp8"],
-}
+    "interval-1-jet-2b-fp8": ["--model", "jet-2b", "--fp8", "--kv-cache-dtype", "fp8"],
+    "interval-8-jet-2b-fp8": ["--model", "jet-2b", "--fp8", "--kv-cache-dtype", "fp8", "--state-interval", "8"],
+    "speculate-jet-2b-fp8": [
+        "--model", "jet-2b", "--fp8", "--kv-cache-dtype", "fp8", "--state-interval", "8", "--speculate", "4"
+    ],
+    "qwen3.5-2b-bf16": ["--model", "qwen3.5-2b"],
+    "qwen3.5-2b-fp8": ["--model", "qwen3.5-2b", "--fp8"],
+    "qwen3.5-4b-bf16": ["--model", "qwen3.5-4b"],
+    "qwen3.5-4b-fp8": ["--model", "qwen3.5-4b", "--fp8"],
+}  # fmt: skip
+FAMILIES = ("jet-2b", "jet-4b", "qwen3-1.7b", "qwen3.5")
+INTERVALS = ("interval-1-jet-2b-fp8", "interval-8-jet-2b-fp8")
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ def steps(out: Path, bundles: Path) -> list[Step]:
                 "--max-batch-size", BATCH, "--max-seq-len", TOKENS, "--prefill-chunk", CHUNK,
                 "--output", str(bundles / name)]  # fmt: skip
 
-    def bench(name: str, protocol: str, *args: str | Path) -> list[str]:
+    def bench(name: str, protocol: str, *args: str | Path, directory: str = "") -> list[str]:
         return [
             *CLI,
             "bench",
@@ -82,7 +93,7 @@ def steps(out: Path, bundles: Path) -> list[Step]:
             "--protocol",
             protocol,
             "--output",
-            str(out / f"bench-{protocol}-{name}"),
+            str(out / (directory or f"bench-{protocol}-{name}")),
             *map(str, args),
         ]
 
@@ -99,9 +110,22 @@ def steps(out: Path, bundles: Path) -> list[Step]:
         Step("accuracy", "bf16 errors against fp64, beside FLA's", 120,
              {"accuracy": script("kernels/accuracy_vs_fla.py", "--output", out / "accuracy_vs_fla.json")}),
         *(Step(f"build-{model}", f"bundles of {model}, bf16 and FP8, side by side", 420,
-               {n: build(n) for n in BUNDLES if n.startswith(model)}) for model in ("jet-2b", "jet-4b", "qwen3-1.7b")),
+               {n: build(n) for n in BUNDLES if n.startswith(model)}) for model in FAMILIES),
         Step("build-fused", "bundles of jet-2b with --fuse-decode, side by side", 420,
              {n: build(n) for n in BUNDLES if n.startswith("fused")}),
+        Step("build-interval", "jet-2b FP8, states written every 1 and 8 tokens, and with drafts, side by side", 420,
+             {n: build(n) for n in (*INTERVALS, "speculate-jet-2b-fp8")}),
+        *(Step(f"decode-{name}-{context}", f"decode at {context}, {name}", 120,
+               {"bench": bench(name, "latency", "--contexts", context, "--batch", batch, "--fill-seconds", "1",
+                               directory=f"bench-{context}-{name}")},
+               built(name)) for name in INTERVALS for context, batch in (("1k", "1,8,32,64,128"), ("64k", "128"))),
+        Step("speculation", "drafts replayed, 80 % and none of them right, beside plain decoding", 240,
+             {"speculation": script("serving/speculation.py", bundles / "speculate-jet-2b-fp8", "--batch", "1,8,64",
+                                    "--acceptance", "0,0.8", "--output", out / "speculation.json")},
+             built("speculate-jet-2b-fp8")),
+        *(Step(f"decode-{name}", f"decode at 1K and 64K, {name}", 240,
+               {"bench": bench(name, "latency", "--contexts", "1024,64k", "--batch", "1,8,64,128",
+                               "--fill-seconds", "5")}, built(name)) for name in BUNDLES if name.startswith("qwen3.5")),
         Step("overlap", "a decode step of the fused bundle, launches one after the other and overlapping", 120,
              {"overlap": script("engine/launch_overlap.py", bundles / "fused-jet-2b-fp8", "--batch", 1, 8, 32, 64, 128,
                                 "--output", out / "launch-overlap.json")}, built("fused-jet-2b-fp8")),
@@ -150,8 +174,9 @@ def steps(out: Path, bundles: Path) -> list[Step]:
                          "--database", str(bundles / "measurements.db")]}),
         Step("tune", "configurations of the kernels", 540,
              {"tune": script("kernels/tune.py", "--minutes", 8, "--output", out / "tune.json")}),
-        Step("sanitize", "compute-sanitizer, memcheck and racecheck", 600,
-             {"sanitize": script("kernels/sanitize.py", "--seconds", 280, "--processes", 6,
+        Step("sanitize", "compute-sanitizer: memcheck, racecheck, synccheck", 600,
+             {"sanitize": script("kernels/sanitize.py", "--tools", "memcheck,racecheck,synccheck", "--seconds", 190,
+                                 "--processes", 6,
                                  "--output", out / "sanitize.json")}),
         Step("hostile", "the plugins on meaningless inputs, under compute-sanitizer and timed", 420,
              {"hostile": script("kernels/hostile_enqueues.py", "--fetch-headers", "--output", out / "hostile.json")}),
@@ -162,6 +187,20 @@ def steps(out: Path, bundles: Path) -> list[Step]:
              {"load": script("serving/serve_load.py", bundles / "jet-2b-fp8", "--slots", "32",
                                "--concurrency", "1", "8", "32",
                              "--output", out / "serve-load.json")}, built("jet-2b-fp8")),
+        Step("simulate", "`simulate` held against a server at three loads, jet-2b FP8", 480,
+             {"simulate": script("serving/simulate_truth.py", bundles / "jet-2b-fp8", "--output", out / "simulate")},
+             built("jet-2b-fp8")),
+        Step("soak", "mixed traffic for eight minutes, jet-2b FP8 with drafts; a million tokens against fp64", 600,
+             {"soak": script("serving/soak.py", bundles / "speculate-jet-2b-fp8", "--minutes", 8, "--output",
+                             out / "soak.json"),
+              "million": script("kernels/million_tokens.py", "--device", "cuda", "--output",
+                                out / "million-tokens.json")},
+             built("speculate-jet-2b-fp8")),
+        Step("training", "a layer's training beside FLA's, the distillation loss", 240,
+             {"layer": script("kernels/train_layer.py", "--output", out / "train_layer.json")}),
+        *(Step(f"retrofit-{model}", f"tokens/s and memory of a retrofit by phase, {model}", 300,
+               {"retrofit": script("training/retrofit_speed.py", "--model", model, "--minutes", 4, "--output",
+                                   out / f"retrofit_speed-{model}.json")}) for model in ("jet-2b", "jet-4b")),
         Step("ablation", "eager, torch.compile, engine bf16, FP8, FP8 KV", 900,
              {"ablation": script("engine/ablation.py", "--directory", bundles / "ablation", "--output",
                                  out / "ablation.json")}),
