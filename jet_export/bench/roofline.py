@@ -11,7 +11,7 @@ instead of 2, and of the rows [K + V + 4] fp32 that stand beside them (L - 1) / 
 Prefill: the products of the projections and of attention, and the recurrence, at the speed of a large matrix product;
 or the bytes, where they take longer. Speeds are measured in the same process on the same device (timer.copy_speed,
 timer.matmul_speed). Weights: every tensor of weights.safetensors except the RoPE table, and except the embedding where
-the output projection is a matrix of its own.
+the output projection is a matrix of its own; a multi-token-prediction layer (mtp.*) is read to draft alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jet_export.bench.timer import copy_speed, matmul_speed
 from jet_export.bundle.manifest import WEIGHTS, Manifest
 from jet_export.model.cache import HIDDEN, PAGE, StateSpec
 from jet_export.model.config import JetNemotronConfig
+from jet_export.model.qwen3_5 import MTP
 
 CHUNK = 64  # of the delta rule's chunk form
 FP8 = torch.float8_e4m3fn
@@ -86,6 +87,7 @@ def count_weights(sizes: dict[str, tuple[torch.dtype, int, int]]) -> Weights:
     """sizes: name -> dtype, elements, dimensions."""
     nbytes = {name: dtype.itemsize * n for name, (dtype, n, _) in sizes.items()}
     unread = {"cos_sin"} | ({"embed_tokens.weight"} if "lm_head.weight" in sizes else set())
+    unread |= {name for name in sizes if name.startswith(MTP)}  # read to draft
     products: dict[torch.dtype, int] = {}
     for name, (dtype, n, dims) in sizes.items():
         if name.startswith("layers.") and dims == 2:

@@ -54,8 +54,9 @@ class Site:
 
     @cached_property
     def eager(self) -> EagerEngine:
-        """The PyTorch model with the bundle's weights, on this machine's device whatever the engine's is."""
-        here = replace(self.manifest, target={**self.manifest.target, "device": self.device.type})
+        """The PyTorch model with the bundle's weights, on this machine's device whatever the engine's is; without the
+        layer that drafts, which ONNX has not."""
+        here = replace(self.manifest, mtp=False, target={**self.manifest.target, "device": self.device.type})
         return load_eager(self.bundle, here, load_weights(self.bundle, here))
 
     def plugin_library(self) -> Path:
@@ -91,4 +92,4 @@ class Site:
         held = getattr(head, "weight", None)
         if held is not None and held.data_ptr() == embedding.weight.data_ptr():
             head.weight = embedding.weight  # one initializer, as the file has one tensor
-        return write_onnx(self.eager.model, self.work, self.manifest.dtypes, self.manifest.limits)
+        return write_onnx(self.eager.model, self.work, replace(self.manifest.dtypes, mtp=False), self.manifest.limits)

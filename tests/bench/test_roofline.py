@@ -55,6 +55,7 @@ def test_an_output_projection_of_its_own_replaces_the_embedding() -> None:
     assert count_weights(tied).read == 220
     assert count_weights({**tied, "lm_head.weight": (FP8, 100, 2)}).read == 120
     assert count_weights({**tied, "lm_head.weight": (FP8, 100, 2)}).resident == 320
+    assert count_weights({**tied, "mtp.fc.weight": (FP8, 100, 2)}).read == 220
 
 
 def test_products_of_jet_2b() -> None:
@@ -115,7 +116,7 @@ def test_attention_of_a_prefill_is_quadratic_and_windows_are_not() -> None:
 def test_a_gated_delta_nets_bytes_and_operations_are_those_worked_out_by_hand() -> None:
     """Qwen3.5-4B: 24 layers of 32 value and 16 key heads, K = V = 128; 8 of gated attention, 4 KV heads of 256."""
     c, n = qwen3_5_4b(), 4096
-    b = step_bytes(c, state_specs(c, BF16, rollback=4), 0, 1, n)
+    b = step_bytes(c, state_specs(c, BF16, rollback=4, hidden=True), 0, 1, n)
     assert b.recurrent_states == 2 * 24 * 32 * 128 * 128 * 4
     assert b.conv_states == 2 * 24 * 3 * (2 * 16 * 128 + 32 * 128) * 2  # q, k and the values; rows to take back are not
     assert (b.kv_full, b.kv_window) == (8 * 2 * 4 * 256 * 2 * n, 0)
