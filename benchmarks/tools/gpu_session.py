@@ -139,6 +139,8 @@ def steps(out: Path, bundles: Path) -> list[Step]:
              {"kernels": script("kernels/kernels.py", "--output", out / "kernels.json")}),
         Step("gemv", "linear layers of one token", 60,
              {"gemv": script("kernels/gemv.py", "--output", out / "gemv.json")}),
+        Step("fp8-products", "the library's FP8 products, summed in fp32 or fast", 60,
+             {"products": script("kernels/fp8_products.py", "--output", out / "fp8_products.json")}),
         Step("skinny", "linear layers of 2 to 128 tokens, every configuration", 300,
              {"skinny": script("kernels/skinny_gemm.py", "--tiles", "all", "--rows", "8,64,128",
                                "--output", out / "skinny_gemm.json")}),
