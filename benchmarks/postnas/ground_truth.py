@@ -7,22 +7,24 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from jet_export.postnas.beam import rank_correlation
-from jet_export.postnas.candidate import Candidate, run_candidate
+from jet_export.postnas.candidate import Candidate, run_candidates
 from jet_export.postnas.evaluate import task_value
 from jet_export.postnas.placement import EVALUATIONS, rank_of
 from jet_export.postnas.recipe import letters
 from jet_export.postnas.session import Session
 
 
-def retrofit(session: Session, placement: tuple[int, ...], seed: int) -> dict[str, Any]:
-    layers = letters(session.config.num_hidden_layers, placement)
-    candidate = Candidate(name=layers, directory=f"{layers}-{seed}", layers=layers, seed=seed)
-    return run_candidate(session, candidate, session.recipe.block)
+def retrofits(session: Session, placements: Iterable[tuple[int, ...]], seeds: int) -> list[dict[str, Any]]:
+    """The results of each placement by each seed."""
+    strings = [letters(session.config.num_hidden_layers, p) for p in placements]
+    candidates = [Candidate(name=s, directory=f"{s}-{i}", layers=s, seed=i) for s in strings for i in range(seeds)]
+    return run_candidates(session, candidates, session.recipe.block)
 
 
 def correlations(session: Session, run: Path) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def correlations(session: Session, run: Path) -> dict[str, Any]:
     placement = session.result("placement")
     paths = rank_of(run / "placement" / EVALUATIONS)
     layers = range(session.config.num_hidden_layers)
-    truth = [retrofit(session, (i,), 0) for i in layers]
+    truth = retrofits(session, [(i,) for i in layers], seeds=1)
     out = {}
     for task in session.tasks:
         real = [task_value(task, row["scores"]) for row in truth]
@@ -56,9 +58,10 @@ def methods(session: Session) -> list[dict[str, Any]]:
 
 def learned_and_uniform(session: Session, seeds: int) -> list[dict[str, Any]]:
     """Values by method, k and task: of each seed, their mean and standard deviation."""
-    out = []
-    for row in methods(session):
-        results = [retrofit(session, tuple(row["attention"]), seed) for seed in range(seeds)]
+    out, rows = [], methods(session)
+    trained = retrofits(session, [tuple(row["attention"]) for row in rows], seeds)
+    for i, row in enumerate(rows):
+        results = trained[i * seeds : (i + 1) * seeds]
         values = {t.name: [task_value(t, r["scores"]) for r in results] for t in session.tasks}
         spread = {
             name: {"values": v, "mean": mean(v), "stdev": stdev(v) if seeds > 1 else 0.0} for name, v in values.items()

@@ -24,6 +24,10 @@ def postnas(
     output: Annotated[Path, typer.Option(help="A directory a step, report.html, and the model in model/.")],
     step: Annotated[Step | None, typer.Option(help="This step alone; default: all, in this order.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    parallel: Annotated[
+        int,
+        typer.Option(min=1, help="Candidates of block, design and shapes that train side by side, each in a process."),
+    ] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --output.")] = False,
 ) -> None:
     """Make a Jet model of a full-attention model: placement, block, design, shapes, retrofit."""
@@ -34,7 +38,8 @@ def postnas(
 
     whole = read_postnas_recipe(recipe)
     steps = (step.value,) if step else STEPS
-    if not run_postnas(whole, output, steps=steps, device=device, resume=resume, emit=typer.echo):
+    ended = run_postnas(whole, output, steps=steps, device=device, parallel=parallel, resume=resume, emit=typer.echo)
+    if not ended:
         raise typer.Exit(STOPPED)
     typer.echo(f"written: {output / REPORT}")
     if (output / MODEL).exists():

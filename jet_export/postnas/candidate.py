@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,7 @@ from jet_export.model.jet_dims import JetDims
 from jet_export.postnas.evaluate import Readout, score
 from jet_export.postnas.mixer import Mixer, Sizes, replace_mixers
 from jet_export.postnas.recipe import BudgetRecipe, short_stages
-from jet_export.postnas.session import RESULT, Session, logged, train, trained
+from jet_export.postnas.session import RESULT, Job, Session, logged, train, trained
 from jet_export.training.distributed import Group
 from jet_export.training.model import TrainingModel
 from jet_export.training.recipe import StageRecipe
@@ -58,16 +59,20 @@ class Candidate:
         return retrofit
 
 
-def run_candidate(session: Session, candidate: Candidate, budget: BudgetRecipe) -> dict[str, Any]:
-    """Its losses, scores and sizes; from its directory if it has been run. Raises Stopped."""
+def run_candidates(session: Session, candidates: Sequence[Candidate], budget: BudgetRecipe) -> list[dict[str, Any]]:
+    """Their losses, scores and sizes, in order. Raises Stopped."""
+    return session.each(
+        [
+            Job(session.directory / c.directory / RESULT, partial(_run_candidate, candidate=c, budget=budget))
+            for c in candidates
+        ]
+    )
+
+
+def _run_candidate(session: Session, candidate: Candidate, budget: BudgetRecipe) -> None:
     directory = session.directory / candidate.directory
-    if (directory / RESULT).exists():
-        known: dict[str, Any] = json.loads((directory / RESULT).read_text(encoding="utf-8"))
-        return known
     session.say(f"candidate {candidate.name}" + (f", seed {candidate.seed}" if budget.seeds > 1 else ""))
-    result = train_candidate(session, candidate, directory, short_stages(budget))
-    finish(session, directory, result)
-    return result
+    finish(session, directory, train_candidate(session, candidate, directory, short_stages(budget)))
 
 
 def train_candidate(

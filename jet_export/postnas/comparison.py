@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from jet_export.postnas.blocks import FORMS, MIXERS, TORCH
-from jet_export.postnas.candidate import Candidate, run_candidate, slug
+from jet_export.postnas.candidate import Candidate, run_candidates, slug
 from jet_export.postnas.design import DESIGNS, DesignedBlock
 from jet_export.postnas.mixer import Mixer, Sizes
 from jet_export.postnas.recipe import BudgetRecipe
@@ -36,12 +36,9 @@ def run_design(session: Session) -> dict[str, Any]:
 
 def _compare(session: Session, budget: BudgetRecipe, makes: Mapping[str, Make]) -> list[dict[str, Any]]:
     layers = session.result("placement")["student_layers"]
-    return [
-        run_candidate(
-            session,
-            Candidate(name=name, directory=f"{slug(name)}-{seed}", layers=layers, seed=seed, make=make),
-            budget,
-        )
+    candidates = [
+        Candidate(name=name, directory=f"{slug(name)}-{seed}", layers=layers, seed=seed, make=make)
         for seed in range(budget.seeds)
         for name, make in makes.items()
     ]
+    return run_candidates(session, candidates, budget)

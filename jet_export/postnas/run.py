@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jet_export.postnas.parallel import Workers
 from jet_export.postnas.recipe import STEPS, TOY, PostnasRecipe
 from jet_export.postnas.report import report
 from jet_export.postnas.session import RESULT, Session, Stopped
@@ -33,16 +35,22 @@ def run_postnas(
     *,
     steps: Sequence[str] = STEPS,
     device: str = "auto",
+    parallel: int = 1,
     resume: bool = False,
     emit: Callable[[str], None],
 ) -> bool:
-    """Run these steps of a checked recipe. Returns whether they ended: False after a stop that was asked for.
+    """Run these steps of a checked recipe, `parallel` candidates of a step side by side. Returns whether they ended:
+    False after a stop that was asked for.
 
     Raises JetExportError for a run of another recipe, a step that is there without `resume`, one whose predecessors are
     missing, and what a step cannot go on after: what is trained by then stays."""
     check_directory(output)
     check_output(output, recipe, steps, resume)
-    with processes(device) as group, stop_at_signals() as stop:
+    with processes(device) as group, stop_at_signals() as stop, closing(Workers(parallel)) as workers:
+        if group.world > 1 and parallel > 1:
+            raise JetExportError(
+                f"--parallel {parallel}: torchrun has begun {group.world} processes.", "Use one or the other."
+            )
         if group.world > 1 and recipe.shapes.space and "shapes" in steps:
             raise JetExportError(
                 "shapes.space: engines are measured by one process.",
@@ -55,7 +63,7 @@ def run_postnas(
             if recipe.training.teacher == TOY:
                 make_toy_teacher(output / TEACHER, recipe.training.seed)
         group.barrier()
-        session = Session(made, group, output, output, device, stop, say)
+        session = Session(made, group, output, output, device, stop, say, workers=workers if parallel > 1 else None)
         done = 0
         try:
             for step in steps:

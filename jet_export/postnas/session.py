@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,6 +28,9 @@ from jet_export.training.student import load_teacher, open_teacher
 from jet_export.training.trainer import Setting, saved_parameters
 from jet_export.utils.errors import JetExportError
 
+if TYPE_CHECKING:
+    from jet_export.postnas.parallel import Workers
+
 A = TypeVar("A")
 B = TypeVar("B")
 MODELS = "checkpoints"
@@ -35,6 +38,14 @@ MODELS = "checkpoints"
 
 class Stopped(Exception):
     """A stop was asked for, and what was being trained has its checkpoint."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """`work` leaves its result at `path`, as JSON."""
+
+    path: Path
+    work: Callable[[Session], object]  # pickled, for `Workers`
 
 
 @dataclass
@@ -48,6 +59,13 @@ class Session:
     device: str
     stop: Stop
     say: Callable[[str], None]  # does nothing but in the first process
+    bars: bool | None = None  # of progress; None: in a terminal
+    workers: Workers | None = None  # None: jobs one after the other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what each process has to itself."""
+        own = ("group", "stop", "say", "bars", "workers")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     @cached_property
     def files(self) -> CheckpointFiles:
@@ -92,6 +110,16 @@ class Session:
         found = {k: v for part in (self.group.gather(mine) if world > 1 else [mine]) for k, v in part.items()}
         return [found[i] for i in range(len(todo))]
 
+    def each(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """The jobs' results, in order; those that are not there yet are made first. Raises Stopped."""
+        missing = list({job.path: job for job in jobs if not job.path.exists()}.values())
+        if self.workers is not None and missing:
+            self.workers.run(self, missing)
+        else:
+            for job in missing:
+                job.work(self)
+        return [json.loads(job.path.read_text(encoding="utf-8")) for job in jobs]
+
     def result(self, step: str) -> dict[str, Any]:
         """What a step before this one has written."""
         path = self.output / step / RESULT
@@ -122,7 +150,7 @@ def train(session: Session, retrofit: Retrofit, output: Path, stages: int | None
     progress = checkpoints.last() or Progress()
     report = Report(
         output if group.first else None, session.say, done=progress.step, total=recipe.total_steps,
-        every=recipe.run.log_every, tensorboard=False,
+        every=recipe.run.log_every, tensorboard=False, bars=session.bars,
     )  # fmt: skip
     setting = Setting(recipe=recipe, group=group, checkpoints=checkpoints, report=report, stop=session.stop)
     try:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from jet_export.model.jet_dims import JetDims
 from jet_export.postnas.candidate import Candidate, train_candidate
 from jet_export.postnas.evaluate import Objective, Scores
 from jet_export.postnas.recipe import ShapesRecipe
-from jet_export.postnas.session import Session
+from jet_export.postnas.session import Job, Session
 from jet_export.search.output import write_results
 from jet_export.search.run import run_search
 from jet_export.search.search import Search
@@ -40,7 +42,7 @@ def run_shapes(session: Session) -> dict[str, Any]:
     objective = Objective(session.tasks, placement["objective"], low, session.teacher_scores)
     left, rungs = [Candidate(name=str(d), directory=str(d), layers=layers, dims=d) for d in sizes], []
     for rung in range(recipe.rungs):
-        rows = [_rung(session, c, stages, rung) for c in left]
+        rows = _rung(session, left, stages, rung)
         worth = {row["name"]: objective(row["scores"]) for row in rows}
         rows = [{**row, "rung": rung, "value": worth[row["name"]][0]} for row in rows]
         rungs.append(sorted(rows, key=lambda row: worth[row["name"]], reverse=True))
@@ -68,19 +70,23 @@ def rungs_of(recipe: ShapesRecipe) -> tuple[StageRecipe, ...]:
     return ((features,) if recipe.feature_steps else ()) + logits
 
 
-def _rung(session: Session, candidate: Candidate, stages: tuple[StageRecipe, ...], rung: int) -> dict[str, Any]:
-    directory = session.directory / candidate.directory
-    path = directory / f"rung-{rung}.json"
-    if not path.exists():
-        session.say(f"candidate {candidate.name}, rung {rung}")
-        until = len(stages) - session.recipe.shapes.rungs + rung + 1
-        row = train_candidate(session, candidate, directory, stages, until)
-        session.group.barrier()
-        if session.group.first:
-            write_atomically(path, json.dumps(row, indent=1) + "\n")
-        session.group.barrier()
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+def _rung(
+    session: Session, candidates: Sequence[Candidate], stages: tuple[StageRecipe, ...], rung: int
+) -> list[dict[str, Any]]:
+    jobs = [(c, session.directory / c.directory / f"rung-{rung}.json") for c in candidates]
+    return session.each(
+        [Job(path, partial(_train_on, candidate=c, stages=stages, rung=rung, path=path)) for c, path in jobs]
+    )
+
+
+def _train_on(session: Session, candidate: Candidate, stages: tuple[StageRecipe, ...], rung: int, path: Path) -> None:
+    session.say(f"candidate {candidate.name}, rung {rung}")
+    until = len(stages) - session.recipe.shapes.rungs + rung + 1
+    row = train_candidate(session, candidate, path.parent, stages, until)
+    session.group.barrier()
+    if session.group.first:
+        write_atomically(path, json.dumps(row, indent=1) + "\n")
+    session.group.barrier()
 
 
 def _sizes(recipe: ShapesRecipe, base: JetNemotronConfig) -> tuple[JetDims, ...]:

@@ -61,11 +61,11 @@ class Group:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Group]:
+def processes(device: str, gpu: int | None = None) -> Iterator[Group]:
     """The group of torchrun's processes where it started this one, else of this process alone. `device`: auto, cpu or
-    cuda. Raises JetExportError as `target_device`."""
+    cuda. `gpu`: its number; default: torchrun's choice, or the first. Raises JetExportError as `target_device`."""
     kind = target_device(device).type
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0")) if gpu is None else gpu
     place = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local)
     if place.type == "cuda":
         torch.cuda.set_device(place)

@@ -248,7 +248,7 @@ def test_sizes_are_chosen_by_score_and_the_latency_of_engines(
     monkeypatch.setattr(shapes, "run_search", lambda search, emit: searched(search))
     sizes, first = ("16x64x2", "16x128x1"), results_of(whole)["shapes"]["rungs"][0]
     rows = {name: {**row, "name": name} for name, row in zip(sizes, first, strict=True)}
-    monkeypatch.setattr(shapes, "_rung", lambda session, candidate, stages, rung: rows[candidate.name])
+    monkeypatch.setattr(shapes, "_rung", lambda session, left, *_: [rows[c.name] for c in left])
     (tmp_path / "space.toml").write_text(SPACE.format(slack=slack))
     space = replace(recipe.shapes, sizes=(), space=str(tmp_path / "space.toml"), rungs=1)
     for name in ("teacher", "placement"):
