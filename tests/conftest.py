@@ -17,6 +17,10 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 logging.getLogger("torch.__trace").propagate = True
 
 import pytest  # noqa: E402
+from helpers.interpreter import patch_interpreter  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_interpreter()
 
 # Modules that take long come first, so that no worker is left with one of them at the end; the longest before all.
 LONG = (

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).parents[1]))  # tests, for helpers
 from helpers.compare import relative_error
+from helpers.interpreter import patch_interpreter
 from helpers.paths import with_helpers
 from helpers.plugin_harness import FakeGpu, image_hash
 from jet_export.plugins.cases import ATTENTION_MODULES, JET_BLOCK_MODULES
@@ -208,6 +209,7 @@ def faulty(job: dict) -> dict:
 
 
 if __name__ == "__main__":
+    patch_interpreter()
     job = json.loads(Path(sys.argv[1]).read_text())
     found = evaluate(job) if "graph" in job else enqueued(job) if "runs" in job else {}
     if "faults" in job:
