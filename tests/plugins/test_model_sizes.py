@@ -1,4 +1,4 @@
-"""jet-2b and jet-4b compile for every supported SM, within its shared memory."""
+"""jet-2b and jet-4b compile for the supported SMs, within their shared memory. For SM 9.0: tests/kernels, *_fit_sm_90."""
 
 import json
 
@@ -12,7 +12,7 @@ from jet_export.plugins.targets import SHARED
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model, cache_dtype, sms", [("jet-2b", "bfloat16", [80, 86, 90]), ("jet-4b", "float8_e4m3fn", [89, 90, 120])]
+    "model, cache_dtype, sms", [("jet-2b", "bfloat16", [80, 86]), ("jet-4b", "float8_e4m3fn", [89, 120])]
 )
 def test_kernels_fit(headers, model, cache_dtype, sms):
     folder = build_library(model_cases(PRESETS[model](), cache_dtype=cache_dtype), sms, headers)
@@ -20,4 +20,3 @@ def test_kernels_fit(headers, model, cache_dtype, sms):
     images = [(kernel, image) for kernel in kernels for image in kernel["images"]]
     assert {image["sm"] for _, image in images} == set(sms)
     assert all(image["shared"] <= SHARED[image["sm"]] for _, image in images)
-    assert not any(image["fewer_stages"] for _, image in images if image["sm"] == 90)  # the launchers' own
