@@ -117,6 +117,7 @@ def test_a_ring_is_an_unbounded_table(form):
     assert relative_error(in_steps(ring, steps, form, DEVICE), table.run("ref")[0]) < 2e-6
 
 
+@pytest.mark.blas
 @pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
 def test_page_order_is_irrelevant(form):
     c = make_case(*DECODE)
@@ -125,6 +126,7 @@ def test_page_order_is_irrelevant(form):
     assert torch.equal(c.run(form, DEVICE)[0], moved.run(form, DEVICE)[0])
 
 
+@pytest.mark.blas
 @pytest.mark.parametrize("form", ["ref", "prefill", "decode"])
 def test_padding_rows_are_inert(form):
     """Nothing is read (their pages are NaN) or written, outputs are zero, and the other rows are unaffected."""

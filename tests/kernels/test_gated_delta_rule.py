@@ -154,6 +154,7 @@ def test_split_with_carried_state_is_whole(device, rule, split):
     assert relative_error(state, whole_state) < 1e-5
 
 
+@pytest.mark.blas
 @pytest.mark.parametrize("rule", [packed_gated_delta_rule_ref, gated_delta_rule_triton], ids=["ref", "kernel"])
 def test_packed_is_one_by_one_bit_for_bit(device, rule):
     on = "cpu" if rule is packed_gated_delta_rule_ref else device  # cuBLAS picks its kernels by shape
@@ -169,6 +170,7 @@ def test_packed_is_one_by_one_bit_for_bit(device, rule):
     assert torch.equal(state, packed_state)
 
 
+@pytest.mark.blas
 def test_each_batch_is_served_by_one_form_of_the_scan(device, monkeypatch):
     """One form serves batches of up to 6 heads, the other the larger ones; both are the reference to fp32 rounding.
 

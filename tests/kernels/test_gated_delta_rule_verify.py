@@ -54,6 +54,7 @@ def test_either_width_is_the_reference(device, lens, rollback):
     assert not got[sum(lens[:2]) :].any()
 
 
+@pytest.mark.blas
 @pytest.mark.parametrize("sms", [1, 4])
 def test_the_programs_of_a_head_do_not_change_a_bit(device, monkeypatch, sms):
     """One, two or more programs for three tiles, the last one of them narrower, and for four groups of rows."""

@@ -77,6 +77,7 @@ def test_padding_rows_are_inert_and_empty_context_is_zero_state(device, block, d
         assert args[i].isfinite().all() and (args[i][1] == 7).all() and (args[i][3] == 8).all()
 
 
+@pytest.mark.blas
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 def test_a_row_does_not_see_the_others(device, decode):
     p = Packed([1, 1, 1] if decode else [4, 20, 3], H=1, device=device)

@@ -88,6 +88,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: outputs(list(x), rest), leaves, fast_mode=True)
 
 
+@pytest.mark.blas
 def test_nothing_crosses_from_one_sequence_into_another() -> None:
     """Other tokens of the other sequences change neither a sequence's results nor its gradients, bit for bit."""
     leaves, rest = inputs([4, 7, 3], torch.float32)

@@ -14,6 +14,7 @@ from helpers.poison import poisoned
 
 from jet_export import kernels
 
+pytestmark = pytest.mark.blas
 HAS_CUDA = torch.cuda.is_available()
 
 

@@ -85,6 +85,7 @@ def test_the_reference_has_the_same_bits_at_any_interval():
             assert torch.equal(runs[0].outputs(), other.outputs()) and torch.equal(runs[0].states(), other.states())
 
 
+@pytest.mark.blas
 @pytest.mark.parametrize("block", [jet_block_ref, jet_block_triton], ids=["ref", "kernel"])
 def test_a_fork_in_the_middle_of_a_buffer_goes_on_bit_for_bit(device, block):
     if block is jet_block_ref:
