@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("fastapi")
 
 from helpers.eager_bundle import eager_engine
-from helpers.serving import server, wait_until
+from helpers.serving import program, server, wait_until
+from helpers.shared_memory import in_full_shm
 
 from jet_export.bundle.limits import Limits
 from jet_export.runtime.async_llm import AsyncLLM
@@ -125,6 +126,12 @@ def test_an_engine_that_hangs_ends_the_process_and_the_log_says_where(
     assert "the engine hangs: a step has taken more than 30 s, at wait (threading.py" in caplog.text
     assert "stuck_in_a_kernel" in caplog.text
     assert "stuck_in_a_kernel" in capfd.readouterr().err  # and every thread's stack
+
+
+def test_a_full_dev_shm_is_none_of_a_servers_business() -> None:
+    """With a front end of its own, too; Triton's is in tests/server/triton."""
+    with program("0", "1", "--frontends", "1", inside=in_full_shm) as (_, address):
+        assert post(address).json()["usage"]["completion_tokens"] == 8
 
 
 def test_what_says_that_a_device_is_lost() -> None:

@@ -75,9 +75,10 @@ def server(
 
 
 @contextmanager
-def program(*options: str):
-    """(process, address) of this file as a program, once it answers; it is killed at the end."""
-    command = [sys.executable, "-m", "helpers.serving", *options]
+def program(*options: str, inside: Callable[..., list[str]] = lambda *command: [*command]):
+    """(process, address) of this file as a program, once it answers; it is killed at the end. `inside`: of its command,
+    one that runs it elsewhere."""
+    command = inside(sys.executable, "-m", "helpers.serving", *options)
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from helpers.bundles import tiny_bundle
 from helpers.paths import EXAMPLES
+from helpers.shared_memory import in_full_shm
 from helpers.triton_serving import alive, children, serving, skip_without_server, tensors
 
 skip_without_server()
@@ -413,6 +416,15 @@ def test_two_instances_share_the_work_and_stop_in_time(bundle, reference) -> Non
             assert "shutting down" in whole.result().json()["error"]
         status, err = server.finish()
         assert status == 0 and "Traceback" not in err, err
+
+
+def test_a_full_dev_shm_is_reported(bundle) -> None:
+    """Triton's stubs have their tensors there."""
+    serve = [sys.executable, "-m", "jet_export.cli.app", "serve", str(bundle)]
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    done = subprocess.run(in_full_shm(*serve, *ports), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: tritonserver does not start: "), done.stderr
+    assert "at least 1 MB of shared memory" in done.stderr and "No space left on device" in done.stderr
 
 
 def test_numbers_keep_their_decimals(server, reference) -> None:
