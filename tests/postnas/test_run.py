@@ -208,12 +208,12 @@ def test_the_model_decodes_as_it_prefills(whole: Path) -> None:
 
 
 def test_the_model_is_built_verified_and_generates(whole: Path, tmp_path: Path, monkeypatch) -> None:
-    """By the commands that users run next, with the smallest limits that verify takes."""
+    """By the commands that users run next, as a graph, which compiles nothing, with the smallest limits."""
     monkeypatch.setattr("jet_export.verify.quality.recall", lambda *_: {})  # most of its time; tests/verify has it
     bundle, text = str(tmp_path / "bundle"), tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x + 1\n" * 10, encoding="utf-8")
-    limits = ("--max-batch-size", "1", "--max-seq-len", "32")
-    build = ("build", "--model", str(whole / "model"), "--device", "cpu", *limits, "--output", bundle)
+    options = ("--backend", "onnx", "--device", "cpu", "--max-batch-size", "1", "--max-seq-len", "32")
+    build = ("build", "--model", str(whole / "model"), *options, "--output", bundle)
     generate = ("generate", bundle, "--prompt", "def ", "--max-new-tokens", "4")
     for command, said in (
         (build, bundle),
