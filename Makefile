@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 DEMO   := bundles/jet-tiny-fp8-inductor
 LOAD   := build/load
 
-.PHONY: audit cluster demo fuzz oldest load test lint types docs constraints clean verify-tensorrt
+.PHONY: audit cluster demo families fuzz oldest load test lint types docs constraints clean verify-tensorrt
 
 # --no-compile: most of 28,000 files are never imported, and pip compiles them one by one.
 $(READY): pyproject.toml
@@ -38,6 +38,10 @@ fuzz: $(READY)
 # All of Ray's tests, those that CI leaves out too.
 cluster: $(READY)
 	JET_CLUSTER=1 $(BIN)/python -m pytest -p no:xdist tests/server/ray tests/search/test_ray_search.py $(TESTS)
+
+# A small Qwen3.5 through build --mtp, verify, try and search, compiled for the CPU: minutes.
+families: $(READY)
+	JET_FAMILIES=1 $(BIN)/python -m pytest -p no:xdist --timeout=0 tests/test_families.py tests/backends/inductor/test_mtp.py $(TESTS)
 
 # A few tests with the oldest versions that pyproject.toml allows, laid over the environment; torch, Triton and numpy are
 # PYTHON_OLDEST's: one with torch 2.11 and Triton 3.6 tests those too.
