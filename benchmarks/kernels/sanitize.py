@@ -31,11 +31,10 @@ SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) (?:error|hazar
 def run_problems(only: str, device: str, large: bool, part: int = 0, parts: int = 1) -> int:
     """The child: a line a problem, of every `parts`-th one; exit status 1 where one is wrong."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-    from helpers.kernel_problems import error_of, one_token_problems, problems
+    from helpers.kernel_problems import error_of, every_problem
 
     wrong = 0
-    found = {**problems(device, large), **one_token_problems(device, large)}
-    for name, problem in [(n, p) for n, p in found.items() if only in n][part::parts]:
+    for name, problem in [(n, p) for n, p in every_problem(device, large).items() if only in n][part::parts]:
         error = error_of(problem)
         ok = error <= BOUND  # false for NaN
         wrong += not ok

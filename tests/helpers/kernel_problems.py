@@ -16,6 +16,7 @@ from torch import Tensor
 
 from helpers.compare import relative_error
 from helpers.poison import poisoned
+from jet_export.kernels.add_norm import add_norm_ref, add_norm_triton
 from jet_export.kernels.attention import attention_ref, attention_triton
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref, dynamic_conv_triton
 from jet_export.kernels.form import Form
@@ -23,11 +24,19 @@ from jet_export.kernels.gated_delta_rule import gated_delta_rule_triton, packed_
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 from jet_export.kernels.gemv import gemv_ref, gemv_triton
 from jet_export.kernels.jet_block import jet_block_ref, jet_block_triton
-from jet_export.kernels.state_layout import EXTRA
+from jet_export.kernels.skinny_gemm import (
+    skinny_linear_ref,
+    skinny_linear_triton,
+    skinny_partials_ref,
+    skinny_partials_triton,
+    splits_of,
+)
+from jet_export.kernels.state_layout import EXTRA, buffer_rows
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16
 PADDING = 1  # the sequence that is padding
+INTERVAL = 2  # tokens from write to write, where states are not written at every token
 Inputs = dict[str, Tensor]
 
 
@@ -113,7 +122,8 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
     """jet_block in every form, and on the same numbers its parts: convolution, delta rule, gated norm."""
     H, K, V = dims
     D, W = H * V, 4
-    for form in Form:
+    held_forms = [(form, form == Form.VERIFY) for form in Form] + [(Form.DECODE, True)]
+    for form, buffered in held_forms:
         lens, context = shape_of(form, large)
         rng = torch.Generator().manual_seed(3)
         T, N = sum(lens), len(lens)
@@ -138,15 +148,16 @@ def jet_problems(device: str, dtype: torch.dtype, state: torch.dtype, dims: tupl
             "recurrent_state": poison_unowned(rand(N + 2, H, K, V, dtype=state), slots),
             **common,
         }
-        name = form.name.lower()
-        # The last inputs of a VERIFY call: some sequences' buffers are full, others' are not.
+        name = form.name.lower() + (" held" if buffered and form != Form.VERIFY else "")
+        # The last inputs where states are written every few tokens: some sequences' buffers are full, others' are not.
         held: Inputs = {}
-        if form == Form.VERIFY:
+        if buffered:
             positions = torch.tensor([n % 3 + 3 for n in range(N + 2)], dtype=torch.int32, device=device)
             positions[2] = max(context) - 2
-            buffer = poison_unowned(rand(N + 2, H, 8, K + V + EXTRA, dtype=torch.float32) * 0.1, slots)
+            rows = 8 if form == Form.VERIFY else buffer_rows(INTERVAL, 0)
+            buffer = poison_unowned(rand(N + 2, H, rows, K + V + EXTRA, dtype=torch.float32) * 0.1, slots)
             held = {"step_buffer": buffer, "state_position": positions[:, None].repeat(1, H)}
-        interval = (2,) if held else ()
+        interval = (INTERVAL,) if held else ()
         yield Problem(
             f"jet_block {name}",
             block | held,
@@ -290,6 +301,73 @@ def one_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
                 ("x",),
             )
     return out
+
+
+def few_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
+    """Kernels of a few tokens, which belong to no sequence: jet::skinny_linear and skinny_partials, and jet::add_norm.
+    Codes of the next layer are made, and tests of their own compare them: the smallest error is a whole step there."""
+    out = {}
+    N, K, M = (8960, 1536, 9) if large else (48, 96, 5)
+    for dtype in (torch.bfloat16, FP8) if large else (torch.float32,):
+        rng = torch.Generator().manual_seed(6)
+
+        def rand(*shape: int, rng: torch.Generator = rng) -> Tensor:
+            return torch.randn(*shape, generator=rng).to(device)
+
+        y = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        scale = torch.tensor([0.5], device=device)
+        rows = {"cu_seqlens": i32([0, M], device), "slots": i32([0], device)}
+        linear = {"x": rand(M, K).to(dtype), "weight": rand(2 * N, K).to(dtype), "x_scale": scale, "w_scale": scale}
+        product = {n: linear[n] for n in ("x", "weight")}
+        splits = splits_of(linear["weight"])
+        joined = {
+            "partials": rand(3, M, K),
+            **{n: scale for n in ("x_scale", "w_scale")},
+            "bias": rand(K).to(y),
+            "residual": rand(M, K).to(y),
+            "norm_weight": rand(K).to(y),
+            "y_scale": scale,
+            "z_weight": rand(24, K).to(y),
+        }
+        made = [
+            Problem(
+                f"skinny_linear{' gated' if gated else ''}",
+                linear | rows,
+                over_inputs(skinny_linear_triton, None, None, gated, y, first=4),
+                over_inputs(skinny_linear_ref, None, None, gated, torch.float32, first=4),
+                ("x",),
+            )
+            for gated in (False, True)
+        ]
+        made += [
+            Problem(
+                "skinny_partials",
+                product | rows,
+                lambda i, splits=splits: skinny_partials_triton(i["x"], i["weight"], splits).sum(0),
+                lambda i, splits=splits: skinny_partials_ref(i["x"], i["weight"], splits).sum(0),
+                ("x",),
+            ),
+            Problem(
+                "add_norm",
+                joined | rows,
+                lambda i: without_codes(*add_norm_triton(*list(i.values())[:8], 1e-5, True)),
+                lambda i: without_codes(*add_norm_ref(*list(i.values())[:8], 1e-5, True)),
+                ("residual",),
+            ),
+        ]
+        kind = str(dtype).removeprefix("torch.")
+        out |= {f"{p.name} {kind}": p for p in made}
+    return out
+
+
+def without_codes(h: Tensor, a: Tensor, codes: Tensor, z: Tensor) -> Tensor:
+    """add_norm's other outputs side by side."""
+    return torch.cat([h, a, z], 1)
+
+
+def every_problem(device: str, large: bool = False) -> dict[str, Problem]:
+    """Of all kernels, by name."""
+    return problems(device, large) | one_token_problems(device, large) | few_token_problems(device, large)
 
 
 def error_of(problem: Problem) -> float:

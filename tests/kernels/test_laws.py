@@ -34,9 +34,13 @@ def test_every_element_is_written_and_right(name: str) -> None:
     assert all(same_bits(after_a[n], after_b[n]) for n in p.states)
 
 
-@pytest.mark.parametrize("name", kp.one_token_problems("cpu"))
-def test_one_token_every_element_is_written_and_right(name: str) -> None:
-    p = kp.one_token_problems("cuda" if HAS_CUDA else "cpu")[name]
+def of_no_sequence(device: str) -> dict[str, kp.Problem]:
+    return kp.one_token_problems(device) | kp.few_token_problems(device)
+
+
+@pytest.mark.parametrize("name", of_no_sequence("cpu"))
+def test_of_tokens_of_no_sequence_every_element_is_written_and_right(name: str) -> None:
+    p = of_no_sequence("cuda" if HAS_CUDA else "cpu")[name]
     assert kp.error_of(p) < 1e-5
     assert same_bits(p.run()[0], p.run()[0])
 

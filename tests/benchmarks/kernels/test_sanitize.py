@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import kernel_problems
-from helpers.kernel_problems import one_token_problems, problems
+from helpers.kernel_problems import every_problem
 from helpers.paths import BENCHMARKS
 from helpers.scripts import load_script
 
@@ -75,7 +75,7 @@ def test_every_problem_has_to_be_clean(sanitize, tmp_path, dirty, processes) -> 
 def test_names_come_in_the_problems_order(sanitize, monkeypatch, capsys) -> None:
     """Every problem runs, in two processes; what they print is in the order of one."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    in_order = [*problems("cpu"), *one_token_problems("cpu")]
+    in_order = list(every_problem("cpu"))
     assert sanitize.names_of("", 2, "cpu") == in_order and len(in_order) >= 10 and in_order[0].startswith("jet_block")
 
 
