@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, await_inputs, fp32, gdc, i64, wrap
 from jet_export.kernels.gemv import FP8, codes, to_codes
+from jet_export.kernels.triton_op import triton_op
 
 
 def scaled(
@@ -148,7 +149,7 @@ def _(partials, x_scale, w_scale, bias, residual, norm_weight, y_scale, z_weight
     return outputs(residual, y_scale, z_weight, values)
 
 
-@torch.library.triton_op("jet::add_norm", mutates_args=())
+@triton_op("jet::add_norm", mutates_args=())
 def add_norm(
     partials: Tensor,
     x_scale: Tensor | None,

@@ -26,6 +26,7 @@ from jet_export.kernels.attention_decode import attention_decode_triton
 from jet_export.kernels.attention_prefill import attention_prefill_triton
 from jet_export.kernels.attention_verify import attention_verify_triton
 from jet_export.kernels.form import Form
+from jet_export.kernels.triton_op import triton_op
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 QUERY_BLOCK = 512  # the reference attends this many tokens of a sequence at a time
@@ -213,7 +214,7 @@ def _(
     return qkv.new_empty(qkv.shape[0], num_heads * head_dim)
 
 
-@torch.library.triton_op("jet::attention", mutates_args={"kv_cache"})
+@triton_op("jet::attention", mutates_args={"kv_cache"})
 def attention(
     qkv: Tensor,  # [T, (Hq + 2 Hkv) * Dh]
     cos_sin: Tensor,  # [P, R]

@@ -32,6 +32,7 @@ from jet_export.kernels.common import (
     zero_padding,
 )
 from jet_export.kernels.configs import lookup
+from jet_export.kernels.triton_op import triton_op
 
 
 def dynamic_conv_ref(
@@ -299,7 +300,7 @@ def _(u, kappa, conv_state, cu_seqlens, slots, context_lens):
     return u.new_empty(u.shape)
 
 
-@torch.library.triton_op("jet::dynamic_conv", mutates_args={"conv_state"})
+@triton_op("jet::dynamic_conv", mutates_args={"conv_state"})
 def dynamic_conv(
     u: Tensor, kappa: Tensor, conv_state: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor
 ) -> Tensor:

@@ -35,6 +35,7 @@ from jet_export.kernels.step_buffer import (
     keep_tokens_ref,
     write_state_ref,
 )
+from jet_export.kernels.triton_op import triton_op
 
 L2_EPS = 1e-6
 CHUNK_SIZE = 64
@@ -249,7 +250,7 @@ def _(
     return v.new_empty(v.shape)
 
 
-@torch.library.triton_op("jet::gated_delta_rule", mutates_args=STATES)
+@triton_op("jet::gated_delta_rule", mutates_args=STATES)
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, by_rows, fp32, rows, silu, wrap
 from jet_export.kernels.configs import lookup
+from jet_export.kernels.triton_op import triton_op
 
 
 def gated_rms_norm_ref(
@@ -78,7 +79,7 @@ def _(o, w_o, gate, eps):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.triton_op("jet::gated_rms_norm", mutates_args=())
+@triton_op("jet::gated_rms_norm", mutates_args=())
 def gated_rms_norm(o: Tensor, w_o: Tensor, gate: Tensor, eps: float) -> Tensor:
     """[T, H, V] in gate's dtype. See the module's equation."""
     if o.device.type == "cpu":

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from jet_export.kernels.common import acc_dtype, ahead_of, ask_ahead, await_inputs, fp32, gdc, i64, silu, wrap
 from jet_export.kernels.configs import lookup
+from jet_export.kernels.triton_op import triton_op
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest finite float8_e4m3fn
@@ -235,7 +236,7 @@ def _(x, weight, x_scale, w_scale, bias, norm_weight, residual, y_scale, norm_ep
     return x.new_empty(1, weight.shape[0] // (2 if gated else 1), dtype=dtype if y_scale is None else FP8)
 
 
-@torch.library.triton_op("jet::gemv", mutates_args=())
+@triton_op("jet::gemv", mutates_args=())
 def gemv(
     x: Tensor,
     weight: Tensor,

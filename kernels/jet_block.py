@@ -30,6 +30,7 @@ from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_deferred import deferred_delta_rule_triton
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
 from jet_export.kernels.step_buffer import flush_triton, held_buffer
+from jet_export.kernels.triton_op import triton_op
 
 STATES = {"conv_state", "recurrent_state", "step_buffer", "state_position"}  # updated in place
 
@@ -204,7 +205,7 @@ def _(
     return qkuz.new_empty(qkuz.shape[0], num_heads * head_v_dim)
 
 
-@torch.library.triton_op("jet::jet_block", mutates_args=STATES)
+@triton_op("jet::jet_block", mutates_args=STATES)
 def jet_block(
     qkuz: Tensor,
     ba: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 from jet_export.kernels.attention_verify import sequence_of
 from jet_export.kernels.common import clamp, sequence_bounds, wrap
 from jet_export.kernels.rope_append import LAST_POSITION
+from jet_export.kernels.triton_op import triton_op
 
 
 def keep_hidden_ref(
@@ -80,7 +81,7 @@ def _(h, kept, block_table, cu_seqlens, slots, context_lens):
     return None
 
 
-@torch.library.triton_op("jet::keep_hidden", mutates_args={"kept"})
+@triton_op("jet::keep_hidden", mutates_args={"kept"})
 def keep_hidden(
     h: Tensor, kept: Tensor, block_table: Tensor, cu_seqlens: Tensor, slots: Tensor, context_lens: Tensor
 ) -> None:

@@ -26,6 +26,7 @@ from jet_export.kernels.add_norm import scaled
 from jet_export.kernels.common import acc_dtype, ahead_of, ask_ahead, await_inputs, dot_precision, gdc, i64, silu, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.gemv import FP8, codes, to_codes
+from jet_export.kernels.triton_op import triton_op
 
 MAX_ROWS = 128  # tokens of a call: the widest tile
 
@@ -264,7 +265,7 @@ def _(x, weight, x_scale, w_scale, bias, y_scale, gated, dtype, ahead):
     return x.new_empty(x.shape[0], N, dtype=dtype if y_scale is None else FP8)
 
 
-@torch.library.triton_op("jet::skinny_linear", mutates_args=())
+@triton_op("jet::skinny_linear", mutates_args=())
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
@@ -292,7 +293,7 @@ def _(x, weight, splits, ahead):
     return x.new_empty(splits, x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-@torch.library.triton_op("jet::skinny_partials", mutates_args=())
+@triton_op("jet::skinny_partials", mutates_args=())
 def skinny_partials(x: Tensor, weight: Tensor, splits: int, ahead: list[Tensor]) -> Tensor:
     """Arguments as `skinny_partials_ref`, splits as `splits_of`; at most MAX_ROWS tokens."""
     if x.device.type == "cpu":
