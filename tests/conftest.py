@@ -22,32 +22,35 @@ from helpers.interpreter import patch_interpreter  # noqa: E402
 if os.environ.get("TRITON_INTERPRET") == "1":
     patch_interpreter()
 
-# Modules that take long come first, so that no worker is left with one of them at the end; the longest before all.
+# Modules that take long come first, in this order, so that no worker is left with one of them at the end. The first one
+# builds the bundle that several need; those after it do without, until it is there.
 LONG = (
-    "search/test_real_search.py",
     "server/triton/test_tritonserver.py",
+    "search/test_real_search.py",
     "backends/inductor/test_compile_worker.py",
     "backends/tensorrt/test_rtx.py",
+    "server/ray/test_fleet.py",
+    "plugins/test_model_sizes.py",
+    "training/test_run.py",
+    "postnas/test_run.py",
     "verify/test_verify.py",
     "ladder/test_ladder.py",
     "backends/onnx/test_export.py",
+    "plugins/test_evaluator.py",
     "kernels/test_attention_kernels.py",
     "kernels/test_jet_block.py",
-    "bench/test_command.py",
-    "server/openai/test_hostile.py",
-    "postnas/test_run.py",
-    "test_package.py",
-    "plugins/test_evaluator.py",
     "kernels/test_gated_delta_rule_backward.py",
+    "server/openai/test_hostile.py",
     "quantization/test_quantize.py",
-    "plugins/test_model_sizes.py",
     "plugins/test_faults.py",
+    "test_package.py",
+    "bench/test_command.py",
     "verify/test_parity.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+    items.sort(key=lambda item: next((i for i, m in enumerate(LONG) if item.path.as_posix().endswith(m)), len(LONG)))
     if HAS_CUDA:
         return
     for item in items:
