@@ -58,7 +58,9 @@ def test_memory_counts_what_drafting_keeps(directory: Path) -> None:
     with_layer, without = (make_plan(options(directory, mtp=mtp)).memory for mtp in (True, False))
     d, hkv, dh = 64, 2, 32
     assert with_layer.kv_full - without.kv_full == 3 * PAGE * (d + 2 * hkv * dh) * 4
-    layer = sum(p.nbytes for p in with_predictor(directory).mtp.parameters())  # type: ignore[union-attr]
+    predictor = with_predictor(directory).mtp
+    assert predictor is not None
+    layer = sum(p.nbytes for p in predictor.parameters())
     assert with_layer.weights - without.weights == layer
 
 
