@@ -23,78 +23,22 @@ from typing import Any
 import kernels_attention as attention
 import torch
 from arguments import lacks_gpu, output_of, parser_of
+from block_cases import DECODE, MODELS, PREFILL, block_inputs, correctness, decode_work, prefill_work, rel, rule_work
 from fla_pinned import import_fla, rule_inputs
-from kernels_table import KernelRow, draw, row, show, to_dicts
+from kernels_table import KernelRow, report, row, to_dicts
 from sglang_path import import_sglang, jet_block_path
 from torch import Tensor
 
 from jet_export.bench import timer
 from jet_export.kernels.attention import rope_ref
-from jet_export.kernels.jet_block import jet_block_ref
+from jet_export.kernels.form import Form
 from jet_export.kernels.state_layout import NO_BUFFER
-from jet_export.utils.environment import environment, write_result
-
-DEVICE = "cuda"
-MODELS = {"2b": (12, 96, 256), "4b": (16, 128, 256)}  # H, K, V
-PREFILL = [(1, 2048), (16, 2048), (1, 16384), (1, 65536)]  # B, T
-DECODE = [1, 64, 128, 256, 512]
-
-
-def block_inputs(lens: list[int], model: str, state_dtype: torch.dtype = torch.float32, context: int = 0) -> tuple:
-    """Arguments of jet_block without `decode`, bf16; gates by the published initialisation."""
-    H, K, V = MODELS[model]
-    N, T, D = len(lens), sum(lens), H * V
-
-    def rand(*shape, dtype=torch.bfloat16):
-        return torch.randn(*shape, device=DEVICE, dtype=dtype)
-
-    def i32(x):
-        return torch.tensor(x, device=DEVICE, dtype=torch.int32)
-
-    A_log = torch.empty(H, device=DEVICE).uniform_(1, 16).log()
-    dt = torch.empty(H, device=DEVICE).uniform_(-6.9, -2.3).exp()
-    return (
-        rand(T, 2 * H * K + 2 * D + D // 8), rand(T, 2 * H), rand(T, 4 * D).mul_(0.5), A_log,
-        dt + torch.log(-torch.expm1(-dt)), 1 + 0.1 * rand(V), rand(N, 3, D), rand(N, H, K, V, dtype=state_dtype),
-        i32([0, *lens]).cumsum(0, dtype=torch.int32), torch.arange(N, device=DEVICE, dtype=torch.int32),
-        i32([context] * N), H, K, V, 1e-5,
-    )  # fmt: skip
-
-
-def rel(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b).norm() / b.norm()).item()
-
-
-def correctness(model: str) -> dict[str, float]:
-    """Relative errors against fp64 of a small prefill and a decode step."""
-    errors = {}
-    reference: Callable[..., Tensor] = jet_block_ref
-    for name, lens, decode in (("prefill", [1, 65, 300], False), ("decode", [1] * 8, True)):
-        args = block_inputs(lens, model, context=4)
-        exact: list[Any] = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-        want = reference(*exact, decode)
-        errors[name] = rel(torch.ops.jet.jet_block(*args, decode, *NO_BUFFER), want)
-        errors[f"{name} state"] = rel(args[7], exact[7])
-    return errors
-
-
-def prefill_work(n: int, model: str) -> tuple[int, int]:
-    """Bytes that jet_block must move for n tokens (q, k, u, gate, kappa, the result), and the delta rule's FLOPs."""
-    H, K, V = MODELS[model]
-    return n * 2 * (2 * H * K + 7 * H * V), n * H * (2 * 64 * (3 * K + V) + 2 * (64 * V + 3 * K * V))
-
-
-def decode_work(B: int, model: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of B sequences' states, read and written, and the layers that a graph has: one of few launches would show
-    its own start."""
-    H, K, V = MODELS[model]
-    moved = 2 * B * H * K * V * dtype.itemsize
-    return moved, max(8, min(24, int(2e10 / moved)))
+from jet_export.utils.environment import write_result
 
 
 def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[KernelRow]:
     """jet_block and its parts, each beside its own roofline."""
-    H, K, V = MODELS[model]
+    H, K, V, *_ = MODELS[model]
     D, out, ops = H * V, list[KernelRow](), torch.ops.jet
     for B, T in PREFILL:
         args = block_inputs([T] * B, model)
@@ -104,8 +48,8 @@ def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kern
         u, kappa, conv_state = args[0][:, 2 * H * K : 2 * H * K + D], args[2], args[6]
         gate = args[0][:, 2 * H * K + D : 2 * H * K + 2 * D].unflatten(1, (H, V))
         variants: dict[str, Callable[[], Any]] = {
-            "jet_block": partial(ops.jet_block, *args, False),
-            "gated_delta_rule": partial(ops.gated_delta_rule, *packed, state, *args[8:11], False),
+            "jet_block": partial(ops.jet_block, *args, Form.PREFILL, *NO_BUFFER),
+            "gated_delta_rule": partial(ops.gated_delta_rule, *packed, state, *args[8:11], Form.PREFILL, *NO_BUFFER),
             "dynamic_conv": partial(ops.dynamic_conv, u, kappa, conv_state, *args[8:11]),
             "gated_rms_norm": partial(ops.gated_rms_norm, packed[2], args[5], gate, 1e-5),
         }
@@ -115,10 +59,9 @@ def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kern
             )
         times = timer.compare(variants, graph=True, repeats=15)
         n = B * T
-        whole_bytes, rule_flops = prefill_work(n, model)
         work = {  # bytes read and written, FLOPs
-            "jet_block": (whole_bytes, rule_flops),
-            "gated_delta_rule": (n * 2 * (2 * H * K + 2 * D), rule_flops),
+            "jet_block": prefill_work(n, model),
+            "gated_delta_rule": rule_work(n, model),
             "dynamic_conv": (n * 2 * 6 * D, 0),
             "gated_rms_norm": (n * 2 * 3 * D, 0),
         }
@@ -136,7 +79,7 @@ def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kern
 
 
 def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[KernelRow]:
-    H, K, V = MODELS[model]
+    H, K, V, *_ = MODELS[model]
     out = []
     for B in DECODE:
         for dtype in (torch.float32, torch.bfloat16):
@@ -310,11 +253,7 @@ def main() -> int:
             rows += step()
             write_result(output, {**result, "rows": to_dicts(rows)})
             torch.cuda.empty_cache()
-    show(rows)
-    try:
-        draw(output.with_suffix(".png"), rows, environment())
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install 'jet-export[bench]')")
+    report(output, rows)
     return 0
 
 

@@ -93,6 +93,17 @@ def show(rows: list[KernelRow]) -> None:
     Console(width=190, highlight=False).print(table(rows))
 
 
+def report(output: Path, rows: list[KernelRow]) -> None:
+    """The table, and beside a result's file its picture."""
+    from jet_export.utils.environment import environment
+
+    show(rows)
+    try:
+        draw(output.with_suffix(".png"), rows, environment())
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install 'jet-export[bench]')")
+
+
 def draw(path: Path, rows: list[KernelRow], environment: dict[str, str]) -> list[Path]:
     """One picture an op, `path`'s name with the op's behind it: the time of each case relative to ours, a bar a
     variant, with its share of the roofline; models side by side."""

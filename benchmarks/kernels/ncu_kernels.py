@@ -38,7 +38,7 @@ CASES = [("prefill", [16384]), ("prefill", [2048] * 16), ("decode", [1] * 64)]
 def run_cases(models: list[str]) -> None:
     """The child: every case once between the profiler's start and stop."""
     import torch
-    from kernels import block_inputs
+    from block_cases import block_inputs
 
     for model in models:
         for form, lens in CASES:

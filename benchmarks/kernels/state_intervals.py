@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from arguments import lacks_gpu, output_of, parser_of
+from block_cases import MODELS, block_inputs
 from candidates import CANDIDATES
-from kernels import MODELS, block_inputs
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -69,7 +69,7 @@ class Layer:
 
 def work(model: str, batch: int, interval: int, tokens: int = 1) -> int:
     """Bytes of a layer's step that the state and its buffer cost, the mean of an interval."""
-    H, K, V = MODELS[model]
+    H, K, V, *_ = MODELS[model]
     state, token = 4 * K * V, 4 * (K + V + EXTRA)
     buffer = token * ((interval + 1) / 2 + tokens) if interval > 1 or tokens > 1 else 0
     return int(batch * H * (state + state / -(-interval // tokens) + buffer))

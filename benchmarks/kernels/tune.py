@@ -95,7 +95,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def block_tasks(model: str) -> list[Task]:
-    from kernels import block_inputs
+    from block_cases import block_inputs
 
     _, K, V = DELTA[model]
     prefills = {f"prefill B{b} T{t}": block_inputs([t] * b, model) for b, t in ((1, 16384), (16, 2048), (1, 2048))}
