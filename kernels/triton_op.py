@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch._library import triton as library
-from torch._library.custom_ops import CustomOpDef
 
+Function = Callable[..., Any]
 FIND = "get_inner_triton_kernels"
 
 
@@ -24,8 +24,8 @@ class Kernels:
         return iter(self.find(self.function))
 
 
-def triton_op(name: str, *, mutates_args: Iterable[str]) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    def make(function: Callable[..., Any]) -> CustomOpDef:
+def triton_op(name: str, *, mutates_args: Iterable[str]) -> Callable[[Function], Function]:
+    def make(function: Function) -> Function:
         find = getattr(library, FIND, None)
         if find is None:  # another torch
             return torch.library.triton_op(name, function, mutates_args=mutates_args)

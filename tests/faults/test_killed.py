@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ def test_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager, llm = selection._manager, tiny_llm()
     monkeypatch.setattr(selection, "_manager", lambda dirs, settings, defaults: manager(dirs, settings, defaults=False))
     monkeypatch.setattr(run, "LLM", lambda directory, deterministic: llm)
-    monkeypatch.setattr(evaluate.typer, "echo", say)
+    monkeypatch.setattr("jet_export.cli.evaluate.typer.echo", say)
     bundle, out = write_bundle(tmp_path / "jet-tiny"), tmp_path / "out"
     out.mkdir()
     report, samples = out / "eval.json", out / "samples.jsonl"
@@ -93,6 +94,10 @@ def front_ends(server: int) -> list[int]:
     return found
 
 
+def no_front_end(server: int) -> bool:
+    return not front_ends(server)
+
+
 def test_serve(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At lines of its log, then while it answers."""
     address, body = f"http://127.0.0.1:{port}", {"model": "mini", "prompt": "abc", "max_tokens": 300, "stream": True}
@@ -114,4 +119,4 @@ def test_serve(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> No
                 os.kill(pid, signal.SIGKILL)
                 assert '"engine_error"' in [line for line in lines if line][-1]
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        wait_until(lambda pid=pid: not front_ends(pid))
+        wait_until(partial(no_front_end, pid))
