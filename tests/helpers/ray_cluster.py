@@ -25,6 +25,11 @@ class RayNode:
     node: Any
 
     @property
+    def name(self) -> str:
+        """Its id, as Ray gives it."""
+        return str(self.node.node_id)
+
+    @property
     def raylet(self) -> int:
         """Its process."""
         return int(self.node.all_processes["raylet"][0].process.pid)

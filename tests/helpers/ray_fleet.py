@@ -7,7 +7,7 @@ proxy are on the head node; the other one can be killed."""
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ class Formula(EagerEngine):
 
     def __init__(self) -> None:
         config = JetNemotronConfig.from_json_file(JET_TINY_DIR / "config.json")
-        model: Any = SimpleNamespace(config=config, dtype=torch.float32, device=torch.device("cpu"))
+        model: Any = SimpleNamespace(config=config, dtype=torch.float32, device=torch.device("cpu"), mtp=None)
         super().__init__(model, replace(LIMITS, max_batch_size=SLOTS))
 
     def step(
@@ -119,6 +119,25 @@ def run(config: FleetConfig) -> None:
     serve.run(on_head.bind(*ingress.init_args, **ingress.init_kwargs), name=APP, route_prefix="/")
 
 
+def begin_metrics(node: RayNode) -> None:
+    """The metrics are on the node that is to be killed; Ray would put them on either."""
+    import ray
+    from ray.exceptions import RayActorError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from jet_export.server.ray.app import APP, board
+
+    end = time.monotonic() + 60
+    while time.monotonic() < end:  # the scheduler may not know the node yet, or still know one that has been ended
+        reports = board(APP, scheduling_strategy=NodeAffinitySchedulingStrategy(node.name, soft=True))
+        with suppress(RayActorError):
+            if ray.get(reports.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) == node.name:
+                return
+            ray.kill(reports)
+        time.sleep(0.2)
+    raise TimeoutError("The metrics are not on the node.")
+
+
 @contextmanager
 def fleet(directory: Path, port: int) -> Iterator[tuple[FleetConfig, list[RayNode]]]:
     """Served inside."""
@@ -140,6 +159,7 @@ def fleet(directory: Path, port: int) -> Iterator[tuple[FleetConfig, list[RayNod
                 http_options={"host": "127.0.0.1", "port": port},
                 logging_config={"log_level": "ERROR"},
             )
+            begin_metrics(nodes[1])
             run(made)
             yield made, nodes
         finally:

@@ -7,9 +7,10 @@ Pinned to one version of Ray: request routers are an alpha interface there.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,22 +46,23 @@ APP, INGRESS, ENGINE = "jet-export", "Api", "Engine"
 NAMESPACE = "jet-export"
 SPARE = 1.25  # calls that Serve lets a replica have, of those that its engine takes: it refuses the others itself
 ROUTING = 64  # calls of an ingress that are on their way to a replica, at least: many may arrive at once
+STATUS_S = 2.0  # that the metrics may take
 AUTOSCALE_AT = 0.75  # of the sequences at once: requests a replica, on average
 
 
-def board() -> Any:
-    """The actor that has the metrics, of this application."""
-    actor = ray.remote(num_cpus=0)(Board)
-    name = f"metrics of {serve.get_replica_context().app_name}"
-    return actor.options(name=name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached").remote()
+def board(app: str, **options: Any) -> Any:
+    """The actor that has the metrics of an application. `options`: of Ray, where it is made."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)  # its node may die
+    named = {"name": f"metrics of {app}", "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached"}
+    return actor.options(**named, **options).remote()
 
 
 class Engine:
     """A replica; see engine.py."""
 
     def __init__(self, config: FleetConfig) -> None:
-        name = serve.get_replica_context().replica_id.unique_id
-        reports = board()
+        context = serve.get_replica_context()
+        name, reports = context.replica_id.unique_id, board(context.app_name)
         make = config.load_llm or partial(AsyncLLM, config.bundle, config.serving)
         self.replica = EngineReplica(make, lambda text: reports.put.remote(name, text))
 
@@ -106,10 +108,13 @@ def api(config: FleetConfig, handle: DeploymentHandle[Any]) -> ASGIApp:
     from jet_export.server.openai.defaults import load_sampling_defaults
 
     bundle, manifest = config.bundle, Manifest.load(config.bundle)
-    streaming, reports = handle.options(stream=True), board()
+    streaming, reports = handle.options(stream=True), board(serve.get_replica_context().app_name)
+    texts: dict[str, str] = {}
 
     async def status() -> Status:
-        texts = await reports.read.remote()
+        nonlocal texts
+        with suppress(RayActorError, TimeoutError):  # while it is being started on another node: the last that is known
+            texts = await asyncio.wait_for(reports.read.remote(), STATUS_S)
         return Status(bool(texts), merged(texts))
 
     def send(call: Call) -> HandleAnswer:
