@@ -119,14 +119,16 @@ def jet_block_train(
 
     Raises JetExportError for shapes that do not fit the heads."""
     dims, T, N = Dims(num_heads, head_k_dim, head_v_dim), qkuz.shape[0], cu_seqlens.shape[0] - 1
+    state = (num_heads, head_k_dim, head_v_dim)
     wanted = {
         "qkuz": (qkuz.shape[1] >= dims.width, f"[T, {dims.width} or more]"),
         "ba": (ba.shape == (T, 2 * num_heads), f"[T, {2 * num_heads}]"),
         "kappa": (kappa.shape[0] == T and kappa.shape[1] % dims.D == 0, f"[T, a multiple of {dims.D}]"),
         "w_o": (w_o.shape == (head_v_dim,), f"[{head_v_dim}]"),
+        # N stays out of the text: torch.compile would trace again for every number of sequences
         "initial_state": (
-            initial_state is None or initial_state.shape == (N, num_heads, head_k_dim, head_v_dim),
-            f"[{N}, {num_heads}, {head_k_dim}, {head_v_dim}]",
+            initial_state is None or initial_state.shape == (N, *state),
+            f"[N, {', '.join(map(str, state))}]",
         ),
     }
     for name, (fits, shape) in wanted.items():

@@ -8,7 +8,8 @@ With z = x w^T, z' = x' w'^T the logits of student and teacher, s the temperatur
 s^2 keeps the size of the gradient at every temperature (arXiv 1503.02531). Only the logits of `chunk` tokens exist at a
 time, in the model dtype; dz replaces them, and dx = dz w and dw += dz^T x (fp32) follow at once, so that the backward
 pass only scales (the scheme of arXiv 2410.10989). Beside its results the op holds 2 chunk V elements, and V d in fp32
-if w has a gradient. The teacher has none.
+if w has a gradient. The teacher has none. A chunk is 1,024 tokens of 152K logits, and more tokens of a smaller
+vocabulary: their chunks would be launches with little work.
 
 On a GPU `kl_rows_kernel` reads a row's logits twice, first for the sums, by an online softmax (arXiv 1805.02867) in
 every lane, then for dz:  kl = s^2 (sum_v p' (z' - z) / s - ln sum exp(z' / s) + ln sum exp(z / s)).
@@ -26,6 +27,7 @@ from jet_export.kernels.gated_delta_rule_torch import in_plain_torch
 from jet_export.utils.errors import JetExportError
 
 IGNORED = -100
+LOGITS = 1024 * 152_064  # in a chunk, by default
 
 
 def kl_rows_torch(
@@ -206,12 +208,13 @@ def linear_kl(
     kl_weight: float,
     ce_weight: float,
     temperature: float = 1.0,
-    chunk: int = 1024,  # tokens whose logits exist at a time
+    chunk: int | None = None,  # tokens whose logits exist at a time; default: those of LOGITS
 ) -> tuple[Tensor, Tensor, Tensor]:  # loss, kl, ce: fp32, []
     """Only `loss` is differentiable, in x and w. Without a token that counts all three are 0.
 
     Raises JetExportError for shapes that do not fit each other, or a temperature or chunk that is not positive."""
     T, V = labels.shape[0], w.shape[0]
+    chunk = max(1, LOGITS // V) if chunk is None else chunk
     if (x.shape[0], x_teacher.shape[0], w_teacher.shape[0]) != (T, T, V):
         raise JetExportError(
             f"linear_kl: x {tuple(x.shape)}, w {tuple(w.shape)}, x_teacher {tuple(x_teacher.shape)}, "

@@ -17,6 +17,7 @@ from jet_export.training.layer import Context, LayerOutput, TrainingLayer
 from jet_export.training.packed_attention import attend_for
 
 Out = TypeVar("Out")
+VARIANTS = 256  # that torch.compile makes of a layer before it gives up
 
 
 class TrainingModel(WeightedModel):
@@ -38,6 +39,13 @@ class TrainingModel(WeightedModel):
     @property
     def training_layers(self) -> list[TrainingLayer]:
         return [layer for layer in self.layers if isinstance(layer, TrainingLayer)]
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """torch.compile of each layer. Layers share a function, so its variants are many: kinds, dtypes, what trains,
+        sizes of candidates, and the same of the teacher."""
+        torch._dynamo.config.recompile_limit = VARIANTS
+        for layer in self.layers:
+            layer.compile(backend=backend)
 
     def forward(self, batch: Batch, compute: Callable[[TrainingModel, Batch], Out]) -> Out:
         with torch.autocast(batch.tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):

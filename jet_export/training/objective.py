@@ -78,7 +78,21 @@ class StepLoss:
     parts: dict[str, float]
 
 
-def backward(objective: Objective, rows: Sequence[Row], micro_batch: int, group: Group) -> StepLoss:
+@dataclass(frozen=True)
+class StepSums:
+    """Of this process's losses, on its device: the total, then the parts."""
+
+    values: Tensor  # [1 + parts] fp64
+    names: tuple[str, ...]
+    count: float  # rows or tokens of all processes
+
+    def means(self, group: Group) -> StepLoss:
+        """Waits for the device."""
+        total, *parts = (s / self.count for s in group.sum(self.values.tolist()))
+        return StepLoss(total, dict(zip(self.names, parts, strict=True)))
+
+
+def backward(objective: Objective, rows: Sequence[Row], micro_batch: int, group: Group) -> StepSums:
     """Adds the gradients of the step's mean loss to the student's parameters. `rows`: this process's, taken
     `micro_batch` at a time; every process has as many."""
     student = objective.student.train()
@@ -91,5 +105,4 @@ def backward(objective: Objective, rows: Sequence[Row], micro_batch: int, group:
         for name, value in losses.parts.items():
             parts[name] = parts.get(name, torch.zeros_like(total)) + value
     average_whole_gradients(student, group)
-    summed = group.sum(torch.stack([total, *parts.values()]).tolist())
-    return StepLoss(summed[0] / count, {name: s / count for name, s in zip(parts, summed[1:], strict=True)})
+    return StepSums(torch.stack([total, *parts.values()]), tuple(parts), count)

@@ -74,13 +74,16 @@ def set_lr(optimizer: torch.optim.AdamW, lr: float) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(optimizer: torch.optim.AdamW, limit: float, group: Group) -> float:
-    """Scale all gradients so that their norm is at most `limit` (0: leave them). Returns the norm before."""
+def clip_gradients(optimizer: torch.optim.AdamW, limit: float, group: Group) -> Tensor:
+    """Scale all gradients so that their norm is at most `limit` (0: leave them). Returns the norm before, for which one
+    process alone does not wait."""
     parts: dict[bool, list[Tensor]] = {True: [], False: []}  # sharded, or whole in every process
     for grad in (p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None):
         parts[is_sharded(grad)].append(local(grad))
-    sharded, whole = (float(torch.nn.utils.get_total_norm(grads)) ** 2 for grads in parts.values())
-    norm = math.sqrt(group.sum([sharded])[0] + whole)
-    if limit and norm > limit and math.isfinite(norm):
-        torch._foreach_mul_([grad for grads in parts.values() for grad in grads], limit / norm)
+    sharded, norm = (torch.nn.utils.get_total_norm(grads) for grads in parts.values())
+    if group.world > 1:
+        total = math.sqrt(group.sum([float(sharded) ** 2])[0] + float(norm) ** 2)
+        norm = torch.tensor(total, device=group.device)
+    if limit and (every := parts[True] + parts[False]):
+        torch._foreach_mul_(every, (limit / norm).clamp(max=1.0))
     return norm

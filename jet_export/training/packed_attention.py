@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,20 @@ from torch import Tensor
 
 from jet_export.training.data.rows import Batch
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # tokens, of flex_attention's
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [R, Hq, L, Dh], k, v [R, Hkv, L, Dh] -> [R, Hq, L, Dh]
 
 
 def attend_for(batch: Batch, window: int) -> Attend:
     """Attention of this batch: token i sees key j of its own sequence with j <= i, and i - window < j if window > 0."""
-    segments = batch.segments.view(batch.rows, -1)
-    return _flex(segments, window) if segments.is_cuda else _masked(segments, window)
+    if window not in batch.masks:
+        segments = batch.segments.view(batch.rows, -1)
+        batch.masks[window] = _flex(segments, window) if segments.is_cuda else _masked(segments, window)
+    attend: Attend = batch.masks[window]
+    return attend
 
 
 def _masked(segments: Tensor, window: int) -> Attend:
@@ -37,20 +44,44 @@ def _masked(segments: Tensor, window: int) -> Attend:
 
 
 def _flex(segments: Tensor, window: int) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         same = (segments[b, i] == segments[b, j]) & (j <= i)
         return same & (j > i - window) if window else same
 
-    rows, length = segments.shape
-    mask = create_block_mask(seen, rows, None, length, length, device=segments.device)
+    mask = block_mask(segments, window, seen)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()  # in a layer that is compiled
+        out: Tensor = flex(q, k, v, block_mask=mask, enable_gqa=True)
         return out
 
     return attend
+
+
+def block_mask(segments: Tensor, window: int, seen: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> BlockMask:
+    """create_block_mask's of `seen`, from the first and the last sequence of each block: segments [R, L] never fall."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    length = segments.shape[1]
+    starts = torch.arange(0, length, BLOCK, device=segments.device)
+    first, last = segments[:, starts], segments[:, (starts + BLOCK - 1).clamp(max=length - 1)]
+    behind = starts[:, None] - starts  # of a block of queries [B, 1] and one of keys [1, B]
+    some = (behind > 0) & (last[:, None] == first[:, :, None])  # [R, B, B]
+    every = (behind > 0) & (first[:, None] == last[:, :, None]) & (starts + BLOCK <= length)[:, None]
+    if window:
+        some, every = some & (behind - BLOCK + 1 < window), every & (behind + BLOCK - 1 < window)
+    some = some | (behind == 0)
+    partly, every = (some & ~every)[:, None], every[:, None]
+    kv, full_kv, q, full_q = (_ordered(m) for m in (partly, every, partly.mT, every.mT))
+    return BlockMask((length, length), *kv, *full_kv, *q, *full_q, (BLOCK, BLOCK), seen)
+
+
+def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are set, and the columns, those that are set first: int32."""
+    columns = torch.argsort(mask.int(), dim=-1, descending=True, stable=True)
+    return mask.sum(-1, dtype=torch.int32), columns.int().contiguous()
 
 
 @lru_cache(1)

@@ -71,8 +71,6 @@ class Retrofit:
         student = new_student(teacher, self.config, self.recipe)
         for layer in (*student.training_layers, *teacher.training_layers):
             layer.activation_checkpointing = self.recipe.run.activation_checkpointing
-            if self.recipe.run.compile:
-                layer.compile()
         return student, teacher
 
     def objective(self, stage: StageRecipe, group: Group) -> tuple[Objective, TrainingModel | None]:
@@ -100,6 +98,9 @@ class Retrofit:
         stream = self.stream(stage, group, progress.shards)
         try:
             objective, teacher = self.objective(stage, group)
+            if self.recipe.run.compile:  # not for evaluation, whose batches have many shapes
+                for model in (objective.student, teacher) if teacher else (objective.student,):
+                    model.compile_layers()
             trainer = Trainer(setting, stage, objective, progress)
             trainer.load()
             flops = flops_per_token(objective.student, teacher, stage)

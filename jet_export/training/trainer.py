@@ -6,7 +6,6 @@ import math
 import time
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from jet_export.training.checkpoint import Checkpoints, Progress
@@ -89,13 +88,12 @@ class Trainer:
         taken = self._rows(stream)
         lr = lr_at(self.stage, p.stage_step, self.steps)
         set_lr(self.optimizer, lr)
-        loss = backward(self.objective, taken.rows, recipe.run.micro_batch, s.group)
-        norm = clip_gradients(self.optimizer, recipe.optimizer.clip, s.group)
-        self._check(loss, norm)
+        sums = backward(self.objective, taken.rows, recipe.run.micro_batch, s.group)
+        clipped = clip_gradients(self.optimizer, recipe.optimizer.clip, s.group)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if s.group.device.type == "cuda":
-            torch.cuda.synchronize()
+        loss, norm = sums.means(s.group), float(clipped)  # the step's only wait for a GPU
+        self._check(loss, norm)
         seconds = time.monotonic() - began
         tokens = p.tokens + recipe.tokens_per_step
         self.progress = Progress(p.step + 1, p.stage, p.stage_step + 1, tokens, taken.states)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jet_export.model.config import JetNemotronConfig
 from jet_export.model.jet_nemotron import random_model
+from jet_export.training import packed_attention
 from jet_export.training.data.rows import Batch
 from jet_export.training.model import TrainingModel, part_of
 from jet_export.training.objective import FeatureObjective, LogitsObjective, backward
@@ -88,7 +89,7 @@ def gradients(recipe: Recipe, features: bool, micro_batch: int, checkpointing: b
         layer.activation_checkpointing = checkpointing
     stage = StageRecipe(ce_weight=0.5)
     objective = FeatureObjective(student, teacher) if features else LogitsObjective(student, teacher, stage)
-    loss = backward(objective, ROWS, micro_batch, ALONE)
+    loss = backward(objective, ROWS, micro_batch, ALONE).means(ALONE)
     out = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
     return {**out, "loss": torch.tensor(loss.loss), **{k: torch.tensor(v) for k, v in loss.parts.items()}}
 
@@ -106,7 +107,7 @@ def test_features_are_matched_layer_by_layer_on_the_teachers_inputs(recipe: Reci
     student, teacher = models(replace(recipe, student=replace(recipe.student, layers="jaj")))
     set_trainable(student, ("jet",))
     rows = rows_of([[40, 24]], VOCAB)
-    loss = backward(FeatureObjective(student, teacher), rows, 1, ALONE)
+    loss = backward(FeatureObjective(student, teacher), rows, 1, ALONE).means(ALONE)
     batch = Batch.of(rows)
     with torch.no_grad():
         h = teacher.embed(batch)
@@ -125,7 +126,7 @@ def test_a_student_that_is_its_teacher_has_no_divergence(recipe: Recipe) -> None
     stage = StageRecipe(ce_weight=1.0)
     loss = backward(
         LogitsObjective(copy.deepcopy(teacher).requires_grad_(), teacher, stage), rows_of([[64]], VOCAB), 1, ALONE
-    )
+    ).means(ALONE)
     assert abs(loss.parts["kl"]) < 1e-5
     assert loss.loss == pytest.approx(loss.parts["kl"] + loss.parts["ce"])
 
@@ -164,12 +165,32 @@ def test_a_warm_start_of_a_smaller_rank_is_the_nearest() -> None:
     assert small.shape == (5, 40) and left == pytest.approx(s[5:8].square().sum().sqrt().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("window", [0, 9, 129, 300])
+@pytest.mark.parametrize("length", [100, 128, 640, 700])
+def test_the_block_mask_is_flex_attentions_own(length: int, window: int) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    lengths = [[length], [length - 60, 40, 20], [5, length - 5], [length // 2, length - length // 2]]
+    segments = Batch.of(rows_of(lengths, 64)).segments.view(4, -1)
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same = (segments[b, i] == segments[b, j]) & (j <= i)
+        return same & (j > i - window) if window else same
+
+    ours = packed_attention.block_mask(segments, window, seen)
+    theirs = create_block_mask(seen, 4, None, length, length, device="cpu")
+    assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for part in ("kv", "q"):
+        for full in ("", "full_"):
+            for name in (f"{full}{part}_num_blocks", f"{full}{part}_indices"):
+                x, y = getattr(ours, name), getattr(theirs, name)
+                assert torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype, name
+
+
 @pytest.mark.parametrize("window", [0, 9])
 def test_flex_attention_sees_what_the_mask_lets_through(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     """What a GPU runs compiled, here in plain PyTorch."""
     from torch.nn.attention.flex_attention import flex_attention
-
-    from jet_export.training import packed_attention
 
     monkeypatch.setattr(packed_attention, "_compiled_flex", lambda: flex_attention)
     segments = Batch.of(rows_of([[100, 28], [1, 60, 67]], 64)).segments.view(2, -1)
@@ -184,7 +205,7 @@ def test_bf16_activations_train_fp32_weights(recipe: Recipe) -> None:
     exact = gradients(recipe, False, 4)
     student, teacher = models(recipe, torch.bfloat16)
     set_trainable(student, ("jet",))
-    loss = backward(LogitsObjective(student, teacher, StageRecipe(ce_weight=0.5)), ROWS, 4, ALONE)
+    loss = backward(LogitsObjective(student, teacher, StageRecipe(ce_weight=0.5)), ROWS, 4, ALONE).means(ALONE)
     assert loss.loss == pytest.approx(exact["loss"].item(), rel=1e-3)
     for name, p in student.named_parameters():
         if p.grad is not None:

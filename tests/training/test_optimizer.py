@@ -61,7 +61,7 @@ def test_gradients_are_clipped_together(recipe: Recipe) -> None:
     for p in params:
         p.grad = torch.randn(p.shape, generator=rng)
     norm = norm_of(params)
-    assert clip_gradients(optimizer, 0.0, ALONE) == pytest.approx(norm)
-    assert clip_gradients(optimizer, 0.5, ALONE) == pytest.approx(norm)
+    assert clip_gradients(optimizer, 0.0, ALONE).item() == pytest.approx(norm)
+    assert clip_gradients(optimizer, 0.5, ALONE).item() == pytest.approx(norm)
     assert norm_of(params) == pytest.approx(0.5, rel=1e-4)
-    assert clip_gradients(optimizer, 0.5, ALONE) == pytest.approx(0.5, rel=1e-4)
+    assert clip_gradients(optimizer, 0.5, ALONE).item() == pytest.approx(0.5, rel=1e-4)

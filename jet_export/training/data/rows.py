@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class Batch:
     cu_seqlens: Tensor  # [N+1] int32
     rows: int
     targets: int  # labels that are not IGNORED
+    masks: dict[int, Any] = field(default_factory=dict)  # of attention, by window: packed_attention's, made once
 
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
@@ -74,7 +76,7 @@ def _joined(rows: Iterable[Sequence[int]]) -> Tensor:
 
 def targets_of(rows: Sequence[Row]) -> int:
     """How many tokens of these rows have a next token to predict."""
-    return sum(len(row.labels) - row.labels.count(IGNORED) for row in rows)
+    return sum(int(np.count_nonzero(np.asarray(row.labels) != IGNORED)) for row in rows)
 
 
 class Packer:
