@@ -70,9 +70,10 @@ def test_it_builds_verifies_and_generates(installed, tmp_path_factory) -> None:
     """It has built the bundle that other tests use."""
     bundle, text = str(tiny_bundle(tmp_path_factory)), tmp_path_factory.mktemp("text") / "heldout.txt"
     text.write_text((ROOT / "jet_export/data/heldout.txt").read_text(encoding="utf-8")[:600], encoding="utf-8")
-    # Without recall and with little text, which take most of its time: tests/verify has them.
+    # Without recall and probes, and with little text, which take most of its time: tests/verify has them.
     quick = (
-        "import jet_export.verify.quality as q; q.recall = lambda *_: {}; from jet_export.cli.app import main; main()"
+        "import jet_export.verify.quality as q, jet_export.verify.verify as v; q.recall = lambda *_: {}; "
+        "v.run_probes = lambda *_: []; from jet_export.cli.app import main; main()"
     )
     verified = installed("python", "-c", quick, "verify", bundle, "--text", str(text))
     assert verified.returncode == 0 and "PASSED" in verified.stdout, verified.stdout + verified.stderr
