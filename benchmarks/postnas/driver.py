@@ -8,20 +8,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ground_truth import correlations, learned_and_uniform
 from models import ALL, compare_models, engine
-from plan import CALL, Piece, plan, ratios
+from plan import CALL, SIDE_BY_SIDE, Piece, plan, ratios, smallest
 from prepare import prepare
 from scale import Scale, recipes
 from state import Progress, pack, unpack
 from table import tables
 from teacher import train_stage
 
+from jet_export.postnas.parallel import Workers
 from jet_export.postnas.run import results_of, run_step
 from jet_export.postnas.session import Session, Stopped
 from jet_export.training.distributed import processes
@@ -50,7 +51,7 @@ class Call:
     def __init__(self, args: argparse.Namespace, until: float) -> None:
         """`until`: when this process should have ended, of time.monotonic()."""
         self.args, self.output = args, args.output
-        self.scale: Scale = recipes(args.output, args.toy)
+        self.scale: Scale = recipes(args.output, args.toy, args.eager)
         self.until = until - min(SAVING, 6 * args.minutes)
         self.pieces = plan(self.scale.postnas, self.scale.teacher, self.scale.layers, args.seeds)
         self.progress = Progress()
@@ -70,14 +71,16 @@ class Call:
         self.progress.errors.clear()
         began = time.monotonic()
         self._prepare()
-        with processes(self.args.device) as group, stop_at_signals() as stop:
+        several = Workers(self.args.parallel)
+        with processes(self.args.device) as group, stop_at_signals() as stop, closing(several):
             timer = threading.Timer(max(0.0, self.until - time.monotonic()), setattr, (stop, "asked", True))
             timer.daemon = True
             timer.start()
             run = self.output / "run"
             self.session = TimedSession(
-                self.scale.postnas, group, run, run, self.args.device, stop, partial(print, flush=True), self.until
-            )
+                self.scale.postnas, group, run, run, self.args.device, stop, partial(print, flush=True),
+                workers=several if self.args.parallel > 1 else None, until=self.until,
+            )  # fmt: skip
             self._pieces(stop)
             timer.cancel()
         self._end()
@@ -95,12 +98,13 @@ class Call:
             if piece.name in progress.done or not set(piece.needs) <= set(progress.done):
                 continue
             longer = ratios(self.pieces, progress.seconds, progress.done)(piece)
-            left = self.until - time.monotonic()
-            if stop.asked or piece.unit * longer > left:
-                print(f"{piece.name}: not begun: {piece.unit * longer:.0f} s at least, {left:.0f} s left")
+            seen = any(p.phase in SIDE_BY_SIDE and p.name in progress.done for p in self.pieces)
+            unit, left = smallest(piece, longer, self.args.parallel, seen), self.until - time.monotonic()
+            if stop.asked or unit > left:
+                print(f"{piece.name}: not begun: {unit:.0f} s at least, {left:.0f} s left")
                 continue
             print(f"{piece.name}: {piece.what}; about {piece.seconds * longer:.0f} s", flush=True)
-            self.session.unit = piece.unit * longer if piece.phase in ("candidate", "block") else 0.0
+            self.session.unit = unit if piece.phase in SIDE_BY_SIDE else 0.0
             with self._timed(piece):
                 result = self._work(piece.name)()
                 values = {"name": piece.name, "assumed_seconds": piece.seconds, "result": result}

@@ -15,6 +15,7 @@ from jet_export.training.recipe import Recipe
 SPEEDS = {"teacher": 700e3, "supernet": 350e3, "candidate": 400e3, "torch": 80e3, "retrofit": 350e3}
 START = 4.0  # seconds of a training: models, streams, the checkpoint, and scoring of its result
 PATH = 0.4  # of scoring a path of the supernet by all tasks
+SIDE_BY_SIDE = ("candidate", "block")  # phases whose trainings --parallel runs so
 CALL = 45.0  # of a call: imports, data, and what a bare machine compiles
 
 
@@ -104,6 +105,12 @@ def _many(name: str, what: str, count: int, one: float, needs: tuple[str, ...]) 
         unit=one,
         needs=needs,
     )
+
+
+def smallest(piece: Piece, longer: float, parallel: int, seen: bool) -> float:
+    """Seconds of a piece's smallest part. Where pieces have been `seen` side by side, `longer` is of all trainings
+    together, and each of them took `parallel` times that."""
+    return piece.unit * longer * (parallel if seen and piece.phase in SIDE_BY_SIDE else 1)
 
 
 def ratios(pieces: Iterable[Piece], seconds: dict[str, float], done: Iterable[str]) -> Callable[[Piece], float]:

@@ -31,8 +31,8 @@ class Scale:
         return self.config.num_hidden_layers
 
 
-def recipes(output: Path, toy: bool) -> Scale:
-    """The recipes with `output` in place of runs/shown."""
+def recipes(output: Path, toy: bool, eager: bool = False) -> Scale:
+    """The recipes with `output` in place of runs/shown; `eager`: nothing is compiled by torch.compile."""
     config = TOY if toy else CONFIG
     teacher, postnas = read_recipe(HERE / "teacher.toml"), read_postnas_recipe(HERE / "h200.toml")
     student = replace(teacher.student, layers="a" * config.num_hidden_layers)
@@ -41,6 +41,8 @@ def recipes(output: Path, toy: bool) -> Scale:
     tasks = tuple(replace(t, path=str(output / "data" / Path(t.path).name)) for t in postnas.task)
     postnas = replace(postnas, training=training, task=tasks)
     limits = {"max-batch-size": "64", "max-seq-len": "2048", "prefill-chunk": "1024"}
+    if eager:
+        postnas = replace(postnas, training=replace(training, run=replace(training.run, compile=False)))
     if toy:
         teacher, postnas = _toy_training(teacher), _toy(postnas)
         limits = {"max-batch-size": "2", "max-seq-len": "256", "prefill-chunk": "64"}
@@ -67,7 +69,7 @@ def _toy_training(recipe: Recipe) -> Recipe:
         data=data,
         stage=stages,
         student=student,
-        run=replace(recipe.run, micro_batch=2, log_every=4, dtype="bfloat16"),
+        run=replace(recipe.run, micro_batch=2, log_every=4, dtype="bfloat16", compile=False),
     )
 
 

@@ -39,6 +39,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--skip", default="", help="pieces, with commas")
     parser.add_argument("--seeds", type=int, default=3, help="of piece compare")
     parser.add_argument("--rows", type=int, default=8_000, help="of the recall task, for training")
+    parser.add_argument("--parallel", type=int, default=1, help="candidates that train side by side")
+    parser.add_argument("--eager", action="store_true", help="no torch.compile, which the recipes ask for")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plan", action="store_true", help="print the plan and end")
     parser.add_argument("--toy", action="store_true", help="every piece at a size for a CPU; figures mean nothing")

@@ -18,7 +18,7 @@ PROGRESS = "progress.json"
 REMADE = ("data", "random", "bundle", "state")  # directories of the run that are made again
 WHOLE = ("placement", "retrofit")  # steps whose checkpoints nobody needs once they are done
 CHECKPOINT_BYTES = 32 << 20  # larger ones stay behind: their training begins again at its last whole stage
-CACHE_BYTES = 8 << 20
+CACHE_BYTES = 24 << 20
 
 
 @dataclass

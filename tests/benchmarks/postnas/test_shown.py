@@ -48,6 +48,13 @@ def test_what_is_left_is_predicted_by_the_phase_that_was_seen() -> None:
     assert plan.ratios(known.values(), {}, [])(known["engine"]) == 1
 
 
+def test_a_candidate_beside_others_takes_as_long_as_all_of_them_once_that_was_seen() -> None:
+    known = {p.name: p for p in pieces()}
+    assert plan.smallest(known["truth"], 2.0, 4, seen=False) == 2 * known["truth"].unit
+    assert plan.smallest(known["compare"], 0.5, 4, seen=True) == 2 * known["compare"].unit
+    assert plan.smallest(known["retrofit"], 2.0, 4, seen=True) == 2 * known["retrofit"].unit
+
+
 def fill(run: Path, calls: int) -> None:
     """A run's directory with what travels and what does not."""
     for name, size in {
@@ -94,7 +101,7 @@ def test_state_travels_in_parts_without_what_is_made_again(tmp_path: Path, monke
 def call(output: Path, only: str, **options: Any) -> int:
     args = {
         "output": output, "minutes": 60.0, "corpus": Path(), "state": None, "save": None, "only": only, "skip": "",
-        "seeds": 1, "rows": 1, "device": "cpu", "plan": False, "toy": True,
+        "seeds": 1, "rows": 1, "device": "cpu", "plan": False, "toy": True, "parallel": 1, "eager": False,
     }  # fmt: skip
     namespace = argparse.Namespace(**{**args, **options})
     status: int = driver.Call(namespace, time.monotonic() + 60 * namespace.minutes).run()
