@@ -10,11 +10,12 @@ LOAD   := build/load
 
 .PHONY: audit cluster demo families fuzz oldest load test lint types docs constraints clean verify-tensorrt
 
-# --no-compile: most of 28,000 files are never imported, and pip compiles them one by one.
+# pip would compile 28,000 files one after the other.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: $(READY)
