@@ -20,7 +20,7 @@ from jet_export.model.config_schema import NO_TOKEN
 from jet_export.model.jet_dims import JetDims as JetDims
 from jet_export.model.jet_dims import expand_v_of as expand_v_of
 from jet_export.model.qwen3_5 import TEXT, published, text_part
-from jet_export.utils.errors import JetExportError, JetExportWarning
+from jet_export.utils.errors import JetExportError, JetExportWarning, shown
 from jet_export.utils.schema import read_json
 
 LAYER_TYPES = ("jet", "attn", "swa")
@@ -242,7 +242,7 @@ def check_config(c: JetNemotronConfig) -> None:
         raise JetExportError(f"config: num_hidden_layers is {len(c.layer_types)}, more than {MAX_LAYERS}.")
     for i, kind in enumerate(c.layer_types):
         if kind not in LAYER_TYPES:
-            raise JetExportError(f"config: layer_types[{i}] is {kind!r}.", f"Known: {', '.join(LAYER_TYPES)}.")
+            raise JetExportError(f"config: layer_types[{i}] is {shown(kind)}.", f"Known: {', '.join(LAYER_TYPES)}.")
     sizes = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "jet_num_heads"), MAX_HEADS)
     sizes |= {**MAX_SIZES, "max_position_embeddings": MAX_POSITIONS, "dconv_generator_reduction": 2**20}
     for name, limit in sizes.items():
@@ -253,7 +253,7 @@ def check_config(c: JetNemotronConfig) -> None:
             f"num_key_value_heads {c.num_key_value_heads}."
         )
     if c.jet_conv not in CONVOLUTIONS:
-        raise JetExportError(f"config: jet_conv is {c.jet_conv!r}.", f"Known: {', '.join(CONVOLUTIONS)}.")
+        raise JetExportError(f"config: jet_conv is {shown(c.jet_conv)}.", f"Known: {', '.join(CONVOLUTIONS)}.")
     if c.jet_num_key_heads < 0 or c.jet_num_heads % c.key_heads or (c.jet_num_key_heads and c.jet_conv == "dynamic"):
         raise JetExportError(
             f"config: {c.jet_num_key_heads} key heads beside {c.jet_num_heads} value heads, convolution {c.jet_conv}.",

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jet_export.model.qwen3_5 import TEXT
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 
 MODEL_TYPES = ("jet_nemotron", "qwen2", "qwen3", TEXT)
 
@@ -94,7 +94,7 @@ def check_keys(values: Mapping[str, Any], where: str) -> None:
         ):
             only = " or ".join(repr(v) for v in implemented)
             raise JetExportError(
-                f"{where}: {key} is {value!r}; {model_type} models are run here with {only} only.",
+                f"{where}: {key} is {shown(value)}; {model_type} models are run here with {only} only.",
                 "The model would compute something else than its checkpoint means.",
             )
     for key in ("rope_scaling", "rope_parameters"):
@@ -113,7 +113,7 @@ def _same(value: Any, implemented: Any) -> bool:
 
 def _check_rope(rope: Any, where: str, model_type: str) -> None:
     if not isinstance(rope, dict):
-        raise JetExportError(f"{where} is {rope!r}, not an object.")
+        raise JetExportError(f"{where} is {shown(rope)}, not an object.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if model_type == TEXT:
         scaled = bool(rope.keys() - TEXT_ROPE_KEYS)
@@ -121,7 +121,7 @@ def _check_rope(rope: Any, where: str, model_type: str) -> None:
         scaled = bool(rope.keys() - ROPE_KEYS) or rope.get("partial_rotary_factor", 1.0) != 1.0
     if kind != "default" or scaled:
         raise JetExportError(
-            f"{where} {rope!r} is not supported.", "RoPE is the plain one here: null, or rope_type default."
+            f"{where} {shown(rope)} is not supported.", "RoPE is the plain one here: null, or rope_type default."
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jet_export.model.config import JetNemotronConfig
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 
 SUFFIX = "_scale_inv"
 
@@ -29,7 +29,8 @@ def block_size(config: JetNemotronConfig, where: str) -> tuple[int, int] | None:
     sizes = size if isinstance(size, list | tuple) else ()
     if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes) or fmt != "e4m3":
         raise JetExportError(
-            f"{where}: quantization_config has quant_method fp8 with weight_block_size {size!r} and fmt {fmt!r}.",
+            f"{where}: quantization_config has quant_method fp8 with weight_block_size {shown(size)} and fmt "
+            f"{shown(fmt)}.",
             "Read here: e4m3 with a scale for every block, as [128, 128].",
         )
     return sizes[0], sizes[1]

@@ -27,7 +27,7 @@ from jet_export.model.linear import normed
 from jet_export.model.qwen3_5 import MTP, TEXT
 from jet_export.model.rms_norm import RMSNorm
 from jet_export.model.weights import CheckpointFiles, fill
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 
 
 class MultiTokenPredictor(nn.Module):
@@ -102,7 +102,7 @@ def check_predictor(files: CheckpointFiles) -> None:
         raise JetExportError(f"{where}: the checkpoint has no mtp.* tensors.", "Draft by prompt lookup, or a bundle.")
     layers, own = c.raw.get("mtp_num_hidden_layers", 1), c.raw.get("mtp_use_dedicated_embeddings", False)
     if layers != 1 or own:
-        what = "embeddings of its own" if own else f"{layers!r} layers"
+        what = "embeddings of its own" if own else f"{shown(layers)} layers"
         raise JetExportError(f"{where}: it has {what}.", "One layer that shares the model's embeddings is run here.")
     layout = predictor_layout(c)
     missing, unread = layout.keys() - set(names), [n for n in names if n not in layout and "_scale" not in n]

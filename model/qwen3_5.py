@@ -48,7 +48,9 @@ def text_part(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     beside = {key: values[key] for key in BESIDE_TEXT if values.get(key) is not None}
     for key, value in beside.items():
         if text.get(key, value) != value:
-            raise JetExportError(f"{where}: {key} is {value!r}, and {text[key]!r} in text_config. Make them agree.")
+            raise JetExportError(
+                f"{where}: {key} is {shown(value)}, and {shown(text[key])} in text_config. Make them agree."
+            )
     return {**text, **beside, "model_type": TEXT}
 
 

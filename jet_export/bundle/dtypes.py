@@ -8,13 +8,13 @@ import torch
 
 from jet_export.model.cache import StateSpec, state_specs
 from jet_export.model.config import JetNemotronConfig
-from jet_export.utils.errors import JetExportError
+from jet_export.utils.errors import JetExportError, shown
 
 
 def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, {"fp8": "float8_e4m3fn"}.get(name, name), None)
     if not isinstance(dtype, torch.dtype):
-        raise JetExportError(f"dtype {name!r} is not known.", "Known: bfloat16, float32, fp8 (KV cache).")
+        raise JetExportError(f"dtype {shown(name)} is not known.", "Known: bfloat16, float32, fp8 (KV cache).")
     return dtype
 
 

@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5": {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": QWEN35},
 }
 ODD: list[Any] = [None, True, -1, 0, 0.5, 2**31, 2**70, 10**400, 1e308, math.nan, "", "x", [], [None], {}, {"x": {}}]
+ODD += ["x" * 5000]  # found in config.json: repeated whole in messages
 
 
 def refuses(call: Any, *args: Any) -> None:
