@@ -30,6 +30,7 @@ class TrainingModel(WeightedModel):
     def __init__(self, model: JetNemotronForCausalLM, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.dtype = model.config, dtype
+        self.compiled = False
         self.embed_tokens: nn.Embedding = model.embed_tokens
         layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
         self.layers: nn.ModuleList = nn.ModuleList(TrainingLayer(layer) for layer in layers)
@@ -44,6 +45,7 @@ class TrainingModel(WeightedModel):
         """torch.compile of each layer. Layers share a function, so its variants are many: kinds, dtypes, what trains,
         sizes of candidates, and the same of the teacher."""
         torch._dynamo.config.recompile_limit = VARIANTS
+        self.compiled = True
         for layer in self.layers:
             layer.compile(backend=backend)
 
@@ -52,6 +54,8 @@ class TrainingModel(WeightedModel):
             return compute(self, batch)
 
     def context(self, batch: Batch) -> Context:
+        if self.compiled:  # every batch has another number of sequences
+            torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
         table = rope_table(self.config, batch.length, self.dtype, batch.tokens.device)
         mixers = [layer.self_attn for layer in self.training_layers]
         attend = {w: attend_for(batch, w) for w in sorted({m.window for m in mixers if isinstance(m, Attention)})}
