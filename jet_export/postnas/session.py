@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -28,9 +28,6 @@ from jet_export.training.student import load_teacher, open_teacher
 from jet_export.training.trainer import Setting, saved_parameters
 from jet_export.utils.errors import JetExportError
 
-if TYPE_CHECKING:
-    from jet_export.postnas.parallel import Workers
-
 A = TypeVar("A")
 B = TypeVar("B")
 MODELS = "checkpoints"
@@ -45,7 +42,13 @@ class Job:
     """`work` leaves its result at `path`, as JSON."""
 
     path: Path
-    work: Callable[[Session], object]  # pickled, for `Workers`
+    work: Callable[[Session], object]  # pickled, for `parallel.Workers`
+
+
+class Runner(Protocol):
+    """`parallel.Workers`."""
+
+    def run(self, session: Session, jobs: Sequence[Job]) -> None: ...
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Session:
     stop: Stop
     say: Callable[[str], None]  # does nothing but in the first process
     bars: bool | None = None  # of progress; None: in a terminal
-    workers: Workers | None = None  # None: jobs one after the other
+    workers: Runner | None = None  # None: jobs one after the other
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what each process has to itself."""
