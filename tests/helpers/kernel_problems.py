@@ -306,7 +306,7 @@ def one_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
 def few_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
     """Kernels of a few tokens, which belong to no sequence: jet::skinny_linear and skinny_partials, and jet::add_norm.
     Codes of the next layer are made, and tests of their own compare them: the smallest error is a whole step there."""
-    out = {}
+    out: dict[str, Problem] = {}
     N, K, M = (8960, 1536, 9) if large else (48, 96, 5)
     for dtype in (torch.bfloat16, FP8) if large else (torch.float32,):
         rng = torch.Generator().manual_seed(6)
@@ -343,15 +343,15 @@ def few_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
             Problem(
                 "skinny_partials",
                 product | rows,
-                lambda i, splits=splits: skinny_partials_triton(i["x"], i["weight"], splits).sum(0),
-                lambda i, splits=splits: skinny_partials_ref(i["x"], i["weight"], splits).sum(0),
+                over_inputs(summed(skinny_partials_triton), splits, first=2),
+                over_inputs(summed(skinny_partials_ref), splits, first=2),
                 ("x",),
             ),
             Problem(
                 "add_norm",
                 joined | rows,
-                lambda i: without_codes(*add_norm_triton(*list(i.values())[:8], 1e-5, True)),
-                lambda i: without_codes(*add_norm_ref(*list(i.values())[:8], 1e-5, True)),
+                over_inputs(without_codes(add_norm_triton), 1e-5, True, first=8),
+                over_inputs(without_codes(add_norm_ref), 1e-5, True, first=8),
                 ("residual",),
             ),
         ]
@@ -360,9 +360,19 @@ def few_token_problems(device: str, large: bool = False) -> dict[str, Problem]:
     return out
 
 
-def without_codes(h: Tensor, a: Tensor, codes: Tensor, z: Tensor) -> Tensor:
+def summed(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The sum of the parts that op gives."""
+    return lambda *args: op(*args).sum(0)
+
+
+def without_codes(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
     """add_norm's other outputs side by side."""
-    return torch.cat([h, a, z], 1)
+
+    def outputs(*args: Any) -> Tensor:
+        h, a, _, z = op(*args)
+        return torch.cat([h, a, z], 1)
+
+    return outputs
 
 
 def every_problem(device: str, large: bool = False) -> dict[str, Problem]:

@@ -1,4 +1,4 @@
-"""jet-2b and jet-4b compile for the supported SMs, within their shared memory. For SM 9.0: tests/kernels, *_fit_sm_90."""
+"""jet-2b and jet-4b compile for the supported SMs, within their shared memory; SM 9.0: tests/kernels, *_fit_sm_90."""
 
 import json
 
