@@ -137,7 +137,9 @@ def unknown_keys(values: Mapping[str, Any]) -> list[str]:
         for name, keys in (("jet", JET_KEYS | JET_NO_EFFECT), ("swa", SWA_KEYS)):
             unknown += [f"{prefix}.{name}.{key}" for key in mixers.get(name) or {} if key not in keys]
         layers = (mixers.get("jet") or {}).get("layers") or {}
-        unknown += [
-            f"{prefix}.jet.layers.{i}.{key}" for i, layer in layers.items() for key in layer if key not in LAYER_KEYS
-        ]
+        for i, layer in layers.items():
+            if not isinstance(layer, dict):
+                unknown.append(f"{prefix}.jet.layers.{i}")
+                continue
+            unknown += [f"{prefix}.jet.layers.{i}.{key}" for key in layer if key not in LAYER_KEYS]
     return unknown

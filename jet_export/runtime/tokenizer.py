@@ -22,7 +22,7 @@ class Tokenizer:
         try:
             self._tokenizer = HfTokenizer.from_file(str(path))
         except Exception as e:  # tokenizers raises bare Exception
-            raise JetExportError(f"{path}: not a tokenizer.json ({e}).") from None
+            raise JetExportError(f"{path}: not a tokenizer.json ({str(e)[:300]}).") from None
 
     @property
     def largest_id(self) -> int:

@@ -59,6 +59,7 @@ def refuses(call: Any, *args: Any) -> None:
 @example(_with_jet(MINI, expand_v=1e308))  # OverflowError
 @example(_with_jet(MINI, layers={"0": {"head_dim": 16, "expand_v": 1e308, "num_heads": 1}}))
 @example(_with_jet(MINI, layers={"9" * 5000: {}}))  # ValueError: too many digits
+@example(_with_jet(MINI, layers={"x": None}))  # TypeError
 @example({**MINI, "quantization_config": "fp8"})  # AttributeError: no get
 @example({**QWEN35, "linear_key_head_dim": 2**31})  # hung: expand_v in the smallest of steps
 @fuzz(120)

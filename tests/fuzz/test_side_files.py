@@ -67,6 +67,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
 
     @given(damaged(original[:3000]))
+    @example(original[:3000].replace(b'"behavior": "', b'"behavior": "' + b"x" * 5000))  # repeated whole
     @fuzz(30)
     def look(start: bytes) -> None:
         path.write_bytes(start + original[3000:])
