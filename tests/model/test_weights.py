@@ -109,6 +109,7 @@ def test_directory_without_weights(golden: Golden, tmp_path) -> None:
 
 LOAD = """
 import sys, torch
+import torch._dynamo  # which torch imports where a process makes its first model
 from helpers.private_memory import PeakGrowth
 from jet_export.model.jet_nemotron import JetNemotronForCausalLM
 
