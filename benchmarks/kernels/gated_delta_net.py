@@ -31,7 +31,7 @@ from gdn_baselines import (
     ours,
 )
 from kernels_attention import in_turn
-from kernels_table import KernelRow, report, row, to_dicts
+from kernels_table import KernelRow, measured_peaks, report, row, to_dicts
 
 from jet_export.bench import timer
 from jet_export.kernels.form import Form
@@ -121,9 +121,7 @@ def main() -> int:
         print(f"wrong results: no speed to report: {result}", file=sys.stderr)
         return 1
     fla, flashinfer = import_fla(), import_flashinfer()
-    copy, matmul = peaks = timer.copy_speed(), timer.matmul_speed(torch.bfloat16)
-    result |= {"copy_bytes_per_s": copy, "matmul_flop_per_s": matmul}
-    print(f"copy {copy / 1e12:.2f} TB/s, bf16 product {matmul / 1e12:.0f} TFLOP/s", flush=True)
+    peaks = measured_peaks(result)
     rows: list[KernelRow] = []
     cases = [([1] * B, Form.DECODE) for B in DECODE] + [([T] * B, Form.PREFILL) for B, T in PREFILL]
     for model in models:

@@ -25,7 +25,7 @@ import torch
 from arguments import lacks_gpu, output_of, parser_of
 from block_cases import DECODE, MODELS, PREFILL, block_inputs, correctness, decode_work, prefill_work, rel, rule_work
 from fla_pinned import import_fla, rule_inputs
-from kernels_table import KernelRow, report, row, to_dicts
+from kernels_table import KernelRow, measured_peaks, report, row, to_dicts
 from sglang_path import import_sglang, jet_block_path
 from torch import Tensor
 
@@ -237,9 +237,7 @@ def main() -> int:
     sglang = import_sglang() if "sglang" in parts else None
     if "attention" in parts and importlib.util.find_spec("flashinfer") is None:
         print("FlashInfer is not compared with: it is not installed")
-    copy, matmul = peaks = timer.copy_speed(), timer.matmul_speed(torch.bfloat16)
-    result |= {"copy_bytes_per_s": copy, "matmul_flop_per_s": matmul}
-    print(f"copy {copy / 1e12:.2f} TB/s, bf16 product {matmul / 1e12:.0f} TFLOP/s", flush=True)
+    peaks = measured_peaks(result)
     rows: list[KernelRow] = []
     for model in models:
         steps: list[Callable[[], list[KernelRow]]] = []

@@ -93,6 +93,18 @@ def show(rows: list[KernelRow]) -> None:
     Console(width=190, highlight=False).print(table(rows))
 
 
+def measured_peaks(result: dict[str, Any]) -> tuple[float, float]:
+    """Bytes a second of a copy and FLOPs a second of a bf16 product on this GPU; printed, and put into `result`."""
+    import torch
+
+    from jet_export.bench import timer
+
+    copy, matmul = timer.copy_speed(), timer.matmul_speed(torch.bfloat16)
+    result |= {"copy_bytes_per_s": copy, "matmul_flop_per_s": matmul}
+    print(f"copy {copy / 1e12:.2f} TB/s, bf16 product {matmul / 1e12:.0f} TFLOP/s", flush=True)
+    return copy, matmul
+
+
 def report(output: Path, rows: list[KernelRow]) -> None:
     """The table, and beside a result's file its picture."""
     from jet_export.utils.environment import environment
