@@ -19,9 +19,12 @@ from jet_export.runtime.launch_edges import overlap_launches
 
 @dataclass(kw_only=True)
 class DecodeGraph:
-    """A captured decode step of one batch bucket; it advances `context_lens` itself."""
+    """A captured decode step of one batch bucket; it advances `context_lens` itself.
+
+    All that a replay reads and the step did not make is kept here, as the memory of what nobody keeps is used again."""
 
     graph: torch.cuda.CUDAGraph
+    cu_seqlens: Tensor  # [bucket + 1] int32
     integers: Tensor  # [3, >= bucket] int32: slots; context_lens; 1 for a row in use, 0 for padding
     logits: Tensor  # [bucket, vocab]
     slots: list[int] | None = None  # of the rows, if `integers` already hold the next step
