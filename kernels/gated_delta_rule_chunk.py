@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import (
+    INTERPRET,
     dot_precision,
     find_chunk,
     longer_sequences,
@@ -33,22 +34,49 @@ from jet_export.kernels.common import (
 )
 from jet_export.kernels.configs import lookup
 
+INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
+
 
 @triton.jit
 def unit_lower_inverse(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
     """(I + A)^-1 of a strictly lower triangular A [BT, BT] in fp32, doubling the block size at each level.
 
     With X the inverse of the diagonal blocks and L the lower left quarter of each block of twice the size, the inverse
-    of those is X - X L X: exact, because L X L = 0."""
+    of those is X - X L X: exact, because L X L = 0. PRECISION "fp16": products of fp16 numbers, which have the 11 bits
+    of tf32, summed in fp32. They suffice where A_ij = beta_i k_i^T k_j, decays aside: for j < m < i, X_ij is
+    -beta_i k_i^T prod_m (I - beta_m k_m k_m^T) k_j, within [-1, 1] for keys no longer than 1 and beta in [0, 1]."""
     o_i, o_j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     b_X = tl.where(o_i == o_j, 1.0, 0.0) - tl.where((o_i // 2 == o_j // 2) & (o_i > o_j), b_A, 0.0)
     for level in tl.static_range(1, 7):
         if 2**level < BT:
             half_i, half_j = o_i // 2**level, o_j // 2**level
             b_L = tl.where((half_i // 2 == half_j // 2) & (half_i > half_j), b_A, 0.0)
-            b_LX = tl.dot(b_L, b_X, input_precision=PRECISION)
-            b_X -= tl.dot(b_X, b_LX, input_precision=PRECISION)
+            if PRECISION == "fp16":
+                b_Xh = b_X.to(tl.float16)
+                b_LX = tl.dot(b_L.to(tl.float16), b_Xh).to(tl.float16)
+                b_X -= tl.dot(b_Xh, b_LX)
+            else:
+                b_LX = tl.dot(b_L, b_X, input_precision=PRECISION)
+                b_X -= tl.dot(b_X, b_LX, input_precision=PRECISION)
     return b_X
+
+
+@triton.jit
+def quick_silu(x):
+    """silu of fp32 numbers within 2^-21, in half of the instructions, which bound `chunk_prepare_kernel`."""
+    if INTERPRETED:
+        return silu(x)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 e;
+        mul.f32 e, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 e, e;
+        add.f32 e, e, 0f3F800000;
+        rcp.approx.ftz.f32 e, e;
+        mul.f32 $0, $1, e;
+        }""",
+        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -56,7 +84,7 @@ def l2_normalise(b_x, SILU: tl.constexpr):
     """x / sqrt(sum(x^2) + 1e-6) of rows [R, BK], fp32; of silu(x) with SILU."""
     b_x = b_x.to(tl.float32)
     if SILU:
-        b_x = silu(b_x)
+        b_x = quick_silu(b_x)
     return b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) + 1e-6)[:, None]
 
 
@@ -76,7 +104,7 @@ def chunk_prepare_kernel(
     q, k, beta, g, A_log, dt_bias, q_in, k_n, solve, attn, decays, keep, cu_seqlens, slots, N, T,
     stride_q, stride_k, stride_b, stride_g, OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_G: tl.constexpr,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, chunks). OFF_*: the first column of q, k, g (a) in the rows of their tensors. HK: heads of q and k."""
     i_h = tl.program_id(0)
@@ -119,7 +147,7 @@ def chunk_prepare_kernel(
     b_attn = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_decay
     tl.store(attn + o_tt, b_attn.to(dtype), mask=m_t[:, None])
     b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_decay * b_beta[:, None]
-    b_solve = unit_lower_inverse(tl.where(o_i > o_j, b_A, 0.0), BT, PRECISION) * b_beta[None, :]
+    b_solve = unit_lower_inverse(tl.where(o_i > o_j, b_A, 0.0), BT, INVERSE) * b_beta[None, :]
     tl.store(solve + o_tt, b_solve.to(dtype), mask=m_t[:, None])
 
 
@@ -278,6 +306,7 @@ def chunk_delta_rule_triton(
     H, K, V = head_dims
     prepare, scans = chunk_config(q.dtype, K, V)
     BT, precision = prepare["BT"], dot_precision(q.dtype)
+    inverse = "ieee" if precision == "ieee" else "fp16"
     A_log, dt_bias = raw_gates or (g, g)
     off_q, off_k, off_v, off_g = offsets
     chunks = num_chunks(T, N, BT)
@@ -289,7 +318,8 @@ def chunk_delta_rule_triton(
     wrap(chunk_prepare_kernel)[(H, chunks)](
         q, k, beta, g, A_log, dt_bias, q_in, k_n, solve, attn, decays, keep, cu_seqlens, slots, N, T,
         q.stride(0), k.stride(0), beta.stride(0), g.stride(0), OFF_Q=off_q, OFF_K=off_k, OFF_G=off_g,
-        H=H, HK=key_heads or H, K=K, RAW=raw_gates is not None, SILU=silu, PRECISION=precision, MIXED=mixed, **prepare,
+        H=H, HK=key_heads or H, K=K, RAW=raw_gates is not None, SILU=silu, PRECISION=precision, INVERSE=inverse,
+        MIXED=mixed, **prepare,
     )  # fmt: skip
     for scan in scans:
         wrap(chunk_scan_kernel)[(triton.cdiv(V, scan["BV"]), H, N)](

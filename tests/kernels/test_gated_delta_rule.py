@@ -85,9 +85,9 @@ def test_chunked_survives_fast_decay_and_equal_keys():
 
 
 @triton.jit
-def inverse_kernel(a, x, BT: tl.constexpr):
+def inverse_kernel(a, x, BT: tl.constexpr, PRECISION: tl.constexpr):
     o = tl.arange(0, BT)[:, None] * BT + tl.arange(0, BT)[None, :]
-    tl.store(x + o, unit_lower_inverse(tl.load(a + o), BT, "ieee"))
+    tl.store(x + o, unit_lower_inverse(tl.load(a + o), BT, PRECISION))
 
 
 @pytest.mark.parametrize("BT", [16, 32, 64])
@@ -97,8 +97,22 @@ def test_unit_lower_inverse(device, BT, equal):
     r = torch.Generator().manual_seed(0)
     A = (torch.ones(BT, BT) if equal else torch.randn(BT, BT, generator=r) / 4).tril(-1).to(device)
     X = torch.full_like(A, torch.nan)
-    inverse_kernel[(1,)](A, X, BT=BT)
+    inverse_kernel[(1,)](A, X, BT=BT, PRECISION="ieee")
     assert relative_error(X, torch.linalg.inv(torch.eye(BT, dtype=torch.float64) + A.double().cpu())) < 2e-6
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.1, 10.0], ids=["equal", "near", "random"])
+@pytest.mark.parametrize("full", [False, True], ids=["beta", "beta 1"])
+def test_the_inverse_of_keys_fits_fp16(device, apart, full):
+    """No element exceeds 1, and the error is below that of the inverse's own rounding to bf16."""
+    r = torch.Generator().manual_seed(0)
+    k = torch.nn.functional.normalize(torch.randn(1, 128, generator=r) + apart * torch.randn(64, 128, generator=r))
+    beta = torch.ones(64) if full else torch.rand(64, generator=r)
+    A = (beta[:, None] * (k @ k.T)).tril(-1).to(device)
+    X = torch.full_like(A, torch.nan)
+    inverse_kernel[(1,)](A, X, BT=64, PRECISION="fp16")
+    assert X.abs().max() <= 1 + 2**-11
+    assert relative_error(X, torch.linalg.inv(torch.eye(64, dtype=torch.float64) + A.double().cpu())) < 2**-9
 
 
 @pytest.mark.parametrize("K, V", [(32, 64), (96, 48), (128, 32)])
