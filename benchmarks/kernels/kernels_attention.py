@@ -42,13 +42,13 @@ DECODE_SWEEP = [(128, 4, 2, 2), (128, 4, 2, 8), (128, 4, 3, 4), (64, 4, 3, 4), (
 
 
 @functools.cache
-def rope_table(positions: int, dtype: torch.dtype) -> Tensor:
-    angle = torch.arange(positions)[:, None] * 1e6 ** (-torch.arange(0, DH, 2) / DH)
+def rope_table(positions: int, dtype: torch.dtype, rotary: int = DH) -> Tensor:
+    angle = torch.arange(positions)[:, None] * 1e6 ** (-torch.arange(0, rotary, 2) / rotary)
     return torch.cat((angle.cos(), angle.sin()), 1).to(DEVICE, dtype)
 
 
-def random_cache(pages: int, heads: int, dtype: torch.dtype) -> Tensor:
-    cache = torch.empty(pages, 2, heads, PAGE, DH, dtype=dtype, device=DEVICE)
+def random_cache(pages: int, heads: int, dtype: torch.dtype, head_dim: int = DH) -> Tensor:
+    cache = torch.empty(pages, 2, heads, PAGE, head_dim, dtype=dtype, device=DEVICE)
     for part in cache.split(4096):
         part.copy_(torch.randn(part.shape, dtype=BF16, device=DEVICE))
     return cache
@@ -58,21 +58,24 @@ def i32(x: Any) -> Tensor:
     return torch.as_tensor(x, dtype=torch.int32).to(DEVICE)
 
 
-def make(batch, tokens, context, heads, dtype=BF16, cache: Tensor | None = None, cache_dtype=BF16) -> list:
-    """Arguments of the op up to head_dim for equal sequences, pages in random order."""
+def make(
+    batch, tokens, context, heads, dtype=BF16, cache: Tensor | None = None, cache_dtype=BF16, head_dim=DH, rotary=0
+) -> list:
+    """Arguments of the op up to head_dim for equal sequences, pages in random order. `rotary`: dimensions of a head, by
+    default all."""
     M = (context + tokens - 1) // PAGE + 1
     if cache is None:
-        cache = random_cache(batch * M, heads[1], cache_dtype)
+        cache = random_cache(batch * M, heads[1], cache_dtype, head_dim)
     return [
-        torch.randn(batch * tokens, (heads[0] + 2 * heads[1]) * DH, device=DEVICE).to(dtype),
-        rope_table(context + tokens, dtype),
+        torch.randn(batch * tokens, (heads[0] + 2 * heads[1]) * head_dim, device=DEVICE).to(dtype),
+        rope_table(context + tokens, dtype, rotary or head_dim),
         cache,
         i32(torch.randperm(cache.shape[0])[: batch * M].view(batch, M)),
         i32(torch.arange(batch + 1) * tokens),
         i32(torch.arange(batch)),
         i32(torch.full((batch,), context)),
         *heads,
-        DH,
+        head_dim,
     ]
 
 

@@ -35,7 +35,8 @@ from jet_export.utils.environment import write_result
 
 MIN_GAIN = 0.03
 ROUNDING = 2**-7  # relative difference of two correct bf16 results
-HEADS = {"2b": (12, 2), "4b": (16, 2), "qwen3-1.7b": (16, 8)}
+HEADS = {"2b": (12, 2), "4b": (16, 2), "qwen3-1.7b": (16, 8), "qwen3.5-2b": (8, 2)}
+HEAD_DIM = {"qwen3.5-2b": (256, 64)}  # of attention, and how much of it is rotated; else 128
 DELTA = {"2b": (12, 96, 256), "4b": (16, 128, 256)}
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
@@ -154,22 +155,18 @@ def gemv_tasks(model: str) -> list[Task]:
 def attention_tasks(model: str) -> list[Task]:
     import kernels_attention as attention
 
-    heads = HEADS[model]
+    heads, (head_dim, rotary) = HEADS[model], HEAD_DIM.get(model, (128, 128))
     tasks: list[Task] = []
     for cache in (BF16, FP8):
         name = str(cache).removeprefix("torch.")
-        where = {"dtype": "bfloat16", "cache_dtype": name, "head_dim": 128, "group": heads[0] // heads[1]}
-        prefills = {
-            f"B{b} T{t}": attention.make(b, t, 0, heads, cache_dtype=cache) for b, t in ((1, 16384), (16, 2048))
-        }
-        decodes = {
-            f"B{b} {n}": attention.make(b, 1, n - 1, heads, cache_dtype=cache)
-            for b, n in ((1, 4096), (64, 4096), (1, 65536), (32, 65536))
-        }
+        where = {"dtype": "bfloat16", "cache_dtype": name, "head_dim": head_dim, "group": heads[0] // heads[1]}
+        make = partial(attention.make, heads=heads, cache_dtype=cache, head_dim=head_dim, rotary=rotary)
+        prefills = {f"B{b} T{t}": make(b, t, 0) for b, t in ((1, 16384), (16, 2048))}
+        decodes = {f"B{b} {n}": make(b, 1, n - 1) for b, n in ((1, 4096), (64, 4096), (1, 65536), (32, 65536))}
         # The cache needs no copy: every call appends the same keys at the same positions.
         prefill: Workloads = {n: (partial(attention.prefill, a),) * 2 for n, a in prefills.items()}
         decode: Workloads = {n: (partial(attention.decode, a),) * 2 for n, a in decodes.items()}
-        rope = {"dtype": "bfloat16", "cache_dtype": name, "head_dim": 128}
+        rope = {"dtype": "bfloat16", "cache_dtype": name, "head_dim": head_dim}
         tasks += [
             Task("attention_decode", model, where, decode),
             Task("attention_prefill", model, where, prefill),
