@@ -9,7 +9,7 @@ from jet_export.postnas.blocks import FORMS
 from jet_export.postnas.recipe import BudgetRecipe, PostnasRecipe
 from jet_export.training.recipe import Recipe
 
-# Tokens a second of training on one H200 that the plan assumes, by phase; none has been measured. jet-tiny (5.4 M
+# Tokens a second of training on one H200 that the plan assumes, by phase; README.md has those seen. jet-tiny (5.4 M
 # parameters, 7 layers, compiled) trained at 1.46 M there. Model FLOPs are 3 x 2 x 6.9 M a token of the teacher: 0.7 M
 # tokens/s are 29 TFLOP/s, an MFU of 3 %. Models this small wait for launches, and torch's recurrence for its chunks.
 SPEEDS = {"teacher": 700e3, "supernet": 350e3, "candidate": 400e3, "torch": 80e3, "retrofit": 350e3}
