@@ -27,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 LONG = (
     "server/triton/test_tritonserver.py",
     "search/test_real_search.py",
+    "benchmarks/serving/test_soak.py",
     "backends/inductor/test_compile_worker.py",
     "backends/tensorrt/test_rtx.py",
     "server/ray/test_fleet.py",

@@ -12,6 +12,7 @@ from helpers.scripts import load_script
 
 from jet_export.backends.eager import EagerEngine
 from jet_export.bundle.limits import Limits
+from jet_export.model.cache import PAGE
 from jet_export.runtime.async_llm import AsyncLLM
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
@@ -27,12 +28,23 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "PROMPTS", 2)
 
 
-def soaked(engine: EagerEngine, requests: int) -> Any:
-    """One round over an engine whose pages are too few for its sequences."""
-    serving = Serving(slots=4, kv_tokens=256, deterministic=True, wait_timeout=1e9, host_cache_bytes=2**20)
+def soaked(engine: EagerEngine, requests: int, *, new: int = 4, minutes: float = 0) -> Any:
+    """A round, or as many as there is time for, over an engine whose pages are too few for its sequences."""
+    longest = max(soak.page_of(i, engine.limits.max_seq_len, PAGE) for i in range(soak.PROMPTS))
+    pages = longest * 3 // 2 + 1
+    cache = soak.CACHE if minutes else None
+    serving = Serving(
+        slots=4,
+        kv_tokens=pages * PAGE,
+        deterministic=True,
+        wait_timeout=1e9,
+        prefix_cache_bytes=cache,
+        host_cache_bytes=2**20,
+    )
     it = soak.Soak(AsyncLLM.over(BatchingEngine(engine, ByteTokenizer(), -1, serving)), seed=1)
-    it.new = 4
-    asyncio.run(soak.run(it, soak.Length(seconds=0, rounds=1, requests=requests, workers=6), lambda line: None))
+    it.new = new
+    length = soak.Length(seconds=60 * minutes, requests=requests, workers=6)
+    asyncio.run(soak.run(it, length, lambda line: None))
     return it
 
 
@@ -41,6 +53,17 @@ def test_a_round_holds() -> None:
     assert it.record.requests == dict.fromkeys([*it.kinds, "cancelled", "bad"], 2)
     assert it.record.rss and it.record.probe and it.record.probe_cpu and len(it.record.seconds) == 1
     assert json.loads(json.dumps(asdict(it.record)))["requests"] == it.record.requests  # a Counter is lost in asdict
+
+
+@pytest.mark.slow
+def test_three_minutes_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "PROMPTS", 6)
+    monkeypatch.setattr(soak, "DRIFT", 4)  # other tests run beside this one, and not all the time
+    limits = Limits(max_batch_size=4, max_seq_len=1024, prefill_chunk=128)
+    it = soaked(eager_engine(limits), 16, new=40, minutes=3)
+    counts = it.llm.batching.scheduler.memory.counts
+    assert len(it.record.seconds) >= soak.ROUNDS  # so that memory and latency were compared
+    assert counts.preemptions > 0 and counts.hits > 0 and counts.evictions > 0, counts
 
 
 def test_states_of_two_sequences_that_change_places_are_noticed() -> None:
