@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -86,8 +87,8 @@ def batches(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Seque
 
 @dataclass(frozen=True)
 class Objective:
-    """Compares scores; larger is better. `combined`: the mean over tasks, by weight, of the share of the way from a
-    model without attention layers to the teacher; tasks that do not tell these two apart are left out."""
+    """Compares scores; larger is better. `combined`: the mean over the tasks that tell a model without attention layers
+    from the teacher, by weight, of the share of the way from the one to the other."""
 
     tasks: tuple[Task, ...]
     name: str  # combined, or a task's
@@ -101,13 +102,13 @@ class Objective:
     def value(self, scores: Scores) -> float:
         if self.name != "combined":
             return task_value(self._mine[0], scores)
-        shares = [
-            (t.recipe.weight, (task_value(t, scores) - task_value(t, self.low)) / gap)
-            for t in self.tasks
-            if abs(gap := task_value(t, self.high) - task_value(t, self.low)) > 1e-6
-        ]
+        shares = [(t.recipe.weight, self._share(t, scores)) for t in self.tasks if tells_apart(t, self.low, self.high)]
         weights = sum(w for w, _ in shares)
         return sum(w * share for w, share in shares) / weights if shares else 0.0
+
+    def _share(self, task: Task, scores: Scores) -> float:
+        low, high = (task_value(task, s) for s in (self.low, self.high))
+        return (task_value(task, scores) - low) / (high - low)
 
     @property
     def _mine(self) -> list[Task]:
@@ -117,3 +118,14 @@ class Objective:
 def task_value(task: Task, scores: Scores) -> float:
     """Larger is better: the accuracy, or the loss with its sign turned."""
     return scores[task.name]["accuracy"] if task.counts_answers else -scores[task.name]["loss"]
+
+
+def tells_apart(task: Task, low: Scores, high: Scores) -> bool:
+    """Whether a task's values of two models differ; accuracies by more than two standard errors, as of answers that are
+    right by chance each."""
+    gap = abs(task_value(task, high) - task_value(task, low))
+    if not task.counts_answers:
+        return gap > 1e-6
+    answers = sum(len(item.spans) for item in task.items)
+    variance = sum(p * (1 - p) for p in (task_value(task, low), task_value(task, high))) / max(answers, 1)
+    return gap > max(2 * math.sqrt(variance), 1e-6)

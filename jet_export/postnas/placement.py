@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jet_export.postnas.beam import Placement, Worth, beam_search, greedy, uniform
-from jet_export.postnas.evaluate import Objective, Readout, Scores, divergence, score, task_value
+from jet_export.postnas.evaluate import Objective, Readout, Scores, divergence, score, task_value, tells_apart
 from jet_export.postnas.recipe import letters
 from jet_export.postnas.session import Session, train, trained
 from jet_export.postnas.supernet import SupernetObjective, path_readout
@@ -126,6 +126,11 @@ def _results(session: Session, evaluations: Evaluations, kl: list[float]) -> dic
     single = evaluations([(i,) for i in range(layers)])
     names = ["combined", *(t.name for t in tasks)]
     objectives = {n: Objective(tasks, n, none, session.teacher_scores) for n in names}
+    left_out = [t.name for t in tasks if not tells_apart(t, none, session.teacher_scores)]
+    if left_out:
+        session.say(
+            f"combined leaves out {', '.join(left_out)}: no attention at all scores as the teacher, within noise"
+        )
     found: dict[str, dict[int, Placement]] = {}
     for name, objective in objectives.items():
 
@@ -149,6 +154,7 @@ def _results(session: Session, evaluations: Evaluations, kl: list[float]) -> dic
         "student_layers": letters(layers, chosen),
         "objective": recipe.objective,
         "tasks": {t.name: "accuracy" if t.counts_answers else "loss" for t in tasks},
+        "left_out": left_out,
         "teacher": session.teacher_scores,
         "importance": importance,
         "kl": {"none": kl[0], "single": kl[1:]},

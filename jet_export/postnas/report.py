@@ -52,9 +52,12 @@ def placement_section(r: Result, drawn: bool) -> str:
         for p in r["placements"]
     ]
     rows.append(["teacher", r["layers"], "all", "", *_scores(r["teacher"], r)])
+    without = ", ".join(r.get("left_out", []))  # which results of before do not say
+    tasks = f"tasks but {escape(without)}" if without else "tasks"
     note = (
         "<p>Importance: what keeping this layer's attention alone gains over none, by task. combined: share of the way "
-        "from no attention layer to the teacher, mean over tasks. Scores are the supernet's, before any retrofit.</p>"
+        f"from no attention layer to the teacher, mean over {tasks}. Scores are the supernet's, before any "
+        "retrofit.</p>"
     )
     return out + note + table(heads, rows)
 

@@ -1,8 +1,9 @@
 """The supernet's paths are the models that they stand for, and its training reaches their JetBlocks alone."""
 
+import pytest
 import torch
 
-from jet_export.postnas.evaluate import Objective, Readout, divergence, score
+from jet_export.postnas.evaluate import Objective, Readout, divergence, score, tells_apart
 from jet_export.postnas.recipe import TaskRecipe
 from jet_export.postnas.supernet import SupernetObjective, draw_path, path_readout
 from jet_export.postnas.tasks import Item, Task
@@ -109,3 +110,14 @@ def test_the_combined_objective_is_the_share_of_the_way_to_the_teacher() -> None
     assert recall(better)[0] == recall(half)[0] and recall(better) > recall(half)  # a tie, broken by the loss
     same = {**high, "recall": low["recall"]}  # a task that tells nothing is left out
     assert Objective(tasks, "combined", low, same).value(half) == 0.5
+
+
+@pytest.mark.parametrize(("answers", "tells"), [(2, False), (200, True)])
+def test_a_task_counts_if_its_lead_is_more_than_noise(answers: int, tells: bool) -> None:
+    low = {"text": {"loss": 4.0}, "recall": {"loss": 3.0, "accuracy": 0.4}}
+    high = {"text": {"loss": 2.0}, "recall": {"loss": 1.0, "accuracy": 0.6}}
+    task = Task(ANSWERS.recipe, [Item([1, 2], [(1, 2)])] * answers)
+    assert tells_apart(task, low, high) == tells_apart(task, high, low) == tells
+    middle = {"text": {"loss": 4.0}, "recall": {"loss": 2.0, "accuracy": 0.6}}
+    assert abs(Objective((TEXT, task), "combined", low, high).value(middle) - (0.5 if tells else 0)) < 1e-12
+    assert not tells_apart(task, low, low)
