@@ -8,7 +8,12 @@ largest number: values beyond the calibrated amax saturate (before torch 2.12, a
 this is one `torch._scaled_mm`; on a CPU the same arithmetic, with the FP8 codes widened to fp32. The device of x at
 tracing decides.
 
-Source: the static per-tensor FP8 scheme of nvidia-modelopt's FP8_DEFAULT_CFG; E4M3: arXiv 2209.05433.
+Fast accumulation (mode.linears() "fast"): Hopper's tensor cores sum FP8 products with about 14 bits. The library adds
+such sums up in fp32 outside of them, and with fast accumulation only at the end: faster and less exact. It has an
+effect on Ada and Hopper; on other GPUs, and on a CPU, it changes nothing.
+
+Source: the static per-tensor FP8 scheme of nvidia-modelopt's FP8_DEFAULT_CFG; E4M3: arXiv 2209.05433; fast
+accumulation: cuBLAS, CUBLASLT_MATMUL_DESC_FAST_ACCUM; its 14 bits: arXiv 2412.19437, section 3.3.2.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jet_export.model.mode import onnx_mode
+from jet_export.model.mode import linears, onnx_mode
 from jet_export.model.onnx_nodes import fp8_linear_node
 
 FP8 = torch.float8_e4m3fn
@@ -94,7 +99,7 @@ class Fp8Linear(nn.Module):
         if x.device.type == "cpu":
             y = torch.mm(q.float(), widen(self.weight).t()) * (self.input_scale * self.weight_scale)
             return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
-        # The library takes no bias for fp32 outputs, and sums in fp32 only without fast accumulation.
+        # The library takes no bias for fp32 outputs.
         fused_bias = None if x.dtype == torch.float32 else self.bias
         y = torch._scaled_mm(
             q,
@@ -103,7 +108,7 @@ class Fp8Linear(nn.Module):
             self.weight_scale,
             bias=fused_bias,
             out_dtype=x.dtype,
-            use_fast_accum=False,
+            use_fast_accum=linears() == "fast",
         )
         return y if self.bias is None or fused_bias is not None else y + self.bias
 

@@ -6,6 +6,7 @@ onnx              nodes of an ONNX graph, states in and states out (onnx_nodes.p
 and what its linear layers are (linear.py):
 
 library   PyTorch's
+fast      PyTorch's, FP8 products summed by fast accumulation (fp8.py)
 gemv      jet::gemv: the graph always gets one token
 fused     jet::gemv that takes norms, activations, quantisation and residuals in
 skinny    jet::skinny_linear and its kin: the graph gets at most skinny_gemm.MAX_ROWS tokens
@@ -20,7 +21,7 @@ from typing import Literal
 from torch import Tensor
 
 Mode = Literal["eager", "inductor", "onnx"]
-Linears = Literal["library", "gemv", "fused", "skinny"]
+Linears = Literal["library", "fast", "gemv", "fused", "skinny"]
 _mode: Mode = "eager"
 _linears: Linears = "library"
 _states_out: list[Tensor] = []

@@ -43,6 +43,8 @@ BUNDLES = {  # name -> build options
     "qwen3-1.7b-fp8": ["--model", "qwen3-1.7b", "--fp8"],
     "interval-1-jet-2b-fp8": ["--model", "jet-2b", "--fp8", "--kv-cache-dtype", "fp8"],
     "interval-8-jet-2b-fp8": ["--model", "jet-2b", "--fp8", "--kv-cache-dtype", "fp8", "--state-interval", "8"],
+    "exact-sums-jet-2b-fp8": ["--model", "jet-2b", "--fp8"],
+    "fast-sums-jet-2b-fp8": ["--model", "jet-2b", "--fp8", "--fast-accumulation"],
     "speculate-jet-2b-fp8": [
         "--model", "jet-2b", "--fp8", "--kv-cache-dtype", "fp8", "--state-interval", "8", "--speculate", "4"
     ],
@@ -52,6 +54,7 @@ BUNDLES = {  # name -> build options
     "qwen3.5-4b-fp8": ["--model", "qwen3.5-4b", "--fp8"],
 }  # fmt: skip
 FAMILIES = ("jet-2b", "jet-4b", "qwen3-1.7b", "qwen3.5")
+SUMS = ("exact-sums-jet-2b-fp8", "fast-sums-jet-2b-fp8")
 INTERVALS = ("interval-1-jet-2b-fp8", "interval-8-jet-2b-fp8")
 
 
@@ -80,9 +83,9 @@ def steps(out: Path, bundles: Path) -> list[Step]:
     def script(name: str, *args: str | Path | int) -> list[str]:
         return [PYTHON, str(BENCHMARKS / name), *map(str, args)]
 
-    def build(name: str) -> list[str]:
+    def build(name: str, batch: str = BATCH, tokens: str = TOKENS) -> list[str]:
         return [*CLI, "build", *BUNDLES[name], "--random-weights", "--backend", "inductor",
-                "--max-batch-size", BATCH, "--max-seq-len", TOKENS, "--prefill-chunk", CHUNK,
+                "--max-batch-size", batch, "--max-seq-len", tokens, "--prefill-chunk", CHUNK,
                 "--output", str(bundles / name)]  # fmt: skip
 
     def bench(name: str, protocol: str, *args: str | Path, directory: str = "") -> list[str]:
@@ -143,6 +146,11 @@ def steps(out: Path, bundles: Path) -> list[Step]:
              {"gemv": script("kernels/gemv.py", "--output", out / "gemv.json")}),
         Step("fp8-products", "the library's FP8 products, summed in fp32 or fast", 60,
              {"products": script("kernels/fp8_products.py", "--output", out / "fp8_products.json")}),
+        Step("build-fast-accumulation", "jet-2b FP8 for 16 sequences, without fast accumulation and with, side by side",
+             420, {n: build(n, "16", "16640") for n in SUMS}),
+        Step("fast-accumulation", "prefill of 16 x 2048, jet-2b FP8 with fast accumulation beside without",
+             240, {"bench": bench(SUMS[1], "latency", "--contexts", "2048,16k", "--batch", "16", "--baseline",
+                                  bundles / SUMS[0], directory="bench-fast-accumulation")}, built(*SUMS)),
         Step("skinny", "linear layers of 2 to 128 tokens, every configuration", 300,
              {"skinny": script("kernels/skinny_gemm.py", "--tiles", "all", "--rows", "8,64,128",
                                "--output", out / "skinny_gemm.json")}),

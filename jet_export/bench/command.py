@@ -212,7 +212,8 @@ def with_sweep(cases: Sequence[Case], skipped: Sequence[Skipped], room: Room, ne
 
 
 def baseline_bundle(name: str, like: Manifest, emit: Emit) -> Path:
-    """A baseline's bundle: a directory as it is; "MODEL" and "MODEL:fp8" are built with the limits of `like`."""
+    """A baseline's bundle: a directory as it is; "MODEL" and "MODEL:fp8" are built with the limits of `like`, and
+    sum FP8 products as it does."""
     path = Path(name)
     if (path / "manifest.json").is_file():
         return path
@@ -226,13 +227,15 @@ def baseline_bundle(name: str, like: Manifest, emit: Emit) -> Path:
         )
     limits: Limits = like.limits
     backend = like.backend["name"]
+    fast = like.fast_accumulation and precision == "fp8"
     sizes = f"b{limits.max_batch_size}-s{limits.max_seq_len}-c{limits.prefill_chunk}"
-    output = Path("bundles") / f"{model}-{precision or 'bf16'}-{backend}-{sizes}"
+    output = Path("bundles") / f"{model}-{precision or 'bf16'}-{backend}-{sizes}{'-fast' if fast else ''}"
     options = BuildOptions(
         model=model,
         backend=backend,
         device=like.device.type,
         fp8=precision == "fp8",
+        fast_accumulation=fast,
         random_weights=True,
         output=output,
         **asdict(limits),
@@ -243,7 +246,8 @@ def baseline_bundle(name: str, like: Manifest, emit: Emit) -> Path:
         f"--prefill-chunk {limits.prefill_chunk} --output {output}"
     )
     emit(f"baseline: {SHAPED[model]}, random weights, {precision or 'bf16'}: {output}")
-    return run_build(make_plan(options), command.split() + (["--fp8"] if options.fp8 else []), emit)
+    flags = [*(["--fp8"] if options.fp8 else []), *(["--fast-accumulation"] if fast else [])]
+    return run_build(make_plan(options), [*command.split(), *flags], emit)
 
 
 def show(runs: Sequence[BundleRun], ratios: Sequence[Ratio], emit: Emit) -> None:

@@ -69,10 +69,12 @@ def precision_of(manifest: Manifest) -> str:
 
 
 def precision_name(dtypes: Dtypes, *, fp8: bool) -> str:
-    """ "fp8", "bf16+fp8 kv", "fp8+state/8", ...: the weights, then a KV cache not in the model dtype, a state not in
-    fp32, and the tokens between two writes of a state that is not written at each."""
+    """ "fp8", "fp8+fast", "bf16+fp8 kv", "fp8+state/8", ...: the weights, fast accumulation of their products, a KV
+    cache not in the model dtype, a state not in fp32, and the tokens between two writes of one not written at each."""
     short = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8"}
     out = "fp8" if fp8 else short[dtypes.model]
+    if dtypes.fast_accumulation:
+        out += "+fast"
     if dtypes.kv_cache != dtypes.model:
         out += f"+{short[dtypes.kv_cache]} kv"
     if dtypes.state != torch.float32:

@@ -113,6 +113,7 @@ def _manifest(plan: BuildPlan, licence: str | None, quantization: dict[str, Any]
         state_interval=plan.dtypes.state_interval,
         rollback=plan.dtypes.rollback,
         mtp=plan.dtypes.mtp,
+        fast_accumulation=plan.dtypes.fast_accumulation,
         quantization=quantization,
         warnings=plan.warnings,
     )

@@ -31,6 +31,7 @@ def build_inputs(plan: BuildPlan) -> dict[str, Any]:
         "state_interval": plan.dtypes.state_interval,
         "rollback": plan.dtypes.rollback,
         **({"mtp": True} if o.mtp else {}),
+        **({"fast_accumulation": True} if o.fast_accumulation else {}),
         "limits": asdict(plan.limits),
         "backend": plan.backend.name,
         "target": plan.target,

@@ -28,6 +28,7 @@ from jet_export.utils.errors import JetExportError
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_PREFILL_CHUNK = 2048
 PLUGIN_BACKENDS = tuple(FLAVORS)
+FAST_ACCUMULATION_SMS = (89, 90)  # Ada and Hopper, where cuBLAS says that it has an effect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class BuildOptions:
     dtype: str = "bfloat16"
     fp8: bool = False
     fp8_lm_head: bool = False
+    fast_accumulation: bool = False  # of FP8 products, see model/fp8.py
     keep: tuple[str, ...] = ()
     calibration: Path | None = None
     kv_cache_dtype: str = "auto"  # the model dtype
@@ -141,6 +143,8 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         check_fp8(sms, "--fp8")
     elif fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise JetExportError(f"--fp8: {target['arch']} has no FP8 arithmetic.", "FP8 needs SM 8.9 or newer.")
+    if options.fast_accumulation:
+        warnings += _check_fast_accumulation(backend.name, fp8, target["arch"])
     layer = predictor_bytes(config, dtypes.model) if options.mtp else 0
     weights = weight_bytes(config, dtypes.model, fp8, options.fp8_lm_head) + layer
     full = weight_bytes(config, dtypes.model, False) + layer
@@ -168,6 +172,20 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         sms=sms,
         build_device=device,
     )
+
+
+def _check_fast_accumulation(backend: str, fp8: bool, arch: str) -> list[str]:
+    """Raises JetExportError where no FP8 product is the library's. Returns a warning where it has no effect."""
+    flag = "--fast-accumulation"
+    if backend != "inductor":
+        raise JetExportError(
+            f"{flag}: the {backend} backend decides by itself how products are summed.",
+            "Leave it out, or choose --backend inductor.",
+        )
+    if not fp8:
+        raise JetExportError(f"{flag}: is about FP8 products, and this build has none.", "Add --fp8, or leave it out.")
+    works = sm_of_arch(arch) in FAST_ACCUMULATION_SMS
+    return [] if works else [f"{flag}: changes nothing on {arch}, only on GPUs of SM 8.9 and 9.0."]
 
 
 def _check_tokenizer(options: BuildOptions, config: JetNemotronConfig) -> None:
@@ -283,6 +301,7 @@ def _dtypes(options: BuildOptions) -> Dtypes:
         state_interval=options.state_interval or 1,
         rollback=options.speculate + 1 if options.speculate else 0,
         mtp=options.mtp,
+        fast_accumulation=options.fast_accumulation,
     )
 
 

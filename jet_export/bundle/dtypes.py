@@ -32,10 +32,19 @@ class Dtypes:
     state_interval: int = 1  # they are written every so many tokens
     rollback: int = 0  # the most tokens of a sequence in a call that verifies drafts; 0: there is no such call
     mtp: bool = False  # the hidden states are kept, for a multi-token-prediction layer
+    fast_accumulation: bool = False  # of FP8 products, see model/fp8.py
 
     @classmethod
     def named(
-        cls, *, model: str, kv_cache: str, state: str, state_interval: int = 1, rollback: int = 0, mtp: bool = False
+        cls,
+        *,
+        model: str,
+        kv_cache: str,
+        state: str,
+        state_interval: int = 1,
+        rollback: int = 0,
+        mtp: bool = False,
+        fast_accumulation: bool = False,
     ) -> Dtypes:
         """Raises JetExportError for a name that is not known."""
         return cls(
@@ -45,6 +54,7 @@ class Dtypes:
             state_interval=state_interval,
             rollback=rollback,
             mtp=mtp,
+            fast_accumulation=fast_accumulation,
         )
 
     def specs(self, config: JetNemotronConfig) -> list[StateSpec]:

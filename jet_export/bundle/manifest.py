@@ -57,6 +57,7 @@ class Manifest:
     state_interval: Annotated[int, Field(ge=1, le=1024)] = 1  # recurrent states are written every so many tokens
     rollback: Annotated[int, Field(ge=0, le=64)] = 0  # the most tokens of a sequence in a verify call; 0: none
     mtp: bool = False  # the bundle has the checkpoint's multi-token-prediction layer, which drafts
+    fast_accumulation: bool = False  # of FP8 products in the library's kernels
     quantization: Annotated[dict[str, Any] | None, CheckedAs(QuantizationEntry | None)] = None
     warnings: list[str] = field(default_factory=list)
     build: Annotated[dict[str, Any], CheckedAs(BuildEntry)] = field(
@@ -78,6 +79,7 @@ class Manifest:
             state_interval=self.state_interval,
             rollback=self.rollback,
             mtp=self.mtp,
+            fast_accumulation=self.fast_accumulation,
         )
 
     @property

@@ -22,6 +22,12 @@ def build(
     dtype: Annotated[str, typer.Option(help="Model dtype: bfloat16 or float32.")] = "bfloat16",
     keep: Annotated[list[str] | None, typer.Option(help="Leave layers in the model dtype, e.g. model.layers.7")] = None,
     fp8_lm_head: Annotated[bool, typer.Option("--fp8-lm-head", help="FP8 output projection too.")] = False,
+    fast_accumulation: Annotated[
+        bool,
+        typer.Option(
+            "--fast-accumulation", help="FP8 products by cuBLAS' fast accumulation, SM 8.9 and 9.0: less exact sums."
+        ),
+    ] = False,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate FP8 on.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (the model dtype) or fp8.")] = "auto",
     state_dtype: Annotated[str, typer.Option(help="Recurrent state: float32 or bfloat16.")] = "float32",
@@ -73,6 +79,7 @@ def build(
         dtype=dtype,
         fp8=fp8,
         fp8_lm_head=fp8_lm_head,
+        fast_accumulation=fast_accumulation,
         keep=tuple(keep or ()),
         calibration=calibration,
         kv_cache_dtype=kv_cache_dtype,
@@ -111,6 +118,7 @@ def print_plan(plan: BuildPlan) -> None:
 
     o, m = plan.options, plan.memory
     precision = "fp8 projections, the rest bfloat16" if plan.fp8 else dtype_name(plan.dtypes.model)
+    precision += ", summed by fast accumulation" if o.fast_accumulation else ""
     known = checkpoint_licence(plan.directory) if plan.directory is not None and not o.random_weights else None
     licence = "none (random weights)" if o.random_weights else known or "unknown: see the checkpoint's page"
     kv_cache, state = dtype_name(plan.dtypes.kv_cache), dtype_name(plan.dtypes.state)

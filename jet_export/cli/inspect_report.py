@@ -135,6 +135,8 @@ def inspect_bundle(bundle: Path, batch: int | None, context: int | None) -> None
         verified = f"up to {m.rollback - 1} drafts a step verified" if m.rollback else "no drafts verified"
         layer = "; multi-token-prediction layer (--speculate mtp)" if m.mtp else ""
         out.print(f"recurrent states written {interval_words(m)}; {verified}{layer}", markup=False)
+        if m.fast_accumulation:
+            out.print("FP8 products of cuBLAS summed by fast accumulation")
     for warning in m.warnings:
         out.print(f"warning: {warning}", markup=False)
     out.print(layer_precisions(bundle))

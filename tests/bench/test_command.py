@@ -17,6 +17,8 @@ from jet_export.bench import command, protocols, verified
 from jet_export.bench.command import BenchOptions, baseline_bundle, run_bench
 from jet_export.bench.protocols import Asked
 from jet_export.bench.roofline import Peaks, bundle_weights
+from jet_export.bench.rows import precision_name
+from jet_export.bundle.dtypes import Dtypes
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.manifest import Manifest, describe_files
 from jet_export.cli import app as cli
@@ -305,3 +307,17 @@ def test_a_baseline_is_built_with_the_limits_of_the_bundle(bundle, monkeypatch, 
     assert bf16.limits == fp8.limits == LIMITS and not bf16.options.fp8 and fp8.options.fp8
     assert bf16.options.random_weights and bf16.config.qk_norm and "--random-weights" in words
     assert bf16.output != fp8.output
+    fast = replace(Manifest.load(bundle), fast_accumulation=True)
+    for name in ("qwen3-1.7b", "qwen3-1.7b:fp8"):
+        baseline_bundle(name, fast, lambda line: None)
+    assert [(p.options.fast_accumulation, words[-1]) for p, words in asked[2:]] == [
+        (False, str(bf16.output)),
+        (True, "--fast-accumulation"),
+    ]
+    assert asked[2][0].output == bf16.output and asked[3][0].output not in (bf16.output, fp8.output)
+
+
+def test_fast_accumulation_is_part_of_the_precision() -> None:
+    """By which predictions choose their table."""
+    dtypes = Dtypes(model=torch.bfloat16, kv_cache=torch.float8_e4m3fn, fast_accumulation=True)
+    assert precision_name(dtypes, fp8=True) == "fp8+fast+fp8 kv"

@@ -4,6 +4,7 @@ What the real compiler makes is tested in tests/verify.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from jet_export.backends.inductor.engine import Package
 from jet_export.backends.load import check_bundle
 from jet_export.build import backend_choice as backends
 from jet_export.build import inductor, steps
+from jet_export.build import plan as plans
 from jet_export.build.build import run_build
 from jet_export.build.plan import BuildOptions, make_plan
 from jet_export.bundle.manifest import Manifest
 from jet_export.bundle.memory import weight_bytes
 from jet_export.bundle.target import has_dependent_launch
+from jet_export.cli.inspect_report import inspect_bundle
 from jet_export.model.hub import checkpoint_licence, licence_files
 from jet_export.utils.errors import JetExportError
 
@@ -305,6 +308,58 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path) -> None:
             make_plan(options(tmp_path, tokenizer=given))
     with pytest.raises(JetExportError, match="--tokenizer: belongs to --random-weights"):
         make_plan(options(tmp_path, model="jet-tiny", random_weights=False, tokenizer=large))
+
+
+def test_a_bundle_with_fast_accumulation_is_another_bundle(quick, tmp_path, capsys) -> None:
+    pytest.importorskip("modelopt")
+    given = options(tmp_path, fp8=True, fast_accumulation=True)
+    make(given)
+    directory = tmp_path / "out/bundle"
+    m = Manifest.load(directory)
+    assert m.fast_accumulation and m.dtypes.fast_accumulation
+    assert m.warnings == make_plan(given).warnings
+    assert re.search(r"--fast-accumulation: changes nothing on \w+, only on GPUs of SM 8.9 and 9.0", m.warnings[0])
+    assert make(given) == [f"{directory} is up to date."]
+    with pytest.raises(JetExportError, match=r"other inputs \(fast_accumulation was True, now None\)"):
+        make(options(tmp_path, fp8=True))
+    inspect_bundle(directory, None, None)
+    assert "FP8 products of cuBLAS summed by fast accumulation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"--fast-accumulation: is about FP8 products, and this build has none.\nAdd --fp8"),
+        ({"fp8": True, "backend": "onnx"}, r"--fast-accumulation: the onnx backend decides .*\n.*--backend inductor"),
+        (
+            {"fp8": True, "backend": "tensorrt-rtx", "sm": "8.9"},
+            r"--fast-accumulation: the tensorrt-rtx backend decides by itself how products are summed",
+        ),
+    ],
+)
+def test_fast_accumulation_is_refused_where_no_fp8_product_is_the_library_s(tmp_path, changes, message) -> None:
+    with pytest.raises(JetExportError, match=message):
+        make_plan(options(tmp_path, fast_accumulation=True, **changes))
+
+
+@pytest.mark.parametrize(("sm", "warned"), [((8, 9), False), ((9, 0), False), ((10, 0), True)])
+def test_fast_accumulation_warns_where_it_has_no_effect(tmp_path, monkeypatch, sm, warned: bool) -> None:
+    as_if_on_a_gpu(monkeypatch, sm)
+    plan = make_plan(options(tmp_path, fp8=True, fast_accumulation=True))
+    assert any("--fast-accumulation: changes nothing" in w for w in plan.warnings) is warned
+
+
+def test_fast_accumulation_needs_a_gpu_with_fp8(tmp_path, monkeypatch) -> None:
+    as_if_on_a_gpu(monkeypatch, (8, 0))
+    with pytest.raises(JetExportError, match=r"--fp8: sm_80 has no FP8 arithmetic.\nFP8 needs SM 8.9 or newer"):
+        make_plan(options(tmp_path, fp8=True, fast_accumulation=True))
+
+
+def as_if_on_a_gpu(monkeypatch, sm: tuple[int, int]) -> None:
+    target = {"device": "cuda", "arch": f"sm_{sm[0]}{sm[1]}", "gpu": "a GPU"}
+    monkeypatch.setattr(plans, "target_device", lambda requested: torch.device("cuda"))
+    monkeypatch.setattr(plans, "host_target", lambda device: target)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: sm)
 
 
 def test_fused_decode_is_refused_where_no_kernel_could_wait(tmp_path) -> None:

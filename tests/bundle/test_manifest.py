@@ -26,8 +26,10 @@ def manifest(**changes) -> Manifest:
 
 
 def test_what_is_saved_is_loaded(tmp_path) -> None:
-    manifest().save(tmp_path)
-    assert Manifest.load(tmp_path) == manifest()
+    given = manifest(fast_accumulation=True)
+    given.save(tmp_path)
+    assert Manifest.load(tmp_path) == given != manifest()
+    assert Manifest.load(tmp_path).dtypes.fast_accumulation and not manifest().dtypes.fast_accumulation
 
 
 def test_the_fingerprint_is_what_the_engine_computes(tmp_path) -> None:
@@ -78,6 +80,7 @@ def test_anything_else_is_one_message(tmp_path, text: str | None, message: str) 
         ("target.isa", "avx", "target.isa is 'avx'.\nIt takes a list, each of it a string."),
         ("dtype", "int8", "dtype is 'int8'.\nIt takes bfloat16, float16, float32."),
         ("state_interval", 0, "state_interval is 0.\nIt takes a whole number of at least 1, at most 1024."),
+        ("fast_accumulation", 1, "fast_accumulation is 1.\nIt takes true or false."),
         ("rollback", True, "rollback is True.\nIt takes"),
         ("quantization.fp8.x.weight_scale", 0, "quantization.fp8.x.weight_scale is 0.\nIt takes a number above 0."),
         ("quantization.kv_scales.x", [1], "quantization.kv_scales.x is too short"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jet_export.backends.eager import EagerEngine
 from jet_export.model.cache import PackedBatch
+from jet_export.model.fp8 import Fp8Linear, quantize, widen
 
 
 class FaultyEngine(EagerEngine):
@@ -176,4 +177,34 @@ def other_rounding(eager: EagerEngine) -> EagerEngine:
     for path, module in list(engine.model.named_modules()):
         if isinstance(module, nn.Linear) and path != "lm_head":
             engine.model.set_submodule(path, SplitProducts(module))
+    return engine
+
+
+class FastSums(nn.Module):
+    """An FP8 layer whose products are summed in a tensor core's register, 32 at a time: all of them and the sum so far
+    are cut to a multiple of 2^-bits of the largest one's power of two, and added exactly."""
+
+    def __init__(self, linear: Fp8Linear, bits: int) -> None:
+        super().__init__()
+        self.linear, self.bits = linear, bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        fp8 = self.linear
+        q, w = quantize(x, fp8.input_scale).float(), widen(fp8.weight)
+        y = torch.zeros(len(q), len(w))
+        for k in range(0, q.shape[1], 32):
+            products = q[:, None, k : k + 32] * w[None, :, k : k + 32]  # [T, N, 32]
+            largest = products.abs().amax(-1).maximum(y.abs()).clamp(min=1e-30)
+            unit = torch.exp2(largest.log2().floor() - self.bits)
+            y = ((products / unit[..., None]).trunc().sum(-1) + (y / unit).trunc()) * unit
+        y = y * (fp8.input_scale * fp8.weight_scale)
+        return (y if fp8.bias is None else y + fp8.bias.float()).to(x.dtype)
+
+
+def fast_accumulation(eager: EagerEngine, bits: int) -> EagerEngine:
+    """No fault with 13 bits, which Hopper has: `build --fast-accumulation`."""
+    engine = FaultyEngine(eager)
+    for path, module in list(engine.model.named_modules()):
+        if isinstance(module, Fp8Linear):
+            engine.model.set_submodule(path, FastSums(module, bits))
     return engine

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from jet_export.model.fp8 import FP8, Fp8Linear, widen
+from jet_export.model.mode import Linears, graph_mode
 
 TOKENS = [1, 2, 63, 64, 65, 200]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -146,6 +147,14 @@ def test_compiled_equals_eager() -> None:
         assert torch.equal(compiled(x), layer(x))
 
 
+def test_fast_accumulation_changes_nothing_on_a_cpu() -> None:
+    _, layer = make(64, 48, True, torch.bfloat16)
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    with graph_mode("inductor", "fast"):
+        fast = layer(x)
+    assert torch.equal(fast, layer(x))
+
+
 def test_exports_with_any_number_of_tokens() -> None:
     _, layer = make(64, 48, True, torch.bfloat16)
     dim = torch.export.Dim("tokens", min=1, max=512)
@@ -155,15 +164,18 @@ def test_exports_with_any_number_of_tokens() -> None:
         assert torch.equal(program.module()(x), layer(x))
 
 
+@pytest.mark.parametrize("kind", ["library", "fast"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_traces_for_cuda_to_one_scaled_mm(dtype: torch.dtype) -> None:
+def test_traces_for_cuda_to_one_scaled_mm(dtype: torch.dtype, kind: Linears) -> None:
     """Needs no GPU: fake tensors carry the device. The weight is passed as it is stored."""
-    with FakeTensorMode():
+    with FakeTensorMode(), graph_mode("inductor", kind):
         layer = Fp8Linear.empty(64, 48, True, dtype, "cuda")
         x = torch.empty(5, 64, dtype=dtype, device="cuda")
         graph = make_fx(layer)(x).graph
     targets = [str(n.target) for n in graph.nodes if n.op == "call_function"]
     assert targets.count("aten._scaled_mm.default") == 1
+    product = next(n for n in graph.nodes if str(n.target) == "aten._scaled_mm.default")
+    assert product.args[7:] == ((True,) if kind == "fast" else ())  # use_fast_accum; False is left out
     assert "aten.mm.default" not in targets
     assert "aten.clamp.default" in targets  # torch 2.12 saturates in the cast itself, older ones do not
     out = next(n for n in graph.nodes if n.op == "output").args[0].meta["val"]

@@ -12,6 +12,7 @@ from helpers.faults import (
     FaultyEngine,
     SplitProducts,
     StateNotCarried,
+    fast_accumulation,
     k_scale_off,
     keys_scaled,
     other_rounding,
@@ -93,6 +94,14 @@ def test_other_rounding_passes_in_seven_layers() -> None:
     """All of jet-tiny in bf16; test_parity has it compiled, in FP8."""
     model = JetNemotronForCausalLM.from_pretrained("jet-tiny", max_positions=LIMITS.max_seq_len)
     assert_passes_with_other_rounding(EagerEngine(model, LIMITS, kv_dtype=torch.bfloat16, state_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("tiny", ["fp8"], indirect=True)
+def test_fast_accumulation_passes_and_fewer_bits_do_not(tiny) -> None:
+    """The bounds know nothing of it: they are those of an engine that sums in fp32."""
+    eager = EagerEngine(tiny.model, Limits(max_batch_size=4, max_seq_len=96, prefill_chunk=48), kv_dtype=FP8)
+    assert not failures(fast_accumulation(eager, 13), eager)
+    assert failures(fast_accumulation(eager, 7), eager)
 
 
 def test_other_rounding_passes_in_fp32(mini) -> None:

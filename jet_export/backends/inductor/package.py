@@ -50,15 +50,17 @@ def export_graph(
     else:
         args, shapes = example_inputs(model, dtypes, mode), dynamic_shapes(model, dtypes, limits, mode)
         graph = EngineGraph(model, form_of(mode), dtypes.state_interval).eval()
-    with torch.no_grad(), quiet_torch(), graph_mode("inductor", linears_of(mode, fused)):
+    with torch.no_grad(), quiet_torch(), graph_mode("inductor", linears_of(mode, dtypes, fused)):
         return torch.export.export(graph, args, dynamic_shapes=shapes, strict=False)
 
 
-def linears_of(mode: str, fused: bool) -> Linears:
-    """What the linear layers of a graph are."""
+def linears_of(mode: str, dtypes: Dtypes, fused: bool) -> Linears:
+    """What the linear layers of a graph are. Fast accumulation is for the library's products only."""
     if mode == FEW_ROWS:
         return "skinny"
-    return ("fused" if fused else "gemv") if mode == ONE_ROW else "library"
+    if mode == ONE_ROW:
+        return "fused" if fused else "gemv"
+    return "fast" if dtypes.fast_accumulation else "library"
 
 
 def compile_package(program: ExportedProgram, path: Path, dependent: bool = False) -> None:
