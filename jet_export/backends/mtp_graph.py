@@ -62,7 +62,9 @@ def example_inputs(model: JetNemotronForCausalLM, mode: str) -> tuple[Any, ...]:
 
 def dynamic_shapes(limits: Limits, mode: str) -> tuple[Any, ...]:
     """torch.export's dynamic_shapes for `example_inputs`."""
-    n, most = Dim("sequences", min=1, max=max(limits.max_batch_size, 4)), max(limits.max_prefill_tokens, 32)
+    # One sequence more where padding needs one (runtime/calls.py), as in backends/graph.py.
+    n = Dim("sequences", min=1, max=max(limits.max_batch_size, 4) + (mode != MTP_DECODE))
+    most = max(limits.max_prefill_tokens, 32)
     t = n if mode == MTP_DECODE else Dim("tokens", min=1, max=most)
     indices = None if mode == MTP_DECODE else {0: Dim("outputs", min=1, max=most)}
     pages, rows = Dim("table_pages", min=1, max=MAX_ROWS), Dim("pages", min=1, max=MAX_ROWS)

@@ -61,8 +61,9 @@ class BatchingEngine(EngineThread):
         self.speculation = speculation(engine, serving, proposer, clock)
         c, self.pacing = capacity(engine, serving), pacing(engine, serving)
         self.runner = Runner(engine, cuda_graphs, pools=pool_size(c), deterministic=c.whole_chunks)
-        if isinstance(proposer, MtpDraft):
-            proposer.runner = self.runner
+        self.mtp = proposer if isinstance(proposer, MtpDraft) else None
+        if self.mtp:
+            self.mtp.calls.runner = self.runner
         copies = StateCopies(engine, self.runner, rows=c.prefix_rows, host_bytes=c.host_bytes)
         self.scheduler = Scheduler(c, copies, self.pacing)
         self.metrics = Metrics(memory=self.scheduler.memory.counts)
@@ -195,14 +196,13 @@ class BatchingEngine(EngineThread):
                 self.cancel(self.sequences[request], "timeout")
             if plan.empty:
                 return None, True
-            began = self.clock()
+            began, captures = self.clock(), self.runner.graphs.captures
             try:
                 drafts = self._drafts(plan, behind is None)
             except Exception as e:
                 self.delivery.fail([self.sequences[r] for r in plan.decode], e)
                 return None, False
             inputs = self.executor.collect(plan, self.sequences, drafts)
-        captures = self.runner.graphs.captures
         try:
             step = self.executor.launch(plan, inputs)
             step.launched_at, step.after_rest, self.rested = began, self.rested, False
@@ -295,6 +295,8 @@ class BatchingEngine(EngineThread):
         self.runner.capture_calls(self.scheduler.capacity.token_budget, self.scheduler.prompt_tokens)
         if self.executor.verify:
             self.executor.verify.capture()
+        if self.mtp:
+            self.mtp.calls.capture()
 
     def render_metrics(self) -> str:
         """The metrics in Prometheus' text format."""

@@ -14,8 +14,8 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 
 def upload(host: Tensor, target: Tensor) -> None:
-    """Copy into a tensor on a GPU."""
-    target.copy_(host.pin_memory(), non_blocking=True)
+    """Copy into a tensor on the device."""
+    target.copy_(host.pin_memory() if target.device.type == "cuda" else host, non_blocking=True)
 
 
 def copy_to_host(values: Tensor) -> Callable[[], Tensor]:

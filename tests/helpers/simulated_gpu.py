@@ -17,7 +17,8 @@ from torch import Tensor
 from helpers.clock import Clock
 from helpers.eager_bundle import eager_engine
 from jet_export.bundle.limits import Limits
-from jet_export.runtime import executor, runner, verify_calls
+from jet_export.model.cache import state_specs
+from jet_export.runtime import executor
 from jet_export.runtime.batching import BatchingEngine
 from jet_export.runtime.capacity import Serving
 from jet_export.runtime.drafts import Proposer
@@ -36,6 +37,7 @@ class Times:
     plain: Callable[[int], float]  # of a decode call of so many rows
     verify: Callable[[int], float]  # of a verifying call of so many tokens
     prefill: float = 1e-5  # a token of a prompt
+    predict: float = 1e-4  # of a call of a multi-token-prediction layer
     capture: float = 0.1  # of a graph, on the host
     look: float = 0.0  # on the host, for a sequence's draft
     output: float = 0.0  # on the host, for a token
@@ -132,11 +134,13 @@ def simulate(
     drafts: int = 4,
     fixed: bool = False,
     overlap: bool = True,
+    speculate: str = "off",
 ) -> tuple[BatchingEngine, SimulatedGpu]:
-    """An engine of `rows` sequences on such a GPU. The graphs of its verifying calls are not captured yet."""
+    """An engine of `rows` sequences on such a GPU. The graphs of calls for drafts are not captured yet."""
     gpu = SimulatedGpu(times)
     engine = eager_engine(Limits(max_batch_size=rows, max_seq_len=1024, prefill_chunk=64))
-    vocab, engine.rollback = engine.config.vocab_size, drafts + 1
+    vocab, engine.rollback, engine.mtp = engine.config.vocab_size, drafts + 1, speculate == "mtp"
+    engine.specs = state_specs(engine.config, engine.dtype, hidden=engine.mtp)
 
     def decode(ids: Tensor, batch, states) -> Tensor:
         gpu.run("decode", times.plain(len(ids)))
@@ -150,14 +154,17 @@ def simulate(
         gpu.run("prefill", times.prefill * len(ids))
         return torch.zeros(len(outputs), vocab)
 
-    for name, call in (("decode", decode), ("verify", verify), ("prefill", prefill)):
+    def predict(ids: Tensor, hidden: Tensor, batch, outputs: Tensor | None, kv_cache) -> tuple[Tensor, Tensor]:
+        gpu.run("predict", times.predict)
+        n = len(ids if outputs is None else outputs)
+        return torch.zeros(n, vocab), torch.zeros(n, engine.config.hidden_size)
+
+    for name, call in (("decode", decode), ("verify", verify), ("prefill", prefill), ("predict", predict)):
         setattr(engine, name, call)
     monkeypatch.setattr(GraphCache, "capture", lambda cache, call, overlap=False: gpu.capture(cache, call, overlap))
     monkeypatch.setattr(executor, "copy_to_host", gpu.reading)
-    for module in (runner, verify_calls):
-        monkeypatch.setattr(module, "upload", lambda host, target: target.copy_(host))
     timed = None if proposer is None else Timed(proposer, gpu)
-    serving = Serving(prefix_cache_bytes=0)
+    serving = Serving(prefix_cache_bytes=0, speculate=speculate)
     made = BatchingEngine(
         engine, ByteTokenizer(), -1, serving, overlap=overlap, clock=gpu.clock, proposer=timed, cuda_graphs=True
     )
