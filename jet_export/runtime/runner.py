@@ -212,9 +212,7 @@ class Runner:
             return logits
 
         graph, logits = self.graphs.capture(step, overlap=self.engine.dependent_launch)
-        self.graphs.decode[bucket] = DecodeGraph(
-            graph=graph, cu_seqlens=cu_seqlens, integers=integers, logits=logits
-        )
+        self.graphs.decode[bucket] = DecodeGraph(graph=graph, cu_seqlens=cu_seqlens, integers=integers, logits=logits)
         return self.graphs.decode[bucket]
 
     def _mixed_call(self, integers: Tensor, size: CallSize) -> Tensor:
