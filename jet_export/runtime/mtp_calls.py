@@ -96,7 +96,7 @@ class MtpCalls:
     @property
     def _together(self) -> int:
         """Sequences of a draft: a batch-invariant one is of a sequence alone, in calls of one size."""
-        return 1 if self.runner.deterministic else self.slots
+        return 1 if self.runner.deterministic else len(self.runner.context_lens)
 
     def feed(self, slots: list[int], tokens: list[list[int]], held: list[int]) -> Tensor:
         """The pairs of each slot behind those held, by their tokens; their hidden states are in the runner's pages.

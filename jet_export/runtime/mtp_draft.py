@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from jet_export.backends.base import Engine
 from jet_export.runtime.capacity import Serving
@@ -59,12 +60,12 @@ class MtpDraft:
         fed = sorted(self._plan(sequences, offers), key=lambda f: -f.drafts)
         slots = [sequences[f.i].request.slot for f in fed]
         tokens, held = [sequences[f.i].fed(f.first + 1, f.n) for f in fed], [f.first for f in fed]
-        self.calls.feed(slots, tokens, held)
+        logits = self.calls.feed(slots, tokens, held)
         drafts: list[list[int]] = [[] for _ in sequences]
         rows = [f for f in fed if f.drafts]
         if rows:
             self.calls.begin(slots[: len(rows)], [f.first + f.n for f in rows], [f.drafts - 1 for f in rows])
-            found = self._go_on(slots[: len(rows)], [f.drafts for f in rows], draw)
+            found = self._go_on(logits[: len(rows)], slots[: len(rows)], [f.drafts for f in rows], draw)
             for n, f in enumerate(rows):
                 drafts[f.i] = [tokens[n] for tokens in found[: f.drafts]]
         return drafts
@@ -84,9 +85,8 @@ class MtpDraft:
             fed.append(Fed(i=i, first=first, n=n, drafts=len(offer.tokens) if first + n == pairs else 0))
         return fed
 
-    def _go_on(self, slots: list[int], lengths: list[int], draw: Draw) -> list[list[int]]:
-        """The first tokens of all slots, the second ones of those that have two, ...; `lengths` descend."""
-        logits = self.calls.buffers.logits[: len(slots)]
+    def _go_on(self, logits: Tensor, slots: list[int], lengths: list[int], draw: Draw) -> list[list[int]]:
+        """The first tokens of all slots, by `logits`, the second of those that have two, ...; `lengths` descend."""
         drawn = [draw(logits, slots, [0] * len(slots))]
         for ahead in range(1, lengths[0]):
             n = sum(length > ahead for length in lengths)
