@@ -117,8 +117,8 @@ def print_plan(plan: BuildPlan) -> None:
     from jet_export.utils.console import console, human
 
     o, m = plan.options, plan.memory
-    precision = "fp8 projections, the rest bfloat16" if plan.fp8 else dtype_name(plan.dtypes.model)
-    precision += ", summed by fast accumulation" if o.fast_accumulation else ""
+    fast = " by fast accumulation" if o.fast_accumulation else ""
+    precision = f"fp8 projections{fast}, the rest bfloat16" if plan.fp8 else dtype_name(plan.dtypes.model)
     known = checkpoint_licence(plan.directory) if plan.directory is not None and not o.random_weights else None
     licence = "none (random weights)" if o.random_weights else known or "unknown: see the checkpoint's page"
     kv_cache, state = dtype_name(plan.dtypes.kv_cache), dtype_name(plan.dtypes.state)
