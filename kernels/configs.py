@@ -35,7 +35,7 @@ OPS: dict[str, tuple[set[str], set[str]]] = {
     "delta_rule_deferred": ({"state_dtype", "head_k_dim", "head_v_dim", "tokens"}, {"GROUPS", "BR", "num_warps"}),
     "delta_rule_inputs": ({"head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
     "delta_rule_verify": ({"head_k_dim", "head_v_dim"}, {"BV", "num_warps"}),
-    "dynamic_conv": ({"dtype", "conv_size"}, {"BT", "BD"}),
+    "dynamic_conv": ({"dtype", "conv_size", "static"}, {"BT", "BD", "num_warps"}),
     "gated_rms_norm": ({"dtype", "head_v_dim"}, {"BR"}),
     "gemv": ({"dtype", "out_features", "in_features", "normed", "gated"}, {"BN", "BK", "STAGES", "num_warps"}),
     "skinny_gemm": (

@@ -146,6 +146,80 @@ def conv_tile(
 
 
 @triton.jit
+def conv_four(b_k0, b_k1, b_k2, b_k3, b_u0, b_u1, b_u2, b_u3):
+    """Four taps in `conv_tile`'s order of sums; b_u3 is the oldest token."""
+    return b_k3 * b_u0 + (b_k2 * b_u1 + b_k1 * b_u2 + b_k0 * b_u3)
+
+
+@triton.jit
+def held_row(p_state, o_d, m_d, context, back: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Raw u [BD], `back` tokens before the call's first, in fp32; zero before the sequence."""
+    row = 3 - back
+    held = context > 0
+    if ROWS > 3:
+        held = context >= back
+        row = tl.where(held, context - back, 0) % ROWS
+    return tl.load(p_state + row * D + o_d, mask=m_d & held, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def static_conv_walk(
+    p_u, stride_u, p_kappa, p_state, p_v, n_tokens, i_d, i_position, context, used,
+    D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """`conv_tile`, to the bit, and its store, for n_tokens tokens that share four taps. These and the last three tokens
+    stay in registers, so that u is read once; u of four tokens is loaded before any store, which no load may pass.
+    used: the sequence has a slot, else context is 0; i_position is 0 or at least 3."""
+    dtype: tl.constexpr = p_v.dtype.element_ty
+    o_d = i_d + tl.arange(0, BD)
+    m_d = o_d < D
+    o_dw = i_d * 4 + tl.arange(0, BD * 4)
+    b_kappa = tl.load(p_kappa + o_dw, mask=o_dw < D * 4, other=0.0)
+    b_even, b_odd = tl.split(tl.reshape(b_kappa.to(tl.float32), [BD, 2, 2]))
+    b_k0, b_k2 = tl.split(b_even)
+    b_k1, b_k3 = tl.split(b_odd)
+    m_u = m_d & used
+    m_back = m_u & (i_position > 0)
+    b_a = tl.load(p_u - 3 * stride_u + o_d, mask=m_back, other=0.0).to(tl.float32)
+    b_b = tl.load(p_u - 2 * stride_u + o_d, mask=m_back, other=0.0).to(tl.float32)
+    b_c = tl.load(p_u - stride_u + o_d, mask=m_back, other=0.0).to(tl.float32)
+    for i in range(0, n_tokens, 4):
+        p_i = p_u + i * stride_u + o_d
+        b_0 = tl.load(p_i, mask=m_u, other=0.0).to(tl.float32)
+        b_1 = tl.load(p_i + stride_u, mask=m_u & (i + 1 < n_tokens), other=0.0).to(tl.float32)
+        b_2 = tl.load(p_i + 2 * stride_u, mask=m_u & (i + 2 < n_tokens), other=0.0).to(tl.float32)
+        b_3 = tl.load(p_i + 3 * stride_u, mask=m_u & (i + 3 < n_tokens), other=0.0).to(tl.float32)
+        b_y0 = conv_four(b_k0, b_k1, b_k2, b_k3, b_0, b_c, b_b, b_a)
+        b_y1 = conv_four(b_k0, b_k1, b_k2, b_k3, b_1, b_0, b_c, b_b)
+        b_y2 = conv_four(b_k0, b_k1, b_k2, b_k3, b_2, b_1, b_0, b_c)
+        b_y3 = conv_four(b_k0, b_k1, b_k2, b_k3, b_3, b_2, b_1, b_0)
+        p_o = p_v + i * D + o_d
+        tl.store(p_o, silu(b_y0).to(dtype), mask=m_d)
+        tl.store(p_o + D, silu(b_y1).to(dtype), mask=m_d & (i + 1 < n_tokens))
+        tl.store(p_o + 2 * D, silu(b_y2).to(dtype), mask=m_d & (i + 2 < n_tokens))
+        tl.store(p_o + 3 * D, silu(b_y3).to(dtype), mask=m_d & (i + 3 < n_tokens))
+        b_a, b_b, b_c = b_1, b_2, b_3
+    # Once more the tokens that the state reaches: a branch inside the loop would delay a load.
+    if (i_position == 0) & (context > 0):
+        b_z = tl.zeros([BD], tl.float32)
+        b_h1 = held_row(p_state, o_d, m_d, context, 1, D, ROWS)
+        b_h2 = held_row(p_state, o_d, m_d, context, 2, D, ROWS)
+        b_h3 = held_row(p_state, o_d, m_d, context, 3, D, ROWS)
+        b_0 = tl.load(p_u + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_1 = tl.load(p_u + stride_u + o_d, mask=m_d & (n_tokens > 1), other=0.0).to(tl.float32)
+        b_2 = tl.load(p_u + 2 * stride_u + o_d, mask=m_d & (n_tokens > 2), other=0.0).to(tl.float32)
+        b_y0 = conv_four(b_k0, b_k1, b_k2, b_k3, b_0, b_z, b_z, b_z) + b_k2 * b_h1
+        b_y0 += b_k1 * b_h2
+        b_y0 += b_k0 * b_h3
+        b_y1 = conv_four(b_k0, b_k1, b_k2, b_k3, b_1, b_0, b_z, b_z) + b_k1 * b_h1
+        b_y1 += b_k0 * b_h2
+        b_y2 = conv_four(b_k0, b_k1, b_k2, b_k3, b_2, b_1, b_0, b_z) + b_k0 * b_h1
+        tl.store(p_v + o_d, silu(b_y0).to(dtype), mask=m_d)
+        tl.store(p_v + D + o_d, silu(b_y1).to(dtype), mask=m_d & (n_tokens > 1))
+        tl.store(p_v + 2 * D + o_d, silu(b_y2).to(dtype), mask=m_d & (n_tokens > 2))
+
+
+@triton.jit
 def shift_conv_state(p_state, p_end, stride_u, n_tokens, o_d, m_d, held, D: tl.constexpr, W: tl.constexpr):
     """Set conv_state to the last W-1 raw u of the old state followed by n_tokens new ones.
 
@@ -169,9 +243,10 @@ def store_ring(p_state, b_u, o_t, m_t, o_d, m_d, context, D: tl.constexpr, ROWS:
 def dynamic_conv_kernel(
     u, kappa, v, conv_state, cu_seqlens, slots, context_lens, N, T, S, stride_u, stride_kappa,
     OFF_U: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    MIXED: tl.constexpr,
+    MIXED: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel tiles, chunks). MIXED: sequences of one token are left out."""
+    """Grid (channel tiles, chunks). MIXED: sequences of one token are left out. STATIC: one kernel of four taps for all
+    tokens."""
     i_d = tl.program_id(0) * BD
     i_n, bos, eos, i_t = find_chunk(cu_seqlens, tl.program_id(1), N, T, BT)
     if (i_t < bos) | (i_t >= eos) | (MIXED and eos - bos == 1):
@@ -179,15 +254,21 @@ def dynamic_conv_kernel(
     slot = slot_of(slots, i_n, S)
     context = tl.where(slot >= 0, tl.load(context_lens + i_n), 0)
     row = i_t.to(tl.int64)
-    o_t = tl.arange(0, BT)
-    m_t = i_t + o_t < eos
-    b_v = conv_tile(
-        u + row * stride_u + OFF_U, stride_u, kappa + row * stride_kappa, stride_kappa,
-        conv_state + slot * ROWS * D, o_t, m_t & (slot >= 0), i_d, D, i_t - bos, context, D, W, ROWS, BD, False,
-    )  # fmt: skip
-    o_d = i_d + tl.arange(0, BD)
-    m = m_t[:, None] & (o_d < D)[None, :]
-    tl.store(v + row * D + o_t[:, None] * D + o_d[None, :], b_v.to(v.dtype.element_ty), mask=m)
+    if STATIC:
+        static_conv_walk(
+            u + row * stride_u + OFF_U, stride_u, kappa, conv_state + slot * ROWS * D, v + row * D,
+            tl.minimum(eos - i_t, BT), i_d, i_t - bos, context, slot >= 0, D, ROWS, BD,
+        )  # fmt: skip
+    else:
+        o_t = tl.arange(0, BT)
+        m_t = i_t + o_t < eos
+        b_v = conv_tile(
+            u + row * stride_u + OFF_U, stride_u, kappa + row * stride_kappa, stride_kappa,
+            conv_state + slot * ROWS * D, o_t, m_t & (slot >= 0), i_d, D, i_t - bos, context, D, W, ROWS, BD, False,
+        )  # fmt: skip
+        o_d = i_d + tl.arange(0, BD)
+        m = m_t[:, None] & (o_d < D)[None, :]
+        tl.store(v + row * D + o_t[:, None] * D + o_d[None, :], b_v.to(v.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -265,20 +346,21 @@ def dynamic_conv_triton(
     has more tokens, and a ring has W-1 rows beside theirs, so that one launch does; 0: not known."""
     T, N, (S, R, D) = u.shape[0], slots.shape[0], conv_state.shape
     W, stride_kappa = kappa.shape[-1] // D, 0 if len(kappa.shape) == 1 else kappa.stride(0)
-    use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W)
-    BT, BD = use["BT"], use["BD"]
     v = u.new_empty(T, D)
     tail = (cu_seqlens, slots, context_lens)
     if most:
-        BT, BD = triton.next_power_of_2(most), 256 if most == 1 else BD
+        BT, BD = triton.next_power_of_2(most), 256 if most == 1 else 64
         wrap(conv_rows_kernel)[(triton.cdiv(D, BD), N)](
             u, kappa, v, conv_state, *tail, T, S, u.stride(0), stride_kappa,
             OFF_U=off_u, D=D, W=W, ROWS=R, BT=BT, BD=BD,
         )  # fmt: skip
         return v
+    static = W == 4 and stride_kappa == 0
+    use = lookup("dynamic_conv", dtype=u.dtype, conv_size=W, static=static)
+    BT, BD = use["BT"], use["BD"]
     wrap(dynamic_conv_kernel)[(triton.cdiv(D, BD), num_chunks(T, N, BT))](
         u, kappa, v, conv_state, *tail, N, T, S, u.stride(0), stride_kappa,
-        OFF_U=off_u, D=D, W=W, ROWS=R, BT=BT, BD=BD, MIXED=mixed,
+        OFF_U=off_u, D=D, W=W, ROWS=R, BT=BT, BD=BD, MIXED=mixed, STATIC=static, num_warps=use["num_warps"],
     )  # fmt: skip
     BD = 256 if R == W - 1 else 64  # a ring's rows are stored together
     wrap(conv_state_kernel)[(triton.cdiv(D, BD), N)](

@@ -27,7 +27,9 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     ],
     "delta_rule_inputs": [dict(BV=bv, num_warps=w) for bv, w in itertools.product((32, 64, 128, 256), (1, 2, 4))],
     "delta_rule_verify": [dict(BV=bv, num_warps=w) for bv, w in itertools.product((16, 32, 64, 128), (1, 2, 4, 8))],
-    "dynamic_conv": [dict(BT=bt, BD=bd) for bt, bd in itertools.product((4, 8, 16, 32), (32, 64, 128, 256))],
+    "dynamic_conv": [
+        dict(BT=bt, BD=bd, num_warps=4) for bt, bd in itertools.product((4, 8, 16, 32), (32, 64, 128, 256))
+    ],
     "gated_rms_norm": [dict(BR=br) for br in (1, 2, 4, 8, 16, 32)],
     "gemv": [
         dict(BN=bn, BK=bk, STAGES=s, num_warps=w)
@@ -40,6 +42,13 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         if st * bk <= 768
     ],
 }
+
+STATIC_CONV = [  # dynamic_conv's where one kernel serves all tokens: 8 or 4 channels a thread
+    dict(BT=bt, BD=bd, num_warps=w)
+    for bt, (bd, w) in itertools.product(
+        (16, 32, 64, 128), ((256, 1), (256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8))
+    )
+]
 
 GEMV_SIZES = {  # out_features, in_features
     "in_proj": (8832, 1536),

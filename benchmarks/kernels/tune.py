@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from arguments import ROOT, lacks_gpu, output_of, parser_of
-from candidates import CANDIDATES, GEMV_SIZES
+from candidates import CANDIDATES, GEMV_SIZES, STATIC_CONV
 
 from jet_export.bench import timer
 from jet_export.kernels import configs
@@ -54,6 +54,10 @@ class Task:
     workloads: Workloads
     times: dict[str, dict[str, float]] = field(default_factory=dict)  # configuration -> workload -> ms
     left_out: dict[str, str] = field(default_factory=dict)  # configuration -> why
+
+    @property
+    def candidates(self) -> list[dict[str, int]]:
+        return STATIC_CONV if self.where.get("static") else CANDIDATES[self.op]
 
 
 def key_of(use: dict[str, int]) -> str:
@@ -111,7 +115,7 @@ def block_tasks(model: str) -> list[Task]:
 
     prefill = {name: run([args], False) for name, args in prefills.items()}
     tasks = [
-        Task("dynamic_conv", model, {"dtype": "bfloat16", "conv_size": 4}, prefill),
+        Task("dynamic_conv", model, {"dtype": "bfloat16", "conv_size": 4, "static": False}, prefill),
         Task("delta_rule_prepare", model, {"dtype": "bfloat16", "head_k_dim": K}, prefill),
         *(
             Task(
@@ -132,6 +136,19 @@ def block_tasks(model: str) -> list[Task]:
         }
         tasks.append(Task("delta_rule_decode", model, where, {n: run(a, True) for n, a in sets.items()}))
     return tasks
+
+
+def static_conv_tasks(model: str) -> list[Task]:
+    """The op alone, over the columns of a Gated DeltaNet's projection."""
+    from block_cases import PREFILL, block_inputs
+
+    workloads: Workloads = {}
+    for B, T in PREFILL:
+        args = block_inputs([T] * B, model)
+        kappa, state = args[2], args[6]
+        inputs = args[0][:, : state.shape[2]], kappa, state, *args[8:11]
+        workloads[f"prefill B{B} T{T}"] = (partial(torch.ops.jet.dynamic_conv, *inputs),) * 2  # contexts are 0
+    return [Task("dynamic_conv", model, {"dtype": "bfloat16", "conv_size": 4, "static": True}, workloads)]
 
 
 def gemv_tasks(model: str) -> list[Task]:
@@ -186,7 +203,7 @@ def differs(a: torch.Tensor, b: torch.Tensor) -> float:
 def tune(task: Task, deadline: float, repeats: int = 15) -> None:
     """Fills `times` and `left_out`; candidates beyond the deadline are left out."""
     in_use = current(task)
-    candidates = [in_use, *(c for c in CANDIDATES[task.op] if c != in_use)]
+    candidates = [in_use, *(c for c in task.candidates if c != in_use)]
     expected: dict[str, torch.Tensor] = {}
     runs: dict[str, dict[str, Callable[[], Any]]] = {}
     for use in candidates:
@@ -216,6 +233,8 @@ def makers(model: str, ops: list[str]) -> list[Callable[[str], list[Task]]]:
     out: list[Callable[[str], list[Task]]] = []
     if model in DELTA and any(op.startswith(("delta_rule", "dynamic", "gated")) for op in ops):
         out.append(block_tasks)
+    if model.startswith("qwen3.5") and "dynamic_conv" in ops:
+        out.append(static_conv_tasks)
     if any(op.startswith(("attention", "rope")) for op in ops):
         out.append(attention_tasks)
     return [*out, gemv_tasks] if "gemv" in ops else out
@@ -232,7 +251,7 @@ def compile_ahead(options: argparse.Namespace) -> None:
 def compile_share(models: list[str], ops: list[str], first: int, step: int) -> None:
     """Run every `step`-th candidate once; those that fail are left to `tune`."""
     tasks = [t for m in models for make in makers(m, ops) for t in make(m) if t.op in ops]
-    for task, use in [(t, use) for t in tasks for use in CANDIDATES[t.op]][first::step]:
+    for task, use in [(t, use) for t in tasks for use in t.candidates][first::step]:
         with suppress(Exception), configs.override(task.op, use):
             next(iter(task.workloads.values()))[1]()
     torch.cuda.synchronize()
@@ -248,7 +267,7 @@ def rule_of(task: Task, sm: int, source: str) -> tuple[dict[str, Any] | None, fl
     best, ratio = choose(task.times, in_use)
     if best == in_use:
         return None, 1.0
-    use = next(c for c in CANDIDATES[task.op] if key_of(c) == best)
+    use = next(c for c in task.candidates if key_of(c) == best)
     return {"op": task.op, "sm": sm, "where": task.where, "use": use, "source": source}, ratio
 
 

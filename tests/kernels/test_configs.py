@@ -100,7 +100,8 @@ def test_the_scan_has_one_form_on_other_sms(sm) -> None:
 
 
 def test_the_other_kernels_are_configured_as_before_the_table(any_sm) -> None:
-    assert configs.lookup("dynamic_conv", dtype=BF16, conv_size=4) == {"BT": 16, "BD": 64}
+    tile = {"BT": 16, "BD": 64, "num_warps": 4}
+    assert configs.lookup("dynamic_conv", dtype=BF16, conv_size=4, static=False) == tile
     assert configs.lookup("gated_rms_norm", dtype=BF16, head_v_dim=256) == {"BR": 16}
     assert configs.lookup("rope_append", dtype=BF16, cache_dtype=FP8, head_dim=128) == {"BT": 16, "num_warps": 4}
 

@@ -34,9 +34,14 @@ def test_a_static_convolution_is_conv1d(device) -> None:
         assert relative_error(dynamic_conv_triton(*fp32), F.silu(want)) < 1e-5
 
 
+@pytest.mark.parametrize("rollback", [0, 4])
 @pytest.mark.parametrize("conv", [dynamic_conv_ref, dynamic_conv_triton], ids=["ref", "kernel"])
-def test_one_kernel_for_all_tokens_is_the_same_kernel_for_each(device, conv) -> None:
-    p = Packed(**RAGGED, key_heads=1, device=device)
+def test_one_kernel_for_all_tokens_is_the_same_kernel_for_each(device, conv, rollback) -> None:
+    """To the bit, over more than one of the kernel's chunks; before the call lie a shifted state or a ring."""
+    lens = {**RAGGED, "lens": [1, 2, 3, 70]}
+    p = Packed(**lens, key_heads=1, extra=8, device=device)
+    S, _, C = p.conv_state.shape
+    p.tensors["conv_state"] = torch.randn(S, 3 + rollback, C, generator=torch.Generator().manual_seed(1)).to(device)
     u, kappa, state, *rest = p.conv_args()
     other = state.clone()
     each = conv(u, kappa.expand(u.shape[0], -1).contiguous(), other, *rest)

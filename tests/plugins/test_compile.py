@@ -166,7 +166,8 @@ def test_the_library_is_cached(mini, monkeypatch):
 
 def test_the_table_is_readable(mini):
     text = (mini.folder / "kernels.inc").read_text().split("alignas(64)")[0]
-    assert "// 0: dynamic_conv_kernel(OFF_U=128, D=96, W=4, ROWS=3, BT=16, BD=64, MIXED=True)" in text
+    options = "OFF_U=128, D=96, W=4, ROWS=3, BT=16, BD=64, MIXED=True, STATIC=False, num_warps=4"
+    assert f"// 0: dynamic_conv_kernel({options})" in text
     assert "// SM, shared memory, threads, cluster size, cubin" in text
     assert "// chunk_scan_kernel(q_in, k_n, solve, attn, decays, keep, v, o, recurrent_state," in text
     assert len(text) < 20_000
