@@ -384,7 +384,7 @@ def test_a_graph_is_not_replayed_over_another_sequence() -> None:
     """After prefill or a reset, no graph takes its buffers for the next step."""
     runner = Runner(eager_engine(Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=16)))
     nothing: Any = None
-    graph = DecodeGraph(graph=nothing, integers=nothing, logits=nothing)
+    graph = DecodeGraph(graph=nothing, cu_seqlens=nothing, integers=nothing, logits=nothing)
     for act in (lambda: runner.prefill([0], [[5]]), lambda: runner.mixed([0], [[5]]), lambda: runner.reset(0)):
         graph.slots = [0]
         runner.graphs.decode = {1: graph}
