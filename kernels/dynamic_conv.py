@@ -201,6 +201,7 @@ def static_conv_walk(
         b_a, b_b, b_c = b_1, b_2, b_3
     # Once more the tokens that the state reaches: a branch inside the loop would delay a load.
     if (i_position == 0) & (context > 0):
+        tl.debug_barrier()  # stores to the same addresses, whichever thread's, come after those above
         b_z = tl.zeros([BD], tl.float32)
         b_h1 = held_row(p_state, o_d, m_d, context, 1, D, ROWS)
         b_h2 = held_row(p_state, o_d, m_d, context, 2, D, ROWS)
