@@ -24,11 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.attention_prefill import LOG2E, attend_tiles, dot_operand, load_tile, page_of, softmax_step
-from jet_export.kernels.common import INTERPRET, await_inputs, dot_precision, fp32, gdc, sequence_bounds, wrap
+from jet_export.kernels.common import INTERPRETED, await_inputs, dot_precision, fp32, gdc, sequence_bounds, wrap
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.rope_append import check_layout, context_of, load_rope, quantize
-
-INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
 
 
 class DecodeConfig(NamedTuple):

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)  # for kernels
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jet_export.kernels.common import (
-    INTERPRET,
+    INTERPRETED,
     dot_precision,
     find_chunk,
     longer_sequences,
@@ -33,8 +33,6 @@ from jet_export.kernels.common import (
     wrap,
 )
 from jet_export.kernels.configs import lookup
-
-INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
 
 
 @triton.jit
