@@ -100,13 +100,13 @@ def states(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
     return out
 
 
-def write(kind: str) -> None:
+def random_qwen(kind: str, rng: torch.Generator, **sizes: Any) -> Any:
+    """A model of transformers, small unless `sizes` say otherwise; every weight of it random."""
     import transformers
 
-    rng = torch.Generator().manual_seed(7)
     name, hybrid = kind.capitalize(), kind == "qwen3_5"
     config_class = getattr(transformers, f"{name}{'Text' if hybrid else ''}Config")
-    config = config_class(rope_theta=1e6, **{**SIZES, **PER_KIND[kind]})
+    config = config_class(rope_theta=1e6, **{**SIZES, **PER_KIND[kind], **sizes})
     if hasattr(config, "rope_parameters"):  # transformers 5
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
     if hybrid:
@@ -118,7 +118,16 @@ def write(kind: str) -> None:
             p.data.add_(torch.randn(p.shape, generator=rng) * 0.1)
         else:  # Qwen3.5's norms are 1 + w, that of its Gated DeltaNets excepted
             mean = 1.0 if "norm" in key and (not hybrid or "linear_attn" in key) else 0.0
-            p.data.normal_(mean, 0.3 if "norm" in key else 0.15, generator=rng)
+            p.data.normal_(mean, 0.3 if "norm" in key else 1.2 / config.hidden_size**0.5, generator=rng)
+    return model
+
+
+def write(kind: str) -> None:
+    import transformers
+
+    rng, hybrid = torch.Generator().manual_seed(7), kind == "qwen3_5"
+    model = random_qwen(kind, rng)
+    config = model.config
     ids = torch.randint(config.vocab_size, (2, TOKENS.get(kind, 70)), generator=rng)
     found = outputs(model, ids, torch.randint(config.vocab_size, (9,), generator=rng), 24)
     if hybrid:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.compare import relative_error
 from helpers.golden import Golden, tensors_of
-from helpers.qwen import in_blocks, load_qwen, outputs, states
+from helpers.qwen import in_blocks, load_qwen, outputs, random_qwen, states
 from safetensors.torch import save_file
 
 from jet_export.backends.eager import EagerEngine
@@ -39,15 +39,21 @@ def model(golden: Golden, tmp_path_factory) -> JetNemotronForCausalLM:
     return golden.model(tmp_path_factory.mktemp("qwen3_5"))
 
 
+@pytest.fixture(scope="module")
+def placed(golden: Golden, tmp_path_factory, device) -> JetNemotronForCausalLM:
+    """The same on the GPU, where there is one."""
+    return golden.model(tmp_path_factory.mktemp("placed"), device)
+
+
 @pytest.mark.parametrize("chunks", [[64], [1, 2, 61], [50] + [1] * 14], ids=["whole", "split", "decode"])
-def test_logits_and_states_are_those_of_transformers(golden: Golden, model, chunks: list[int]) -> None:
-    ids, out = golden.input_ids, golden.outputs
-    cache = model.new_cache(*ids.shape)
-    logits = torch.cat([model(part, cache=cache) for part in ids.split(chunks, 1)], 1)
+def test_logits_and_states_are_those_of_transformers(golden: Golden, placed, device, chunks: list[int]) -> None:
+    ids, out = golden.input_ids.to(device), golden.outputs
+    cache = placed.new_cache(*ids.shape)
+    logits = torch.cat([placed(part, cache=cache) for part in ids.split(chunks, 1)], 1)
     assert relative_error(logits, out["logits"]) < TOLERANCE
     checked = []
-    for i, state in enumerate(states_per_layer(model.config, cache.states)):
-        if model.config.layer_types[i] == "jet":
+    for i, state in enumerate(states_per_layer(placed.config, cache.states)):
+        if placed.config.layer_types[i] == "jet":
             conv, recurrent = state
             assert relative_error(recurrent, out[f"state.{i}.recurrent"]) < TOLERANCE
             # theirs is [B, C, 4], and its oldest column is never read
@@ -56,21 +62,46 @@ def test_logits_and_states_are_those_of_transformers(golden: Golden, model, chun
     assert checked == [0, 1, 2]
 
 
-def test_a_padded_row_is_as_it_is_alone(golden: Golden, model) -> None:
+def test_a_padded_row_is_as_it_is_alone(golden: Golden, placed, device) -> None:
     """Ragged batches: 64 and 23 tokens, the shorter padded on the left."""
-    ids, pad = golden.input_ids, 41
+    ids, pad = golden.input_ids.to(device), 41
     mask = torch.ones_like(ids)
     mask[1, :pad] = 0
     shifted = torch.stack([ids[0], torch.cat([ids[1, :pad] * 0, ids[1, : 64 - pad]])])
-    logits = model(shifted, attention_mask=mask)
+    logits = placed(shifted, attention_mask=mask)
     assert relative_error(logits[0], golden.outputs["logits"][0]) < TOLERANCE
     assert relative_error(logits[1, pad:], golden.outputs["logits"][1, : 64 - pad]) < TOLERANCE
 
 
-def test_greedy_tokens_are_those_of_transformers(golden: Golden, model) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "limit"),
+    [(torch.float32, 64, TOLERANCE), (torch.float32, 200, 3e-3), (torch.bfloat16, 200, 5e-2)],
+    ids=["short", "long", "bf16"],
+)
+def test_published_widths_against_transformers(dtype: torch.dtype, tokens: int, limit: float, tmp_path, device) -> None:
+    """Heads as published (K = V = 128, attention's of 256), another model than the goldens': both run here, side by
+    side, on the GPU where there is one. The bounds are Jet-Nemotron's."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not hasattr(transformers, "Qwen3_5ForCausalLM"):
+        pytest.skip("this transformers has no Qwen3.5")
+    rng = torch.Generator().manual_seed(5)
+    heads = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_value_heads": 4, "head_dim": 256}
+    theirs = random_qwen("qwen3_5", rng, hidden_size=256, intermediate_size=192, **heads)
+    theirs.to(dtype).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval().to(device)
+    model = JetNemotronForCausalLM.from_pretrained(tmp_path, dtype, device)
+    ids = torch.randint(theirs.config.vocab_size, (2, tokens), generator=rng).to(device)
+    cache, split = model.new_cache(*ids.shape), tokens - 3
+    parts = [ids[:, :split], *ids[:, split:].split(1, 1)]  # a prefill, then decode
+    logits = torch.cat([model(part, cache=cache) for part in parts], 1)
+    with torch.no_grad():
+        assert relative_error(logits, theirs(ids).logits) < limit
+
+
+def test_greedy_tokens_are_those_of_transformers(golden: Golden, placed) -> None:
     """By the runtime over an eager engine: prompts in chunks of 4 beside each other, then decode."""
-    engine = EagerEngine(model, Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=4))
-    llm = LLM.over(engine, ByteTokenizer(), model.config.eos_token_id)
+    engine = EagerEngine(placed, Limits(max_batch_size=2, max_seq_len=64, prefill_chunk=4))
+    llm = LLM.over(engine, ByteTokenizer(), placed.config.eos_token_id)
     prompt, greedy = golden.outputs["prompt"].tolist(), golden.outputs["greedy"].tolist()
     made = llm.generate([prompt, prompt[:5]], max_new_tokens=len(greedy))
     assert made[0].token_ids == greedy
