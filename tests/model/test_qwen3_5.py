@@ -27,6 +27,9 @@ from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.utils.errors import JetExportError, JetExportWarning
 
 TOLERANCE = 1e-5  # fp32, 64 tokens
+# Moving this model's weights by half a unit in the last place moves its logits by 9e-6 and a state by 5e-6, moving them by
+# 3e-7 twice as much; a GPU's exp and rsqrt are 2e-7 off, and its products sum in another order.
+PLACED = 3e-5 if torch.cuda.is_available() else TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +53,14 @@ def test_logits_and_states_are_those_of_transformers(golden: Golden, placed, dev
     ids, out = golden.input_ids.to(device), golden.outputs
     cache = placed.new_cache(*ids.shape)
     logits = torch.cat([placed(part, cache=cache) for part in ids.split(chunks, 1)], 1)
-    assert relative_error(logits, out["logits"]) < TOLERANCE
+    assert relative_error(logits, out["logits"]) < PLACED
     checked = []
     for i, state in enumerate(states_per_layer(placed.config, cache.states)):
         if placed.config.layer_types[i] == "jet":
             conv, recurrent = state
-            assert relative_error(recurrent, out[f"state.{i}.recurrent"]) < TOLERANCE
+            assert relative_error(recurrent, out[f"state.{i}.recurrent"]) < PLACED
             # theirs is [B, C, 4], and its oldest column is never read
-            assert relative_error(conv, out[f"state.{i}.conv"][:, :, 1:].mT) < TOLERANCE
+            assert relative_error(conv, out[f"state.{i}.conv"][:, :, 1:].mT) < PLACED
             checked.append(i)
     assert checked == [0, 1, 2]
 
@@ -69,13 +72,13 @@ def test_a_padded_row_is_as_it_is_alone(golden: Golden, placed, device) -> None:
     mask[1, :pad] = 0
     shifted = torch.stack([ids[0], torch.cat([ids[1, :pad] * 0, ids[1, : 64 - pad]])])
     logits = placed(shifted, attention_mask=mask)
-    assert relative_error(logits[0], golden.outputs["logits"][0]) < TOLERANCE
-    assert relative_error(logits[1, pad:], golden.outputs["logits"][1, : 64 - pad]) < TOLERANCE
+    assert relative_error(logits[0], golden.outputs["logits"][0]) < PLACED
+    assert relative_error(logits[1, pad:], golden.outputs["logits"][1, : 64 - pad]) < PLACED
 
 
 @pytest.mark.parametrize(
     ("dtype", "tokens", "limit"),
-    [(torch.float32, 64, TOLERANCE), (torch.float32, 200, 3e-3), (torch.bfloat16, 200, 5e-2)],
+    [(torch.float32, 64, PLACED), (torch.float32, 200, 3e-3), (torch.bfloat16, 200, 5e-2)],
     ids=["short", "long", "bf16"],
 )
 def test_published_widths_against_transformers(dtype: torch.dtype, tokens: int, limit: float, tmp_path, device) -> None:
