@@ -1,5 +1,5 @@
 """The measured steps that `inspect --tpot-ms` predicts from, as data of the package: of each bench.json the environment
-and the rows.
+and the times.
 
     python benchmarks/tools/step_tables.py      # benchmarks/results/*/*/bench.json -> jet_export/data/measured/
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, TABLES = ROOT / "benchmarks" / "results", ROOT / "jet_export" / "data" / "measured"
-KEPT = ("model", "manifest_sha256", "rows")
+KEPT = ("model", "manifest_sha256", "rows", "prompt_calls")
 
 
 def tables() -> dict[Path, str]:
@@ -20,7 +20,7 @@ def tables() -> dict[Path, str]:
     out = {}
     for file in sorted(RESULTS.glob("*/*/bench.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
-        bundles: list[dict[str, Any]] = [{k: b[k] for k in KEPT} for b in result["bundles"] if b["rows"]]
+        bundles: list[dict[str, Any]] = [{k: b[k] for k in KEPT if k in b} for b in result["bundles"] if b["rows"]]
         if bundles:
             table = {"environment": result["environment"], "bundles": bundles}
             name = TABLES / file.parts[-3] / f"{file.parent.name}.json"

@@ -14,6 +14,7 @@ import torch
 from jet_export.backends.load import load_engine
 from jet_export.bench import picture, report
 from jet_export.bench.measure import DROPPED, Case, check_case
+from jet_export.bench.prompt_calls import PromptCall, describe, measure_prompt_calls
 from jet_export.bench.protocols import PROTOCOLS, Asked, Room, Skipped, plan_cases, skip, wanted
 from jet_export.bench.ratios import SHAPED, Ratio, headline
 from jet_export.bench.roofline import Peaks, Roofline, bundle_weights, measure_peaks, product_dtypes
@@ -56,6 +57,7 @@ class BundleRun:
     peaks: Peaks
     load_seconds: float  # engine and weights, with the check of the files
     rows: list[Row] = field(default_factory=list)
+    prompt_calls: list[PromptCall] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     serving: list[ServingRow] = field(default_factory=list)
@@ -76,6 +78,7 @@ class BundleRun:
             "copy_bytes_per_s": self.peaks.copy,
             "matmul_flop_per_s": {dtype_name(d): s for d, s in self.peaks.matmul.items()},
             "rows": [asdict(r) for r in self.rows],
+            "prompt_calls": [asdict(c) for c in self.prompt_calls],
             "serving": [asdict(r) for r in self.serving],
             "skipped": [asdict(s) for s in self.skipped],
             "notes": self.notes,
@@ -155,6 +158,10 @@ def run_bundle(
                 run.skipped.append(skip(case, "out of memory", "a smaller --batch"))
             keep(run)
             stage.advance()
+    if run.rows:
+        run.prompt_calls = measure_prompt_calls(subject.engine, max(r.chunk for r in run.rows))
+        emit(f"  {describe(run.prompt_calls)}")
+        keep(run)
     del subject
     free_cached(run.manifest.device)
     return run

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from jet_export.bench.prompt_calls import PromptCall
 from jet_export.bench.roofline import spaced_bytes, step_bytes
 from jet_export.bench.rows import Row
 from jet_export.bundle.limits import Limits
@@ -54,6 +55,7 @@ class StepTable:
     rows: tuple[Row, ...]
     gpu_bytes: int = 0  # the device's memory; 0: a CPU
     bundle: str = ""  # the manifest's hash
+    prompt_calls: tuple[PromptCall, ...] = ()  # none in older tables
 
     def available(self) -> int:
         """Bytes that a batch may take: on the GPU that was measured, or on this host."""
@@ -124,6 +126,7 @@ def read_tables(file: Path) -> list[StepTable]:
                 rows=tuple(rows),
                 gpu_bytes=memory,
                 bundle=b["manifest_sha256"],
+                prompt_calls=tuple(PromptCall(**c) for c in b.get("prompt_calls", ())),
             )
             for b in values["bundles"]
             if (rows := [Row(**r) for r in b["rows"]])
@@ -162,7 +165,8 @@ def find_table(model: str, precision: str, measured: Path | None, asking: str = 
 
 def joined(a: StepTable, b: StepTable) -> StepTable:
     """Two tables of one bundle on one device as one, with the later date."""
-    return replace(a, files=a.files + b.files, rows=a.rows + b.rows, date=max(a.date, b.date))
+    calls = a.prompt_calls + b.prompt_calls
+    return replace(a, files=a.files + b.files, rows=a.rows + b.rows, prompt_calls=calls, date=max(a.date, b.date))
 
 
 def fit_steps(points: Sequence[tuple[float, int, float]]) -> Fit:

@@ -1,10 +1,13 @@
-"""How long a step takes: fitted to a bench table's decode steps and prefill speeds, with the fits' errors.
+"""How long a step takes: fitted to a bench table's decode steps and prompt calls, with the fits' errors.
 
-A decode step of B sequences is bench/predict.py's fit over the bytes that it moves. A prefill call:
+A decode step of B sequences is bench/predict.py's fit over the bytes that it moves. A prompt call:
 
-    seconds = call + tokens * prompt_token + sum over tokens of their position * position
+    seconds = prompts(tokens) + sum over tokens of their position * position
 
-A mixed step reads the weights once: the prompts' call, and what the decoding rows add to a step of none. Copies of
+where `prompts` goes through the calls that bench timed as serving makes them. A table without those has its prefill
+speeds: call + tokens * prompt_token, too much for short calls, which the host launches there one kernel at a time. A
+mixed step is a call of the prompts' tokens and one of each decoding row, and the weights are read once: beside the call
+it takes what the decoding rows add to a decode step of none. Copies of
 states (prefix cache, preemption) move their bytes at the decode fit's speed, or HOST_BYTES_PER_S to and from the host.
 Sampling, the host and HTTP cost `step_overhead`, which no table holds; 0 unless it is given.
 """
@@ -13,8 +16,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from jet_export.bench.measure import Case
 from jet_export.bench.predict import StepTable, fit_alone, fit_steps, left_out_errors
@@ -66,21 +71,59 @@ class DecodeTimes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptTimes:
+    """Seconds of a prompt call by its tokens: linear between the known ones, beyond the last by their mean slope."""
+
+    known: tuple[tuple[float, float], ...]  # (tokens, seconds), ascending
+
+    @classmethod
+    def affine(cls, call: float, token: float) -> PromptTimes:
+        return cls(known=((0.0, call), (1024.0, call + 1024 * token)))
+
+    @cached_property
+    def tokens(self) -> list[float]:
+        return [tokens for tokens, _ in self.known]
+
+    @cached_property
+    def slope(self) -> float:
+        """Seconds a token."""
+        (first, least), (last, most) = self.known[0], self.known[-1]
+        return max(0.0, most - least) / (last - first) if last > first else most / last
+
+    def seconds(self, tokens: int) -> float:
+        at = bisect_left(self.tokens, tokens)
+        if at == 0:
+            return self.known[0][1]
+        if at == len(self.known):
+            last, most = self.known[-1]
+            return most + self.slope * (tokens - last)
+        (low, below), (high, above) = self.known[at - 1], self.known[at]
+        return below + (above - below) * (tokens - low) / (high - low)
+
+    def left_out_errors(self) -> tuple[float, ...]:
+        """Relative error of each between the first and the last, from its neighbours."""
+        out = []
+        for i, (tokens, seconds) in enumerate(self.known[1:-1], 1):
+            near = PromptTimes(known=(self.known[i - 1], self.known[i + 1]))
+            out.append(abs(near.seconds(round(tokens)) - seconds) / seconds)
+        return tuple(out)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepTimes:
     """Seconds of every kind of step."""
 
     decode: DecodeTimes
-    call: float  # of a prefill call, whatever its tokens
-    prompt_token: float
+    prompts: PromptTimes
     position: float  # that each token before it adds to a prompt token
     byte: float  # a byte that is copied on the device
     step_overhead: float = 0.0  # of every step: sampling, and the host where it is waited for
 
     def mixed(self, chunks: Sequence[tuple[int, int]], sequences: int, held: float) -> float:
         """Prompt chunks as (first position, tokens), and `sequences` that decode beside them."""
-        tokens = sum(n for _, n in chunks)
+        tokens = sum(n for _, n in chunks) + sequences
         pairs = sum(n * (first + n / 2) for first, n in chunks)
-        seconds = self.call + self.prompt_token * tokens + self.position * pairs
+        seconds = self.prompts.seconds(tokens) + self.position * pairs
         if sequences:
             decode = self.decode.total(sequences, held)
             seconds = max(decode, seconds + decode - self.decode.fixed)
@@ -98,18 +141,19 @@ class FittedTimes:
     times: StepTimes
     table: StepTable
     decode_errors: tuple[float, ...]  # relative, of each step predicted from the others
-    prefill_errors: tuple[float, ...]  # the same of each prefill; empty where there are too few to leave one out
+    prefill_errors: tuple[float, ...]  # the same of each prompt call; empty where there are too few to leave one out
 
     def lines(self) -> list[str]:
         """What the simulator stands on, for people."""
         t, d = self.times, self.times.decode
-        prefill = _off(self.prefill_errors) if self.prefill_errors else "not known: too few rows"
+        prompt = _off(self.prefill_errors) if self.prefill_errors else "not known: too few were measured"
+        calls = ", ".join(f"{tokens:.0f}: {1e3 * seconds:.3g}" for tokens, seconds in t.prompts.known if tokens)
         return [
             f"from {len(self.table.rows)} measured cases: {self.table.named}",
             f"decode step = {1e3 * d.fixed:.3g} ms + {1e6 * d.sequence:.3g} us/sequence + {1e9 * d.token:.3g} ns/token "
             f"held; off by {_off(self.decode_errors)}",
-            f"prefill call = {1e3 * t.call:.3g} ms + {1e6 * t.prompt_token:.3g} us/token "
-            f"+ {1e12 * t.position:.3g} ps/token/position; off by {prefill}",
+            f"prompt call = ms by tokens ({calls}, {1e6 * t.prompts.slope:.3g} us/token beyond) "
+            f"+ {1e12 * t.position:.3g} ps/token/position; off by {prompt}",
         ]
 
     def gaps(self, *, sequences: int, context: int, prompt: int) -> list[str]:
@@ -123,8 +167,8 @@ class FittedTimes:
         ):
             if reached > max(seen):
                 out.append(f"{reached} {what}: beyond the table's largest, {max(seen)}: extrapolated")
-        if len({prefill_call(r)[1] for r in rows}) < 2:
-            out.append("prefill was measured at one size of call only: a short call may take longer than predicted")
+        if not self.table.prompt_calls:
+            out.append("no prompt calls as serving makes them, as an older bench wrote it: short calls take less than predicted")
         return out
 
 
@@ -155,9 +199,7 @@ def fit_times(
     full = (bytes_of(size + 65536) - bytes_of(size)) / 65536
     window = (bytes_of(size) - bytes_of(0)) / size - full if size else 0.0
     states = fit.byte * bytes_of(0)
-    prefill = [prefill_call(r) for r in table.rows]
-    calls = fit_steps([(tokens, round(pairs), seconds) for seconds, tokens, pairs in prefill])
-    errors = left_out_errors([(tokens, round(pairs), s) for s, tokens, pairs in prefill]) if len(prefill) > 3 else ()
+    prompts, position, errors = prompt_times(table, fit.byte * weights, scale)
     times = StepTimes(
         decode=DecodeTimes(
             fixed=scale * (fit.overhead + fit.byte * weights),
@@ -167,13 +209,29 @@ def fit_times(
             token=scale * fit.byte * full,
             window=Window(token=scale * fit.byte * window, size=size),
         ),
-        call=scale * max(calls.overhead, fit.byte * weights),
-        prompt_token=scale * calls.byte,
-        position=scale * calls.each,
+        prompts=prompts,
+        position=position,
         byte=scale * fit.byte,
         step_overhead=step_overhead,
     )
     return FittedTimes(times=times, table=table, decode_errors=left_out_errors(several), prefill_errors=errors)
+
+
+def prompt_times(table: StepTable, least: float, scale: float) -> tuple[PromptTimes, float, tuple[float, ...]]:
+    """Of prompt calls: their times, seconds that each token before a token adds, and the errors of those left out.
+    `least`: seconds of a call of no tokens at least, where it has to be told from prefill speeds."""
+    prefill = [(tokens, round(pairs), seconds) for seconds, tokens, pairs in map(prefill_call, table.rows)]
+    calls = fit_steps(prefill)
+    position = scale * calls.each
+    if table.prompt_calls:
+        seen: dict[int, list[float]] = {}
+        for c in table.prompt_calls:
+            seen.setdefault(c.tokens, []).append(c.ms)
+        times = {n: scale * statistics.median(ms) / 1e3 - position * n * n / 2 for n, ms in sorted(seen.items())}
+        prompts = PromptTimes(known=tuple((float(n), max(0.0, s)) for n, s in times.items()))
+        return prompts, position, prompts.left_out_errors()
+    prompts = PromptTimes.affine(scale * max(calls.overhead, least), scale * calls.byte)
+    return prompts, position, left_out_errors(prefill) if len(prefill) > 3 else ()
 
 
 def prefill_call(r: Row) -> tuple[float, float, float]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from jet_export.backends.eager import EagerEngine
 from jet_export.bench import command, protocols, verified
 from jet_export.bench.command import BenchOptions, baseline_bundle, run_bench
+from jet_export.bench.predict import read_tables
 from jet_export.bench.protocols import Asked
 from jet_export.bench.roofline import Peaks, bundle_weights
 from jet_export.bench.rows import precision_name
@@ -131,6 +132,9 @@ def test_rows_and_files(bundle, outcome, tmp_path) -> None:
         assert r["decode_of_roofline"] == pytest.approx(moved * r["decode_tokens_per_s"] / r["batch"])
         assert r["state_interval"] == 1 and r["decode_of_interval_roofline"] is r["interval_step_bytes"] is None
         assert r["step_bytes"]["weights"] == bundle_weights(bundle).read
+    assert [c["tokens"] for c in b["prompt_calls"]] == [16, 32] and all(c["ms"] > 0 for c in b["prompt_calls"])
+    (table,) = read_tables(out / "bench.json")
+    assert [c.tokens for c in table.prompt_calls] == [16, 32]
     (s,) = b["skipped"]
     assert s["reason"] == "context 512 and 6 new tokens exceed max_seq_len 96"
     assert any("skipped: context 512" in line and "--max-seq-len 518" in line for line in lines)

@@ -10,6 +10,7 @@ from helpers.eager_bundle import eager_engine
 from jet_export.backends.eager import EagerEngine
 from jet_export.bench import timer
 from jet_export.bench.measure import DROPPED, Case, Run, check_case, measure_case, measure_engine
+from jet_export.bench.prompt_calls import REPEATS, measure_prompt_calls, prompt_sizes
 from jet_export.bundle.limits import Limits
 from jet_export.utils.errors import JetExportError
 
@@ -168,6 +169,28 @@ def test_sizes_and_fills_are_checked(engine):
         measure_engine(engine, [Case(batch=0, context=16, chunk=16, new_tokens=4)])
     with pytest.raises(JetExportError, match="fill 'noise' is not known"):
         measure_engine(engine, [Case(batch=1, context=16, chunk=16, new_tokens=4, fill="noise")])
+
+
+@pytest.mark.parametrize(
+    ("longest", "sizes"),
+    [(1, [1]), (16, [8, 16]), (96, [64, 96]), (256, [64, 128, 256]), (4096, [64, 128, 256, 512, 1024, 2040])],
+)
+def test_prompt_calls_have_sizes_up_to_the_longest_captured_one(longest: int, sizes: list[int]) -> None:
+    assert prompt_sizes(longest) == sizes
+
+
+def test_a_prompts_call_has_its_tokens_and_no_state_before(engine, monkeypatch) -> None:
+    seen: list[tuple[int, int]] = []
+    prefill = EagerEngine.prefill
+
+    def watched(self, ids, batch, *args):
+        seen.append((len(ids), int(batch.context_lens.max())))
+        return prefill(self, ids, batch, *args)
+
+    monkeypatch.setattr(EagerEngine, "prefill", watched)
+    calls = measure_prompt_calls(engine, longest=64)  # its chunk has 16
+    assert [c.tokens for c in calls] == [8, 16] and min(c.ms for c in calls) > 0
+    assert set(seen) == {(8, 0), (16, 0)} and len(seen) == 2 * (REPEATS + 2)
 
 
 @pytest.mark.gpu

@@ -27,8 +27,8 @@ from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.utils.errors import JetExportError, JetExportWarning
 
 TOLERANCE = 1e-5  # fp32, 64 tokens
-# Moving this model's weights by half a unit in the last place moves its logits by 9e-6 and a state by 5e-6, moving them by
-# 3e-7 twice as much; a GPU's exp and rsqrt are 2e-7 off, and its products sum in another order.
+# Moving this model's weights by half a unit in the last place moves its logits by 9e-6 and a state by 5e-6, moving them
+# by 3e-7 twice as much; a GPU's exp and rsqrt are 2e-7 off, and its products sum in another order.
 PLACED = 3e-5 if torch.cuda.is_available() else TOLERANCE
 
 

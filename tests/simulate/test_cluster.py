@@ -11,7 +11,7 @@ from jet_export.simulate.cluster import Autoscale, Cluster, ClusterPlan, Failure
 from jet_export.simulate.load import Arrival, Lengths, Poisson
 from jet_export.simulate.measures import Slo, parse_slo, summary
 from jet_export.simulate.replica import EngineModel
-from jet_export.simulate.step_times import DecodeTimes, StepTimes, Window
+from jet_export.simulate.step_times import DecodeTimes, PromptTimes, StepTimes, Window
 from jet_export.utils.errors import JetExportError
 
 DECODE = DecodeTimes(
@@ -22,7 +22,7 @@ CAPACITY = Capacity(
     token_budget=264, max_waiting=1000, wait_timeout=1e6,
 )  # fmt: skip
 CACHED = replace(CAPACITY, prefix_interval=256, prefix_rows=60, row_bytes=8, page_bytes=8)
-TIMES = StepTimes(decode=DECODE, call=0.01, prompt_token=1e-4, position=0.0, byte=0.0)
+TIMES = StepTimes(decode=DECODE, prompts=PromptTimes.affine(0.01, 1e-4), position=0.0, byte=0.0)
 ENGINE = EngineModel(capacity=CAPACITY, times=TIMES, overlap=True, pacing=lambda: None)
 run = partial(Cluster, ENGINE)
 

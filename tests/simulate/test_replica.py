@@ -25,12 +25,12 @@ from jet_export.runtime.tokenizer import ByteTokenizer
 from jet_export.simulate.cluster import Cluster, ClusterPlan, Outcome
 from jet_export.simulate.load import Arrival, Lengths, Poisson
 from jet_export.simulate.replica import EngineModel
-from jet_export.simulate.step_times import DecodeTimes, StepTimes, Window
+from jet_export.simulate.step_times import DecodeTimes, PromptTimes, StepTimes, Window
 
 DECODE = DecodeTimes(
     fixed=0.01, fixed_alone=0.007, sequence=0.001, sequence_alone=0.0005, token=1e-6, window=Window(token=2e-6, size=60)
 )
-TIMES = StepTimes(decode=DECODE, call=0.012, prompt_token=1e-4, position=1e-7, byte=0.0)
+TIMES = StepTimes(decode=DECODE, prompts=PromptTimes.affine(0.012, 1e-4), position=1e-7, byte=0.0)
 LIMITS = Limits(max_batch_size=4, max_seq_len=640, prefill_chunk=64)
 
 
