@@ -1,7 +1,7 @@
 """What the supernet's ranking is worth: placements that are really retrofitted, beside their scores as paths.
 
 Every placement of one attention layer gets a short retrofit ([block]'s steps); and for each k of placement.keep the
-learned, the uniform and the restore-one-KL placement do, with several seeds. Candidates that are there are not trained
+learned, the uniform and the restore-one-KL placements do, with several seeds. Candidates that are there are not trained
 again.
 """
 
@@ -49,10 +49,12 @@ def correlations(session: Session, run: Path) -> dict[str, Any]:
 
 
 def methods(session: Session) -> list[dict[str, Any]]:
-    """The placements that are compared, by method and number of attention layers."""
-    objective = session.recipe.placement.objective
-    names = (f"learned: {objective}", "uniform", "restore-one KL")
-    rows = session.result("placement")["placements"]
+    """The placements that are compared, by method and number of attention layers. Learned ones are of the recipe's
+    objective, and of the tasks whose measure is a loss, which is finer than a count of right answers."""
+    placement = session.result("placement")
+    losses = [name for name, measure in placement["tasks"].items() if measure == "loss"]
+    learned = dict.fromkeys(f"learned: {name}" for name in (session.recipe.placement.objective, *losses))
+    names, rows = (*learned, "uniform", "restore-one KL"), placement["placements"]
     return [row for name in names for row in rows if row["method"] == name and row["keep"]]
 
 

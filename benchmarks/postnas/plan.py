@@ -51,7 +51,7 @@ def plan(recipe: PostnasRecipe, teacher: Recipe, layers: int, seeds: int) -> lis
         "placement", "supernet", f"supernet, {p.steps:,} steps; up to {paths} paths scored", rate * p.steps
     )
     out.append(_with(supernet, paths * PATH, trained))
-    compared = 3 * len(kept) * seeds
+    compared = sum(4 * (seeds - (k == 1)) for k in kept)  # at most: methods share placements; truth has k = 1, seed 0
     out += [
         _many("truth", "every placement of one attention layer", layers, one, ("placement",)),
         _many("compare", f"learned, uniform, restore-one KL; k = {kept}; {seeds} seeds", compared, one, ("truth",)),
