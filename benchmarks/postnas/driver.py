@@ -21,6 +21,7 @@ from scale import Scale, recipes
 from state import Progress, pack, unpack
 from table import tables
 from teacher import train_stage
+from trainings import trainings
 
 from jet_export.postnas.parallel import Workers
 from jet_export.postnas.run import results_of, run_step
@@ -83,6 +84,9 @@ class Call:
             )  # fmt: skip
             self._pieces(stop)
             timer.cancel()
+        call = {"seconds": round(time.monotonic() - began), "commit": environment()["commit"]}
+        self.progress.history.append({**call, "parallel": self.args.parallel})
+        self.progress.write(self.output)
         self._end()
         print(f"call {self.progress.calls}: {time.monotonic() - began:.0f} s")
         return 1 if self.progress.errors else 0
@@ -151,6 +155,7 @@ class Call:
         paths = (self.output / f"pieces/{p.name}.json" for p in self.pieces)
         found = {p.stem: json.loads(p.read_text(encoding="utf-8"))["result"] for p in paths if p.exists()}
         values = {"environment": environment(), "progress": vars(self.progress), "toy": self.args.toy, "pieces": found}
+        values["trainings"] = trainings(self.output)
         write_atomically(self.output / "shown.json", json.dumps(values, indent=1) + "\n")
         text = tables(found, vars(self.progress), self.pieces)
         write_atomically(self.output / "shown.md", text)

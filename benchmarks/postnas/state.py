@@ -26,6 +26,7 @@ class Progress:
     """Of the whole run, over all its calls."""
 
     calls: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # of each call: seconds, commit, processes
     seconds: dict[str, float] = field(default_factory=dict)  # by piece, also of those that are not done
     done: list[str] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)  # of the last try

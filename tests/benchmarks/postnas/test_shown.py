@@ -129,6 +129,12 @@ def test_a_call_goes_on_elsewhere_and_ends_as_one_does(tmp_path: Path, data: Non
     assert progress["calls"] == 2 and progress["done"] == ["teacher-1", "teacher-2", "teacher-3"]
     weights = [(tmp_path / run / "teacher/model.safetensors").read_bytes() for run in ("whole", "b")]
     assert weights[0] == weights[1]
+    assert len(progress["history"]) == 2 and {"seconds", "commit", "parallel"} == progress["history"][0].keys()
+    shown = json.loads((tmp_path / "b/shown.json").read_text())
+    assert [(t["training"], t["stage"], t["steps"]) for t in shown["trainings"]] == [
+        ("teacher-run", f"teacher-{i}", 4) for i in (1, 2, 3)
+    ]
+    assert all(t["seconds"] >= t["first_step_seconds"] > 0 < t["tokens_per_s"] for t in shown["trainings"])
     assert "| teacher-3 | 4 steps of 256 tokens |" in (tmp_path / "b/shown.md").read_text()
 
 
