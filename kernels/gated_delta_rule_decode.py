@@ -18,7 +18,7 @@ from jet_export.kernels.common import await_inputs, gdc, sequence_bounds, slot_o
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.dynamic_conv import conv_tile, shift_conv_state, store_ring
 from jet_export.kernels.gated_delta_rule_chunk import gates, l2_normalise
-from jet_export.kernels.gated_rms_norm import gated_norm_tile
+from jet_export.kernels.gated_rms_norm import empty_out, gated_norm_tile, rounded
 from jet_export.kernels.step_buffer import FEW_BYTES, ask_for_state, asked_bytes, decays, load_position
 
 
@@ -71,12 +71,12 @@ def token_value(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def decode_kernel(
-    q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out, cu_seqlens, slots,
+    q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, out_scale, conv_state, recurrent_state, out, cu_seqlens, slots,
     context_lens, T, S, stride_q, stride_k, stride_v, stride_b, stride_g, stride_kappa, stride_gate, eps,
     OFF_Q: tl.constexpr, OFF_K: tl.constexpr, OFF_V: tl.constexpr, OFF_G: tl.constexpr, OFF_Z: tl.constexpr,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, NORM: tl.constexpr,
     W: tl.constexpr, CONV_ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-    MIXED: tl.constexpr, GDC: tl.constexpr,
+    MIXED: tl.constexpr, CODES: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, N). OFF_*: the first column of q, k, v (u), g (a), gate in the rows of their tensors. HK: heads of q, k.
 
@@ -93,12 +93,12 @@ def decode_kernel(
         if eos - bos != 1:
             return
         row = bos.to(tl.int64)
-    dtype: tl.constexpr = out.dtype.element_ty
+    dtype: tl.constexpr = q.dtype.element_ty
     o_v = tl.arange(0, NV * BV)
     m_v = o_v < V
     p_out = out + row * (H * V) + i_h * V + o_v
     if slot < 0:
-        tl.store(p_out, tl.zeros([NV * BV], dtype), mask=m_v)
+        tl.store(p_out, tl.zeros([NV * BV], out.dtype.element_ty), mask=m_v)
         return
     # issue every load before the first value is used
     o_k = tl.arange(0, BK)[:, None]
@@ -108,6 +108,9 @@ def decode_kernel(
     if NORM:
         b_gate = tl.load(gate + row * stride_gate + OFF_Z + i_h * V + o_v, mask=m_v, other=0.0)
         b_w = tl.load(w_o + o_v, mask=m_v, other=0.0)
+    scale = 1.0
+    if CODES:
+        scale = tl.load(out_scale)
     b_q, b_k, b_beta, b_g = token_key(
         q + row * stride_q + OFF_Q + i_hk * K, k + row * stride_k + OFF_K + i_hk * K, beta + row * stride_b + i_h,
         g + row * stride_g + OFF_G + i_h, A_log, dt_bias, i_h, dtype, K, RAW, W > 0, BK,
@@ -137,7 +140,7 @@ def decode_kernel(
     b_o = tl.reshape(b_os, [1, NV * BV])
     if NORM:
         b_o = gated_norm_tile(b_o, b_w.to(tl.float32)[None, :], b_gate.to(tl.float32)[None, :], eps, V)
-    tl.store(p_out[None, :], b_o.to(dtype), mask=m_v[None, :])
+    tl.store(p_out[None, :], rounded(b_o, scale, dtype, CODES), mask=m_v[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -230,6 +233,7 @@ def decode_delta_rule_triton(
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
     key_heads: int = 0,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """o [T, H, V] in q's dtype, or with `norm` the gated norm of o; states are updated in place.
 
@@ -239,22 +243,22 @@ def decode_delta_rule_triton(
     `head_dims`: H, K, V; `offsets`: the first column of q, k, v, g, gate in the rows of their tensors; `key_heads`: the
     heads of q and k, if not H. A JetBlock passes conv = (kappa, conv_state), raw_gates = (A_log, dt_bias) and norm =
     (w_o, gate, eps): q and k are then taken before SiLU, v is u, and beta and g are the projections b and a. A Gated
-    DeltaNet passes the last two."""
+    DeltaNet passes the last two. With out_scale [1] the result is codes (gated_rms_norm.py)."""
     H, K, V = head_dims
     kappa, conv_state = conv or (q, q)
     A_log, dt_bias = raw_gates or (g, g)
     w_o, gate, eps = norm or (q, q, 0.0)
     W, conv_rows = (kappa.shape[1] // (H * V), conv_state.shape[1]) if conv else (0, 0)
     mixed = out is not None
-    out = q.new_empty(q.shape[0], H, V) if out is None else out
+    out = empty_out(q, (q.shape[0], H, V), out_scale) if out is None else out
     off_q, off_k, off_v, off_g, off_z = offsets
     wrap(decode_kernel)[(H, slots.shape[0])](
-        q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, conv_state, recurrent_state, out, cu_seqlens, slots,
-        context_lens, q.shape[0], recurrent_state.shape[0],
+        q, k, v, beta, g, kappa, A_log, dt_bias, w_o, gate, w_o if out_scale is None else out_scale, conv_state,
+        recurrent_state, out, cu_seqlens, slots, context_lens, q.shape[0], recurrent_state.shape[0],
         q.stride(0), k.stride(0), v.stride(0), beta.stride(0), g.stride(0), kappa.stride(0), gate.stride(0), eps,
         OFF_Q=off_q, OFF_K=off_k, OFF_V=off_v, OFF_G=off_g, OFF_Z=off_z, H=H, HK=key_heads or H, K=K, V=V,
         RAW=raw_gates is not None, NORM=norm is not None, W=W, CONV_ROWS=conv_rows,
-        MIXED=mixed, GDC=gdc(), **decode_config(recurrent_state, K, V),
+        MIXED=mixed, CODES=out_scale is not None, GDC=gdc(), **decode_config(recurrent_state, K, V),
     )  # fmt: skip
     return out
 

@@ -34,19 +34,19 @@ from jet_export.kernels.common import await_inputs, gdc, sequence_bounds, slot_o
 from jet_export.kernels.configs import lookup
 from jet_export.kernels.gated_delta_rule_decode import decode_inputs_triton
 from jet_export.kernels.gated_delta_rule_verify import programs_of_a_head, verify_inputs_triton
-from jet_export.kernels.gated_rms_norm import gated_norm_tile
+from jet_export.kernels.gated_rms_norm import empty_out, gated_norm_tile, rounded
 from jet_export.kernels.state_layout import EXTRA, work_columns
 from jet_export.kernels.step_buffer import load_position, stream_state, sum_parts, weighted_deltas
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def deferred_step_kernel(
-    work, parts, w_o, gate, recurrent_state, step_buffer, state_position, out, cu_seqlens, slots, context_lens, T, S,
-    stride_gate, eps,
+    work, parts, w_o, gate, out_scale, recurrent_state, step_buffer, state_position, out, cu_seqlens, slots,
+    context_lens, T, S, stride_gate, eps,
     OFF_Z: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, WORK: tl.constexpr, INTERVAL: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, GROUPS: tl.constexpr, BR: tl.constexpr, STEP: tl.constexpr, MIXED: tl.constexpr,
-    GDC: tl.constexpr,
+    CODES: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs of a head, H, N). R: the most tokens of a sequence. BK, BV: K and V rounded up. GROUPS of the
     state's rows, BR at once. STEP: sequences have one token. MIXED: those of more are left out. NORM: out is the gated
@@ -61,14 +61,17 @@ def deferred_step_kernel(
         tokens = eos - bos
     if MIXED and tokens != 1:
         return
-    dtype: tl.constexpr = out.dtype.element_ty
+    dtype: tl.constexpr = gate.dtype.element_ty
+    scale = 1.0
+    if CODES:
+        scale = tl.load(out_scale)
     row = bos.to(tl.int64)
     o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
     m_v = o_v < V
     p_out = out + row * (H * V) + i_h * V + o_v
     if slot < 0:
         for i_t in range(i_p, tokens, n_p):
-            tl.store(p_out + i_t * (H * V), tl.zeros([BV], dtype), mask=m_v)
+            tl.store(p_out + i_t * (H * V), tl.zeros([BV], out.dtype.element_ty), mask=m_v)
         return
     context = tl.load(context_lens + i_n)
     i_head = slot * H + i_h
@@ -120,7 +123,7 @@ def deferred_step_kernel(
                 b_weight = tl.load(w_o + o_v, mask=m_v, other=0.0).to(tl.float32)
                 b_y = gated_norm_tile(b_y, b_weight[None, :], b_gate[None, :], eps, V)
             m_out = (m_v & (i - R < tokens))[None, :]
-            tl.store(p_out[None, :] + (i - R) * (H * V), b_y.to(dtype), mask=m_out)
+            tl.store(p_out[None, :] + (i - R) * (H * V), rounded(b_y, scale, dtype, CODES), mask=m_out)
     tl.store(state_position + i_head, tl.maximum(context, 0) - first)
 
 
@@ -143,6 +146,7 @@ def deferred_delta_rule_triton(
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
     key_heads: int = 0,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """o [T, H, V] in q's dtype, or with `norm` its gated norm. Arguments as `decode_delta_rule_triton`; `buffer`:
     step_buffer, state_position, interval.
@@ -155,7 +159,7 @@ def deferred_delta_rule_triton(
     R = held - interval + 1 if verify else 1
     w_o, gate, eps = norm or (q, q, 0.0)
     mixed = out is not None
-    out = q.new_empty(T, H, V) if out is None else out
+    out = empty_out(q, (T, H, V), out_scale) if out is None else out
     columns = work_columns(R, K, V)
     work = q.new_empty(N, H, columns, dtype=torch.float32)
     inputs: dict[str, Any] = {"offsets": offsets, "conv": conv, "raw_gates": raw_gates, "key_heads": key_heads}
@@ -169,10 +173,10 @@ def deferred_delta_rule_triton(
     few = torch.sym_min(N, torch.sym_max(1, sms // H))  # sequences whose heads have several programs
     parts = q.new_empty(few, H, use["GROUPS"], 2 * R, V, dtype=torch.float32)
     wrap(deferred_step_kernel)[(programs_of_a_head(N, H, use["GROUPS"], sms), H, N)](
-        work, parts, w_o, gate, recurrent_state, step_buffer, state_position, out, cu_seqlens, slots, context_lens, T,
-        recurrent_state.shape[0], gate.stride(0), eps,
+        work, parts, w_o, gate, w_o if out_scale is None else out_scale, recurrent_state, step_buffer, state_position,
+        out, cu_seqlens, slots, context_lens, T, recurrent_state.shape[0], gate.stride(0), eps,
         OFF_Z=offsets[4], H=H, K=K, V=V, NORM=norm is not None, ROWS=held, WIDTH=K + V + EXTRA, WORK=columns,
         INTERVAL=interval, R=R, BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V),
-        STEP=not (verify or mixed), MIXED=mixed, GDC=gdc(), **use,
+        STEP=not (verify or mixed), MIXED=mixed, CODES=out_scale is not None, GDC=gdc(), **use,
     )  # fmt: skip
     return out

@@ -5,7 +5,7 @@
 or  [q | k | v] = silu(static_conv([q | k | u], kappa))                           (Gated DeltaNet)
     beta = sigmoid(b), rounded to the model dtype;  g = -exp(A_log) softplus(a + dt_bias), fp32
     o = gated_delta_rule(q, k, v, beta, g)                                        (gated_delta_rule.py)
-    out = gated_rms_norm(o, w_o, gate)                                            (gated_rms_norm.py)
+    out = gated_rms_norm(o, w_o, gate), with out_scale in codes                   (gated_rms_norm.py)
 
 D = H * V. Everything inside is fp32 apart from the operands of matrix products; one rounding at the end.
 
@@ -29,6 +29,7 @@ from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_decode import decode_delta_rule_triton
 from jet_export.kernels.gated_delta_rule_deferred import deferred_delta_rule_triton
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref, gated_rms_norm_triton
+from jet_export.kernels.gemv import FP8, to_codes
 from jet_export.kernels.step_buffer import flush_triton, held_buffer
 from jet_export.kernels.triton_op import triton_op
 
@@ -61,7 +62,8 @@ def jet_block_ref(
     step_buffer: Tensor | None = None,  # [S, H, rows, K + V + 4], updated in place (step_buffer.py)
     state_position: Tensor | None = None,  # [S, H], updated in place
     interval: int = 1,
-) -> Tensor:  # [T, D]
+    out_scale: Tensor | None = None,  # [1]
+) -> Tensor:  # [T, D] in qkuz's dtype, or float8_e4m3fn with out_scale
     """The specification: the three references composed, in fp32 (fp64 for fp64 inputs)."""
     T, H, K, V = qkuz.shape[0], num_heads, head_k_dim, head_v_dim
     (HK, conv_qk), D = key_heads(conv_state, H, K, V), H * V
@@ -82,7 +84,8 @@ def jet_block_ref(
         step_buffer, state_position, interval,
     )  # fmt: skip
     out = gated_rms_norm_ref(o, w_o, gate.reshape(T, H, V), norm_eps)
-    return zero_padding(out, cu_seqlens, slots).reshape(T, D)  # a padding row's gate is arbitrary
+    out = zero_padding(out, cu_seqlens, slots).reshape(T, D)  # a padding row's gate is arbitrary
+    return out if out_scale is None else to_codes(out.to(acc), out_scale)
 
 
 def jet_block_triton(
@@ -105,6 +108,7 @@ def jet_block_triton(
     step_buffer: Tensor | None = None,
     state_position: Tensor | None = None,
     interval: int = 1,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernels: one for DECODE, two beside a step buffer and for VERIFY, those of the three ops for
     PREFILL, all for MIXED. Where q and k are convolved, the convolution goes before, as heads share its channels: in
@@ -128,6 +132,7 @@ def jet_block_triton(
         "raw_gates": (A_log, dt_bias),
         "norm": (w_o, qkuz, norm_eps),
         "key_heads": HK,
+        "out_scale": out_scale,
     }
     out: Tensor | None = None
     if form in (Form.PREFILL, Form.MIXED):
@@ -141,7 +146,7 @@ def jet_block_triton(
             x, x, v, ba, ba, *tail, offsets=(0, HK * K, off_v, H), raw_gates=(A_log, dt_bias), mixed=mixed,
             key_heads=HK, silu=not conv_qk,
         )  # fmt: skip
-        out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_gate=off_z)
+        out = gated_rms_norm_triton(o, w_o, qkuz, norm_eps, off_z, out_scale)
     if form is not Form.PREFILL:  # after the norm, which knows no sequences and writes the rows of single tokens too
         inputs = x, x, x, ba, ba, *tail
         if buffer is None:
@@ -173,10 +178,11 @@ def jet_block_cpu(
     step_buffer: Tensor | None,
     state_position: Tensor | None,
     interval: int,
+    out_scale: Tensor | None,
 ) -> Tensor:
     return jet_block_ref(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-        num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval,
+        num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval, out_scale,
     )  # fmt: skip
 
 
@@ -201,8 +207,9 @@ def _(
     step_buffer,
     state_position,
     interval,
+    out_scale,
 ):
-    return qkuz.new_empty(qkuz.shape[0], num_heads * head_v_dim)
+    return qkuz.new_empty(qkuz.shape[0], num_heads * head_v_dim, dtype=qkuz.dtype if out_scale is None else FP8)
 
 
 @triton_op("jet::jet_block", mutates_args=STATES)
@@ -226,14 +233,15 @@ def jet_block(
     step_buffer: Tensor | None,
     state_position: Tensor | None,
     interval: int,
+    out_scale: Tensor | None,
 ) -> Tensor:
-    """[T, D] in qkuz's dtype; both states are updated in place. Arguments as `jet_block_ref`."""
+    """[T, D]; both states are updated in place. Arguments as `jet_block_ref`."""
     if qkuz.device.type == "cpu":
         return torch.ops.jet.jet_block_cpu(
             qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-            num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval,
+            num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval, out_scale,
         )  # fmt: skip
     return jet_block_triton(
         qkuz, ba, kappa, A_log, dt_bias, w_o, conv_state, recurrent_state, cu_seqlens, slots, context_lens,
-        num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval,
+        num_heads, head_k_dim, head_v_dim, norm_eps, form, step_buffer, state_position, interval, out_scale,
     )  # fmt: skip

@@ -48,7 +48,9 @@ def widen(codes: Tensor) -> Tensor:
 
 
 class Fp8Linear(nn.Module):
-    """y = x W^T + bias in FP8. x [T, K] bf16 or fp32 -> y [T, N] of the same dtype. K and N are multiples of 16."""
+    """y = x W^T + bias in FP8. x [T, K] bf16 or fp32 -> y [T, N] of the same dtype. K and N are multiples of 16.
+
+    Or x is q(x) already, from a kernel before; then forward is told y's dtype."""
 
     weight: Tensor  # [N, K] float8_e4m3fn, row-major
     weight_scale: Tensor  # [1] fp32
@@ -91,23 +93,24 @@ class Fp8Linear(nn.Module):
             out.bias = linear.bias.detach()
         return out
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # [T, K] -> [T, N]
         if onnx_mode():
             return fp8_linear_node(x, self.weight, self.weight_scale, self.input_scale, self.bias)
-        q = quantize(x, self.input_scale)
+        q = x if x.dtype == FP8 else quantize(x, self.input_scale)
+        dtype = dtype or x.dtype
         y: Tensor
         if x.device.type == "cpu":
             y = torch.mm(q.float(), widen(self.weight).t()) * (self.input_scale * self.weight_scale)
-            return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+            return (y if self.bias is None else y + self.bias.float()).to(dtype)
         # The library takes no bias for fp32 outputs.
-        fused_bias = None if x.dtype == torch.float32 else self.bias
+        fused_bias = None if dtype == torch.float32 else self.bias
         y = torch._scaled_mm(
             q,
             self.weight.t(),
             self.input_scale,
             self.weight_scale,
             bias=fused_bias,
-            out_dtype=x.dtype,
+            out_dtype=dtype,
             use_fast_accum=linears() == "fast",
         )
         return y if self.bias is None or fused_bias is not None else y + self.bias

@@ -116,8 +116,8 @@ def project(
     residual: Hidden | None = None,  # [T, N]
     ahead: Layers = (),
 ) -> Hidden:  # [T, N]
-    """residual + layer(silu(norm(x))), each of the three if asked for. ahead: up to two layers that come next, whose
-    weights kernels ask for while they wait."""
+    """residual + layer(silu(norm(x))), each of the three if asked for. x may be an FP8 layer's codes if there is a
+    residual. ahead: up to two layers that come next, whose weights kernels ask for while they wait."""
     if isinstance(residual, Unsummed):
         assert residual.total is not None
         residual = residual.total
@@ -136,11 +136,11 @@ def project(
             return skinny_linear(layer, x, ahead=ahead)
         return Unsummed(residual, layer, skinny_partials(layer, x, ahead))
     x = x.values if isinstance(x, Normed) else x
+    dtype = x.dtype if residual is None else residual.dtype
     if linears() == "gemv" and isinstance(layer, (nn.Linear, Fp8Linear)):
-        codes = quantize(x, layer.input_scale) if isinstance(layer, Fp8Linear) else x
-        y = gemv(layer, codes, None, dtype=x.dtype)
+        y = gemv(layer, multiplied(layer, x), None, dtype=dtype)
     else:
-        y = layer(x)
+        y = layer(x, dtype) if x.dtype == FP8 else layer(x)
     return y if residual is None else add(residual, y)
 
 

@@ -10,8 +10,8 @@ from jet_export.kernels import jet_block as _jet_block  # noqa: F401  registers 
 from jet_export.kernels.form import Form
 from jet_export.model.cache import PackedBatch
 from jet_export.model.config import JetDims, JetNemotronConfig
-from jet_export.model.linear import Hidden, Layers, norm_later, project
-from jet_export.model.mode import onnx_mode
+from jet_export.model.linear import Hidden, Layers, norm_later, project, scales
+from jet_export.model.mode import inductor_mode, onnx_mode
 from jet_export.model.onnx_nodes import attention_node, jet_block_node
 from jet_export.model.rms_norm import RMSNorm
 
@@ -67,7 +67,8 @@ class JetBlock(nn.Module):
         if onnx_mode():
             o = jet_block_node(*args, step_buffer, state_position, interval)
         else:
-            o = torch.ops.jet.jet_block(*args, step_buffer, state_position, interval)
+            out_scale = scales(self.o_proj)[0] if inductor_mode() else None
+            o = torch.ops.jet.jet_block(*args, step_buffer, state_position, interval, out_scale)
         return project(self.o_proj, o, residual=h)
 
 

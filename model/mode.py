@@ -1,6 +1,7 @@
 """The kind of engine that the model is being traced for: read in JetBlock, Attention and the linear layers only.
 
-eager, inductor   the ops of `jet_export.kernels`, which update the states in place
+eager, inductor   the ops of `jet_export.kernels`, which update the states in place; in inductor a JetBlock's writes the
+                  codes that an FP8 o_proj multiplies
 onnx              nodes of an ONNX graph, states in and states out (onnx_nodes.py)
 
 and what its linear layers are (linear.py):
@@ -42,6 +43,10 @@ def graph_mode(mode: Mode, linears: Linears = "library") -> Iterator[list[Tensor
 
 def onnx_mode() -> bool:
     return _mode == "onnx"
+
+
+def inductor_mode() -> bool:
+    return _mode == "inductor"
 
 
 def linears() -> Linears:

@@ -9,7 +9,8 @@
 QuantizeLinear divides by the scale, rounds to nearest even and saturates at 448, as fp8.quantize does: the codes are
 the model's own. Read literally, a bf16 product's operands are codes times scale rounded to bf16, a rounding that
 Fp8Linear does not have. TensorRT for RTX 1.7.1 turns the pattern into one FP8 product of the codes with bf16
-results; without the casts the results are fp32, and a kernel after every projection casts them.
+results; without the casts the results are fp32, and a kernel after every projection casts them. So a JetBlock node's o
+stays in x.dtype: with codes (the op's out_scale) o_proj would have a DQ without its Q, and the plugin an FP8 output.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def correctness(model: str) -> dict[str, float]:
         args = block_inputs(lens, model, context=4)
         exact: list[Any] = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
         want = reference(*exact, form)
-        errors[name] = rel(torch.ops.jet.jet_block(*args, form, *NO_BUFFER), want)
+        errors[name] = rel(torch.ops.jet.jet_block(*args, form, *NO_BUFFER, None), want)
         errors[f"{name} state"] = rel(args[7], exact[7])
     return errors
 

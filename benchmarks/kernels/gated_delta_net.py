@@ -82,7 +82,7 @@ def compare(model: str, lens: list[int], form: Form, libraries: Others, peaks: t
     notes = {name: refusal(make, cases[0], want) for name, make in libraries.items()}
     del want
     variants: dict[str, Callable[[], Any]] = {
-        "jet_block": in_turn([partial(torch.ops.jet.jet_block, *args, form, *NO_BUFFER) for args in sets]),
+        "jet_block": in_turn([partial(torch.ops.jet.jet_block, *args, form, *NO_BUFFER, None) for args in sets]),
         "jet": in_turn([ours(case.again(), form) for case in cases]),
     }
     variants |= {

@@ -48,7 +48,7 @@ def block_prefill(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kern
         u, kappa, conv_state = args[0][:, 2 * H * K : 2 * H * K + D], args[2], args[6]
         gate = args[0][:, 2 * H * K + D : 2 * H * K + 2 * D].unflatten(1, (H, V))
         variants: dict[str, Callable[[], Any]] = {
-            "jet_block": partial(ops.jet_block, *args, Form.PREFILL, *NO_BUFFER),
+            "jet_block": partial(ops.jet_block, *args, Form.PREFILL, *NO_BUFFER, None),
             "gated_delta_rule": partial(ops.gated_delta_rule, *packed, state, *args[8:11], Form.PREFILL, *NO_BUFFER),
             "dynamic_conv": partial(ops.dynamic_conv, u, kappa, conv_state, *args[8:11]),
             "gated_rms_norm": partial(ops.gated_rms_norm, packed[2], args[5], gate, 1e-5),
@@ -86,7 +86,7 @@ def block_decode(model: str, fla: Any, peaks: tuple[float, float]) -> list[Kerne
             moved, layers = decode_work(B, model, dtype)
             sets = [block_inputs([1] * B, model, dtype, context=4) for _ in range(layers)]
             variants = {
-                "jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, True, *NO_BUFFER) for a in sets])
+                "jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, True, *NO_BUFFER, None) for a in sets])
             }
             if fla is not None and dtype == torch.float32:
                 q, k, v, beta, g = rule_inputs(B, 1, H, K, V)
@@ -123,8 +123,10 @@ def sglang_block(model: str, sglang: Any, peaks: tuple[float, float]) -> list[Ke
             work = moved, 0
         sets = [block_inputs(lens, model, context=4 if decode else 0) for _ in range(layers)]
         runs = [jet_block_path(sglang, a, decode)[0] for a in sets]
-        difference = rel(runs[0](), torch.ops.jet.jet_block(*sets[0], decode, *NO_BUFFER).double())
-        variants = {"jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, decode, *NO_BUFFER) for a in sets])}
+        difference = rel(runs[0](), torch.ops.jet.jet_block(*sets[0], decode, *NO_BUFFER, None).double())
+        variants = {
+            "jet": attention.in_turn([partial(torch.ops.jet.jet_block, *a, decode, *NO_BUFFER, None) for a in sets])
+        }
         times = timer.compare(variants, graph=True, repeats=15, calls=layers)
         note = f"sglang: its result differs by {difference:.1e}"
         if difference < 2e-2:

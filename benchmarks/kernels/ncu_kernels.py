@@ -46,7 +46,7 @@ def run_cases(models: list[str]) -> None:
             for profiled in (False, True):
                 if profiled:
                     torch.cuda.profiler.start()
-                torch.ops.jet.jet_block(*args, form == "decode", *NO_BUFFER)
+                torch.ops.jet.jet_block(*args, form == "decode", *NO_BUFFER, None)
                 torch.cuda.synchronize()
             torch.cuda.profiler.stop()
 

@@ -58,7 +58,7 @@ class Layer:
             self.buffer[1].fill_(FIRST - self.buffer[2])
 
     def step(self, context: Tensor) -> Tensor:
-        out: Tensor = torch.ops.jet.jet_block(*self.inputs, context, *self.sizes, int(self.form), *self.buffer)
+        out: Tensor = torch.ops.jet.jet_block(*self.inputs, context, *self.sizes, int(self.form), *self.buffer, None)
         return out
 
     def state(self, steps: int) -> Tensor:

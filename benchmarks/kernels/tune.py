@@ -109,8 +109,8 @@ def block_tasks(model: str) -> list[Task]:
         op, args = torch.ops.jet.jet_block, sets[0]
         conv, state = (x.clone() for x in args[6:8])  # what is timed changes its own
         return (
-            lambda: [op(*a, decode, *NO_BUFFER) for a in sets],
-            lambda: op(*args[:6], conv.clone(), state.clone(), *args[8:], decode, *NO_BUFFER),
+            lambda: [op(*a, decode, *NO_BUFFER, None) for a in sets],
+            lambda: op(*args[:6], conv.clone(), state.clone(), *args[8:], decode, *NO_BUFFER, None),
         )
 
     prefill = {name: run([args], False) for name, args in prefills.items()}

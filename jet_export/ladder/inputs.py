@@ -84,10 +84,10 @@ class NodeInputs:
         """What a function with the op's arguments returns for these tensors, and the states after it."""
         values = dict(self.attributes)
         interval = values.pop("interval", 1)
-        buffer: tuple[Any, ...] = ()
+        beside: tuple[Any, ...] = ()
         if self.node == "JetBlock":
-            buffer = (*tensors[11:], interval) if tensors[11:] else NO_BUFFER
-        return [function(*tensors[:11], *values.values(), *buffer), *(tensors[i] for i in self.case.states)]
+            beside = *((*tensors[11:], interval) if tensors[11:] else NO_BUFFER), None
+        return [function(*tensors[:11], *values.values(), *beside), *(tensors[i] for i in self.case.states)]
 
     def op(self) -> list[Tensor]:
         """The torch op's output, and the states after it. The inputs are not changed."""

@@ -112,6 +112,7 @@ class JetBlock(nn.Module):
             self.norm_eps,
             int(Form.DECODE if step.decode else Form.MIXED),
             *NO_BUFFER,
+            None,
         )
         write_back(pools, conv, ssm, step.slots)
         out: Tensor = self.o_proj(o)

@@ -22,8 +22,8 @@ KEY_HEADS = {"qwen3.5_4b": 16}  # of a Gated DeltaNet
 
 def compile_report(cases: list[str]) -> list[dict[str, Any]]:
     """Cases of jet_block are MODEL-DTYPE-STATE_DTYPE-MODE, as 4b-bfloat16-float32-prefill, MODEL a name or HxKxV; MODE
-    prefill, decode, or with a step buffer and a ring held_decode, held_mixed, verify. Those of attention are
-    CACHE_DTYPE-HEAD_DIM-WINDOW, as float8_e4m3fn-128-0.
+    prefill, decode, or with a step buffer and a ring held_decode, held_mixed, verify; codes_ before it: with out_scale.
+    Those of attention are CACHE_DTYPE-HEAD_DIM-WINDOW, as float8_e4m3fn-128-0.
     """
     env = with_helpers(TRITON_INTERPRET="0")
     result = subprocess.run([sys.executable, __file__, *cases], env=env, capture_output=True, text=True)
@@ -162,15 +162,18 @@ def compile_jet_block(model: str, dtype: str, state_dtype: str, mode: str) -> li
     p = Packed(lens, H=H, K=K, V=V, key_heads=KEY_HEADS.get(model, 0), **dtypes)
     rules = gated_delta_rule_chunk, gated_delta_rule_decode, gated_delta_rule_deferred, gated_delta_rule_verify
     compiling = compiling_in(*rules, gated_rms_norm, dynamic_conv, step_buffer)
-    buffer: tuple[Any, ...] = ()
+    out_scale = torch.ones(1) if mode.startswith("codes_") else None
+    mode = mode.removeprefix("codes_")
+    buffer: tuple[Any, ...] = state_layout.NO_BUFFER
     if mode not in ("prefill", "decode"):
         S, rollback = len(p.recurrent_state), 5
         p.tensors["conv_state"] = torch.zeros(S, 3 + rollback, p.conv_state.shape[2], dtype=p.conv_state.dtype)
         rows = state_layout.buffer_rows(8, rollback)
         buffer = torch.zeros(S, H, rows, K + V + state_layout.EXTRA), torch.zeros(S, H, dtype=torch.int32), 8
     forms = {"prefill": Form.PREFILL, "held_mixed": Form.MIXED, "verify": Form.VERIFY}
+    launcher: Any = jet_block.jet_block_triton
     with configs.use_sm(90):
-        jet_block.jet_block_triton(*p.block_args(forms.get(mode, Form.DECODE)), *buffer)
+        launcher(*p.block_args(forms.get(mode, Form.DECODE)), *buffer, out_scale)
     return compiling.report
 
 

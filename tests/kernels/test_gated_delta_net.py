@@ -151,7 +151,7 @@ def test_padding_rows_are_inert(device, form) -> None:
 
 def test_opcheck_with_strided_rows() -> None:
     p = Packed([2, 5], key_heads=1, extra=8)
-    torch.library.opcheck(torch.ops.jet.jet_block, (*p.block_args(Form.PREFILL), *NO_BUFFER))
+    torch.library.opcheck(torch.ops.jet.jet_block, (*p.block_args(Form.PREFILL), *NO_BUFFER, None))
 
 
 @pytest.mark.slow

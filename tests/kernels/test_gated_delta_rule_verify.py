@@ -93,7 +93,7 @@ from jet_export.kernels.gated_delta_rule_deferred import deferred_step_kernel
 from jet_export.kernels.gated_delta_rule_verify import verify_inputs_kernel
 sizes = dict(OFF_Q=0, OFF_K=0, OFF_V=0, OFF_G=0, OFF_Z=0, H=2, HK=1, RAW=True, K=32, V=64, W=4, CONV_ROWS=8, ROWS=8,
              WIDTH=100, INTERVAL=4, PRECISION="tf32x3", BT=8, NK=1, BK=32, BC=16, BR=8, R=5, WORK=1200, GDC=True,
-             MIXED=False, STEP=False, NORM=True, ASK=8192, GROUPS=4, FEW=2**20, T=4, S=4, eps=1e-6)
+             MIXED=False, STEP=False, NORM=True, ASK=8192, GROUPS=4, FEW=2**20, T=4, S=4, eps=1e-6, CODES=True)
 for kernel, tile in ((decode_inputs_kernel, 64), (verify_inputs_kernel, 32), (deferred_step_kernel, 64)):
     sizes["BV"] = tile
     names = kernel.arg_names

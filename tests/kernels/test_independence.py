@@ -26,14 +26,14 @@ def test_jet_block(device, form: str, H: int, dtype) -> None:
     p = Packed(lens, H=H, V=40, dtype=dtype, context=context, device=device)
     names, rest = list(p.tensors), p.block_args(form == "decode")[len(p.tensors) :]
     together = dict(zip(names, p.block_args(form == "decode"), strict=False))
-    out = torch.ops.jet.jet_block(*together.values(), *rest, *NO_BUFFER)
+    out = torch.ops.jet.jet_block(*together.values(), *rest, *NO_BUFFER, None)
     bounds = p.cu_seqlens.tolist()
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         alone = {k: x.clone() for k, x in p.tensors.items()}
         alone.update({k: alone[k][start:end].clone() for k in BLOCK_TOKENS})
         alone.update({k: alone[k][n : n + 1].clone() for k in BLOCK_ROWS})
         alone["cu_seqlens"] = torch.tensor([0, end - start], dtype=torch.int32, device=device)
-        assert torch.equal(torch.ops.jet.jet_block(*alone.values(), *rest, *NO_BUFFER), out[start:end])
+        assert torch.equal(torch.ops.jet.jet_block(*alone.values(), *rest, *NO_BUFFER, None), out[start:end])
         row = int(p.slots[n])
         for state in ("conv_state", "recurrent_state"):
             assert torch.equal(alone[state][row], together[state][row])

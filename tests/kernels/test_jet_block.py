@@ -1,17 +1,21 @@
 import re
+from typing import Any
 
 import pytest
 import torch
 from helpers.compare import relative_error
 from helpers.kernel_compiler import compile_report
 from helpers.packed import Packed
+from helpers.paged import interpreter_fp8
 from helpers.poison import poisoned
 from helpers.rounded_chunk import rounded_chunk
 
 from jet_export.kernels.dynamic_conv import dynamic_conv_ref
+from jet_export.kernels.form import Form
 from jet_export.kernels.gated_rms_norm import gated_rms_norm_ref
 from jet_export.kernels.jet_block import jet_block_ref, jet_block_triton
-from jet_export.kernels.state_layout import NO_BUFFER
+from jet_export.kernels.state_layout import EXTRA, NO_BUFFER, buffer_rows
+from jet_export.model.fp8 import FP8, quantize
 
 STATES = (6, 7)  # conv_state and recurrent_state among the arguments
 
@@ -91,17 +95,51 @@ def test_a_row_does_not_see_the_others(device, decode):
     assert all(torch.equal(first[i][slot], second[i][slot]) for i in STATES)
 
 
+FORMS = {f.name.lower(): (f, False) for f in (Form.PREFILL, Form.DECODE, Form.MIXED)}
+FORMS |= {f"{f.name.lower()} held": (f, True) for f in (Form.DECODE, Form.MIXED, Form.VERIFY)}
+
+
+@pytest.mark.parametrize("form, held", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("block", [jet_block_ref, jet_block_triton], ids=["ref", "kernel"])
+def test_codes_are_those_of_the_rounded_result(device, monkeypatch, block, form, held):
+    """With out_scale, bit for bit what quantising the plain call's result gives, saturated values and padding too; the
+    states do not change by it. fp16: the interpreter rounds to it as a GPU does."""
+    device, dtype = "cpu" if block is jet_block_ref else device, torch.float16
+    interpreter_fp8(monkeypatch)
+    lens = {Form.DECODE: [1, 1, 1], Form.MIXED: [1, 2, 20, 1], Form.VERIFY: [3, 1, 5]}.get(form, [3, 2, 20])
+    p = Packed(lens, context=[9, 5, 0, 8][: len(lens)], rows=[3, -1, 0, 2][: len(lens)], dtype=dtype, device=device)
+    args = p.block_args(form)
+    buffer: list[Any] = list(NO_BUFFER)
+    if held:
+        S, (H, K, V) = len(p.recurrent_state), (p.H, p.K, p.V)
+        args = (*args[:6], torch.randn(S, p.W - 1 + 5, H * V, device=device).to(dtype), *args[7:])
+        buffer = [torch.randn(S, H, buffer_rows(2, 5), K + V + EXTRA, device=device) * 0.1]
+        buffer += [torch.full((S, H), 4, dtype=torch.int32, device=device), 2]
+    plain, coded = ([x.clone() if torch.is_tensor(x) else x for x in (*args, *buffer)] for _ in range(2))
+    out = block(*plain)
+    scale = out.float().abs().amax().reshape(1) / 700
+    with poisoned():
+        got = block(*coded, scale)
+    assert got.dtype == FP8 and (got.float().abs() == 448).any()
+    want = quantize(out, scale)
+    # A GPU's division is two units in the last place off: it decides where a quotient lies between two codes.
+    assert (got.float() != want.float()).sum() <= (1 if got.is_cuda else 0)
+    for x, y in zip(plain, coded, strict=True):
+        assert not torch.is_tensor(x) or torch.equal(x, y)
+
+
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 def test_opcheck_with_strided_rows(decode):
     p = Packed([1, 1] if decode else [2, 5], extra=8)
-    torch.library.opcheck(torch.ops.jet.jet_block, (*p.block_args(decode), *NO_BUFFER))
+    for out_scale in (None, torch.tensor([0.01])):
+        torch.library.opcheck(torch.ops.jet.jet_block, (*p.block_args(decode), *NO_BUFFER, out_scale))
 
 
 def test_compiles_without_a_graph_break():
     p = Packed([2, 5], extra=8)
     eager, compiled = p.block_args(False), p.block_args(False)
-    want = torch.ops.jet.jet_block(*eager, *NO_BUFFER)
-    got = torch.compile(lambda *args: torch.ops.jet.jet_block(*args, *NO_BUFFER) * 1, fullgraph=True)(*compiled)
+    want = torch.ops.jet.jet_block(*eager, *NO_BUFFER, None)
+    got = torch.compile(lambda *args: torch.ops.jet.jet_block(*args, *NO_BUFFER, None) * 1, fullgraph=True)(*compiled)
     assert torch.equal(got, want) and all(torch.equal(eager[i], compiled[i]) for i in STATES)
 
 
@@ -119,9 +157,10 @@ def test_compiles_without_a_graph_break():
 def test_kernels_fit_sm_90(models):
     """Compiled ahead of time: within Hopper's shared memory, without global scratch (plugins provide none) and without
     fp64 arithmetic (which Inductor's typing of Python floats would introduce)."""
-    report = compile_report([f"{model}-{mode}" for model in models for mode in ("prefill", "decode")])
+    modes = "prefill", "decode", "codes_prefill", "codes_decode"
+    report = compile_report([f"{model}-{mode}" for model in models for mode in modes])
     two_forms = sum("bfloat16-" in m and "x256x288" not in m for m in models)  # of the scan, with K up to 128
-    assert len(report) == len(models) * (5 + 1) + two_forms
+    assert len(report) == 2 * (len(models) * (5 + 1) + two_forms)
     for kernel in report:
         assert kernel["shared"] <= 227 * 1024 and kernel["scratch"] == kernel["f64"] == 0, kernel
 
@@ -131,7 +170,8 @@ def test_kernels_with_a_step_buffer_fit_sm_90():
     """Those of DECODE, MIXED and VERIFY beside a step buffer and a ring, as above. Those of
     steps spill two registers at most."""
     verify = ["2b-bfloat16-float32-verify", "4b-bfloat16-bfloat16-verify"]
-    report = compile_report([*verify, *(f"2b-bfloat16-float32-{mode}" for mode in ("held_decode", "held_mixed"))])
+    modes = "held_decode", "held_mixed", "codes_held_mixed"
+    report = compile_report([*verify, *(f"2b-bfloat16-float32-{mode}" for mode in modes)])
     names = {k["kernel"] for k in report}
     assert {"decode_inputs_kernel", "verify_inputs_kernel", "deferred_step_kernel", "flush_kernel"} <= names
     for kernel in report:
@@ -166,7 +206,7 @@ def rounded_block(p: Packed) -> tuple[torch.Tensor, torch.Tensor]:
 def test_16_bit_error_is_that_of_the_rounded_form(H, K, V, dtype):
     p = Packed([1, 64, 333], H=H, K=K, V=V, context=[5, 0, 5], dtype=dtype, extra=8, device="cuda")
     exact, args = p.block_args(False, torch.float64), p.block_args(False)
-    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args, *NO_BUFFER)
+    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args, *NO_BUFFER, None)
     rounded, rounded_state = rounded_block(p)
     rows = p.slots.long()
     assert relative_error(out, want) <= 1.1 * relative_error(rounded, want)
@@ -180,7 +220,7 @@ def test_16_bit_error_is_that_of_the_rounded_form(H, K, V, dtype):
 def test_bf16_decode_rounds_once(H, K, V, state_dtype):
     p = Packed([1] * 9, H=H, K=K, V=V, dtype=torch.bfloat16, state_dtype=state_dtype, extra=8, device="cuda")
     exact, args = p.block_args(True, torch.float64), p.block_args(True)
-    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args, *NO_BUFFER)
+    want, out = jet_block_ref(*exact), torch.ops.jet.jet_block(*args, *NO_BUFFER, None)
     beta_rounding = 2**-9  # sigmoid(b) is rounded to the model dtype by definition; fp64's reference does not
     assert relative_error(out, want) <= relative_error(want.bfloat16(), want) + beta_rounding
     assert relative_error(args[7], exact[7]) <= relative_error(exact[7].to(state_dtype), exact[7]) + beta_rounding
@@ -191,10 +231,10 @@ def test_bf16_decode_rounds_once(H, K, V, state_dtype):
 def test_replays_in_a_cuda_graph(decode):
     p = Packed([1] * 5 if decode else [70, 1, 130], H=4, K=96, V=256, dtype=torch.bfloat16, device="cuda")
     eager, captured = p.block_args(decode), p.block_args(decode)
-    want = torch.ops.jet.jet_block(*eager, *NO_BUFFER)
-    torch.ops.jet.jet_block(*p.block_args(decode), *NO_BUFFER)
+    want = torch.ops.jet.jet_block(*eager, *NO_BUFFER, None)
+    torch.ops.jet.jet_block(*p.block_args(decode), *NO_BUFFER, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = torch.ops.jet.jet_block(*captured, *NO_BUFFER)
+        out = torch.ops.jet.jet_block(*captured, *NO_BUFFER, None)
     graph.replay()
     assert torch.equal(out, want) and all(torch.equal(eager[i], captured[i]) for i in STATES)

@@ -104,7 +104,7 @@ def jet_block(a: Attributes, *inputs: Tensor) -> tuple[Tensor, ...]:
     beside = [x.clone() for x in inputs[11:]]  # step_buffer, state_position
     sizes = a["num_heads"], a["head_k_dim"], a["head_v_dim"], a["norm_eps"], a["form"]
     buffer = (*beside, a["interval"]) if beside else NO_BUFFER
-    o = torch.ops.jet.jet_block(*projections, *states, *batch, *sizes, *buffer)
+    o = torch.ops.jet.jet_block(*projections, *states, *batch, *sizes, *buffer, None)
     return o, *states, *beside
 
 

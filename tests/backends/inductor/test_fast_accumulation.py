@@ -1,6 +1,7 @@
 """build --fast-accumulation: in the graphs whose FP8 products are the library's, and only where it was asked for."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ def test_how_a_graph_s_fp8_layers_are_traced(model, monkeypatch, mode: str, aske
     seen = set()
     forward = Fp8Linear.forward
 
-    def watched(self: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
+    def watched(self: Fp8Linear, *args: Any) -> torch.Tensor:
         seen.add(linears())
-        return forward(self, x)
+        return forward(self, *args)
 
     monkeypatch.setattr(Fp8Linear, "forward", watched)
     export_graph(

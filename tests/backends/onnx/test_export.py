@@ -63,7 +63,7 @@ def test_jet_block_equals_the_mutating_op(lens, dtype) -> None:
     attributes = {"num_heads": H, "head_k_dim": K, "head_v_dim": V, "norm_eps": eps, "form": form}
     o, conv_state, recurrent_state = jet_block(attributes, *args)
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
-    expected = torch.ops.jet.jet_block(*args, H, K, V, eps, form, *NO_BUFFER)
+    expected = torch.ops.jet.jet_block(*args, H, K, V, eps, form, *NO_BUFFER, None)
     assert torch.equal(o, expected)
     assert torch.equal(conv_state, args[6]) and torch.equal(recurrent_state, args[7])
     assert not torch.equal(conv_state, before[6])

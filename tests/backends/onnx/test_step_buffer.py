@@ -43,7 +43,7 @@ def test_the_node_equals_the_mutating_op(form: Form, lens: list[int]) -> None:
     attributes = {"num_heads": H, "head_k_dim": K, "head_v_dim": V, "norm_eps": eps, "form": form, "interval": L}
     o, *states = jet_block(attributes, *inputs)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-    assert torch.equal(o, torch.ops.jet.jet_block(*args, H, K, V, eps, form, *beside, L))
+    assert torch.equal(o, torch.ops.jet.jet_block(*args, H, K, V, eps, form, *beside, L, None))
     after = [args[6], args[7], *beside]
     assert len(states) == 4 and all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
     assert not torch.equal(beside[0], before[-2])

@@ -123,7 +123,7 @@ def test_inputs_are_those_of_a_static_jet_block(gdn) -> None:
     """Its convolution is one of q, k and the values: the channels of its state say so."""
     *_, conv_state, _, _, _, _, H, K, V, _ = args = gdn.block_inputs([3, 2], "small", context=4)
     assert key_heads(conv_state, H, K, V) == (2, True)
-    out = torch.ops.jet.jet_block(*args, Form.PREFILL, *NO_BUFFER)
+    out = torch.ops.jet.jet_block(*args, Form.PREFILL, *NO_BUFFER, None)
     assert out.shape == (5, H * V) and out.isfinite().all()
 
 
