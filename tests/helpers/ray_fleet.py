@@ -31,12 +31,14 @@ from jet_export.runtime.llm import LLM
 from jet_export.runtime.tokenizer import load_tokenizer
 from jet_export.server.openai.options import ApiOptions
 from jet_export.server.ray.config import FleetConfig
+from jet_export.server.ray.serve import DIRECT
 
 HELD = 1.0  # seconds of a step
 SLOTS, WAITING = 28, 12  # of a replica: 64 streams run on two, but for 8 at least, which wait
 SERVING = Serving(slots=SLOTS, max_waiting=WAITING, wait_timeout=1e6, prefix_cache_bytes=1 << 24, host_cache_bytes=0)
-# On a busy machine the router waits for the replica that it prefers.
+# As serve_fleet starts Ray; and on a busy machine the router waits for the replica that it prefers.
 ENVIRONMENT = {
+    DIRECT: "1",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -14,11 +15,14 @@ from jet_export.server.ray.config import FleetConfig
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.progress import Progress
 
+DIRECT = "RAY_SERVE_USE_GRPC_BY_DEFAULT"  # processes talk by gRPC: of a stream's messages Ray makes no objects
+
 
 def serve_fleet(config: FleetConfig, http: HttpOptions, address: str | None, log: Callable[[str], None]) -> None:
     """Serve on the cluster at `address`, or on one that is started on this machine and ends with this process.
 
     Raises JetExportError if Ray is not installed or the cluster cannot be reached."""
+    os.environ.setdefault(DIRECT, "1")  # for the cluster that is started here; another one has what it was started with
     try:
         import ray
         from ray import serve
