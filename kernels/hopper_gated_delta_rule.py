@@ -17,6 +17,8 @@ Wide programs have two scans and one preparer, narrow ones the reverse: for batc
 at once and whose time is that of one chain of chunks.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -46,6 +48,21 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, K: int, V: int, offsets: tuple[int,
     return ""
 
 
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, K: int, V: int, offsets: tuple[int, int, int, int]) -> Any:
+    """The kernel, if it can serve these inputs. Raises JetExportError."""
+    why = refusal(q, k, v, K, V, offsets)
+    if not why and (not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0)):
+        why = "it is for a GPU of SM 9.0"
+    if not why:
+        try:
+            from jet_export.kernels.hopper_gated_delta_rule_kernel import hopper_delta_rule_kernel
+        except ImportError as missing:
+            why = f"Triton {triton.__version__} has no Gluon for Hopper, 3.6 has ({missing})"
+        else:
+            return hopper_delta_rule_kernel
+    raise JetExportError(f"hopper_delta_rule: {why}. Use chunk_delta_rule_triton.")
+
+
 def hopper_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -69,18 +86,7 @@ def hopper_delta_rule(
     Raises JetExportError for sizes, dtypes and strides that it does not serve, another GPU, or a Triton without Gluon.
     """
     H, K, V = head_dims
-    try:
-        from jet_export.kernels.hopper_gated_delta_rule_kernel import hopper_delta_rule_kernel as kernel
-    except ImportError as missing:
-        what = f"Triton {triton.__version__} has no Gluon for Hopper: {missing}"
-        raise JetExportError(
-            f"hopper_delta_rule: {what}. Install Triton 3.6, or use chunk_delta_rule_triton."
-        ) from None
-    why = refusal(q, k, v, K, V, offsets)
-    if not why and (not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0)):
-        why = "it is for a GPU of SM 9.0"
-    if why:
-        raise JetExportError(f"hopper_delta_rule: {why}. Use chunk_delta_rule_triton.")
+    kernel = kernel_for(q, k, v, K, V, offsets)
     N, off_q, off_k, off_v, off_g = slots.shape[0], *offsets
     if form is None:
         form = form_for(N * H, V, torch.cuda.get_device_properties(q.device).multi_processor_count)

@@ -77,7 +77,12 @@ def source_for_sm_90(kernel: Any, signature: dict, constexprs: dict, attrs: dict
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    return ASTSource(kernel, signature, constexprs, attrs), GPUTarget("cuda", 90, 32)
+    target = GPUTarget("cuda", 90, 32)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(kernel, signature, constexprs, attrs), target
+    return ASTSource(kernel, signature, constexprs, attrs), target
 
 
 def compile_for_sm_90(kernel: Any, signature: dict, constexprs: dict, attrs: dict, options: dict) -> Any:

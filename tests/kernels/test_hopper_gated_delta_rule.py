@@ -1,0 +1,177 @@
+"""The Hopper form of the gated delta rule's prefill: what it compiles to, and its laws on a GPU of SM 9.0.
+
+A wrong barrier would hang there: benchmarks/kernels/hopper_delta_rule.py --check runs it under a timeout first."""
+
+import importlib.util
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.compare import relative_error
+from helpers.hopper_compiler import compile_report
+from helpers.packed import Packed
+from helpers.poison import poisoned
+from helpers.rounded_chunk import rounded_chunk
+
+from jet_export.kernels.form import Form
+from jet_export.kernels.gated_delta_rule import packed_gated_delta_rule_ref
+from jet_export.kernels.gated_delta_rule_chunk import chunk_delta_rule_triton
+from jet_export.kernels.hopper_gated_delta_rule import NARROW, WIDE, form_for, hopper_delta_rule
+from jet_export.utils.errors import JetExportError
+
+BLOCK_SHARED = 227 * 1024  # of a program, on SM 9.0
+FORMS = pytest.mark.parametrize("form", [WIDE, NARROW], ids=["wide", "narrow"])
+RAGGED: dict[str, Any] = {
+    "lens": [1, 64, 65, 333, 7, 128],
+    "context": [5, 0, 5, 5, 0, 5],
+    "rows": [7, 2, 0, 5, -1, 3],
+}
+
+
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for SM 9.0")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton.experimental.gluon") is None, reason="this Triton has no Gluon, 3.6 has"
+)
+def test_it_compiles_without_spills_and_with_products_in_flight():
+    """At most 16 bytes of stack, of addresses read once a chunk; ptxas serialises wgmma where it lacks registers."""
+    for entry in compile_report(["wide-bfloat16-32-16-128-raw", "narrow-float16-16-16-256-plain"]):
+        assert entry["stack"] <= 16 and entry["shared"] <= BLOCK_SHARED and entry["scratch"] == 0
+        assert entry["registers"] == 168  # three warpgroups share 64 Ki
+        assert entry["wgmma"] == 96 and not entry["warnings"]
+
+
+def test_it_takes_what_the_portable_form_takes():
+    ours, theirs = (dict(inspect.signature(f).parameters) for f in (hopper_delta_rule, chunk_delta_rule_triton))
+    del ours["form"]
+    assert list(ours.values()) == list(theirs.values())
+
+
+def test_few_heads_run_in_narrow_programs():
+    assert form_for(32, 128, 132) is NARROW and form_for(16, 256, 132) is NARROW
+    assert form_for(512, 128, 132) is WIDE and form_for(67, 128, 132) is WIDE
+    assert form_for(512, 192, 132) is NARROW  # V 192 is no multiple of 128
+
+
+@pytest.mark.parametrize(
+    "sizes, why",
+    [
+        ({"K": 96, "V": 128}, "K 96 and V 128: it has K 128 and V a multiple of 64"),
+        ({"K": 128, "V": 96}, "K 128 and V 96"),
+        ({"K": 128, "V": 128, "dtype": torch.float32}, "q is torch.float32, not bfloat16 or float16"),
+        ({"K": 128, "V": 128, "extra": 8}, "the rows of q are not aligned to 32 bytes"),
+        ({"K": 128, "V": 128}, "it is for a GPU of SM 9.0"),
+    ],
+)
+def test_what_it_does_not_serve_is_said(sizes, why):
+    p = Packed([3], **{"dtype": torch.bfloat16, **sizes})
+    *args, _ = p.rule_args(False)
+    launch: Any = hopper_delta_rule
+    with pytest.raises(JetExportError, match=f"hopper_delta_rule: {why}.*Use chunk_delta_rule_triton"):
+        launch(*args, head_dims=(p.H, p.K, p.V))
+
+
+# On a GPU
+
+
+def packed(H: int, HK: int, V: int, dtype: torch.dtype, **changes: Any) -> Packed:
+    return Packed(H=H, K=128, V=V, key_heads=HK, dtype=dtype, device="cuda", extra=16, **{**RAGGED, **changes})
+
+
+def run(rule: Any, p: Packed, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and the states after it."""
+    q, k, v, beta, g, pool, *sequences, _ = p.rule_args(False)
+    with poisoned():
+        o = rule(q, k, v, beta, g, pool, *sequences, (p.H, p.K, p.V), key_heads=p.key_heads, **options)
+    return o, pool
+
+
+@pytest.mark.gpu
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("H, HK, V", [(4, 2, 128), (2, 2, 256)])
+def test_errors_are_those_of_the_rounded_chunk_form(hopper, H, HK, V, dtype, form):
+    """Ragged sequences with tails, held states, a padding row, shared key heads."""
+    p = packed(H, HK, V, dtype)
+    exact = p.rule_args(Form.PREFILL, torch.float64)
+    want = packed_gated_delta_rule_ref(*exact)
+    o, pool = run(hopper_delta_rule, p, form=form)
+    q, k, v, beta, g, rounded_pool, cu, slots, context, _ = p.rule_args(False)
+    rounded = torch.zeros_like(v)
+    for n, slot in enumerate(slots.tolist()):
+        s = slice(int(cu[n]), int(cu[n + 1]))
+        if slot >= 0:
+            q_n, k_n = (x[s].repeat_interleave(H // HK, 1) for x in (q, k))
+            start = rounded_pool[slot] * (context[n] > 0)
+            o_n, rounded_pool[slot] = rounded_chunk(q_n, k_n, v[s], beta[s], g[s], start, dtype)
+            rounded[s] = o_n.to(dtype)
+    assert relative_error(o, want) <= 1.1 * relative_error(rounded, want)
+    assert relative_error(pool, exact[5]) <= 1.1 * relative_error(rounded_pool, exact[5])
+
+
+@pytest.mark.gpu
+@FORMS
+def test_raw_gates_and_silu_are_the_portable_form_s(hopper, form):
+    """Read at offsets of one row, as a block's projection has them."""
+    p = packed(4, 2, 128, torch.bfloat16)
+    where = (p.H, p.K, p.V), (0, 2 * p.K, 4 * p.K, p.H)
+    results = []
+    for rule, options in ((hopper_delta_rule, {"form": form}), (chunk_delta_rule_triton, {})):
+        pool = p.recurrent_state.clone()
+        sequences = pool, p.cu_seqlens, p.slots, p.context_lens
+        o = rule(
+            p.qkuz, p.qkuz, p.qkuz, p.ba, p.ba, *sequences, *where, (p.A_log, p.dt_bias), key_heads=2, silu=True,
+            **options,
+        )  # fmt: skip
+        results.append((o, pool))
+    q, k, v, _, _, pool, *rest = p.rule_args(False, torch.float64)
+    b, a = p.ba.double().split(p.H, -1)
+    g = -p.A_log.double().exp() * F.softplus(a + p.dt_bias.double())
+    want = packed_gated_delta_rule_ref(F.silu(q), F.silu(k), v, b.sigmoid(), g, pool, *rest)
+    (o, state), (o_portable, state_portable) = results
+    assert relative_error(o, want) <= 1.1 * relative_error(o_portable, want)
+    assert relative_error(state, pool) <= 1.1 * relative_error(state_portable, pool)
+
+
+@pytest.mark.gpu
+def test_both_forms_and_a_sequence_alone_have_the_same_bits(hopper):
+    p = packed(4, 2, 256, torch.bfloat16)
+    (o, pool), (o_narrow, pool_narrow) = (run(hopper_delta_rule, p, form=form) for form in (WIDE, NARROW))
+    assert torch.equal(o, o_narrow) and torch.equal(pool, pool_narrow)
+    q, k, v, beta, g, state, cu, slots, context, _ = p.rule_args(False)
+    for n in (0, 3, 5):
+        begin, end = cu[n : n + 2].tolist()
+        q_n, k_n, v_n, beta_n, g_n = (x[begin:end] for x in (q, k, v, beta, g))
+        sequence = state, cu.new_tensor([0, end - begin]), slots[n : n + 1], context[n : n + 1]
+        alone = hopper_delta_rule(q_n, k_n, v_n, beta_n, g_n, *sequence, (4, 128, 256), key_heads=2)
+        assert torch.equal(alone, o[begin:end]) and torch.equal(state[slots[n]], pool[slots[n]])
+
+
+@pytest.mark.gpu
+@FORMS
+def test_padding_is_inert_and_an_empty_context_is_a_zero_state(hopper, form):
+    p = packed(2, 2, 128, torch.bfloat16)
+    pad = slice(int(p.cu_seqlens[4]), int(p.cu_seqlens[5]))
+    p.qkuz[pad], p.ba[pad] = torch.nan, torch.nan
+    p.recurrent_state[2] = torch.nan  # context_lens says that nothing is held there
+    before = p.recurrent_state.clone()
+    o, pool = run(hopper_delta_rule, p, form=form)
+    assert o.isfinite().all() and pool.isfinite().all() and not o[pad].any()
+    unused = [s for s in range(len(pool)) if s not in RAGGED["rows"]]
+    assert unused and torch.equal(pool[unused], before[unused])
+
+
+@pytest.mark.gpu
+@FORMS
+def test_mixed_leaves_out_sequences_of_one_token(hopper, form):
+    p = packed(2, 2, 128, torch.bfloat16)
+    (o, pool), (o_mixed, pool_mixed) = (run(hopper_delta_rule, p, form=form, mixed=mixed) for mixed in (False, True))
+    assert torch.equal(o_mixed[1:], o[1:])
+    assert torch.equal(pool_mixed[7], p.recurrent_state[7]) and not torch.equal(pool[7], pool_mixed[7])
+    assert torch.equal(pool_mixed[:7], pool[:7])
