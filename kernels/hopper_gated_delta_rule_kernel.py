@@ -84,12 +84,12 @@ def quick_silu(x):
 
 
 @gluon.jit
-def l2_normalise(x, SILU: gl.constexpr):
-    """Rows x / sqrt(sum(x^2) + 1e-6) in fp32; of silu(x) with SILU."""
+def l2_normalise(x, SCALE: gl.constexpr, SILU: gl.constexpr):
+    """Rows SCALE x / sqrt(sum(x^2) + 1e-6) in fp32; of silu(x) with SILU."""
     x = x.to(gl.float32)
     if SILU:
         x = quick_silu(x)
-    scale = gl.rsqrt(gl.sum(x * x, 1) + 1e-6)
+    scale = gl.rsqrt(gl.sum(x * x, 1) + 1e-6) * SCALE
     return x * gl.expand_dims(scale, 1)
 
 
@@ -103,9 +103,9 @@ def block_product(a, b_t):
 
 @gluon.jit
 def diagonal_inverses(A, same):
-    """The inverses of the four diagonal blocks of 16 of I + A, as [64, 64]: within each warp's registers.
+    """The inverses of the four diagonal blocks of 16 of I - A, as [64, 64]: within each warp's registers.
 
-    X - X L X as in gated_delta_rule_chunk.unit_lower_inverse, with X^T kept beside X for the right operands."""
+    X + X L X as in `unit_lower_inverse`, with X^T kept beside X for the right operands."""
     blocks = gl.convert_layout(gl.reshape(gl.where(same, A, 0.0), [4, 16, 4, 16]), BLOCKS, assert_trivial=True)
     A = gl.convert_layout(gl.sum(blocks, 2), BLOCK, assert_trivial=True)
     o_i = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, BLOCK))), 0), 2)
@@ -118,7 +118,7 @@ def diagonal_inverses(A, same):
         L = gl.where((half_i // 2 == half_j // 2) & (half_i > half_j), A, 0.0)
         LX_t = block_product(X_t, L)
         change, change_t = block_product(X, LX_t), block_product(LX_t, X)
-        X, X_t = X - change, X_t - change_t
+        X, X_t = X + change, X_t + change_t
     X = gl.expand_dims(gl.convert_layout(X, gl.SliceLayout(2, BLOCKS), assert_trivial=True), 2)
     X = gl.reshape(X + gl.full([4, 16, 4, 16], 0.0, gl.float32, BLOCKS), [64, 64])
     return gl.where(same, gl.convert_layout(X, MMA, assert_trivial=True), 0.0)
@@ -126,9 +126,9 @@ def diagonal_inverses(A, same):
 
 @gluon.jit
 def unit_lower_inverse(A, o_i, o_j, scratch):
-    """(I + A)^-1 by products of fp16 numbers (gated_delta_rule_chunk.unit_lower_inverse). scratch: fp16 [64, 64]."""
+    """(I - A)^-1 of A's part below the diagonal by products of fp16 numbers: gated_delta_rule_chunk.unit_lower_inverse,
+    whose A is -A here. scratch: fp16 [64, 64]."""
     X = diagonal_inverses(A, o_i // 16 == o_j // 16)
-    A = A.to(gl.float16)
     for level in gl.static_range(4, 6):
         half_i, half_j = o_i // 2**level, o_j // 2**level
         L = gl.where((half_i // 2 == half_j // 2) & (half_i > half_j), A, 0.0).to(gl.float16)
@@ -137,7 +137,7 @@ def unit_lower_inverse(A, o_i, o_j, scratch):
         LX = warpgroup_mma(gl.convert_layout(L, LEFT), scratch, gl.full([64, 64], 0.0, gl.float32, MMA), use_acc=False)
         scratch.store(LX.to(gl.float16))
         fence_async_shared()
-        X = warpgroup_mma(gl.convert_layout((-X).to(gl.float16), LEFT), scratch, X)
+        X = warpgroup_mma(gl.convert_layout(X.to(gl.float16), LEFT), scratch, X)
     return X
 
 
@@ -227,8 +227,8 @@ def prepare(
         async_copy.wait_group(1 if PREPARES == 1 else 0)
 
         k, q = b_k.index(stage), b_q.index(stage)
-        k.store(l2_normalise(k.load(WIDE_MMA), SILU).to(dtype))
-        b_q_n = l2_normalise(q.load(WIDE_MMA), SILU) * (BK**-0.5)
+        k.store(l2_normalise(k.load(WIDE_MMA), 1.0, SILU).to(dtype))
+        b_q_n = l2_normalise(q.load(WIDE_MMA), BK**-0.5, SILU)
         decay = -decay_in.index(mid).load(gl.SliceLayout(1, WIDE_MMA))
         q.store((b_q_n * gl.expand_dims(decay, 1)).to(dtype))
         left = gl.convert_layout(b_q_n.to(dtype), WIDE_LEFT)
@@ -248,7 +248,7 @@ def prepare(
             copy_chunk(inputs, buffers, c + 2, n_tokens, STAGES, SCANS)
         b_A = warpgroup_mma_wait(0, [b_A])
         beta_i = gl.expand_dims(s_beta.load(gl.SliceLayout(1, MMA)), 1)
-        b_A = gl.where(o_i > o_j, b_A * b_decay * beta_i, 0.0)
+        b_A = b_A * b_decay * -beta_i
         scratch = solve.index(mid)._reinterpret(gl.float16, [BT, BT], SWIZZLED)
         b_X = unit_lower_inverse(b_A, o_i, o_j, scratch)
         beta_j = gl.expand_dims(s_beta.load(gl.SliceLayout(0, MMA)), 0)
