@@ -38,7 +38,7 @@ SLOTS, WAITING = 28, 12  # of a replica: 64 streams run on two, but for 8 at lea
 SERVING = Serving(slots=SLOTS, max_waiting=WAITING, wait_timeout=1e6, prefix_cache_bytes=1 << 24, host_cache_bytes=0)
 # As serve_fleet starts Ray; and on a busy machine the router waits for the replica that it prefers.
 ENVIRONMENT = {
-    DIRECT: "1",
+    **DIRECT,
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
 }

@@ -15,14 +15,19 @@ from jet_export.server.ray.config import FleetConfig
 from jet_export.utils.errors import JetExportError
 from jet_export.utils.progress import Progress
 
-DIRECT = "RAY_SERVE_USE_GRPC_BY_DEFAULT"  # processes talk by gRPC: of a stream's messages Ray makes no objects
+DIRECT = {  # a stream's messages are no objects of Ray's, and pass from one thread to another in no process
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 
 
 def serve_fleet(config: FleetConfig, http: HttpOptions, address: str | None, log: Callable[[str], None]) -> None:
     """Serve on the cluster at `address`, or on one that is started on this machine and ends with this process.
 
     Raises JetExportError if Ray is not installed or the cluster cannot be reached."""
-    os.environ.setdefault(DIRECT, "1")  # for the cluster that is started here; another one has what it was started with
+    for setting, value in DIRECT.items():  # of the cluster that is started here; another has what it was started with
+        os.environ.setdefault(setting, value)
     try:
         import ray
         from ray import serve

@@ -15,7 +15,7 @@ from jet_export.server.openai.http import Tls
 from jet_export.server.openai.serve import HttpOptions
 from jet_export.server.ray.autoscaling import KV_AT, KV_USED
 from jet_export.server.ray.config import FleetConfig, parse_replicas
-from jet_export.server.ray.serve import check_room, serve_fleet
+from jet_export.server.ray.serve import DIRECT, check_room, serve_fleet
 from jet_export.utils.errors import JetExportError
 
 EXAMPLES = ROOT / "examples" / "ray"
@@ -50,6 +50,8 @@ def test_the_examples_are_what_ray_serve_and_kuberay_take() -> None:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         assert all(isinstance(v, str) for v in group["rayStartParams"].values())  # a map of strings
+        (container,) = group["template"]["spec"]["containers"]
+        assert {e["name"]: e["value"] for e in container["env"]} == DIRECT
 
 
 @pytest.mark.parametrize(
