@@ -51,15 +51,14 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, K: int, V: int, offsets: tuple[int,
 def kernel_for(q: Tensor, k: Tensor, v: Tensor, K: int, V: int, offsets: tuple[int, int, int, int]) -> Any:
     """The kernel, if it can serve these inputs. Raises JetExportError."""
     why = refusal(q, k, v, K, V, offsets)
+    try:
+        from jet_export.kernels.hopper_gated_delta_rule_kernel import hopper_delta_rule_kernel as kernel
+    except ImportError as missing:
+        why = f"Triton {triton.__version__} has no Gluon for Hopper, which 3.6 has ({missing})"
     if not why and (not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0)):
         why = "it is for a GPU of SM 9.0"
     if not why:
-        try:
-            from jet_export.kernels.hopper_gated_delta_rule_kernel import hopper_delta_rule_kernel
-        except ImportError as missing:
-            why = f"Triton {triton.__version__} has no Gluon for Hopper, 3.6 has ({missing})"
-        else:
-            return hopper_delta_rule_kernel
+        return kernel
     raise JetExportError(f"hopper_delta_rule: {why}. Use chunk_delta_rule_triton.")
 
 

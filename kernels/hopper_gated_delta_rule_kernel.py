@@ -325,7 +325,7 @@ def scan(
         gl.store(p_state + state_offsets(INDEX, V), b_state.to(p_state.dtype.element_ty))
 
 
-@gluon.jit(do_not_specialize=["T", "S"])
+@gluon.jit(do_not_specialize=["T", "S", "stride_b", "stride_g"])  # a stride of 1 would be a constant
 def hopper_delta_rule_kernel(
     q, k, v, beta, g, A_log, dt_bias, o, recurrent_state, cu_seqlens, slots, context_lens, T, S,
     stride_q, stride_k, stride_v, stride_b, stride_g, OFF_Q: gl.constexpr, OFF_K: gl.constexpr, OFF_V: gl.constexpr,

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import triton.experimental
 from torch import Tensor
 
 GLUON = "triton.experimental.gluon"
@@ -217,7 +218,8 @@ class Launcher:
             fence_async_shared=lambda: None, mma_v2=product, warpgroup_mma=product, warpgroup_mma_wait=wait_products,
         )  # fmt: skip
         module: dict[str, Any] = {"__name__": "hopper_on_cpu"}
-        with patch.dict(sys.modules, {GLUON: gluon, hopper.__name__: hopper}):
+        stand_ins = {GLUON: gluon, hopper.__name__: hopper}
+        with patch.dict(sys.modules, stand_ins), patch.object(triton.experimental, "gluon", gluon, create=True):
             exec(self.source, module)
         module |= {
             "range": scalars, "sequence_bounds": bounds, "softplus": F.softplus, "exp2": torch.exp2,

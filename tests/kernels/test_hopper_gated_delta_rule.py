@@ -4,6 +4,7 @@ A wrong barrier would hang there: benchmarks/kernels/hopper_delta_rule.py --chec
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_what_it_does_not_serve_is_said(sizes, why):
     *args, _ = p.rule_args(False)
     launch: Any = hopper_delta_rule
     with pytest.raises(JetExportError, match=f"hopper_delta_rule: {why}.*Use chunk_delta_rule_triton"):
+        launch(*args, head_dims=(p.H, p.K, p.V))
+
+
+def test_a_triton_without_gluon_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jet_export.kernels.hopper_gated_delta_rule_kernel", None)
+    p = Packed([3], K=128, V=128, dtype=torch.bfloat16)
+    *args, _ = p.rule_args(False)
+    launch: Any = hopper_delta_rule
+    with pytest.raises(JetExportError, match=r"has no Gluon for Hopper, which 3\.6 has.*Use chunk_delta_rule_triton"):
         launch(*args, head_dims=(p.H, p.K, p.V))
 
 
