@@ -65,8 +65,10 @@ def ray_head(log: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The example's, with jet-tiny, which takes 4 sequences at once, in place of jet-2b."""
+def config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The example's, with jet-tiny, which takes 4 sequences at once, in place of jet-2b. Without Ray's token, which
+    the dashboard asks for wherever a cluster has left one in the home directory."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     config: dict[str, Any] = yaml.safe_load((ROOT / "examples" / "ray" / "serve.yaml").read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": free_ports(1)[0]}
     changed = {"bundle": str(tiny_bundle(tmp_path_factory)), "names": ["jet-tiny"], "serving": {"slots": 4}}
