@@ -142,6 +142,8 @@ def steps(out: Path, bundles: Path) -> list[Step]:
              {"kernels": script("kernels/kernels.py", "--output", out / "kernels.json")}),
         Step("gated_delta_net", "Gated DeltaNet at Qwen3.5's sizes beside FLA and FlashInfer", 300,
              {"gdn": script("kernels/gated_delta_net.py", "--output", out / "gated_delta_net.json")}),
+        Step("hopper", "the delta rule's Hopper form beside the portable one, tiny cases first", 300,
+             {"hopper": script("kernels/hopper_delta_rule.py", "--output", out / "hopper_delta_rule.json")}),
         Step("gemv", "linear layers of one token", 60,
              {"gemv": script("kernels/gemv.py", "--output", out / "gemv.json")}),
         Step("fp8-products", "the library's FP8 products, summed in fp32 or fast", 60,
