@@ -168,9 +168,7 @@ class FittedTimes:
             if reached > max(seen):
                 out.append(f"{reached} {what}: beyond the table's largest, {max(seen)}: extrapolated")
         if not self.table.prompt_calls:
-            out.append(
-                "no prompt calls as serving makes them, as an older bench wrote it: short calls take less than predicted"
-            )
+            out.append("no prompt calls as serving makes them, in an older bench: short calls take less than predicted")
         return out
 
 
