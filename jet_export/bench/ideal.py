@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from jet_export.bench.measure import Case, Run
 from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import free_cached
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.interpolate import interpolated
 
 PROMPTS, PROMPT_TOKENS = 16, 2048  # of the call that gives the speed of prompts
 STEPS, REPEATS = 8, 5  # decode steps launched together, and how often
@@ -44,18 +44,12 @@ class Speeds:
             raise JetExportError(f"ideal: {self} has a size or speed that is not positive.", "Measure again.")
 
     @cached_property
-    def _sizes(self) -> list[int]:
-        return sorted(self.step_ms)
+    def _steps(self) -> list[tuple[float, float]]:
+        return sorted(self.step_ms.items())
 
     def step(self, batch: int) -> float:
         """Seconds of a decode step; linear between the sizes measured, that of the nearest beyond them."""
-        sizes = self._sizes
-        batch = min(max(batch, sizes[0]), sizes[-1])
-        for low, high in pairwise(sizes):
-            if low <= batch <= high:
-                share = (batch - low) / (high - low)
-                return 1e-3 * (self.step_ms[low] + share * (self.step_ms[high] - self.step_ms[low]))
-        return 1e-3 * self.step_ms[batch]
+        return 1e-3 * interpolated(self._steps, batch)
 
     def prompt(self, tokens: int) -> float:
         """Seconds of a prompt."""
@@ -63,7 +57,7 @@ class Speeds:
 
     def describe(self) -> str:
         """Two lines."""
-        steps = ", ".join(f"{n}: {self.step_ms[n]:.3g}" for n in self._sizes)
+        steps = ", ".join(f"{n}: {ms:.3g}" for n, ms in self._steps)
         prompts = f"prompts of {' x '.join(map(str, self.prompt_shape))}: {self.prompt_tokens_per_s:,.0f} tokens/s"
         return f"ms a decode step by batch size, {self.held_tokens} tokens held: {steps}\n{prompts}"
 

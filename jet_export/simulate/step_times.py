@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ from jet_export.bench.rows import Row
 from jet_export.bundle.dtypes import Dtypes
 from jet_export.model.config import JetNemotronConfig
 from jet_export.utils.errors import JetExportError
+from jet_export.utils.interpolate import interpolated
 
 HOST_BYTES_PER_S = 20e9  # of pinned memory over PCIe, both ways
 MIN_ROWS = 4  # decode steps of several sequences, to fit them apart from those of one
@@ -81,31 +81,20 @@ class PromptTimes:
         return cls(known=((0.0, call), (1024.0, call + 1024 * token)))
 
     @cached_property
-    def tokens(self) -> list[float]:
-        return [tokens for tokens, _ in self.known]
-
-    @cached_property
     def slope(self) -> float:
         """Seconds a token."""
         (first, least), (last, most) = self.known[0], self.known[-1]
         return max(0.0, most - least) / (last - first) if last > first else most / last
 
     def seconds(self, tokens: int) -> float:
-        at = bisect_left(self.tokens, tokens)
-        if at == 0:
-            return self.known[0][1]
-        if at == len(self.known):
-            last, most = self.known[-1]
-            return most + self.slope * (tokens - last)
-        (low, below), (high, above) = self.known[at - 1], self.known[at]
-        return below + (above - below) * (tokens - low) / (high - low)
+        return interpolated(self.known, tokens) + self.slope * max(0.0, tokens - self.known[-1][0])
 
     def left_out_errors(self) -> tuple[float, ...]:
         """Relative error of each between the first and the last, from its neighbours."""
         out = []
         for i, (tokens, seconds) in enumerate(self.known[1:-1], 1):
-            near = PromptTimes(known=(self.known[i - 1], self.known[i + 1]))
-            out.append(abs(near.seconds(round(tokens)) - seconds) / seconds)
+            near = interpolated((self.known[i - 1], self.known[i + 1]), tokens)
+            out.append(abs(near - seconds) / seconds)
         return tuple(out)
 
 
