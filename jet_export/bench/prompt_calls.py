@@ -7,14 +7,14 @@ of the time, and nobody who is served waits for it. The simulator needs the time
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from jet_export.backends.base import Engine
-from jet_export.bench.timer import stopwatch
+from jet_export.bench.timer import compare, stopwatch
+from jet_export.bundle.limits import Limits
 from jet_export.bundle.memory import free_cached
 from jet_export.runtime.calls import MAX_TOKENS
 from jet_export.runtime.pacing import SPARE
@@ -46,10 +46,12 @@ def measure_prompt_calls(engine: Engine, longest: int, seed: int = 0) -> list[Pr
     """Calls of up to `longest` tokens of one prompt, at most the engine's chunk; the median of REPEATS each."""
     free_cached(engine.device)
     sizes = prompt_sizes(min(longest, engine.limits.prefill_chunk, engine.limits.max_seq_len - 1))
-    small = copy.copy(engine)
-    sequences = min(SEQUENCES, engine.limits.max_batch_size)
-    small.limits = replace(engine.limits, max_batch_size=sequences, max_seq_len=sizes[-1] + 1)
-    small.limits = replace(small.limits, prefill_chunk=min(engine.limits.prefill_chunk, small.limits.max_seq_len))
+    small, most = copy.copy(engine), sizes[-1] + 1
+    small.limits = Limits(
+        max_batch_size=min(SEQUENCES, engine.limits.max_batch_size),
+        max_seq_len=most,
+        prefill_chunk=min(engine.limits.prefill_chunk, most),
+    )
     runner = Runner(small)
     rng = torch.Generator().manual_seed(seed)
     out = []
@@ -69,10 +71,10 @@ def _median(runner: Runner, ids: list[int]) -> float:
             runner.mixed([0], [ids])
 
     calls()  # captures or compiles
-    times = [stopwatch(calls, runner.device) / together]
-    while len(times) <= REPEATS and times[0] < LONG:
-        times.append(stopwatch(calls, runner.device) / together)
-    return statistics.median(times[1:] or times)  # the first warms up
+    first = stopwatch(calls, runner.device) / together  # warms up
+    if first >= LONG:
+        return first
+    return compare({"": calls}, repeats=REPEATS, warmup=0, calls=together, device=runner.device)[""].median
 
 
 def describe(calls: Sequence[PromptCall]) -> str:
