@@ -84,10 +84,7 @@ class Call:
             )  # fmt: skip
             self._pieces(stop)
             timer.cancel()
-        call = {"seconds": round(time.monotonic() - began), "commit": environment()["commit"]}
-        self.progress.history.append({**call, "parallel": self.args.parallel})
-        self.progress.write(self.output)
-        self._end()
+        self._end(round(time.monotonic() - began))
         print(f"call {self.progress.calls}: {time.monotonic() - began:.0f} s")
         return 1 if self.progress.errors else 0
 
@@ -150,12 +147,21 @@ class Call:
     def _compare(self) -> list[dict[str, Any]]:
         return learned_and_uniform(self.session, self.args.seeds)
 
-    def _end(self) -> None:
-        """Results, the report, and the state of the next call."""
+    def _end(self, seconds: int) -> None:
+        """Results, the report, and the state of the next call. `seconds`: of this one."""
+        machine = environment()
+        call = {"seconds": seconds, "commit": machine["commit"], "parallel": self.args.parallel}
+        self.progress.history.append(call)
+        self.progress.write(self.output)
         paths = (self.output / f"pieces/{p.name}.json" for p in self.pieces)
         found = {p.stem: json.loads(p.read_text(encoding="utf-8"))["result"] for p in paths if p.exists()}
-        values = {"environment": environment(), "progress": vars(self.progress), "toy": self.args.toy, "pieces": found}
-        values["trainings"] = trainings(self.output)
+        values = {
+            "environment": machine,
+            "progress": vars(self.progress),
+            "toy": self.args.toy,
+            "pieces": found,
+            "trainings": trainings(self.output),
+        }
         write_atomically(self.output / "shown.json", json.dumps(values, indent=1) + "\n")
         text = tables(found, vars(self.progress), self.pieces)
         write_atomically(self.output / "shown.md", text)

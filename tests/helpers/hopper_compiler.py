@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests, for helpers
-from helpers import kernel_compiler
+from helpers.kernel_compiler import Compiling
 from helpers.paths import with_helpers
 
 
@@ -53,20 +53,10 @@ def compile_case(case: str) -> dict[str, Any]:
     p = Packed([64, 32], H=H, K=128, V=V, key_heads=HK, dtype=getattr(torch, dtype))
     *args, _ = p.rule_args(False)
     raw = (p.A_log, p.dt_bias) if gates == "raw" else None
-    compiled: list[Any] = []
-    compile_for_sm_90 = kernel_compiler.compile_for_sm_90
-
-    def keep(*args: Any) -> Any:
-        compiled.append(compile_for_sm_90(*args))
-        return compiled[-1]
-
-    compiling = kernel_compiler.Compiling()
-    with (
-        patch.object(kernel_compiler, "compile_for_sm_90", keep),
-        patch.object(hopper_gated_delta_rule, "kernel_for", lambda *_: compiling(hopper_delta_rule_kernel)),
-    ):
+    compiling = Compiling()
+    with patch.object(hopper_gated_delta_rule, "kernel_for", lambda *_: compiling(hopper_delta_rule_kernel)):
         rule(*args[:9], head_dims=(H, 128, V), raw_gates=raw, key_heads=HK, silu=raw is not None, form=form)
-    ptx = compiled[0].asm["ptx"]
+    ptx = compiling.compiled[0].asm["ptx"]
     return {**compiling.report[0], "wgmma": ptx.count("wgmma.mma_async"), "warnings": warnings(ptx)}
 
 

@@ -37,6 +37,7 @@ class Compiling:
 
     def __init__(self) -> None:
         self.report: list[dict[str, Any]] = []
+        self.compiled: list[Any] = []
 
     def __call__(self, kernel: Any) -> Any:
         self.kernel = kernel
@@ -62,6 +63,7 @@ class Compiling:
 
         attrs = {(i,): [["tt.divisibility", 16]] for i, param in enumerate(params) if divisible(param)}
         compiled = compile_for_sm_90(self.kernel, signature, constexprs, attrs, options)
+        self.compiled.append(compiled)
         self.report.append(
             {
                 "kernel": self.kernel.__name__,
